@@ -1,0 +1,215 @@
+"""Train a tokenizer that the whole ecosystem loads without this package.
+
+`train_tokenizer` returns a stock `PreTrainedTokenizerFast` of one of two types:
+
+- `bpe`: byte-level BPE. Any text round-trips exactly: there is no normaliser, no unknown token, and every byte is a token.
+- `char`: one token per distinct character of the training text, for classic small experiments. A character that the
+  training text lacks becomes `<|unk|>`.
+
+The special tokens hold the first ids, which never move and are counted in the vocabulary size:
+
+| id | token           | role                                                                |
+|----|-----------------|---------------------------------------------------------------------|
+| 0  | `<|endoftext|>` | `eos_token`, and the separator of documents; there is no bos token  |
+| 1  | `<|pad|>`       | `pad_token`, distinct from eos so that eos keeps its loss           |
+| 2  | `<|im_start|>`  | opens a chat turn                                                   |
+| 3  | `<|im_end|>`    | closes a chat turn                                                  |
+| 4  | `<|unk|>`       | `unk_token`, in the `char` type only                                |
+
+`padding_side` is saved as "left": `generate` continues a row at its last column, so a decoder needs its padding in front.
+Training does not mind, because padding carries label -100 and attention mask 0 on either side.
+
+Special tokens written out inside text: `tokenizer(text)` and `apply_chat_template` read the string `<|im_end|>` as the
+special token, wherever it stands, as all of transformers does. A service that passes on what strangers write must refuse or
+rewrite such content first. Documents of a corpus are encoded with `split_special_tokens=True`, which reads it as plain text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+END_OF_TEXT = "<|endoftext|>"
+PAD = "<|pad|>"
+IM_START = "<|im_start|>"
+IM_END = "<|im_end|>"
+UNKNOWN = "<|unk|>"
+SPECIAL_TOKENS = (END_OF_TEXT, PAD, IM_START, IM_END)
+
+TOKENIZER_TYPES = ("bpe", "char")
+MIN_BPE_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
+
+# The name under which llama.cpp knows the pre-tokenizer of the `bpe` type (GGUF key `tokenizer.ggml.pre`). Qwen2's is the
+# one to share: its rule loses no character, digits stay single, and llama.cpp applies it without the NFC step that Qwen2's
+# own tokenizer puts in front and that this one leaves out, since it would change the text.
+LLAMA_CPP_PRE_TOKENIZER = "qwen2"
+
+# Qwen2's rule in the spelling that llama.cpp compiles. Spelling the contractions out, instead of ignoring case, keeps the
+# two equal on letters such as U+017F, which case folding would count as an s.
+QWEN2_SPLIT = (
+    r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
+    r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+# ChatML. The generation block spans what the model itself has to produce: the answer and the token that ends it. Content is
+# a string, or a list of parts of which the text is taken.
+CHAT_TEMPLATE = (
+    "{%- macro text_of(content) -%}"
+    "{%- if content is string -%}{{- content -}}"
+    "{%- else -%}{%- for part in content -%}{{- part['text'] -}}{%- endfor -%}"
+    "{%- endif -%}"
+    "{%- endmacro -%}"
+    "{%- for message in messages -%}"
+    "{{- '<|im_start|>' + message['role'] + '\\n' -}}"
+    "{%- if message['role'] == 'assistant' -%}"
+    "{%- generation -%}{{- text_of(message['content']) + '<|im_end|>' -}}{%- endgeneration -%}"
+    "{%- else -%}"
+    "{{- text_of(message['content']) + '<|im_end|>' -}}"
+    "{%- endif -%}"
+    "{{- '\\n' -}}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
+)
+
+# No match of QWEN2_SPLIT reaches across these places, so a text cut there keeps its tokens.
+_CUT = re.compile(r"(?<=\n)(?=\S)|(?<=\S)(?= )")
+_PIECE_CHARACTERS = 1 << 20
+
+
+def train_tokenizer(
+    texts: Iterable[str],
+    vocab_size: int = 4096,
+    tokenizer_type: str = "bpe",
+    model_max_length: int | None = None,
+    show_progress: bool = False,
+) -> PreTrainedTokenizerFast:
+    """Train a tokenizer on `texts`; the same texts in the same order give the same `tokenizer.json`, byte for byte.
+
+    `vocab_size` counts the special tokens. It is an upper bound for `bpe` (a short text runs out of pairs to merge) and
+    unused for `char`, where the text decides. `model_max_length`, in tokens, is what callers truncate to when they ask.
+
+    Raises ValueError for an unknown type, a vocabulary without room for the 256 bytes and the special tokens, texts that are
+    empty, and texts that are not UTF-8 encodable.
+    """
+    if tokenizer_type not in TOKENIZER_TYPES:
+        raise ValueError(f"tokenizer_type {tokenizer_type!r} is unknown; choose one of {', '.join(TOKENIZER_TYPES)}")
+    if tokenizer_type == "bpe" and vocab_size < MIN_BPE_VOCAB_SIZE:
+        raise ValueError(
+            f"vocab_size {vocab_size} is too small for a byte-level tokenizer; it needs at least {MIN_BPE_VOCAB_SIZE} "
+            f"(256 bytes and {len(SPECIAL_TOKENS)} special tokens)"
+        )
+    if model_max_length is not None and model_max_length < 1:
+        raise ValueError(f"model_max_length {model_max_length} must be at least 1 token, or None for no limit")
+    pieces = _pieces([texts] if isinstance(texts, str) else texts)
+    if tokenizer_type == "bpe":
+        backend = _train_bpe(pieces, vocab_size, show_progress)
+        unknown = {}
+    else:
+        backend = _train_char(pieces)
+        unknown = {"unk_token": UNKNOWN}
+    limit = {} if model_max_length is None else {"model_max_length": model_max_length}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token=END_OF_TEXT,
+        pad_token=PAD,
+        extra_special_tokens=[IM_START, IM_END],
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        **unknown,
+        **limit,
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def check_tokenizer_fits(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
+    """Raise ValueError when `tokenizer` can produce ids that the embedding of `config` does not have."""
+    needed, held = len(tokenizer), config.vocab_size
+    if needed > held:
+        raise ValueError(
+            f"the tokenizer has {needed} tokens but the config's vocab_size is {held}; set vocab_size={needed} for a new "
+            f"model, or call model.resize_token_embeddings({needed}) on a trained one"
+        )
+
+
+def split_text(text: str, size: int = _PIECE_CHARACTERS) -> Iterator[str]:
+    """Cut `text` into pieces of about `size` characters (the last is shorter) whose tokens, joined, are those of the whole.
+
+    A tokenizer holds some hundred bytes per token while it works, so a text of many megabytes is better fed in pieces. The
+    cuts fall at line starts or before a space; where a text has neither, a piece grows until one comes. Exact for the types
+    of `train_tokenizer`; a tokenizer that marks the start of every text it is given (SentencePiece's leading space) marks
+    each piece.
+    """
+    start = 0
+    while len(text) - start > size:
+        cut = _CUT.search(text, start + size)
+        if cut is None:
+            break
+        yield text[start : cut.start()]
+        start = cut.start()
+    yield text[start:]
+
+
+def _pieces(texts: Iterable[str]) -> Iterator[str]:
+    """The non-empty texts in pieces; ValueError when nothing comes, or when a text cannot be written as UTF-8."""
+    empty = True
+    for index, text in enumerate(texts):
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"text {index} holds the lone surrogate U+{ord(text[error.start]):04X} at character {error.start}; "
+                "remove it, no UTF-8 text can hold one"
+            ) from None
+        if text:
+            empty = False
+            yield from split_text(text)
+    if empty:
+        raise ValueError("the training text for the tokenizer is empty; give it at least one character")
+
+
+def _train_bpe(pieces: Iterator[str], vocab_size: int, show_progress: bool) -> Tokenizer:
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(QWEN2_SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    # Adds no tokens; leaves offsets that cover a token's leading space.
+    backend.post_processor = processors.ByteLevel(trim_offsets=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=_special(SPECIAL_TOKENS),
+        # Sorted, because the set that the library hands over would give the bytes a new order in every process.
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=show_progress,
+    )
+    backend.train_from_iterator(pieces, trainer)
+    return backend
+
+
+def _train_char(pieces: Iterator[str]) -> Tokenizer:
+    characters: set[str] = set()
+    for piece in pieces:
+        characters.update(piece)
+    specials = (*SPECIAL_TOKENS, UNKNOWN)
+    vocabulary = {token: index for index, token in enumerate((*specials, *sorted(characters)))}
+    # A BPE without merges leaves single characters, and needs no pre-tokenizer to take the text apart.
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=UNKNOWN))
+    backend.decoder = decoders.Fuse()
+    backend.post_processor = processors.ByteLevel(trim_offsets=False)
+    backend.add_special_tokens(_special(specials))
+    return backend
+
+
+def _special(tokens: Iterable[str]) -> list[AddedToken]:
+    return [AddedToken(token, special=True, normalized=False) for token in tokens]
