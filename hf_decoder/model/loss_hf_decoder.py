@@ -1,0 +1,213 @@
+"""Next-token loss, from logits or straight from hidden states without ever holding all the logits.
+
+The second form works through the rows in chunks and forms the gradients in the same pass, because they need the same
+logits: memory is one chunk of logits instead of several copies of all of them. The idea is that of Wijmans et al. 2024
+("Cut Your Losses") and of Liger Kernel; this one is plain PyTorch and runs on any device.
+Shapes: N rows (tokens), D hidden_size, V vocab_size.
+"""
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+# Elements of one chunk of logits. Small enough to stay near the caches of a CPU, large enough for full matmul speed.
+CHUNK_ELEMENTS = 2**23
+MIN_CHUNK_ROWS = 256
+
+
+def softcap(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
+    """cap * tanh(logits / cap), bounded by +-cap (Gemma 2, section 2); the logits themselves without a cap."""
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def shift(labels: torch.Tensor, ignore_index: int = -100) -> torch.Tensor:
+    """(B, S) labels aligned with the inputs -> (B, S) labels of the next token, `ignore_index` at the end."""
+    return nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:].contiguous()
+
+
+def _normalise(total: torch.Tensor, count: torch.Tensor, num_items_in_batch: torch.Tensor | int | None):
+    """Mean over the counted tokens, or the sum over `num_items_in_batch`; 0 instead of 0/0 where nothing counts."""
+    items = count if num_items_in_batch is None else num_items_in_batch
+    items = torch.as_tensor(items, device=total.device)
+    return total / items.clamp(min=1)
+
+
+def causal_lm_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor | None,
+    vocab_size: int,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    ignore_index: int = -100,
+    shift_labels: torch.Tensor | None = None,
+    z_loss_coef: float = 0.0,
+    **kwargs,
+) -> torch.Tensor:
+    """transformers' `ForCausalLMLoss`, except that a batch without a single label gives 0 and not NaN, and z-loss.
+
+    Args:
+        logits: (B, S, V), upcast to fp32 here.
+        labels: (B, S), aligned with the inputs and shifted here; unused when `shift_labels` is given.
+        vocab_size: V.
+        num_items_in_batch: what the summed loss is divided by; without it, the number of labels that count.
+        ignore_index: label of positions without loss.
+        shift_labels: (B, S), labels that are shifted already.
+        z_loss_coef: weight of the mean squared log-partition (PaLM, section 5).
+    """
+    targets = (shift(labels, ignore_index) if shift_labels is None else shift_labels).reshape(-1).to(logits.device)
+    logits = logits.float().reshape(-1, vocab_size)
+    valid = targets != ignore_index
+    total = nn.functional.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="sum")
+    if z_loss_coef:
+        total = total + z_loss_coef * logits.logsumexp(-1).square().masked_fill(~valid, 0.0).sum()
+    return _normalise(total, valid.sum(), num_items_in_batch)
+
+
+def linear_causal_lm_loss(
+    hidden_states: torch.Tensor,
+    lm_head: nn.Module,
+    labels: torch.Tensor | None,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    ignore_index: int = -100,
+    shift_labels: torch.Tensor | None = None,
+    z_loss_coef: float = 0.0,
+    final_logit_softcapping: float | None = None,
+    **kwargs,
+) -> torch.Tensor:
+    """`causal_lm_loss` of `lm_head(hidden_states)`, (B, S, D), without holding the logits where the head allows it.
+
+    The head allows it when it is a plain linear layer whose weight lies here in one piece. One that an adapter wraps,
+    a quantizer replaced, or tensor and data parallelism sharded is called as it is, and its logits are held.
+    """
+    if not _is_plain_linear(lm_head):
+        logits = softcap(lm_head(hidden_states), final_logit_softcapping)
+        return causal_lm_loss(
+            logits, labels, logits.shape[-1], num_items_in_batch, ignore_index, shift_labels, z_loss_coef
+        )
+    targets = shift(labels, ignore_index) if shift_labels is None else shift_labels
+    targets = targets.reshape(-1).to(hidden_states.device)
+    rows = hidden_states.reshape(-1, hidden_states.shape[-1])
+    valid = targets != ignore_index
+    if not torch.compiler.is_compiling():  # positions without a label never reach the head
+        counted = valid.nonzero().squeeze(-1)
+        rows, targets = rows[counted], targets[counted]
+    total = linear_cross_entropy(
+        rows, lm_head.weight, targets, lm_head.bias, ignore_index, z_loss_coef, final_logit_softcapping
+    )
+    return _normalise(total, valid.sum(), num_items_in_batch)
+
+
+def _is_plain_linear(lm_head: nn.Module) -> bool:
+    return (
+        type(lm_head) is nn.Linear
+        and type(lm_head.weight) in (nn.Parameter, torch.Tensor)
+        and not lm_head.weight.is_meta
+        and not lm_head._forward_pre_hooks
+        and not lm_head._forward_hooks
+        and "forward" not in lm_head.__dict__  # how accelerate attaches its offloading hooks
+    )
+
+
+def linear_cross_entropy(
+    rows: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    z_loss_coef: float = 0.0,
+    final_logit_softcapping: float | None = None,
+    label_smoothing: float = 0.0,
+) -> torch.Tensor:
+    """Summed cross-entropy of `rows @ weight.T + bias` against `targets`, softmax in fp32.
+
+    Args:
+        rows: (N, D).
+        weight: (V, D).
+        targets: (N,), `ignore_index` where a row does not count.
+        bias: (V,).
+        ignore_index: target of rows without loss.
+        z_loss_coef: weight of the squared log-partition, added to every row that counts.
+        final_logit_softcapping: see `softcap`.
+        label_smoothing: share of the target spread evenly over the vocabulary, as in `F.cross_entropy`.
+
+    Returns:
+        A scalar in fp32.
+    """
+    device_type = rows.device.type
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        rows, weight, bias = rows.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    settings = (ignore_index, z_loss_coef, final_logit_softcapping, label_smoothing)
+    with torch.autocast(device_type, enabled=False):
+        return _LinearCrossEntropy.apply(rows, weight, bias, targets, torch.is_grad_enabled(), settings)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Forms the gradients in the forward pass, chunk by chunk; the backward pass only scales them."""
+
+    @staticmethod
+    def forward(ctx, rows, weight, bias, targets, grad_enabled, settings):
+        ignore_index, z_loss_coef, cap, smoothing = settings
+        needs_rows, needs_weight, needs_bias = (grad_enabled and needed for needed in ctx.needs_input_grad[:3])
+        grad_rows = torch.empty_like(rows) if needs_rows else None
+        # fp32 whatever the weights' type: many chunks are added up
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias else None
+        total = torch.zeros((), dtype=torch.float32, device=rows.device)
+        vocab_size = weight.shape[0]
+        chunk_rows = max(MIN_CHUNK_ROWS, CHUNK_ELEMENTS // vocab_size)
+
+        for start in range(0, rows.shape[0], chunk_rows):
+            chunk = rows[start : start + chunk_rows]
+            target = targets[start : start + chunk_rows]
+            valid = target != ignore_index
+            index = target.masked_fill(~valid, 0).unsqueeze(-1)
+            logits = torch.mm(chunk, weight.t()) if bias is None else torch.addmm(bias, chunk, weight.t())
+            logits = softcap(logits.float(), cap)
+            log_probs = torch.log_softmax(logits, dim=-1)
+            target_log_prob = log_probs.gather(-1, index)
+            loss = -target_log_prob
+            if smoothing:
+                loss = (1 - smoothing) * loss - smoothing * log_probs.mean(-1, keepdim=True)
+            scale = 1.0  # of the softmax in the gradient
+            if z_loss_coef:
+                log_partition = logits.gather(-1, index) - target_log_prob
+                loss = loss + z_loss_coef * log_partition.square()
+                scale = 1.0 + 2.0 * z_loss_coef * log_partition
+            total += loss.masked_fill(~valid.unsqueeze(-1), 0.0).sum()
+            if not (needs_rows or needs_weight or needs_bias):
+                continue
+
+            grad_logits = log_probs.exp_()
+            if z_loss_coef:
+                grad_logits *= scale
+            if smoothing:
+                grad_logits -= smoothing / vocab_size
+            grad_logits.scatter_add_(-1, index, torch.full_like(loss, smoothing - 1.0))
+            if cap is not None:
+                grad_logits *= 1.0 - (logits / cap).square()
+            grad_logits.masked_fill_(~valid.unsqueeze(-1), 0.0)
+            grad_logits = grad_logits.to(rows.dtype)
+            if needs_rows:
+                torch.mm(grad_logits, weight, out=grad_rows[start : start + chunk_rows])
+            if needs_weight:
+                grad_weight += torch.mm(grad_logits.t(), chunk)
+            if needs_bias:
+                grad_bias += grad_logits.sum(0, dtype=torch.float32)
+
+        ctx.save_for_backward(grad_rows, grad_weight, grad_bias)
+        ctx.weight_dtype = weight.dtype
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_total):
+        grad_rows, grad_weight, grad_bias = ctx.saved_tensors
+
+        def scaled(grad):
+            # grad_total is 1 / number of tokens: applied in fp32, so that half precision does not lose small values
+            return None if grad is None else (grad * grad_total).to(ctx.weight_dtype)
+
+        return scaled(grad_rows), scaled(grad_weight), scaled(grad_bias), None, None, None
+
+
+__all__ = ["causal_lm_loss", "linear_causal_lm_loss", "linear_cross_entropy", "softcap"]

@@ -1,0 +1,500 @@
+"""The HfDecoder model: RMSNorm, RoPE, grouped-query attention, SwiGLU, and the heads on top.
+
+Legend of shapes: B batch, S query tokens, K key tokens, D hidden_size, H query heads, G key/value heads, E head_dim,
+V vocab_size. Parameter names and their layout on disk are Llama's.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.integrations import use_kernel_forward_from_hub
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_hf_decoder import HfDecoderConfig
+from .loss_hf_decoder import causal_lm_loss, linear_causal_lm_loss, softcap
+from .registry_hf_decoder import AUTO_MAP, register_names
+
+register_names()
+
+
+@use_kernel_forward_from_hub("RMSNorm")
+class HfDecoderRMSNorm(nn.Module):
+    """x / rms(x) * weight, with the statistics in fp32 (Zhang and Sennrich 2019)."""
+
+    def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        input_dtype = hidden_states.dtype
+        hidden_states = hidden_states.to(torch.float32)
+        variance = hidden_states.pow(2).mean(-1, keepdim=True)
+        hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
+        return self.weight * hidden_states.to(input_dtype)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
+
+
+class HfDecoderRotaryEmbedding(nn.Module):
+    """Cosines and sines of RoPE. The name and `original_inv_freq` are what transformers restores buffers by."""
+
+    def __init__(self, config: HfDecoderConfig):
+        super().__init__()
+        self.max_seq_len_cached = config.max_position_embeddings
+        self.original_max_seq_len = config.max_position_embeddings
+        self.config = config
+        self.rope_type = config.rope_parameters["rope_type"]
+        rope_init_fn: Callable = self.compute_default_rope_parameters
+        if self.rope_type != "default":
+            rope_init_fn = ROPE_INIT_FUNCTIONS[self.rope_type]
+        inv_freq, self.attention_scaling = rope_init_fn(config)
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(
+        config: HfDecoderConfig, device: torch.device | None = None, seq_len: int | None = None, **kwargs
+    ) -> tuple[torch.Tensor, float]:
+        """Returns the inverse frequencies theta**(-2i/R) of the R rotated dimensions, (R/2,), and the scale 1."""
+        rotary_dim = int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
+        exponents = torch.arange(0, rotary_dim, 2, dtype=torch.int64).to(device=device, dtype=torch.float) / rotary_dim
+        return 1.0 / (config.rope_parameters["rope_theta"] ** exponents), 1.0
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """position_ids (B or 1, S) -> cos, sin (B or 1, S, R) in x's dtype; angles in fp32 whatever that dtype is."""
+        # an outer product written as a multiplication: autocast leaves it in fp32
+        angles = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
+        angles = torch.cat((angles, angles), dim=-1)
+        cos = angles.cos() * self.attention_scaling
+        sin = angles.sin() * self.attention_scaling
+        return cos.to(x.dtype), sin.to(x.dtype)
+
+
+def rotate_half(x: torch.Tensor) -> torch.Tensor:
+    """Turns (a, b) halves of the last dimension into (-b, a)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((-b, a), dim=-1)
+
+
+def apply_rotary_pos_emb(
+    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotates query (B, H, S, E) and key (B, G, S, E) by cos, sin (B or 1, S, R); dimensions past R stay as they are."""
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+
+    def rotate(x: torch.Tensor) -> torch.Tensor:
+        if cos.shape[-1] == x.shape[-1]:
+            return x * cos + rotate_half(x) * sin
+        turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+        return torch.cat((turned * cos + rotate_half(turned) * sin, rest), dim=-1)
+
+    return rotate(query), rotate(key)
+
+
+class HfDecoderMLP(nn.Module):
+    """SwiGLU: down(act(gate(x)) * up(x)) (Shazeer 2020)."""
+
+    def __init__(self, config: HfDecoderConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+def repeat_kv(hidden_states: torch.Tensor, n_rep: int) -> torch.Tensor:
+    """(B, G, K, E) -> (B, G * n_rep, K, E), each head n_rep times in a row."""
+    if n_rep == 1:
+        return hidden_states
+    return hidden_states[:, :, None].expand(-1, -1, n_rep, -1, -1).flatten(1, 2)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,  # (B, H, S, E)
+    key: torch.Tensor,  # (B, G, K, E)
+    value: torch.Tensor,  # (B, G, K, E)
+    attention_mask: torch.Tensor | None,  # (B, 1, S, K), added to the scores
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention written out, softmax in fp32. Returns the output (B, S, H, E) and the weights (B, H, S, K)."""
+    key = repeat_kv(key, module.num_key_value_groups)
+    value = repeat_kv(value, module.num_key_value_groups)
+    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+class HfDecoderAttention(nn.Module):
+    """Grouped-query attention with RoPE, optional QK-norm, sliding window and NoPE."""
+
+    def __init__(self, config: HfDecoderConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+        self.sliding_window = config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None
+        self.use_rope = config.no_rope_layers is None or bool(config.no_rope_layers[layer_idx])
+
+        width, key_value_width = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        qkv_bias, output_bias = bool(config.attention_bias), config.attention_bias is True
+        self.q_proj = nn.Linear(config.hidden_size, width, bias=qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_value_width, bias=qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_value_width, bias=qkv_bias)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=output_bias)
+        self.use_qk_norm = config.qk_norm
+        if self.use_qk_norm:
+            self.q_norm = HfDecoderRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+            self.k_norm = HfDecoderRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,  # (B, S, D)
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        input_shape = hidden_states.shape[:-1]
+        head_shape = (*input_shape, -1, self.head_dim)
+        query = self.q_proj(hidden_states).view(head_shape)  # (B, S, H, E)
+        key = self.k_proj(hidden_states).view(head_shape)  # (B, S, G, E)
+        value = self.v_proj(hidden_states).view(head_shape).transpose(1, 2)
+        if self.use_qk_norm:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = query.transpose(1, 2), key.transpose(1, 2)
+        if self.use_rope:
+            query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        attn_output, attn_weights = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
+        attn_output = attn_output.reshape(*input_shape, -1).contiguous()
+        return self.o_proj(attn_output), attn_weights
+
+
+class HfDecoderLayer(GradientCheckpointingLayer):
+    """Pre-norm residual block: attention, then MLP."""
+
+    def __init__(self, config: HfDecoderConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = HfDecoderAttention(config, layer_idx)
+        self.mlp = HfDecoderMLP(config)
+        self.input_layernorm = HfDecoderRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = HfDecoderRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,  # (B, S, D)
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        attn_output, _ = self.self_attn(
+            hidden_states=self.input_layernorm(hidden_states),
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = hidden_states + attn_output
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class HfDecoderPreTrainedModel(PreTrainedModel):
+    """What transformers asks a model class to declare."""
+
+    config: HfDecoderConfig
+    config_class = HfDecoderConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["HfDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": HfDecoderLayer, "attentions": HfDecoderAttention}
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As in transformers; the saved config names every auto class, whatever head is saved."""
+        self.config.auto_map = dict(AUTO_MAP)
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+
+class HfDecoderModel(HfDecoderPreTrainedModel):
+    """The decoder without a head: token ids or embeddings in, hidden states (B, S, D) out."""
+
+    _auto_class = "AutoModel"
+
+    def __init__(self, config: HfDecoderConfig):
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(HfDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers))
+        self.norm = HfDecoderRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = HfDecoderRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        """
+        Args:
+            input_ids (`torch.LongTensor` of shape `(B, S)`, *optional*): token ids; either these or `inputs_embeds`.
+            attention_mask (`torch.Tensor`, *optional*): `(B, K)` with 1 for tokens and 0 for padding, or a prepared mask.
+            position_ids (`torch.LongTensor` of shape `(B, S)`, *optional*): positions. Without an `attention_mask` and
+                a cache, positions that restart inside a row mark packed documents, which do not see each other.
+            past_key_values (`Cache`, *optional*): keys and values of earlier tokens.
+            inputs_embeds (`torch.FloatTensor` of shape `(B, S, D)`, *optional*): embeddings in place of `input_ids`.
+            use_cache (`bool`, *optional*): whether to fill and return a cache; the config's value by default.
+
+        Raises:
+            ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        if inputs_embeds is None:
+            try:
+                inputs_embeds = self.embed_tokens(input_ids)
+            except IndexError as error:
+                raise ValueError(
+                    f"input_ids holds ids between {input_ids.min()} and {input_ids.max()}, but the vocabulary ends at "
+                    f"{self.config.vocab_size - 1}; use the tokenizer that belongs to this model"
+                ) from error
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen_tokens
+            position_ids = position_ids.unsqueeze(0)
+
+        masks = attention_mask
+        if not isinstance(masks, dict):  # generate() may have prepared one mask a layer type
+            mask_kwargs = {
+                "config": self.config,
+                "inputs_embeds": inputs_embeds,
+                "attention_mask": attention_mask,
+                "past_key_values": past_key_values,
+                "position_ids": position_ids,
+            }
+            create = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+            masks = {kind: create[kind](**mask_kwargs) for kind in dict.fromkeys(self.config.layer_types)}
+
+        hidden_states = inputs_embeds
+        position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        # a slice, because pipeline and early-exit tools shorten the model by its config
+        for layer_idx, decoder_layer in enumerate(self.layers[: self.config.num_hidden_layers]):
+            hidden_states = decoder_layer(
+                hidden_states,
+                attention_mask=masks[self.config.layer_types[layer_idx]],
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                position_embeddings=position_embeddings,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+
+class HfDecoderForCausalLM(HfDecoderPreTrainedModel, GenerationMixin):
+    """The decoder with a language-modelling head."""
+
+    _auto_class = "AutoModelForCausalLM"
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: HfDecoderConfig):
+        super().__init__(config)
+        self.model = HfDecoderModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @property
+    def loss_function(self) -> Callable:
+        """Our `causal_lm_loss`, or the function that was assigned to this attribute in its place."""
+        if hasattr(self, "_loss_function"):
+            return self._loss_function
+        return partial(causal_lm_loss, z_loss_coef=self.config.z_loss_coef)
+
+    @loss_function.setter
+    def loss_function(self, value: Callable):
+        self._loss_function = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        """
+        Args:
+            labels (`torch.LongTensor` of shape `(B, S)`, *optional*): the input ids again, -100 where no loss is wanted;
+                shifted here. `shift_labels` in the keyword arguments takes labels that are shifted already.
+            logits_to_keep (`int` or `torch.Tensor`, defaults to 0): logits of only the last so many positions, or of
+                those at these indices; 0 means all.
+            skip_logits (`bool`, *optional*): with labels, return `logits=None` and form the loss without ever holding
+                the (B, S, V) logits. `None`: in training mode, the way that Liger kernels do it too. Pass `False` to
+                have the logits while training, `True` to save their memory in an evaluation that reads only the loss.
+        """
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        if not isinstance(logits_to_keep, int) or logits_to_keep:
+            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            hidden_states = hidden_states[:, keep, :]
+
+        loss = logits = None
+        wants_loss = labels is not None or kwargs.get("shift_labels") is not None
+        if skip_logits is None:
+            skip_logits = self.training
+        config = self.config
+        if wants_loss and skip_logits and not hasattr(self, "_loss_function"):
+            cap = config.final_logit_softcapping
+            loss_kwargs = {"z_loss_coef": config.z_loss_coef, "final_logit_softcapping": cap, **kwargs}
+            loss = linear_causal_lm_loss(hidden_states, self.lm_head, labels, **loss_kwargs)
+        else:
+            logits = softcap(self.lm_head(hidden_states), config.final_logit_softcapping)
+            if wants_loss:
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=config.vocab_size, **kwargs)
+
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class HfDecoderForSequenceClassification(GenericForSequenceClassification, HfDecoderPreTrainedModel):
+    """The decoder with a classifier on the last token that is not padding."""
+
+    _auto_class = "AutoModelForSequenceClassification"
+
+    # The Generic constructors ask AutoModel for the decoder, which a remote-code class is not registered with.
+    def __init__(self, config: HfDecoderConfig):
+        HfDecoderPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = HfDecoderModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+
+class HfDecoderForTokenClassification(GenericForTokenClassification, HfDecoderPreTrainedModel):
+    """The decoder with a classifier on every token."""
+
+    _auto_class = "AutoModelForTokenClassification"
+
+    def __init__(self, config: HfDecoderConfig):
+        HfDecoderPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = HfDecoderModel(config)
+        self.dropout = nn.Dropout(0.1)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+
+class HfDecoderForQuestionAnswering(GenericForQuestionAnswering, HfDecoderPreTrainedModel):
+    """The decoder with a start and an end score for every token (extractive question answering)."""
+
+    _auto_class = "AutoModelForQuestionAnswering"
+
+    def __init__(self, config: HfDecoderConfig):
+        HfDecoderPreTrainedModel.__init__(self, config)
+        self.model = HfDecoderModel(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+
+__all__ = [
+    "HfDecoderForCausalLM",
+    "HfDecoderForQuestionAnswering",
+    "HfDecoderForSequenceClassification",
+    "HfDecoderForTokenClassification",
+    "HfDecoderModel",
+    "HfDecoderPreTrainedModel",
+]
