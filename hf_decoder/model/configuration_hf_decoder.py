@@ -66,14 +66,13 @@ class HfDecoderConfig(PreTrainedConfig):
         hidden_size (`int`, defaults to 768):
             Width of the residual stream.
         intermediate_size (`int`, *optional*):
-            Width of the SwiGLU layer. `None` means 8/3 of `hidden_size` rounded up to a multiple of 64, which gives the
-            gated layer the parameters of an ungated one four times as wide as the stream (Shazeer 2020, section 3).
-        num_hidden_layers (`int`, defaults to 12):
+            Width of the SwiGLU layer. `None` means 8/3 of `hidden_size` rounded up to a multiple of 64, as many
+            parameters, gated, as an ungated layer four times as wide as the stream (Shazeer 2020, section 3).
             Number of decoder layers.
         num_attention_heads (`int`, defaults to 12):
             Number of query heads.
         num_key_value_heads (`int`, *optional*, defaults to 4):
-            Number of key/value heads (grouped-query attention, Ainslie et al. 2023). `None` means as many as query heads.
+            Number of key/value heads (grouped-query attention, Ainslie et al. 2023). `None` means one a query head.
         head_dim (`int`, *optional*):
             Width of a head; need not be `hidden_size / num_attention_heads`, which `None` stands for.
         hidden_act (`str`, defaults to `"silu"`):
@@ -91,15 +90,15 @@ class HfDecoderConfig(PreTrainedConfig):
         tie_word_embeddings (`bool`, defaults to `True`):
             Whether the output projection is the embedding table.
         rope_parameters (`dict`, *optional*):
-            RoPE (Su et al. 2021) in transformers' form: `rope_type` (one of default, linear, dynamic, yarn, longrope,
+            RoPE (Su et al. 2021) in transformers' form: `rope_type` (default, linear, dynamic, yarn, longrope or
             llama3), `rope_theta`, `partial_rotary_factor` and what the type needs. The older keys `rope_theta`,
             `rope_scaling` and `partial_rotary_factor` are read too.
         no_rope_layers (`list[int]`, *optional*):
-            One entry a layer, 1 where the layer rotates and 0 where it does not (NoPE), as in SmolLM3. `None`: all rotate.
+            One entry a layer, 1 where the layer rotates and 0 where it does not (NoPE), as in SmolLM3. `None`: all do.
         qk_norm (`bool`, defaults to `False`):
             RMSNorm over each query and key head, before RoPE, as in Qwen3.
         attention_bias (`bool` or `"qkv"`, defaults to `False`):
-            Biases in the attention projections: in all four, or with `"qkv"` in the three input projections as in Qwen2.
+            Biases in the attention projections: in all four, or with `"qkv"` in query, key and value as in Qwen2.
         attention_dropout (`float`, defaults to 0.0):
             Dropout probability of the attention weights, in [0, 1).
         mlp_bias (`bool`, defaults to `False`):
@@ -225,7 +224,7 @@ class HfDecoderConfig(PreTrainedConfig):
     def _check_layers(self):
         if self.sliding_window is not None and self.sliding_window <= 0:
             raise ValueError(
-                f"sliding_window={self.sliding_window} is not possible; it must be a positive number of tokens, or None"
+                f"sliding_window={self.sliding_window} is not possible; it must be a positive number, or None"
             )
         if len(self.layer_types) != self.num_hidden_layers:
             raise ValueError(
@@ -250,9 +249,7 @@ class HfDecoderConfig(PreTrainedConfig):
                     f"{self.num_hidden_layers}; give one entry a layer"
                 )
             if not set(self.no_rope_layers) <= {0, 1}:
-                raise ValueError(
-                    f"no_rope_layers={self.no_rope_layers} is not possible; use 1 for a layer with RoPE, 0 for one without"
-                )
+                raise ValueError(f"no_rope_layers={self.no_rope_layers} is not possible; use 1 for RoPE, 0 for none")
 
     def _check_rotary_dim(self):
         factor = self.rope_parameters.get("partial_rotary_factor")
@@ -269,7 +266,7 @@ class HfDecoderConfig(PreTrainedConfig):
             factors = self.rope_parameters.get(name)
             if factors is not None and len(factors) != rotary_dim // 2:
                 raise ValueError(
-                    f"rope_parameters[{name!r}] has {len(factors)} entries; one a rotated pair is needed, {rotary_dim // 2}"
+                    f"rope_parameters[{name!r}] has {len(factors)} entries; {rotary_dim // 2} pairs are rotated"
                 )
 
     @staticmethod

@@ -101,7 +101,7 @@ def rotate_half(x: torch.Tensor) -> torch.Tensor:
 def apply_rotary_pos_emb(
     query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotates query (B, H, S, E) and key (B, G, S, E) by cos, sin (B or 1, S, R); dimensions past R stay as they are."""
+    """Rotates query (B, H, S, E) and key (B, G, S, E) by cos, sin (B or 1, S, R); the rest stays."""
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
 
     def rotate(x: torch.Tensor) -> torch.Tensor:
@@ -306,7 +306,7 @@ class HfDecoderModel(HfDecoderPreTrainedModel):
         """
         Args:
             input_ids (`torch.LongTensor` of shape `(B, S)`, *optional*): token ids; either these or `inputs_embeds`.
-            attention_mask (`torch.Tensor`, *optional*): `(B, K)` with 1 for tokens and 0 for padding, or a prepared mask.
+            attention_mask (`torch.Tensor`, *optional*): `(B, K)` 1 for tokens, 0 for padding, or a prepared mask.
             position_ids (`torch.LongTensor` of shape `(B, S)`, *optional*): positions. Without an `attention_mask` and
                 a cache, positions that restart inside a row mark packed documents, which do not see each other.
             past_key_values (`Cache`, *optional*): keys and values of earlier tokens.
@@ -405,7 +405,7 @@ class HfDecoderForCausalLM(HfDecoderPreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """
         Args:
-            labels (`torch.LongTensor` of shape `(B, S)`, *optional*): the input ids again, -100 where no loss is wanted;
+            labels (`torch.LongTensor` of shape `(B, S)`, *optional*): the input ids, -100 where no loss is wanted;
                 shifted here. `shift_labels` in the keyword arguments takes labels that are shifted already.
             logits_to_keep (`int` or `torch.Tensor`, defaults to 0): logits of only the last so many positions, or of
                 those at these indices; 0 means all.
