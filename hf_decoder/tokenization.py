@@ -2,7 +2,7 @@
 
 `train_tokenizer` returns a stock `PreTrainedTokenizerFast` of one of two types:
 
-- `bpe`: byte-level BPE. Any text round-trips exactly: there is no normaliser, no unknown token, and every byte is a token.
+- `bpe`: byte-level BPE. Any text round-trips exactly: no normaliser, no unknown token, every byte is a token.
 - `char`: one token per distinct character of the training text, for classic small experiments. A character that the
   training text lacks becomes `<|unk|>`.
 
@@ -16,12 +16,13 @@ The special tokens hold the first ids, which never move and are counted in the v
 | 3  | `<|im_end|>`    | closes a chat turn                                                  |
 | 4  | `<|unk|>`       | `unk_token`, in the `char` type only                                |
 
-`padding_side` is saved as "left": `generate` continues a row at its last column, so a decoder needs its padding in front.
-Training does not mind, because padding carries label -100 and attention mask 0 on either side.
+`padding_side` is saved as "left": `generate` continues a row at its last column, so a decoder needs its padding in
+front. Training does not mind, because padding carries label -100 and attention mask 0 on either side.
 
 Special tokens written out inside text: `tokenizer(text)` and `apply_chat_template` read the string `<|im_end|>` as the
-special token, wherever it stands, as all of transformers does. A service that passes on what strangers write must refuse or
-rewrite such content first. Documents of a corpus are encoded with `split_special_tokens=True`, which reads it as plain text.
+special token, wherever it stands, as all of transformers does. A service that passes on what strangers write must
+refuse or rewrite such content first. Documents of a corpus are encoded with `split_special_tokens=True`, which reads
+it as plain text.
 """
 
 from __future__ import annotations
@@ -46,24 +47,24 @@ SPECIAL_TOKENS = (END_OF_TEXT, PAD, IM_START, IM_END)
 TOKENIZER_TYPES = ("bpe", "char")
 MIN_BPE_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
 
-# The name under which llama.cpp knows the pre-tokenizer of the `bpe` type (GGUF key `tokenizer.ggml.pre`). Qwen2's is the
-# one to share: its rule loses no character, digits stay single, and llama.cpp applies it without the NFC step that Qwen2's
-# own tokenizer puts in front and that this one leaves out, since it would change the text.
+# The name under which llama.cpp knows the pre-tokenizer of the `bpe` type (GGUF key `tokenizer.ggml.pre`). Qwen2's is
+# the one to share: its rule loses no character, digits stay single, and llama.cpp applies it without the NFC step
+# that Qwen2's own tokenizer puts in front and that this one leaves out, since it would change the text.
 LLAMA_CPP_PRE_TOKENIZER = "qwen2"
 
-# Qwen2's rule in the spelling that llama.cpp compiles. Spelling the contractions out, instead of ignoring case, keeps the
-# two equal on letters such as U+017F, which case folding would count as an s.
+# Qwen2's rule in the spelling that llama.cpp compiles. Spelling the contractions out, instead of ignoring case, keeps
+# the two equal on letters such as U+017F, which case folding would count as an s.
 QWEN2_SPLIT = (
     r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
     r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-# ChatML. The generation block spans what the model itself has to produce: the answer and the token that ends it. Content is
-# a string, or a list of parts of which the text is taken.
+# ChatML. The generation block spans what the model itself has to produce: the answer and the token that ends it.
+# Content is a string, or a list of parts of which the text is taken, or none.
 CHAT_TEMPLATE = (
     "{%- macro text_of(content) -%}"
     "{%- if content is string -%}{{- content -}}"
-    "{%- else -%}{%- for part in content -%}{{- part['text'] -}}{%- endfor -%}"
+    "{%- elif content is not none -%}{%- for part in content -%}{{- part['text'] -}}{%- endfor -%}"
     "{%- endif -%}"
     "{%- endmacro -%}"
     "{%- for message in messages -%}"
@@ -92,11 +93,12 @@ def train_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """Train a tokenizer on `texts`; the same texts in the same order give the same `tokenizer.json`, byte for byte.
 
-    `vocab_size` counts the special tokens. It is an upper bound for `bpe` (a short text runs out of pairs to merge) and
-    unused for `char`, where the text decides. `model_max_length`, in tokens, is what callers truncate to when they ask.
+    `vocab_size` counts the special tokens. It is an upper bound for `bpe` (a short text runs out of pairs to merge)
+    and unused for `char`, where the text decides. `model_max_length`, in tokens, is what callers truncate to when
+    they ask.
 
-    Raises ValueError for an unknown type, a vocabulary without room for the 256 bytes and the special tokens, texts that are
-    empty, and texts that are not UTF-8 encodable.
+    Raises ValueError for an unknown type, a vocabulary without room for the 256 bytes and the special tokens, texts
+    that are empty, and texts that are not UTF-8 encodable.
     """
     if tokenizer_type not in TOKENIZER_TYPES:
         raise ValueError(f"tokenizer_type {tokenizer_type!r} is unknown; choose one of {', '.join(TOKENIZER_TYPES)}")
@@ -134,18 +136,18 @@ def check_tokenizer_fits(tokenizer: PreTrainedTokenizerBase, config: PreTrainedC
     needed, held = len(tokenizer), config.vocab_size
     if needed > held:
         raise ValueError(
-            f"the tokenizer has {needed} tokens but the config's vocab_size is {held}; set vocab_size={needed} for a new "
-            f"model, or call model.resize_token_embeddings({needed}) on a trained one"
+            f"the tokenizer has {needed} tokens but the config's vocab_size is {held}; set vocab_size={needed} for a "
+            f"new model, or call model.resize_token_embeddings({needed}) on a trained one"
         )
 
 
 def split_text(text: str, size: int = _PIECE_CHARACTERS) -> Iterator[str]:
-    """Cut `text` into pieces of about `size` characters (the last is shorter) whose tokens, joined, are those of the whole.
+    """Cut `text` into pieces of about `size` characters whose tokens, joined, are the tokens of the whole text.
 
-    A tokenizer holds some hundred bytes per token while it works, so a text of many megabytes is better fed in pieces. The
-    cuts fall at line starts or before a space; where a text has neither, a piece grows until one comes. Exact for the types
-    of `train_tokenizer`; a tokenizer that marks the start of every text it is given (SentencePiece's leading space) marks
-    each piece.
+    A tokenizer holds some hundred bytes per token while it works, so a text of many megabytes is better fed in
+    pieces. The cuts fall at line starts or before a space; where a text has neither, a piece grows until one comes.
+    Exact for the types of `train_tokenizer`; a tokenizer that marks the start of every text it is given
+    (SentencePiece's leading space) marks each piece.
     """
     start = 0
     while len(text) - start > size:

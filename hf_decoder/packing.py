@@ -1,0 +1,308 @@
+"""Documents -> tokens -> blocks of one length, for training and for scoring.
+
+One convention holds everywhere:
+
+- A tokenised document is `<|endoftext|> t1 ... tn <|endoftext|>`. The first marker is context, so that t1 is predicted
+  too; the last is the end, which the model must predict as well. n + 1 predictions cover every byte of the text.
+- Documents are laid end to end, and the closing marker of one is the opening marker of the next: GPT-2's stream. The
+  shared marker is scored (label) on the logits of the old document's last token and read (input) by the new document
+  alone, because `position_ids` restart at 0 there. So documents stay isolated and nothing is scored twice. A tokenizer
+  whose bos differs from its eos shares nothing: `bos t1 ... tn eos`, and bos carries label -100.
+- A block starts with the last token of the block before it, as context (label -100, position 0). So the blocks of a
+  text together score each of its tokens exactly once.
+
+Labels are aligned with `input_ids`, as everywhere in transformers: the model shifts. Rows carry no `attention_mask`,
+and none must be added on the way (by a padding collator, say): models tell packed documents apart by `position_ids`
+only when there is no mask. `transformers.default_data_collator` is the collator for them.
+
+Bits per byte = summed loss in nats / ln 2 / `CorpusReport.bytes`, with every scored token of `pack_for_evaluation` in
+the sum. A mean over batches is not that sum: the last block is shorter than the others.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .tokenization import split_text
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+IGNORE = -100
+
+# Characters handed to the tokenizer at once, and tokens packed at once: some hundred MB of working memory.
+_ENCODE_CHARACTERS = 1 << 22
+_PACK_TOKENS = 1 << 20
+
+
+@dataclass(frozen=True)
+class CorpusReport:
+    """How much text became how many tokens and blocks.
+
+    `bytes`: UTF-8 bytes of the documents. `tokens`: predictions these documents hold (their tokens and one end marker
+    each). `scored_tokens`: the predictions that the blocks really score, all of them when packed for evaluation.
+    """
+
+    documents: int
+    bytes: int
+    tokens: int
+    blocks: int
+    scored_tokens: int
+
+    @classmethod
+    def of(cls, tokenized: Dataset, packed: Dataset) -> CorpusReport:
+        """Count `tokenized` (from `tokenize`) and what `pack` or `pack_for_evaluation` made of it."""
+        num_bytes = tokenized.with_format("numpy", columns=["num_bytes"])["num_bytes"]
+        scored = 0
+        rows = max(1, _PACK_TOKENS // len(packed[0]["labels"])) if len(packed) else 1
+        for batch in packed.with_format("arrow", columns=["labels"]).iter(rows):
+            labels = _flatten(batch["labels"]).reshape(len(batch), -1)
+            scored += int(np.count_nonzero(labels[:, 1:] != IGNORE))
+        return cls(
+            documents=len(tokenized),
+            bytes=int(np.sum(num_bytes)),
+            tokens=int(np.sum(_lengths(tokenized) - 1)),
+            blocks=len(packed),
+            scored_tokens=scored,
+        )
+
+    @property
+    def bytes_per_token(self) -> float:
+        return self.bytes / max(1, self.tokens)
+
+    def lines(self) -> list[str]:
+        """One line a figure, aligned for printing."""
+        return [
+            f"documents       {self.documents:>14,}",
+            f"bytes           {self.bytes:>14,}",
+            f"tokens          {self.tokens:>14,}",
+            f"bytes per token {self.bytes_per_token:>14.3f}",
+            f"blocks          {self.blocks:>14,}",
+            f"scored tokens   {self.scored_tokens:>14,}",
+        ]
+
+
+def tokenize(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, num_proc: int | None = None) -> Dataset:
+    """Encode the `text` column: one row per document, columns `input_ids` (int32) and `num_bytes` (UTF-8, int64).
+
+    A row is the opening marker (bos, or eos where there is no bos), the tokens of the text, and eos. Special tokens
+    written out in a text are text here. A fast tokenizer uses all cores by itself; `num_proc` starts processes.
+
+    Raises ValueError for a tokenizer without eos token, and for one that produces ids outside its own vocabulary.
+    """
+    from datasets import Features, List, Value
+
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no eos_token to end a document with; set tokenizer.eos_token")
+    return dataset.map(
+        _encode,
+        batched=True,
+        batch_size=batch_rows(dataset),
+        fn_kwargs={"tokenizer": tokenizer},
+        remove_columns=dataset.column_names,
+        features=Features({"input_ids": List(Value("int32")), "num_bytes": Value("int64")}),
+        num_proc=num_proc,
+        desc="Tokenizing",
+    )
+
+
+def pack(dataset: Dataset, block_size: int) -> Dataset:
+    """Pack the rows of `tokenize` into training blocks of `block_size` tokens, in order.
+
+    Columns `input_ids`, `position_ids`, `labels`, each of length `block_size`, as torch tensors (int64). The tail that
+    does not fill a block is dropped.
+
+    Raises ValueError for a block size under 2, and for a text shorter than one block.
+    """
+    layout = _Layout(dataset, block_size, stride=block_size - 1)
+    blocks = (layout.total - block_size) // layout.stride + 1
+    if blocks < 1:
+        raise ValueError(
+            f"the training text has {layout.total} tokens, less than one block of {block_size}; "
+            "lower block_size or add text"
+        )
+    return layout.pack(dataset, blocks)
+
+
+def pack_for_evaluation(dataset: Dataset, block_size: int, stride: int | None = None) -> Dataset:
+    """Pack the rows of `tokenize` into blocks that score every token of every document exactly once.
+
+    Columns as in `pack`. The last block is filled up with end markers that carry label -100. `stride` is how many
+    tokens a block advances, and scores: `block_size - 1` by default; a smaller one gives each scored token at least
+    `block_size - stride` tokens of context (less only where the text began), at `block_size / stride` times the work.
+
+    Raises ValueError when there is no document, for a block size under 2, and for a stride outside 1..block_size - 1.
+    """
+    if len(dataset) == 0:
+        raise ValueError("the validation split has no documents; give a validation file or raise validation_fraction")
+    stride = block_size - 1 if stride is None else stride
+    layout = _Layout(dataset, block_size, stride)
+    blocks = 1 + max(0, -(-(layout.total - block_size) // stride))
+    return layout.pack(dataset, blocks)
+
+
+def batch_rows(dataset: Dataset) -> int:
+    """How many rows of `dataset` to hold at once: 1000, and fewer where rows are long."""
+    row_bytes = dataset.data.nbytes / max(1, dataset.data.num_rows)
+    return int(min(1000, max(1, _ENCODE_CHARACTERS // max(1, row_bytes))))
+
+
+class _Layout:
+    """Where documents and blocks lie in the stream of all documents laid end to end.
+
+    `starts[d]` is the stream position of document d's opening marker; one more entry stands behind the last document.
+    """
+
+    def __init__(self, dataset: Dataset, block_size: int, stride: int):
+        if block_size < 2:
+            raise ValueError(f"block_size {block_size} must be at least 2: a token and the one before it")
+        if not 1 <= stride < block_size:
+            raise ValueError(f"stride {stride} must lie between 1 and block_size - 1 = {block_size - 1}")
+        self.block_size = block_size
+        self.stride = stride
+        lengths = _lengths(dataset)
+        if len(lengths) and lengths.min() < 2:
+            raise ValueError("a document has fewer than its two markers; pack takes the rows that tokenize returns")
+        # A closing marker that equals the opening one is left to the next document.
+        first = dataset[0]["input_ids"] if len(dataset) else [0, 0]
+        self.opening, self.closing = int(first[0]), int(first[-1])
+        self.shared = int(self.opening == self.closing)
+        self.starts = np.concatenate([[0], np.cumsum(lengths - self.shared)])
+        self.total = int(self.starts[-1]) + (self.shared if len(lengths) else 0)
+
+    def pack(self, dataset: Dataset, blocks: int) -> Dataset:
+        from datasets import Dataset, Features, List, Value
+        from datasets.fingerprint import Hasher
+
+        fingerprint = Hasher.hash([dataset._fingerprint, self.block_size, self.stride, blocks])
+        # Packed rows go where the documents are: to the disk cache beside them, or to memory.
+        cache = None
+        if dataset.cache_files:
+            folder = os.path.dirname(dataset.cache_files[0]["filename"])
+            cache = os.path.join(folder, f"cache-{fingerprint}.arrow")
+        column = List(Value("int32"), length=self.block_size)
+        packed = Dataset.from_dict({"block": np.arange(blocks)}).map(
+            self._rows,
+            batched=True,
+            batch_size=max(1, _PACK_TOKENS // self.block_size),
+            fn_kwargs={"documents": dataset.select_columns("input_ids").with_format("arrow")},
+            remove_columns=["block"],
+            features=Features({"input_ids": column, "position_ids": column, "labels": column}),
+            cache_file_name=cache,
+            new_fingerprint=fingerprint,
+            desc="Packing",
+        )
+        return packed.with_format("torch")
+
+    def _rows(self, batch: dict[str, list[int]], documents: Dataset) -> dict[str, np.ndarray]:
+        first, last = batch["block"][0], batch["block"][-1]
+        start = first * self.stride
+        stop = last * self.stride + self.block_size
+        tokens, positions, labels = self._span(documents, start, min(stop, self.total))
+        if stop > self.total:
+            # Causal attention keeps the filling out of sight of every token that is scored.
+            filling = (0, stop - self.total)
+            tokens = np.pad(tokens, filling, constant_values=self.closing)
+            positions = np.pad(positions, filling)
+            labels = np.pad(labels, filling, constant_values=IGNORE)
+        columns = np.arange(self.block_size, dtype=np.int32)
+        labels = self._windows(labels)
+        labels[:, 0] = IGNORE
+        repeated = slice(1 if first == 0 else 0, None), slice(0, self.block_size - self.stride)
+        labels[repeated] = IGNORE
+        return {
+            "input_ids": self._windows(tokens),
+            # A document that began before the block counts from the block's start.
+            "position_ids": np.minimum(self._windows(positions), columns),
+            "labels": labels,
+        }
+
+    def _span(self, documents: Dataset, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Tokens, positions in their documents and labels of the stream from `start` up to `stop`, each int32."""
+        first = int(np.searchsorted(self.starts, start, side="right")) - 1
+        # The marker behind the last document belongs to that document's row.
+        first = min(first, len(documents) - 1)
+        last = min(int(np.searchsorted(self.starts, stop - 1, side="right")) - 1, len(documents) - 1)
+        rows = _flatten(documents[first : last + 1]["input_ids"])
+        within = np.arange(first + 1, last + 1)
+        ends = self.starts[within] - self.starts[first] + self.shared * (within - first) - 1
+        low = start - self.starts[first]
+        high = stop - self.starts[first] + self.shared * (last - first)
+        if (rows[ends] != self.closing).any() or (rows[ends + 1] != self.opening).any():
+            raise ValueError("documents differ in their markers; pack takes the rows that one tokenizer gave")
+        tokens = rows[low:high]
+        if self.shared:
+            tokens = np.delete(tokens, ends[ends >= low] - low)
+        stream = np.arange(start, stop)
+        begins = self.starts[np.searchsorted(self.starts, stream, side="right") - 1]
+        positions = (stream - begins).astype(np.int32)
+        labels = tokens.copy()
+        if not self.shared:
+            labels[positions == 0] = IGNORE
+        return tokens, positions, labels
+
+    def _windows(self, values: np.ndarray) -> np.ndarray:
+        windows = np.lib.stride_tricks.sliding_window_view(values, self.block_size)[:: self.stride]
+        return np.array(windows)
+
+
+def _encode(batch: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    opening = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    rows: list[list[np.ndarray]] = [[np.array([opening], np.int32)] for _ in batch["text"]]
+    for owners, pieces in _groups(batch["text"]):
+        encoded = tokenizer(
+            pieces,
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        for owner, ids in zip(owners, encoded["input_ids"], strict=True):
+            rows[owner].append(np.array(ids, np.int32))
+    vocab_size = len(tokenizer)
+    input_ids = []
+    for row in rows:
+        ids = np.concatenate([*row, np.array([tokenizer.eos_token_id], np.int32)])
+        if ids.max() >= vocab_size:
+            raise ValueError(f"the tokenizer gave id {ids.max()}, past its vocabulary of {vocab_size}; repair it")
+        input_ids.append(ids)
+    return {"input_ids": input_ids, "num_bytes": [len(text.encode("utf-8")) for text in batch["text"]]}
+
+
+def _groups(texts: list[str]) -> Iterator[tuple[list[int], list[str]]]:
+    """Pieces of the texts and the texts they belong to, grouped to what a tokenizer should get at once."""
+    owners: list[int] = []
+    pieces: list[str] = []
+    characters = 0
+    for owner, text in enumerate(texts):
+        for piece in split_text(text):
+            owners.append(owner)
+            pieces.append(piece)
+            characters += len(piece)
+            if characters >= _ENCODE_CHARACTERS:
+                yield owners, pieces
+                owners, pieces, characters = [], [], 0
+    if pieces:
+        yield owners, pieces
+
+
+def _lengths(dataset: Dataset) -> np.ndarray:
+    """Tokens of every row of `input_ids`, int64."""
+    import pyarrow.compute as pc
+
+    documents = dataset.select_columns("input_ids").with_format("arrow")
+    counts = [pc.list_value_length(batch["input_ids"]).to_numpy() for batch in documents.iter(10_000)]
+    return np.concatenate(counts).astype(np.int64) if counts else np.zeros(0, np.int64)
+
+
+def _flatten(column: Any) -> np.ndarray:
+    """The values of an arrow list column, one after the other, as one array."""
+    chunks = [chunk.flatten().to_numpy() for chunk in column.chunks]
+    return chunks[0] if len(chunks) == 1 else np.concatenate(chunks)
