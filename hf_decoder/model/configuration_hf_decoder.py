@@ -68,6 +68,7 @@ class HfDecoderConfig(PreTrainedConfig):
         intermediate_size (`int`, *optional*):
             Width of the SwiGLU layer. `None` means 8/3 of `hidden_size` rounded up to a multiple of 64, as many
             parameters, gated, as an ungated layer four times as wide as the stream (Shazeer 2020, section 3).
+        num_hidden_layers (`int`, defaults to 12):
             Number of decoder layers.
         num_attention_heads (`int`, defaults to 12):
             Number of query heads.
