@@ -41,6 +41,8 @@ __all__ = [
     "tokenize",
 ]
 
+# Of the stable hashes, MD5 leaves the largest file of the standard library (pydoc_data/topics.py, prose and 6% of all
+# bytes) in training; held out, it would be more than half of what is scored.
 VALIDATION_FRACTION = 0.05
 MIN_DOCUMENTS_TO_SPLIT = 20
 
@@ -87,7 +89,8 @@ def standard_library_files() -> list[Path]:
 def load_standard_library(validation_fraction: float = VALIDATION_FRACTION) -> DatasetDict:
     """The standard library as documents, one per non-empty file, split by a hash of the relative path (`source`).
 
-    Returns `train` and `validation`, whole files each, the same on every machine with the same Python.
+    Returns `train` and `validation`, whole files each, the same on every machine with the same Python (3.11: 37 of 730
+    files and 5.1% of the bytes are held out).
     """
     from datasets import Dataset
 
@@ -322,7 +325,7 @@ def _hold_out(documents: Dataset, keys: Iterable[str], fraction: float) -> Datas
     if len(documents) >= MIN_DOCUMENTS_TO_SPLIT:
         sides: tuple[list[int], list[int]] = [], []
         for index, key in enumerate(keys):
-            share = int.from_bytes(hashlib.sha256(key.encode("utf-8")).digest()[:8], "big") / 2**64
+            share = int.from_bytes(hashlib.md5(key.encode("utf-8"), usedforsecurity=False).digest()[:8], "big") / 2**64
             sides[share < fraction].append(index)
         if sides[0] and sides[1]:
             return DatasetDict(train=documents.select(sides[0]), validation=documents.select(sides[1]))
