@@ -1,0 +1,46 @@
+"""Tiny random models and inputs that the tests of this folder share."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM
+
+# No size equals another one, so that a mixed-up dimension cannot go unnoticed.
+SHAPE: dict[str, Any] = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 44,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "max_position_embeddings": 64,
+}
+
+
+def tiny_config(**overrides: Any) -> HfDecoderConfig:
+    attention = overrides.pop("attn_implementation", "eager")
+    config = HfDecoderConfig(**SHAPE | {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2} | overrides)
+    config._attn_implementation = attention
+    return config
+
+
+def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Gives every parameter, norms and biases included, a random value that the output feels."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        value = 1 + 0.3 * noise if "norm" in name and name.endswith("weight") else 0.25 * noise
+        parameter.data.copy_(value)
+    return model
+
+
+def tiny_model(cls: type = HfDecoderForCausalLM, seed: int = 0, **overrides: Any) -> Any:
+    return randomise(cls(tiny_config(**overrides)), seed).eval()
+
+
+def random_ids(*shape: int, seed: int = 0, low: int = 3, high: int = SHAPE["vocab_size"]) -> torch.Tensor:
+    """Ids that are no special token."""
+    return torch.randint(low, high, shape, generator=torch.Generator().manual_seed(seed))
