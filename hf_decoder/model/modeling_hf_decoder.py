@@ -4,6 +4,7 @@ Legend of shapes: B batch, S query tokens, K key tokens, D hidden_size, H query 
 V vocab_size. Parameter names and their layout on disk are Llama's.
 """
 
+import os
 from collections.abc import Callable
 from functools import partial
 
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.generation import GenerationMixin
 from transformers.integrations import use_kernel_forward_from_hub
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
@@ -269,9 +271,17 @@ class HfDecoderPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": HfDecoderLayer, "attentions": HfDecoderAttention}
 
+    @classmethod
+    def is_remote_code(cls) -> bool:
+        # FSDP2 gives a sharded model a class of torch's making: transformers would save torch's files as the model's.
+        return super().is_remote_code() and not cls.__module__.startswith("torch.")
+
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As in transformers; the saved config names every auto class, whatever head is saved."""
         self.config.auto_map = dict(AUTO_MAP)
+        if not self.is_remote_code():
+            os.makedirs(save_directory, exist_ok=True)
+            custom_object_save(HfDecoderPreTrainedModel, save_directory)
         super().save_pretrained(save_directory, *args, **kwargs)
 
 
