@@ -1,0 +1,79 @@
+"""Fixtures that the tests of whole tools share: a small tokenizer, and Python processes that start from nothing."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Makes packages look as if they were not installed: no finder finds them, an editable install's own included.
+PRELUDE = """
+import sys
+from importlib.machinery import PathFinder
+
+HIDDEN = {hide!r}
+
+def without_hidden(find):
+    def find_or_not(name, *args, **kwargs):
+        return None if name.replace("-", "_").partition(".")[0] in HIDDEN else find(name, *args, **kwargs)
+    return find_or_not
+
+PathFinder.find_spec = staticmethod(without_hidden(PathFinder.find_spec))
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in getattr(finder, "__module__", "")]
+for name in HIDDEN:
+    try:
+        __import__(name)
+    except ModuleNotFoundError:
+        continue
+    raise SystemExit(name + " is not hidden")
+"""
+
+
+@pytest.fixture
+def run_python(tmp_path):
+    """Runs code in a fresh process, in an empty folder, with its own caches and no terminal; returns its output.
+
+    `hide` names packages that cannot be imported there. Anything but exit code 0 fails the test.
+    """
+
+    def run(code: str, *args: object, hide: tuple[str, ...] = ()) -> str:
+        folder = tmp_path / f"process{len(list(tmp_path.glob('process*')))}"
+        (folder / "cwd").mkdir(parents=True)
+        script = folder / "script.py"
+        script.write_text(PRELUDE.format(hide=hide) + textwrap.dedent(code), encoding="utf-8")
+        env = {
+            name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "TRANSFORMERS_VERBOSITY")
+        }
+        env |= {"HF_HOME": str(folder / "home"), "HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1"}
+        if "hf_decoder" not in hide:
+            env["PYTHONPATH"] = str(ROOT)
+        result = subprocess.run(
+            [sys.executable, str(script), *map(str, args)],
+            cwd=folder / "cwd",
+            env=env,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        output = result.stdout + result.stderr
+        assert result.returncode == 0, output
+        return output
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """A byte-level tokenizer of 300 tokens."""
+    from hf_decoder.tokenization import train_tokenizer
+
+    return train_tokenizer(
+        ["def main(argv):\n    return 0 if argv else 1\n", "the end of the text"] * 4, vocab_size=300
+    )

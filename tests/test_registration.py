@@ -1,0 +1,187 @@
+"""`import hf_decoder` makes the classes first class: Auto classes, the tables of names, and nothing else."""
+
+import importlib
+import sys
+
+import pytest
+import torch
+import transformers
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    Trainer,
+    TrainingArguments,
+)
+from transformers.models.auto import modeling_auto
+
+import hf_decoder
+from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM
+
+HEADS = {
+    AutoModel: "HfDecoderModel",
+    AutoModelForCausalLM: "HfDecoderForCausalLM",
+    AutoModelForSequenceClassification: "HfDecoderForSequenceClassification",
+    AutoModelForTokenClassification: "HfDecoderForTokenClassification",
+    AutoModelForQuestionAnswering: "HfDecoderForQuestionAnswering",
+}
+
+
+def tiny_config(**overrides):
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return HfDecoderConfig(**{"vocab_size": 300, "pad_token_id": 1, "eos_token_id": 0} | shape | overrides)
+
+
+@pytest.mark.parametrize("auto_class", HEADS, ids=lambda auto_class: auto_class.__name__)
+def test_auto_class_from_config_and_from_folder(auto_class, tmp_path):
+    torch.manual_seed(0)
+    model = auto_class.from_config(tiny_config()).eval()
+    assert type(model) is getattr(hf_decoder, HEADS[auto_class])
+    model.save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert type(config) is HfDecoderConfig
+    assert config.to_dict() == model.config.to_dict() | {"_name_or_path": config._name_or_path}
+    loaded = auto_class.from_pretrained(tmp_path)
+    assert type(loaded) is type(model)
+    ids = torch.arange(2, 14)[None]
+    for ours, theirs in zip(loaded(ids).to_tuple(), model(ids).to_tuple(), strict=True):
+        if isinstance(ours, torch.Tensor):
+            assert torch.equal(ours, theirs)
+
+
+def test_config_by_model_type():
+    config = AutoConfig.for_model("hf_decoder", hidden_size=48, num_attention_heads=3, num_key_value_heads=1)
+    assert type(config) is HfDecoderConfig and config.hidden_size == 48
+
+
+def test_tokenizer_of_a_checkpoint_folder(tokenizer, tmp_path):
+    # The tokenizer is a stock class that names itself in tokenizer_config.json: nothing is registered for our config.
+    HfDecoderForCausalLM(tiny_config()).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    text = "def main(argv):\n\treturn 'é'"
+    assert loaded(text).input_ids == tokenizer(text).input_ids
+    assert loaded.decode(loaded(text).input_ids) == text
+    assert HfDecoderConfig not in transformers.TOKENIZER_MAPPING
+
+
+def test_tables_of_names():
+    tables = {
+        "MODEL_MAPPING_NAMES": "HfDecoderModel",
+        "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": "HfDecoderForCausalLM",
+        "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES": "HfDecoderForSequenceClassification",
+        "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES": "HfDecoderForTokenClassification",
+        "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES": "HfDecoderForQuestionAnswering",
+    }
+    for table, name in tables.items():
+        assert getattr(modeling_auto, table)["hf_decoder"] == name
+
+
+def test_names_without_a_module_of_transformers_break_no_lookup():
+    # The tables of classes are built lazily from those names and would import `transformers.models.hf_decoder`.
+    for mapping in ("MODEL_MAPPING", "MODEL_FOR_CAUSAL_LM_MAPPING", "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING"):
+        mapping = getattr(transformers, mapping)
+        assert mapping[HfDecoderConfig].__module__.startswith("hf_decoder.")
+        assert transformers.LlamaConfig in mapping and transformers.BertConfig in mapping
+
+
+def test_transformers_serve_knows_the_modality():
+    manager = pytest.importorskip("transformers.cli.serving.model_manager", exc_type=ImportError)
+    from transformers.cli.serving.utils import Modality
+
+    assert manager.ModelManager.get_model_modality(HfDecoderForCausalLM(tiny_config())) == Modality.LLM
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_label_smoothing_shifts_the_labels(accumulation, tmp_path):
+    torch.manual_seed(0)
+    epsilon, num_rows, length = 0.1, 4, 9
+    model = HfDecoderForCausalLM(tiny_config(initializer_range=0.2))
+    ids = torch.randint(2, 300, (num_rows, length))
+    labels = ids.clone()
+    labels[0, 5:] = -100
+    with torch.no_grad():
+        log_probs = model.eval()(input_ids=ids).logits[:, :-1].log_softmax(-1)
+    targets = labels[:, 1:]
+    losses = [
+        -(1 - epsilon) * log_probs[row, place, targets[row, place]] - epsilon * log_probs[row, place].mean()
+        for row, place in (targets != -100).nonzero().tolist()
+    ]
+    args = TrainingArguments(
+        tmp_path,
+        label_smoothing_factor=epsilon,
+        per_device_train_batch_size=num_rows // accumulation,
+        gradient_accumulation_steps=accumulation,
+        learning_rate=0.0,
+        max_steps=1,
+        logging_steps=1,
+        report_to="none",
+        use_cpu=True,
+    )
+    rows = [{"input_ids": ids[row], "labels": labels[row]} for row in range(num_rows)]
+    trainer = Trainer(model, args, train_dataset=rows)
+    trainer.train()
+    logged = next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
+    assert logged == pytest.approx(torch.stack(losses).mean().item(), abs=1e-4)
+
+
+def test_registering_again_is_harmless():
+    before = {table: dict(getattr(modeling_auto, table)) for table in dir(modeling_auto) if table.endswith("_NAMES")}
+    finders = list(sys.meta_path)
+    importlib.import_module("hf_decoder.registration").register()
+    importlib.reload(hf_decoder)
+    assert before == {table: dict(getattr(modeling_auto, table)) for table in before}
+    assert sys.meta_path == finders
+    assert type(AutoModelForCausalLM.from_config(tiny_config())) is HfDecoderForCausalLM
+
+
+def test_import_is_light_and_needs_no_optional_package(run_python):
+    run_python(
+        """
+        import torch, transformers
+        from transformers.models.llama.modeling_llama import LlamaForCausalLM
+        before = set(sys.modules)
+        import hf_decoder
+        new = {name.partition(".")[0] for name in set(sys.modules) - before} - {"hf_decoder"}
+        heavy = {"peft", "datasets", "matplotlib", "accelerate", "pandas", "pyarrow", "tensorboard", "wandb", "triton"}
+        assert not heavy & {name.partition(".")[0] for name in sys.modules if name not in before}, new
+        added = sorted(name for name in set(sys.modules) - before if not name.startswith("hf_decoder"))
+        assert len(added) < 40, added
+
+        # PEFT comes later, and finds its tables complete
+        assert not any(name.partition(".")[0] == "peft" for name in sys.modules)
+        import peft
+        from peft.utils import constants
+        from peft.tuners.lora import model as lora
+        tables = {k: v for k, v in vars(constants).items() if k.startswith("TRANSFORMERS_MODELS_TO_")}
+        with_llama = {k for k, v in tables.items() if "llama" in v}
+        assert len(with_llama) > 20
+        assert all(tables[k]["hf_decoder"] == tables[k]["llama"] for k in with_llama)
+        assert all("hf_decoder" not in v for k, v in tables.items() if k not in with_llama)
+        assert "hf_decoder" in lora.LoraModel.target_module_mapping
+        assert not any(type(finder).__name__ == "_PeftTablesFinder" for finder in sys.meta_path)
+        """
+    )
+
+
+def test_works_without_optional_packages(run_python):
+    run_python(
+        """
+        import hf_decoder, torch, transformers
+        from transformers.utils import is_datasets_available, is_peft_available
+        assert not is_peft_available() and not is_datasets_available()
+        config = hf_decoder.HfDecoderConfig(
+            vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1
+        )
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        model(torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
+        model.save_pretrained("saved")
+        model = transformers.AutoModelForCausalLM.from_pretrained("saved")
+        assert model.generate(torch.arange(8)[None], max_new_tokens=3, do_sample=False).shape == (1, 11)
+        """,
+        hide=("peft", "datasets", "matplotlib"),
+    )
