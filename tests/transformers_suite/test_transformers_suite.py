@@ -177,11 +177,14 @@ class HfDecoderQkNormModelTest(HfDecoderModelTest):
 
 class SlidingWindowModelTester(HfDecoderModelTester):
     def __init__(self, parent: unittest.TestCase) -> None:
+        # The generation tests expect caches as long as the sequence in every layer (stock SmolLM3 fails nine of them
+        # with a window of 4), so the window is longer than their sequences. Other tests set it to 2 themselves.
         layer_types = ["sliding_attention", "full_attention"]
-        super().__init__(parent, sliding_window=4, layer_types=layer_types, no_rope_layers=[1, 0])
+        super().__init__(parent, sliding_window=128, layer_types=layer_types, no_rope_layers=[1, 0])
 
 
 class HfDecoderSlidingWindowModelTest(HfDecoderModelTest):
     """A sliding-window layer that rotates and a full layer that does not."""
 
     model_tester_class = SlidingWindowModelTester
+    skipped_by_design = ("test_custom_4d_attention_mask",)  # skips itself for every model with a sliding window
