@@ -24,6 +24,19 @@ ROPE_TYPES: dict[str, tuple[str, ...]] = {
     "longrope": ("short_factor", "long_factor"),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
 }
+# The numbers among them, all positive, and the least that each can be.
+ROPE_NUMBERS = {
+    "factor": 1.0,
+    "rope_theta": 0.0,
+    "original_max_position_embeddings": 1.0,
+    "low_freq_factor": 0.0,
+    "high_freq_factor": 0.0,
+    "beta_fast": 0.0,
+    "beta_slow": 0.0,
+    "attention_factor": 0.0,
+    "mscale": 0.0,
+    "mscale_all_dim": 0.0,
+}
 LAYER_TYPES = ("full_attention", "sliding_attention")
 POSITIVE_SIZES = (
     "vocab_size",
@@ -186,9 +199,22 @@ class HfDecoderConfig(PreTrainedConfig):
         if self.layer_types is None:
             kind = "full_attention" if self.sliding_window is None else "sliding_attention"
             self.layer_types = [kind] * self.num_hidden_layers
-        self._check_rope_parameters(
-            {"rope_theta": kwargs.get("rope_theta")} | (kwargs.get("rope_scaling") or self.rope_parameters or {})
-        )
+        if (
+            self.pad_token_id is not None and not -1 <= self.pad_token_id < self.vocab_size
+        ):  # -1: old checkpoints' none
+            raise ValueError(
+                f"pad_token_id={self.pad_token_id} is outside the vocabulary; it must be below vocab_size="
+                f"{self.vocab_size}, or None"
+            )
+        rope_scaling = kwargs.pop("rope_scaling", None)
+        if rope_scaling is not None and not isinstance(rope_scaling, dict):
+            raise ValueError(f"rope_scaling={rope_scaling!r} is not possible; it must be a dictionary, or None")
+        # a copy without what is not set, because transformers completes the dictionary in place
+        rope_parameters = rope_scaling or self.rope_parameters or {}
+        self.rope_parameters = {name: value for name, value in rope_parameters.items() if value is not None}
+        if kwargs.get("rope_theta") is None:
+            kwargs.pop("rope_theta", None)
+        self._check_rope_parameters({"rope_theta": kwargs.get("rope_theta")} | self.rope_parameters)
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):
@@ -208,7 +234,12 @@ class HfDecoderConfig(PreTrainedConfig):
         self._check_number("z_loss_coef", 0.0, 1.0, "must be between 0 (off) and 1; 1e-5 to 1e-4 is usual")
         if self.final_logit_softcapping is not None:
             self._check_number(
-                "final_logit_softcapping", 0.0, float("inf"), "must be positive, or None for no cap", include_low=False
+                "final_logit_softcapping",
+                0.0,
+                float("inf"),
+                "must be positive and finite, or None for no cap",
+                include_low=False,
+                include_high=False,
             )
         self._check_layers()
         self._check_rotary_dim()
@@ -223,10 +254,9 @@ class HfDecoderConfig(PreTrainedConfig):
             raise ValueError(f"{name}={value} is out of range; it {rule}")
 
     def _check_layers(self):
-        if self.sliding_window is not None and self.sliding_window <= 0:
-            raise ValueError(
-                f"sliding_window={self.sliding_window} is not possible; it must be a positive number, or None"
-            )
+        # transformers' caches of a sliding window hold one token less than the window, but never none
+        if self.sliding_window is not None and self.sliding_window < 2:
+            raise ValueError(f"sliding_window={self.sliding_window} is not possible; it must be at least 2, or None")
         if len(self.layer_types) != self.num_hidden_layers:
             raise ValueError(
                 f"layer_types has {len(self.layer_types)} entries but num_hidden_layers={self.num_hidden_layers}; "
@@ -255,8 +285,8 @@ class HfDecoderConfig(PreTrainedConfig):
     def _check_rotary_dim(self):
         factor = self.rope_parameters.get("partial_rotary_factor")
         factor = 1.0 if factor is None else factor
-        if not isinstance(factor, float | int) or not 0.0 < factor <= 1.0:
-            raise ValueError(f"partial_rotary_factor={factor} is out of range; it must be above 0 and at most 1")
+        if isinstance(factor, bool) or not isinstance(factor, float | int) or not 0.0 < factor <= 1.0:
+            raise ValueError(f"partial_rotary_factor={factor!r} is out of range; it must be above 0 and at most 1")
         rotary_dim = int(self.head_dim * factor)
         if rotary_dim == 0 or rotary_dim % 2:
             raise ValueError(
@@ -273,6 +303,9 @@ class HfDecoderConfig(PreTrainedConfig):
     @staticmethod
     def _check_rope_parameters(rope_parameters: dict[str, Any]):
         """Checks what transformers would only warn of, or answer with a `KeyError`, before it reads the dictionary."""
+        unnamed = [name for name in rope_parameters if not isinstance(name, str)]
+        if unnamed:
+            raise ValueError(f"rope_parameters has the key {unnamed[0]!r}; keys must be names of parameters")
         nested = [name for name, value in rope_parameters.items() if isinstance(value, dict)]
         if nested:
             raise ValueError(
@@ -287,11 +320,10 @@ class HfDecoderConfig(PreTrainedConfig):
         for name in ("short_factor", "long_factor"):
             factors = rope_parameters.get(name)
             if factors is not None and not (
-                isinstance(factors, list) and all(isinstance(x, float | int) and x > 0 for x in factors)
+                isinstance(factors, list) and all(isinstance(x, float | int) and 0 < x < float("inf") for x in factors)
             ):
                 raise ValueError(f"rope_parameters[{name!r}] must be a list of positive numbers, not {factors!r}")
-        positive = {"factor": 1.0, "rope_theta": 0.0, "low_freq_factor": 0.0, "high_freq_factor": 0.0}
-        for name, low in {**positive, "original_max_position_embeddings": 1}.items():
+        for name, low in ROPE_NUMBERS.items():
             value = rope_parameters.get(name)
             if value is not None and (
                 isinstance(value, bool)
@@ -303,6 +335,13 @@ class HfDecoderConfig(PreTrainedConfig):
                     f"rope_parameters[{name!r}]={value!r} is out of range; it must be a positive number"
                     + (f" of at least {low:g}" if low else "")
                 )
+        if not isinstance(rope_parameters.get("truncate", True), bool):
+            raise ValueError(f"rope_parameters['truncate']={rope_parameters['truncate']!r} must be True or False")
+        if rope_type == "yarn" and rope_parameters.get("beta_fast", 32.0) <= rope_parameters.get("beta_slow", 1.0):
+            raise ValueError(
+                f"rope_parameters['beta_fast']={rope_parameters.get('beta_fast', 32.0)} must be above "
+                f"beta_slow={rope_parameters.get('beta_slow', 1.0)}"
+            )
         if rope_type == "llama3" and rope_parameters["high_freq_factor"] <= rope_parameters["low_freq_factor"]:
             raise ValueError(
                 f"rope_parameters['high_freq_factor']={rope_parameters['high_freq_factor']} must be above "
