@@ -17,14 +17,17 @@ How documents become tokens and blocks is the subject of `packing`, whose names 
 
 from __future__ import annotations
 
+import glob
 import gzip
 import hashlib
 import os
+import shutil
 import sysconfig
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from .packing import CorpusReport, batch_rows, pack, pack_for_evaluation, tokenize
 
@@ -163,7 +166,7 @@ def _load_files(paths: PathLike | Sequence[PathLike], argument: str, text_column
     if not given:
         raise ValueError(f"{argument} is an empty list; name at least one file or folder")
     texts: list[tuple[str, str, int, int]] = []
-    tables: dict[str, list[str]] = {}
+    tables: dict[str, list[Path]] = {}
     for path in given:
         for file, source in _walk(path, argument):
             builder = TABLE_SUFFIXES.get(_suffix(file))
@@ -172,7 +175,7 @@ def _load_files(paths: PathLike | Sequence[PathLike], argument: str, text_column
                 # Size and time make the disk cache of `datasets` notice an edited file.
                 texts.append((str(file), source, stat.st_size, stat.st_mtime_ns))
             else:
-                tables.setdefault(builder, []).append(str(file))
+                tables.setdefault(builder, []).append(file)
     name = ", ".join(str(path) for path in given)
     parts = []
     if texts:
@@ -221,12 +224,8 @@ def _read_documents(files: list[tuple[str, str, int, int]]) -> Iterator[dict[str
 
 def read_text(path: Path) -> str:
     """The text of a UTF-8 file, gzipped if its name ends in `.gz`; ValueError for anything that is not such a file."""
-    data = path.read_bytes()
-    if path.name.lower().endswith(".gz"):
-        try:
-            data = gzip.decompress(data)
-        except (OSError, EOFError, zlib.error) as error:
-            raise ValueError(f"{path} is not a whole gzip file ({error}); compress it again") from None
+    with _open(path) as file:
+        data = file.read()
     nul = data.find(b"\0")
     if nul >= 0:
         raise ValueError(f"{path} is binary, not text (a zero byte at offset {nul}); give UTF-8 text")
@@ -239,19 +238,62 @@ def read_text(path: Path) -> str:
         ) from None
 
 
-def _load_table(builder: str, files: list[str], text_column: str) -> Dataset:
+@contextmanager
+def _open(path: Path) -> Iterator[BinaryIO]:
+    if not path.name.lower().endswith(".gz"):
+        with path.open("rb") as file:
+            yield file
+        return
+    try:
+        with gzip.open(path) as unpacked:
+            yield cast(BinaryIO, unpacked)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} is not a whole gzip file ({error}); compress it again") from None
+
+
+def _unpacked(path: Path) -> Path:
+    """`path`, or for a gzipped table its contents, as a file in the disk cache of `datasets`."""
+    from datasets import config
+
+    if not path.name.lower().endswith(".gz"):
+        return path
+    stat = path.stat()
+    key = hashlib.md5(repr((str(path.resolve()), stat.st_size, stat.st_mtime_ns)).encode(), usedforsecurity=False)
+    target = Path(config.HF_DATASETS_CACHE) / "unpacked" / (key.hexdigest() + _suffix(path))
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = target.with_suffix(f".{os.getpid()}")
+        try:
+            with _open(path) as source, part.open("wb") as sink:
+                shutil.copyfileobj(source, sink, 1 << 20)
+            part.replace(target)
+        finally:
+            part.unlink(missing_ok=True)
+    return target
+
+
+def _load_table(builder: str, paths: list[Path], text_column: str) -> Dataset:
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
+    from datasets.utils import logging
 
-    name = files[0] if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
-    for file in files:
-        if os.path.getsize(file) == 0:
-            raise ValueError(f"{file} is empty; it needs at least one row")
+    name = str(paths[0]) if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
+    # Escaped, because the builders take names for patterns.
+    files = []
+    for path in paths:
+        file = _unpacked(path)
+        if file.stat().st_size == 0:
+            raise ValueError(f"{path} is empty; it needs at least one row")
+        files.append(glob.escape(str(file)))
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)  # what it logs on the way to an error, the error says
     try:
         table = load_dataset(builder, data_files=files, split="train")
     except (DatasetsError, ValueError, OSError) as error:
         raise ValueError(f"{name} cannot be read as {builder}: {_reason(error)}") from error
-    return _documents(table, text_column, name, Path(files[0]).name if len(files) == 1 else builder)
+    finally:
+        logging.set_verbosity(verbosity)
+    return _documents(table, text_column, name, paths[0].name if len(paths) == 1 else builder)
 
 
 def _load_hub(dataset_name: str, dataset_config_name: str | None, text_column: str) -> dict[str, Dataset]:
@@ -279,7 +321,7 @@ def _documents(table: Dataset, text_column: str, name: str, source: str) -> Data
     if text_column not in table.column_names:
         columns = ", ".join(table.column_names)
         raise ValueError(f"{name} has no column {text_column!r}; its columns are {columns}: name one as text_column")
-    kind = getattr(table.features[text_column], "dtype", "nested values")
+    kind = getattr(table.features[text_column], "dtype", type(table.features[text_column]).__name__)
     if kind not in ("string", "large_string"):
         raise ValueError(f"column {text_column!r} of {name} holds {kind}, not text; name another one as text_column")
     return table.select_columns([text_column]).map(

@@ -13,7 +13,8 @@ One convention holds everywhere:
 
 Labels are aligned with `input_ids`, as everywhere in transformers: the model shifts. Rows carry no `attention_mask`,
 and none must be added on the way (by a padding collator, say): models tell packed documents apart by `position_ids`
-only when there is no mask. `transformers.default_data_collator` is the collator for them.
+only when there is no mask, and transformers' own models only when there is no cache either (`use_cache=False`).
+`transformers.default_data_collator` is the collator for them.
 
 Bits per byte = summed loss in nats / ln 2 / `CorpusReport.bytes`, with every scored token of `pack_for_evaluation` in
 the sum. A mean over batches is not that sum: the last block is shorter than the others.
