@@ -1,0 +1,155 @@
+"""What a model costs: parameters, FLOPs, KV cache, memory, and how much of the hardware it uses.
+
+Symbols: N parameters, L layers, H query heads, K key/value heads, Q head width, T tokens of context, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+BYTES = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2}
+
+
+def meta_model(config: PretrainedConfig) -> nn.Module:
+    """The causal language model of `config` on the meta device: shapes without memory."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def num_parameters(config: PretrainedConfig) -> int:
+    """Parameters of the causal language model of `config`; a tied table counts once."""
+    return sum(parameter.numel() for parameter in meta_model(config).parameters())
+
+
+def matmul_parameters(config: PretrainedConfig) -> int:
+    """Parameters that every token is multiplied by: the weights of linear layers, the LM head included.
+
+    The embedding table is looked up, not multiplied, unless it is tied and so serves as the head too.
+    """
+    return sum(m.weight.numel() for m in meta_model(config).modules() if isinstance(m, nn.Linear))
+
+
+def head_dim(config: PretrainedConfig) -> int:
+    """Width of an attention head (Q)."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def flops_per_token(config: PretrainedConfig, context_length: int, *, training: bool = True) -> int:
+    """Floating-point operations for one token of a sequence of `context_length` tokens.
+
+    6 N + 12 L H Q T for training (forward and backward), a third of it forward only: PaLM (arXiv 2204.02311),
+    appendix B, with N the parameters that are multiplied (`matmul_parameters`). A multiply-add counts as two; the
+    causal half of attention that need not be computed is counted, as is the custom; recomputation is not. Layers with
+    a sliding window attend to at most that window.
+    """
+    width = config.num_attention_heads * head_dim(config)
+    attention = sum(12 * width * span for span in _attention_spans(config, context_length))
+    total = 6 * matmul_parameters(config) + attention
+    return total if training else total // 3
+
+
+def _attention_spans(config: PretrainedConfig, context_length: int) -> list[int]:
+    """Tokens that each layer attends to at most."""
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    return [
+        min(window, context_length) if window and kind == "sliding_attention" else context_length for kind in kinds
+    ]
+
+
+def kv_bytes_per_token(config: PretrainedConfig, dtype: torch.dtype = torch.bfloat16) -> int:
+    """Bytes that one more token adds to the KV cache: 2 L K Q times the size of `dtype`.
+
+    A layer with a sliding window stops growing at its window; `kv_cache_bytes` counts that.
+    """
+    return config.num_hidden_layers * _kv_bytes_per_token_and_layer(config, dtype)
+
+
+def kv_cache_bytes(config: PretrainedConfig, context_length: int, dtype: torch.dtype = torch.bfloat16) -> int:
+    """Bytes of the KV cache of one sequence of `context_length` tokens."""
+    return sum(_attention_spans(config, context_length)) * _kv_bytes_per_token_and_layer(config, dtype)
+
+
+def _kv_bytes_per_token_and_layer(config: PretrainedConfig, dtype: torch.dtype) -> int:
+    return 2 * config.num_key_value_heads * head_dim(config) * BYTES[dtype]
+
+
+def serving_bytes(config: PretrainedConfig, context_length: int, dtype: torch.dtype = torch.bfloat16) -> int:
+    """Weights and the KV cache of one sequence of `context_length` tokens; run-time buffers come on top."""
+    return num_parameters(config) * BYTES[dtype] + kv_cache_bytes(config, context_length, dtype)
+
+
+def training_bytes(config: PretrainedConfig, batch_size: int, block_size: int) -> int:
+    """An estimate of what mixed-precision AdamW training of `batch_size` x `block_size` tokens needs at its peak.
+
+    16 bytes a parameter (fp32 weight, gradient and two moments: ZeRO, arXiv 1910.02054, section 3.1, there with the
+    fp16 copies that autocast makes layer by layer), and the activations that the backward pass reads, no
+    checkpointing: per token and layer, in 2-byte numbers, four times the width for the norms' inputs and outputs, the
+    projected queries, keys, values and attention output, and three times the MLP's width; residuals in 4 bytes.
+    Logits come on top where a loss needs them whole.
+    """
+    width = config.hidden_size
+    heads = head_dim(config) * (2 * config.num_attention_heads + 2 * config.num_key_value_heads)
+    per_token_and_layer = 2 * (4 * width + heads + 3 * config.intermediate_size) + 4 * 2 * width
+    activations = batch_size * block_size * config.num_hidden_layers * per_token_and_layer
+    return 16 * num_parameters(config) + activations
+
+
+def mfu(tokens_per_second: float, flops_per_token: float, peak_flops_per_second: float) -> float:
+    """Model FLOPs utilisation (PaLM, appendix B): the share of the hardware's peak that the model's own FLOPs use.
+
+    Raises:
+        ValueError: if the peak is not positive.
+    """
+    if peak_flops_per_second <= 0:
+        raise ValueError(f"the hardware's peak must be positive, got {peak_flops_per_second} FLOP/s")
+    return tokens_per_second * flops_per_token / peak_flops_per_second
+
+
+def peak_memory_bytes() -> int | None:
+    """The most memory this process has held so far (resident set), or None where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def hardware() -> dict[str, Any]:
+    """The machine and the versions a measurement was made with, in words and numbers."""
+    import transformers
+
+    if torch.cuda.is_available():
+        count = torch.cuda.device_count()
+        device = f"{count} x {torch.cuda.get_device_name(0)}"
+    else:
+        device = f"{_cpu_name()}, {_cpu_count()} cores"
+    return {
+        "device": device,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def _cpu_count() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _cpu_name() -> str:
+    """What the system calls the processor: /proc/cpuinfo where there is one."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

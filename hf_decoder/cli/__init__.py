@@ -1,0 +1,196 @@
+"""What the commands share: reading arguments from flags and files, and loading a saved model with clear errors.
+
+Nothing heavy is imported here: `hf-decoder --help` should not wait for torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
+
+
+def parse_arguments(
+    verb: str, dataclass_types: Sequence[type], argv: Sequence[str], description: str
+) -> tuple[Any, ...]:
+    """Fills `dataclass_types` from a config file and from flags, which override the file.
+
+    The file is `--config FILE` or a first argument that ends in .yaml, .yml or .json; its keys are the flags' names.
+
+    Raises:
+        ValueError: for an unknown or malformed flag, an unknown key of the file or a file that cannot be read.
+    """
+    from transformers import HfArgumentParser
+
+    class Parser(HfArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise ValueError(message)
+
+    parser = Parser(
+        list(dataclass_types),
+        prog=f"hf-decoder {verb}",
+        usage=f"hf-decoder {verb} [--config FILE] [options]",
+        description=description,
+        allow_abbrev=False,
+    )
+    config_file, flags = _split_config_file(list(argv))
+    if config_file is not None:
+        values = _read_config_file(config_file)
+        known = {action.dest for action in parser._actions}
+        for key in values:
+            if key not in known:
+                raise ValueError(f"unknown key {key!r} in {config_file}{did_you_mean(key, sorted(known))}")
+        parser.set_defaults(**values)
+    *parsed, unknown = parser.parse_args_into_dataclasses(
+        flags, return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        options = [option for action in parser._actions for option in action.option_strings]
+        raise ValueError(f"unknown argument {unknown[0]!r}{did_you_mean(unknown[0], options)}")
+    return tuple(parsed)
+
+
+def did_you_mean(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else "; --help lists them all"
+
+
+def _split_config_file(argv: list[str]) -> tuple[Path | None, list[str]]:
+    """Takes the config file out of `argv`."""
+    if argv and not argv[0].startswith("-") and argv[0].endswith(CONFIG_SUFFIXES):
+        return Path(argv[0]), argv[1:]
+    for i, argument in enumerate(argv):
+        if argument.startswith("--config="):
+            return Path(argument.removeprefix("--config=")), argv[:i] + argv[i + 1 :]
+        if argument == "--config":
+            if i + 1 == len(argv):
+                raise ValueError("--config needs a file: --config FILE.yaml")
+            return Path(argv[i + 1]), argv[:i] + argv[i + 2 :]
+    return None, argv
+
+
+def _read_config_file(path: Path) -> dict[str, Any]:
+    import yaml
+
+    if not path.is_file():
+        raise ValueError(f"config file {path} does not exist")
+    try:
+        # JSON is YAML, so one reader does for both.
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"config file {path} is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"config file {path} must hold `key: value` lines that name the flags")
+    return values
+
+
+def load_config(name: str, *, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The config of a folder or Hub name, checked to belong to a causal language model.
+
+    Raises:
+        ValueError: if there is no such folder, its config.json is damaged, or it describes another kind of model.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    import hf_decoder  # noqa: F401  (registers the model type)
+
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        _check_folder(folder)
+    elif folder.exists():
+        raise ValueError(f"{name} is a file; give the folder that holds config.json and the weights")
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1 or ("/" in name and folder.parent.is_dir()):
+        raise ValueError(f"folder {name} does not exist")
+    try:
+        config = AutoConfig.from_pretrained(
+            str(folder) if folder.is_dir() else name, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        if folder.is_dir():
+            raise ValueError(
+                f"config.json in {name} is not a model this program knows: {_first_line(error)}"
+            ) from None
+        raise ValueError(
+            f"{name} is neither a folder here nor a model that the Hub gives us: {_first_line(error)}"
+        ) from None
+    remote = "AutoModelForCausalLM" in getattr(config, "auto_map", {}) and trust_remote_code
+    if type(config) not in AutoModelForCausalLM._model_mapping and not remote:
+        raise ValueError(f"{name} holds a {config.model_type!r} model, which is not a causal language model")
+    return config
+
+
+def _check_folder(folder: Path) -> None:
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise ValueError(f"folder {folder} holds no model: it has no config.json")
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{config_file} is damaged: {error}") from None
+    if not isinstance(config, dict) or not config.get("model_type"):
+        raise ValueError(f"{config_file} names no model_type")
+
+
+def _first_line(error: BaseException) -> str:
+    """The first line of what went wrong first: a wrapper's own words say only that something did."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def load_model(name: str, *, trust_remote_code: bool = False, **kwargs: Any) -> PreTrainedModel:
+    """`AutoModelForCausalLM.from_pretrained(name, **kwargs)`; whatever is wrong with the weights is one line.
+
+    Raises:
+        ValueError: as `load_config`; or if a weights file is damaged, missing, or lacks tensors of the config.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    config = load_config(name, trust_remote_code=trust_remote_code)
+    logging.disable_progress_bar()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # the loading report would repeat in a table what is said below in one line
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            name, config=config, trust_remote_code=trust_remote_code, output_loading_info=True, **kwargs
+        )
+    except SafetensorError as error:
+        raise ValueError(
+            f"the weights in {name} are damaged or cut short ({_first_line(error)}); copy or download them again"
+        ) from None
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"the weights in {name} cannot be loaded: {_first_line(error)}") from None
+    finally:
+        logging.set_verbosity(verbosity)
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"the weights in {name} do not fit its config.json: {len(missing)} tensors are missing, "
+            f"first {missing[0]!r}"
+        )
+    return model
+
+
+def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """`AutoTokenizer.from_pretrained(name)`.
+
+    Raises:
+        ValueError: if there is no tokenizer, or its files are damaged.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except Exception as error:  # tokenizers raises bare Exception for a damaged file
+        raise ValueError(f"the tokenizer in {name} cannot be loaded: {_first_line(error)}") from None

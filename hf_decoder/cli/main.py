@@ -1,0 +1,61 @@
+"""`hf-decoder VERB ...`: finds the verb, runs it, and turns what a user got wrong into one line and exit code 2."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+VERBS = {
+    "pretrain": "train a tokenizer and a language model from raw text",
+    "generate": "continue a prompt, or chat, with a saved model",
+    "presets": "list the named model shapes and what each costs to train and serve",
+}
+TRACEBACK_VARIABLE = "HF_DECODER_TRACEBACK"
+
+
+def _usage() -> str:
+    width = max(map(len, VERBS))
+    lines = [f"  {verb:<{width}}  {summary}" for verb, summary in VERBS.items()]
+    return "\n".join(
+        [
+            "usage: hf-decoder VERB [options]",
+            "",
+            *lines,
+            "",
+            "hf-decoder VERB --help lists the options of a verb.",
+            f"An error is one line; {TRACEBACK_VARIABLE}=1 in the environment shows where it came from.",
+        ]
+    )
+
+
+def _fail(verb: str, message: str) -> int:
+    print(f"hf-decoder {verb}: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb; returns the exit code: 0, 2 for an error of the user's, 130 for an interrupt."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if arguments else 2
+    verb, *rest = arguments
+    if verb not in VERBS:
+        print(f"hf-decoder: error: unknown verb {verb!r}; choose one of: {', '.join(VERBS)}", file=sys.stderr)
+        return 2
+    try:
+        # Imported here: most verbs import torch, which the list of verbs should not wait for.
+        return importlib.import_module(f"hf_decoder.cli.{verb}").main(rest)
+    except (ValueError, OSError) as error:
+        if os.environ.get(TRACEBACK_VARIABLE):
+            raise
+        return _fail(verb, str(error) or type(error).__name__)
+    except KeyboardInterrupt:
+        print(f"hf-decoder {verb}: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,67 @@
+"""`hf-decoder presets`: the named model shapes, and what each costs to train and to serve."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from hf_decoder import HfDecoderConfig, accounting
+from hf_decoder.cli import parse_arguments
+from hf_decoder.presets import PRESETS
+
+
+@dataclass
+class PresetsArguments:
+    """For which vocabulary, batch and context the costs are computed."""
+
+    vocab_size: int = field(default=32768, metadata={"help": "Vocabulary; the small presets usually have less."})
+    batch_size: int = field(default=1, metadata={"help": "Rows of a training step."})
+    block_size: int = field(default=1024, metadata={"help": "Tokens of a row, in training and of context in serving."})
+
+
+def main(argv: Sequence[str]) -> int:
+    """Prints one line a preset."""
+    (args,) = parse_arguments("presets", (PresetsArguments,), argv, "Lists the presets and what they cost.")
+    for name in ("vocab_size", "batch_size", "block_size"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} {getattr(args, name)} must be positive")
+    header = ("preset", "parameters", "width", "layers", "heads", "context", "KV B/token", "train FLOP/token")
+    rows = [(*header, "train memory", "serve memory")]
+    for name, shape in PRESETS.items():
+        config = HfDecoderConfig(vocab_size=args.vocab_size, **shape)
+        rows.append(
+            (
+                name,
+                _si(accounting.num_parameters(config)),
+                str(config.hidden_size),
+                str(config.num_hidden_layers),
+                f"{config.num_attention_heads}/{config.num_key_value_heads}",
+                str(config.max_position_embeddings),
+                f"{accounting.kv_bytes_per_token(config):,}",
+                _si(accounting.flops_per_token(config, args.block_size)),
+                _gib(accounting.training_bytes(config, args.batch_size, args.block_size)),
+                _gib(accounting.serving_bytes(config, args.block_size)),
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print(
+            "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        )
+    print(
+        f"\nVocabulary {args.vocab_size}, rows of {args.block_size} tokens. Heads: query/key-value. KV cache and "
+        f"serving in bf16, one sequence. Training: AdamW under bf16 autocast, {args.batch_size} row(s), an estimate. "
+        "FLOPs: PaLM, appendix B."
+    )
+    return 0
+
+
+def _si(number: float) -> str:
+    for power, letter in ((12, "T"), (9, "G"), (6, "M"), (3, "K")):
+        if number >= 10**power:
+            return f"{number / 10**power:.3g} {letter}"
+    return str(number)
+
+
+def _gib(number: float) -> str:
+    return f"{number / 2**30:.2f} GiB"

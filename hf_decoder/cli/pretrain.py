@@ -1,0 +1,421 @@
+"""`hf-decoder pretrain`: from raw text to a tokenizer, a model, its measures, and a folder ready for the Hub."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
+
+from hf_decoder import HfDecoderConfig, accounting, corpus, evaluation, training
+from hf_decoder.cli import did_you_mean, load_config, load_model, load_tokenizer, parse_arguments
+from hf_decoder.modelcard import load_lines, write_model_card
+from hf_decoder.packing import CorpusReport, pack, pack_for_evaluation, tokenize
+from hf_decoder.presets import get_preset
+from hf_decoder.recipe import optimizer_cls_and_kwargs
+from hf_decoder.tokenization import TOKENIZER_TYPES, check_tokenizer_fits, train_tokenizer
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+QUICKSTART = "runs/quickstart"
+SPECIAL_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+DESCRIPTION = (
+    "Trains a language model from raw text. With no arguments: the Python standard library as text, a vocabulary of "
+    f"4096, the nano preset, everything written to {QUICKSTART}."
+)
+
+
+@dataclass
+class ModelArguments:
+    """Which model is trained."""
+
+    preset: str = field(default="nano", metadata={"help": "Named model shape; `hf-decoder presets` lists them."})
+    config_overrides: str | None = field(
+        default=None,
+        metadata={"help": "Changes to the preset's config: hidden_size=256,qk_norm=true,... (values as in JSON)."},
+    )
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Folder or Hub name of a model to go on training, with its own tokenizer."}
+    )
+    tokenizer_name: str | None = field(
+        default=None, metadata={"help": "Folder or Hub name of a tokenizer; without it one is trained on the text."}
+    )
+    tokenizer_type: str = field(default="bpe", metadata={"help": f"Tokenizer to train: {', '.join(TOKENIZER_TYPES)}."})
+    vocab_size: int = field(
+        default=4096, metadata={"help": "Vocabulary of the tokenizer to train, specials included."}
+    )
+    license: str | None = field(default=None, metadata={"help": "Licence id for the model card, e.g. apache-2.0."})
+
+
+@dataclass
+class DataArguments:
+    """Which text it is trained and measured on."""
+
+    train_file: str | None = field(
+        default=None,
+        metadata={"help": "Text to train on: .txt, .jsonl, .parquet, each also .gz, or a folder of them."},
+    )
+    validation_file: str | None = field(default=None, metadata={"help": "Held-out text, of the same kinds."})
+    dataset_name: str | None = field(default=None, metadata={"help": "Data set of the Hub, in place of --train_file."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
+    text_column: str = field(default="text", metadata={"help": "The column or key that holds the text."})
+    validation_split_percentage: float = field(
+        default=5.0, metadata={"help": "Share of the documents to hold out when there is no validation set."}
+    )
+    block_size: int = field(default=512, metadata={"help": "Tokens of a training row."})
+    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenise."})
+
+
+@dataclass
+class PretrainingArguments(TrainingArguments):
+    """`TrainingArguments` with defaults for training from scratch."""
+
+    output_dir: str = field(default=QUICKSTART, metadata={"help": "Folder for everything that the run writes."})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Replace the run that --output_dir holds; its checkpoints are deleted."}
+    )
+    max_steps: int = field(default=600, metadata={"help": "Optimizer steps; -1 counts --num_train_epochs instead."})
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "Rows of a training step, per device."})
+    per_device_eval_batch_size: int = field(default=16, metadata={"help": "Rows of an evaluation step, per device."})
+    learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
+    warmup_steps: float = field(default=0.05, metadata={"help": "Warm-up steps, or their share of all if below 1."})
+    weight_decay: float = field(default=0.1, metadata={"help": "Weight decay of matrices; nothing else decays."})
+    adam_beta2: float = field(default=0.95, metadata={"help": "AdamW's second beta."})
+    bf16: bool = field(
+        default=training.bf16_supported(), metadata={"help": "bf16 autocast; on where the hardware multiplies bf16."}
+    )
+    logging_steps: float = field(default=10, metadata={"help": "Steps between two points of the training curve."})
+    logging_first_step: bool = field(default=True, metadata={"help": "Begin the training curve at step 1."})
+    eval_strategy: str = field(default="steps", metadata={"help": "When held-out loss is measured in training."})
+    eval_steps: float | None = field(default=0.2, metadata={"help": "Steps between two of them, or a share of all."})
+    save_steps: float = field(default=0.2, metadata={"help": "Steps between two checkpoints, or a share of all."})
+    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints kept."})
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "nargs": "?",
+            "const": "true",
+            "help": "Go on from this checkpoint; `true`: the last of the folder.",
+        },
+    )
+    prediction_loss_only: bool = field(default=True, metadata={"help": "Evaluation keeps no logits."})
+    include_num_input_tokens_seen: bool = field(default=True, metadata={"help": "Count tokens, to tell the speed."})
+
+    def __post_init__(self) -> None:
+        if not torch.accelerator.is_available():
+            self.use_cpu = True
+        if self.fp16:
+            self.bf16 = False
+        super().__post_init__()
+
+
+def main(argv: Sequence[str]) -> int:
+    """Parses the flags and runs `pretrain`."""
+    model_args, data_args, args = parse_arguments(
+        "pretrain", (ModelArguments, DataArguments, PretrainingArguments), argv, DESCRIPTION
+    )
+    pretrain(model_args, data_args, args)
+    return 0
+
+
+def pretrain(model_args: ModelArguments, data_args: DataArguments, args: PretrainingArguments) -> None:
+    """The whole job, in order.
+
+    Raises:
+        ValueError: for anything the user can get wrong, before anything of an earlier run is touched.
+    """
+    seconds: dict[str, float] = {}
+    checkpoint = _checkpoint_to_resume(args)
+    training.check_output_dir(args.output_dir, overwrite=args.overwrite_output_dir, resume=checkpoint is not None)
+    overrides = parse_overrides(model_args.config_overrides)
+    if overrides and model_args.model_name_or_path:
+        raise ValueError("--config_overrides shapes a new model; it does not go with --model_name_or_path")
+    # A checkpoint brings its own config and tokenizer, as does a model to go on with.
+    source = checkpoint or model_args.model_name_or_path
+    config = _config(model_args.preset, overrides, source, data_args.block_size)
+    set_seed(args.seed)
+    logging.disable_progress_bar()  # transformers' bars of the files it writes; those of training and data stay
+
+    with args.main_process_first(desc="text"):
+        with training.stage("corpus", seconds):
+            texts = _load_texts(data_args)
+        with training.stage("tokenizer", seconds):
+            tokenizer = _tokenizer(model_args, source, texts["train"])
+        _fit_to_tokenizer(config, tokenizer, resize=source is None and "vocab_size" not in overrides)
+        with training.stage("tokenize", seconds):
+            workers = data_args.preprocessing_num_workers
+            tokens = {split: tokenize(texts[split], tokenizer, workers) for split in ("train", "validation")}
+        with training.stage("pack", seconds):
+            train_rows = pack(tokens["train"], data_args.block_size)
+            eval_rows = pack_for_evaluation(tokens["validation"], data_args.block_size)
+    train_report = CorpusReport.of(tokens["train"], train_rows)
+    eval_report = CorpusReport.of(tokens["validation"], eval_rows)
+    for title, report in (("training text", train_report), ("held-out text", eval_report)):
+        print("\n".join([title, *(f"  {line}" for line in report.lines())]))
+
+    if model_args.model_name_or_path and checkpoint is None:
+        model = load_model(model_args.model_name_or_path, dtype=torch.float32)
+    else:  # random weights; those of a checkpoint are loaded by Trainer, with the optimizer's state
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    trainer = Trainer(
+        model=model,
+        args=args,
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
+        processing_class=tokenizer,
+        # Not the padding collator: it adds an attention mask, and with one, documents in a row would see each other.
+        data_collator=default_data_collator,
+        optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(model, args),
+    )
+    if not args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(training.SpeedBar())
+    if checkpoint is None and trainer.is_world_process_zero():
+        _clear_earlier_run(Path(args.output_dir))
+    tokens_before = _tokens_seen(checkpoint)
+    train_metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    tokens_seen = trainer.state.num_input_tokens_seen
+    train_metrics["train_tokens_per_second"] = (tokens_seen - tokens_before) / train_metrics["train_runtime"]
+    train_metrics["num_input_tokens_seen"] = tokens_seen
+
+    # The sampling settings that the folder is loaded with. Greedy decoding of a small model soon repeats itself.
+    model.generation_config = GenerationConfig(
+        do_sample=True,
+        temperature=0.8,
+        top_p=0.95,
+        **{name: getattr(model.config, name) for name in SPECIAL_TOKEN_IDS},
+    )
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        with training.stage("evaluate", seconds):
+            eval_metrics = _evaluate(trainer, eval_rows, eval_report, texts["validation"]["text"])
+        train_metrics |= {
+            "train_documents": train_report.documents,
+            "train_bytes": train_report.bytes,
+            "train_tokens": train_report.tokens,
+            "parameters": model.num_parameters(),
+            "context_length": model.config.max_position_embeddings,
+            "vocab_size": model.config.vocab_size,
+            "peak_memory_bytes": accounting.peak_memory_bytes(),
+            **accounting.hardware(),
+            **seconds,
+        }
+        for split, metrics in (("train", train_metrics), ("eval", eval_metrics)):
+            trainer.save_metrics(split, metrics)
+        trainer.save_state()
+        prompts = training.held_out_prompts(texts["validation"]["text"])
+        _write_outputs(trainer, model_args, data_args, {**train_metrics, **eval_metrics}, prompts)
+        print(_summary(eval_metrics))
+        print(
+            f"\n{args.output_dir} holds the model. These lines load it and generate:\n\n{load_lines(args.output_dir)}"
+        )
+
+
+def _checkpoint_to_resume(args: PretrainingArguments) -> str | None:
+    """The checkpoint folder that --resume_from_checkpoint asks for, or None."""
+    wanted = args.resume_from_checkpoint
+    if wanted is None or wanted.lower() == "false":
+        return None
+    if wanted.lower() != "true":
+        if not (Path(wanted) / "trainer_state.json").is_file():
+            raise ValueError(f"--resume_from_checkpoint {wanted} is not a checkpoint: it holds no trainer_state.json")
+        return wanted
+    last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    if last is None:
+        raise ValueError(f"there is no checkpoint to resume in --output_dir {args.output_dir}")
+    return last
+
+
+def parse_overrides(text: str | None) -> dict[str, Any]:
+    """Reads `name=value,name=value`; a value is JSON, or else a string.
+
+    Raises:
+        ValueError: for a part without `=`, or a name that `HfDecoderConfig` does not have.
+    """
+    known = [*(f.name for f in fields(HfDecoderConfig)), "rope_theta", "rope_scaling", "partial_rotary_factor"]
+    overrides = {}
+    for part in re.split(r",\s*(?=\w+=)", text) if text else []:
+        name, equals, value = part.strip().partition("=")
+        if not equals:
+            raise ValueError(f"--config_overrides {part!r} is not of the form name=value")
+        if name not in known:
+            raise ValueError(f"--config_overrides names {name!r}, no field of the config{did_you_mean(name, known)}")
+        try:
+            overrides[name] = json.loads({"True": "true", "False": "false", "None": "null"}.get(value, value))
+        except json.JSONDecodeError:
+            overrides[name] = value
+    return overrides
+
+
+def _config(preset: str, overrides: dict[str, Any], source: str | None, block_size: int) -> PretrainedConfig:
+    """The config of the model in `source`, or of a new one from preset and overrides."""
+    shape = get_preset(preset)
+    config = HfDecoderConfig(**{**shape, **overrides}) if source is None else load_config(source)
+    limit = getattr(config, "max_position_embeddings", None) or block_size
+    if not 2 <= block_size <= limit:
+        raise ValueError(
+            f"--block_size {block_size} must lie between 2 and the model's max_position_embeddings, {limit}"
+        )
+    return config
+
+
+def _load_texts(data_args: DataArguments) -> DatasetDict:
+    """The documents: `train` and `validation`, columns `text` and `source`."""
+    if data_args.train_file is None and data_args.dataset_name is None:
+        if data_args.validation_file is not None:
+            raise ValueError(f"--validation_file {data_args.validation_file} needs a --train_file beside it")
+        return corpus.load_standard_library()
+    if not 0 < data_args.validation_split_percentage < 100:
+        raise ValueError(
+            f"--validation_split_percentage {data_args.validation_split_percentage} must lie between 0 and 100; "
+            "without held-out text there is nothing to measure"
+        )
+    return corpus.load_text(
+        train_file=data_args.train_file,
+        validation_file=data_args.validation_file,
+        dataset_name=data_args.dataset_name,
+        dataset_config_name=data_args.dataset_config_name,
+        text_column=data_args.text_column,
+        validation_fraction=data_args.validation_split_percentage / 100,
+    )
+
+
+def _tokenizer(model_args: ModelArguments, source: str | None, train: Dataset) -> PreTrainedTokenizerBase:
+    """The tokenizer that is given by name or belongs to the model in `source`; else one trained on the text."""
+    name = model_args.tokenizer_name or source
+    if name is not None:
+        return load_tokenizer(name)
+    texts = (text for batch in train.iter(batch_size=64) for text in batch["text"])
+    return train_tokenizer(texts, vocab_size=model_args.vocab_size, tokenizer_type=model_args.tokenizer_type)
+
+
+def _fit_to_tokenizer(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, *, resize: bool) -> None:
+    """Gives a new model the tokenizer's vocabulary and special tokens, and checks that every id has an embedding."""
+    if resize:
+        config.vocab_size = len(tokenizer)
+    check_tokenizer_fits(tokenizer, config)
+    for name in SPECIAL_TOKEN_IDS:
+        if getattr(config, name, None) is None:
+            setattr(config, name, getattr(tokenizer, name))
+
+
+def _clear_earlier_run(folder: Path) -> None:
+    """Deletes what would mix with the new run: the old run's checkpoints and metrics. Other files are overwritten."""
+    for checkpoint in folder.glob("checkpoint-*"):
+        if training.CHECKPOINT_FOLDER.fullmatch(checkpoint.name):
+            shutil.rmtree(checkpoint)
+    (folder / "all_results.json").unlink(missing_ok=True)
+
+
+def _tokens_seen(checkpoint: str | None) -> int:
+    """Training tokens that a checkpoint has behind it."""
+    if checkpoint is None:
+        return 0
+    return json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))["num_input_tokens_seen"]
+
+
+def _evaluate(trainer: Trainer, rows: Dataset, report: CorpusReport, texts: Sequence[str]) -> dict[str, Any]:
+    """Metrics of the whole held-out text, exact: every token and every byte counts once."""
+    score = evaluation.score(
+        trainer.accelerator.unwrap_model(trainer.model),
+        rows,
+        batch_size=trainer.args.per_device_eval_batch_size,
+        autocast_dtype=torch.bfloat16 if trainer.args.bf16 else None,
+    )
+    return {
+        "eval_loss": score.loss,
+        "perplexity": evaluation.perplexity(score.loss),
+        "eval_bits_per_byte": evaluation.bits_per_byte(score.nats, report.bytes),
+        "xz_bits_per_byte": evaluation.xz_bits_per_byte(texts),
+        "eval_documents": report.documents,
+        "eval_bytes": report.bytes,
+        "eval_tokens": score.tokens,
+    }
+
+
+def _write_outputs(
+    trainer: Trainer,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    metrics: dict[str, Any],
+    prompts: Sequence[str],
+) -> None:
+    """Loss curve, samples and model card, beside the model that Trainer saved."""
+    folder = Path(trainer.args.output_dir)
+    words = _words(trainer.args, model_args, data_args)
+    training.plot_loss_curve(
+        trainer.state.log_history,
+        folder / "loss_curve.png",
+        title=f"{metrics['parameters'] / 1e6:.1f}M parameters on {words['dataset']}",
+        bytes_per_token=metrics["eval_bytes"] / metrics["eval_tokens"],
+        xz_bits_per_byte=metrics["xz_bits_per_byte"],
+    )
+    samples = training.complete(trainer.model, trainer.processing_class, prompts, seed=trainer.args.seed)
+    generation = trainer.model.generation_config
+    training.write_samples(
+        folder / "samples.md", samples, settings=f"temperature {generation.temperature}, top_p {generation.top_p}"
+    )
+    write_model_card(folder, metrics, words, license=model_args.license)
+
+
+def _words(args: PretrainingArguments, model_args: ModelArguments, data_args: DataArguments) -> dict[str, str]:
+    """What the model card says in words: of the text, what was held out of it, the tokenizer and the training."""
+    own_text = data_args.train_file or data_args.dataset_name
+    if data_args.validation_file is not None:
+        held_out = f"text of its own, {Path(data_args.validation_file).name}"
+    elif own_text is None:
+        held_out = "whole files, chosen by a hash of their path"
+    elif data_args.dataset_name is not None:
+        held_out = "the validation split, or where there is none, whole documents chosen by their hash"
+    else:
+        few = corpus.MIN_DOCUMENTS_TO_SPLIT
+        held_out = f"whole documents chosen by their hash; with fewer than {few} documents, the end of the text"
+    origin = model_args.tokenizer_name or model_args.model_name_or_path
+    return {
+        "dataset": Path(own_text).name if own_text else f"the standard library of Python {platform.python_version()}",
+        "held_out": held_out,
+        "tokenizer": f"taken from {origin}"
+        if origin
+        else f"`{model_args.tokenizer_type}`, trained on the training text",
+        "start": f"the weights of {model_args.model_name_or_path}"
+        if model_args.model_name_or_path
+        else "random weights",
+        "procedure": _procedure(args, data_args.block_size),
+    }
+
+
+def _procedure(args: PretrainingArguments, block_size: int) -> str:
+    rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return (
+        f"`{args.optim.value}`, peak learning rate {args.learning_rate:g}, schedule `{args.lr_scheduler_type.value}`, "
+        f"weight decay {args.weight_decay:g} on matrices only; {rows} rows of {block_size} tokens a step; "
+        f"{'bf16 autocast' if args.bf16 else 'fp16 autocast' if args.fp16 else 'fp32'}; seed {args.seed}. "
+        "Documents that share a row do not see each other."
+    )
+
+
+def _summary(metrics: dict[str, Any]) -> str:
+    return (
+        f"held out: loss {metrics['eval_loss']:.3f} nats per token, perplexity {metrics['perplexity']:.1f}, "
+        f"{metrics['eval_bits_per_byte']:.3f} bits per byte (xz -9e: {metrics['xz_bits_per_byte']:.3f})"
+    )

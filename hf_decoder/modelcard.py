@@ -1,0 +1,118 @@
+"""Fills model_card.md from what a run measured. What was not measured says so; nothing is made up."""
+
+from __future__ import annotations
+
+import json
+import sysconfig
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+NOT_MEASURED = "not measured"
+TEMPLATE_NAME = "model_card.md"
+
+# metric of all_results.json -> (metric id of the Hub, name shown)
+METRICS = {
+    "eval_loss": ("loss", "Loss (nats per token)"),
+    "perplexity": ("perplexity", "Perplexity (per token)"),
+    "eval_bits_per_byte": ("bits_per_byte", "Bits per byte"),
+}
+
+
+def template_path() -> Path:
+    """Where model_card.md lies: beside the package in a clone, under share/ where a wheel was installed."""
+    beside = Path(__file__).resolve().parent.parent / TEMPLATE_NAME
+    installed = Path(sysconfig.get_path("data")) / "share" / "hf_decoder" / TEMPLATE_NAME
+    return beside if beside.is_file() or not installed.is_file() else installed
+
+
+def load_lines(folder: str) -> str:
+    """Three lines of Python that load the model of `folder` and let it continue a prompt."""
+    return "\n".join(
+        [
+            "from transformers import pipeline",
+            f'generate = pipeline("text-generation", model={json.dumps(folder)}, trust_remote_code=True)',
+            'print(generate("def main(", max_new_tokens=64)[0]["generated_text"])',
+        ]
+    )
+
+
+def write_model_card(
+    folder: str | Path,
+    results: Mapping[str, Any],
+    words: Mapping[str, str],
+    *,
+    model_name: str | None = None,
+    license: str | None = None,
+) -> ModelCard:
+    """Writes README.md of `folder` from the metrics in `results` (the content of all_results.json).
+
+    Args:
+        folder: where the model lies.
+        results: metrics under Hugging Face's names; a metric that is missing is written as "not measured".
+        words: Markdown for `dataset` (what the text is), `held_out` (how its held-out part was chosen), `tokenizer`
+            (where it comes from), `start` (what training started from) and `procedure`; one that is missing is
+            written as "not stated".
+        model_name: the card's title and the name in its model-index; the folder's name if None.
+        license: licence id for the metadata; left out if None.
+    """
+    folder = Path(folder)
+    name = model_name or folder.resolve().name
+    card_data = ModelCardData(
+        model_name=name,
+        license=license,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["hf_decoder", "causal-lm", "custom_code"],
+        eval_results=_eval_results(results, words.get("dataset", "text")) or None,
+    )
+    # An absolute path says where the folder lies on this machine only.
+    address = folder.name if folder.is_absolute() else folder.as_posix()
+    fields = {"title": name, "load_lines": load_lines(address), **_measured(results), **_stated(words)}
+    card = ModelCard.from_template(card_data, template_path=str(template_path()), **fields)
+    card.save(folder / "README.md")
+    return card
+
+
+def _eval_results(results: Mapping[str, Any], dataset: str) -> list[EvalResult]:
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type="text",
+            dataset_name=f"{dataset}, held-out part",
+            dataset_split="validation",
+            metric_type=metric,
+            metric_name=shown,
+            metric_value=results[key],
+        )
+        for key, (metric, shown) in METRICS.items()
+        if key in results
+    ]
+
+
+def _stated(words: Mapping[str, str]) -> dict[str, str]:
+    return {key: words.get(key, "not stated") for key in ("dataset", "held_out", "tokenizer", "start", "procedure")}
+
+
+def _measured(results: Mapping[str, Any]) -> dict[str, str]:
+    def say(key: str, form: Callable[[Any], str]) -> str:
+        return form(results[key]) if results.get(key) is not None else NOT_MEASURED
+
+    counts = ("parameters", "context_length", "vocab_size", "train_documents", "train_bytes", "train_tokens")
+    counts += ("eval_documents", "eval_bytes", "eval_tokens")
+    measures = ("eval_loss", "perplexity", "eval_bits_per_byte", "xz_bits_per_byte")
+    versions = [
+        f"{library} {results[library]}" for library in ("python", "torch", "transformers") if library in results
+    ]
+    return {
+        **{key: say(key, "{:,}".format) for key in counts},
+        **{key: say(key, "{:.4g}".format) for key in measures},
+        "hardware": say("device", str),
+        "software": ", ".join(versions) or NOT_MEASURED,
+        "train_time": say("train_runtime", "{:,.0f} s".format),
+        "tokens_seen": say("num_input_tokens_seen", "{:,}".format),
+        "speed": say("train_tokens_per_second", "{:,.0f} tokens/s".format),
+        "peak_memory": say("peak_memory_bytes", lambda number: f"{number / 2**30:.2f} GiB"),
+    }

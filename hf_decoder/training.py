@@ -1,0 +1,198 @@
+"""What our commands add to `transformers.Trainer`: a progress bar with speed, a loss curve, sample text."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback
+
+CHECKPOINT_FOLDER = re.compile(r"checkpoint-\d+")
+
+
+def bf16_supported() -> bool:
+    """Whether this machine multiplies bf16 in hardware: then autocast pays; elsewhere it is slower than fp32."""
+    if torch.accelerator.is_available():
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+
+
+class SpeedBar(ProgressCallback):
+    """Trainer's progress bar, with the loss and tokens per second beside the time left.
+
+    Tokens are counted by Trainer itself (`include_num_input_tokens_seen="all"`).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._clock = 0.0
+        self._tokens = 0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        self._clock, self._tokens = time.perf_counter(), state.num_input_tokens_seen
+        if self.training_bar is not None:
+            # A resumed run starts where it stopped, so that the time left is right.
+            self.current_step = state.global_step
+            self.training_bar.update(state.global_step)
+            self.training_bar.initial = state.global_step
+            self.training_bar.set_description("train")
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        super().on_evaluate(args, state, control, **kwargs)
+        self._clock, self._tokens = time.perf_counter(), state.num_input_tokens_seen
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is None or not logs:
+            return
+        if "eval_loss" in logs:
+            self.training_bar.write(f"step {state.global_step}: held-out loss {logs['eval_loss']:.3f}")
+        elif "loss" in logs:
+            now, tokens = time.perf_counter(), state.num_input_tokens_seen
+            speed = (tokens - self._tokens) / max(now - self._clock, 1e-9)
+            self._clock, self._tokens = now, tokens
+            self.training_bar.set_postfix_str(f"loss {float(logs['loss']):.3f}, {speed:,.0f} tokens/s")
+
+
+@contextmanager
+def stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
+    """Times the block, says how long it took, and records it as `seconds["{name}_runtime"]`."""
+    start = time.perf_counter()
+    yield
+    seconds[f"{name}_runtime"] = round(time.perf_counter() - start, 3)
+    print(f"{name}: {seconds[f'{name}_runtime']:.1f} s", flush=True)
+
+
+def check_output_dir(output_dir: str | Path, *, overwrite: bool, resume: bool) -> None:
+    """Refuses a folder that already holds something, unless the user asks to overwrite it or to resume in it.
+
+    Raises:
+        ValueError: naming the folder and the two ways out.
+    """
+    folder = Path(output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output_dir {folder} is a file; name a folder")
+    if overwrite or resume or not folder.is_dir() or not any(folder.iterdir()):
+        return
+    raise ValueError(
+        f"--output_dir {folder} already holds another run; give --overwrite_output_dir to replace it, "
+        "--resume_from_checkpoint to go on with it, or another --output_dir"
+    )
+
+
+def plot_loss_curve(
+    log_history: Sequence[Mapping[str, Any]],
+    path: str | Path,
+    *,
+    title: str,
+    bytes_per_token: float | None = None,
+    xz_bits_per_byte: float | None = None,
+) -> None:
+    """Draws training and held-out loss (nats per token) over steps into a PNG file.
+
+    With `bytes_per_token` of the held-out text a second axis reads the same curves in bits per byte, and
+    `xz_bits_per_byte` is drawn there as a level to get below.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    train = [(entry["step"], entry["loss"]) for entry in log_history if "loss" in entry]
+    held_out = [(entry["step"], entry["eval_loss"]) for entry in log_history if "eval_loss" in entry]
+    if train:
+        axes.plot(*zip(*train, strict=True), color="tab:blue", linewidth=1.2, label="training")
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), color="tab:orange", marker="o", markersize=4, label="held out")
+    if bytes_per_token:
+        nats_per_bit_per_byte = bytes_per_token * math.log(2)
+        if xz_bits_per_byte:
+            level = xz_bits_per_byte * nats_per_bit_per_byte
+            axes.axhline(
+                level, color="tab:gray", linestyle="--", label=f"xz -9e: {xz_bits_per_byte:.2f} bits per byte"
+            )
+        second = axes.secondary_yaxis(
+            "right", functions=(lambda y: y / nats_per_bit_per_byte, lambda y: y * nats_per_bit_per_byte)
+        )
+        second.set_ylabel("bits per byte")
+    axes.set_title(title)
+    axes.set_xlabel("optimizer steps")
+    axes.set_ylabel("loss (nats per token)")
+    axes.grid(alpha=0.3)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def held_out_prompts(texts: Sequence[str], count: int = 4, max_chars: int = 240) -> list[str]:
+    """The beginnings of up to `count` texts, spread over all of them, cut at a line's end where there is one."""
+    texts = [text for text in texts if text.strip()]
+    chosen = [texts[i * len(texts) // count] for i in range(min(count, len(texts)))] if texts else []
+    return [_beginning(text, max_chars) for text in chosen]
+
+
+def _beginning(text: str, max_chars: int) -> str:
+    # No more than half of a short text: the rest is for the model to write.
+    head = text.lstrip()[: min(max_chars, max(1, len(text) // 2))]
+    cut = head.rfind("\n")
+    return head[:cut] if cut > len(head) // 2 else head
+
+
+@torch.no_grad()
+def complete(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 100,
+    seed: int = 0,
+) -> list[tuple[str, str]]:
+    """Continues each prompt with the model's own generation settings; returns (prompt, completion) pairs.
+
+    A prompt is cut from the left so that it and its completion fit into `max_position_embeddings`.
+    """
+    limit = getattr(model.config, "max_position_embeddings", None) or 2**31
+    max_new_tokens = min(max_new_tokens, max(1, limit // 2))
+    was_training = model.training
+    model.eval()
+    samples = []
+    with torch.random.fork_rng(enabled=True):
+        torch.manual_seed(seed)
+        for prompt in prompts:
+            ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"][
+                :, max_new_tokens - limit :
+            ]
+            ids = ids.to(model.device)
+            output = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=max_new_tokens,
+                pad_token_id=tokenizer.pad_token_id,
+                use_cache=True,
+            )
+            samples.append((prompt, tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)))
+    model.train(was_training)
+    return samples
+
+
+def write_samples(path: str | Path, samples: Sequence[tuple[str, str]], *, settings: str) -> None:
+    """Writes prompts and completions as Markdown, each in a fenced block of its own."""
+    lines = ["# Completions of held-out prompts", "", f"Not chosen by hand: one draw each, {settings}.", ""]
+    for number, (prompt, completion) in enumerate(samples, 1):
+        lines += [f"## {number}", "", "Prompt:", "", fenced(prompt), "", "Completion:", "", fenced(completion), ""]
+    Path(path).write_text("\n".join(lines), encoding="utf-8")
+
+
+def fenced(text: str) -> str:
+    """`text` as a Markdown block, fenced by more backticks than it holds in a row."""
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}text\n{text}\n{fence}"

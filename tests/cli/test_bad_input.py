@@ -1,0 +1,194 @@
+"""What a user can get wrong: one line that names it, exit code 2, and nothing touched."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def train_flags(path: Path, output: Path, *more: str) -> list[str]:
+    return ["pretrain", "--train_file", str(path), "--output_dir", str(output), "--block_size", "64", *more]
+
+
+def write(path: Path, data: bytes) -> Path:
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize(
+    "data, reason",
+    [
+        (None, "does not exist"),
+        (b"", "empty"),
+        (b"some text\x00\x01\x02" * 50, "binary"),
+        ("größe ".encode("latin-1") * 50, "UTF-8"),
+        (b"too short", "block"),
+    ],
+    ids=["missing", "empty", "binary", "not-utf8", "shorter-than-a-block"],
+)
+def test_training_file(fails, tmp_path, data, reason):
+    path = tmp_path / "text.txt"
+    if data is not None:
+        path.write_bytes(data)
+    line = fails(*train_flags(path, tmp_path / "out"))
+    assert reason in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_preset_lists_them(fails, run, tmp_path):
+    line = fails(*train_flags(run.train_file, tmp_path / "out", "--preset", "giant"))
+    assert "'giant'" in line
+    assert "nano" in line and "8b" in line
+
+
+def test_vocabulary_larger_than_the_config(fails, run, tmp_path):
+    overrides = "hidden_size=32,num_attention_heads=2,num_key_value_heads=1,vocab_size=280"
+    line = fails(
+        *train_flags(run.train_file, tmp_path / "out", "--vocab_size", "300", "--config_overrides", overrides)
+    )
+    assert "tokenizer has" in line and "vocab_size is 280" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_output_folder_with_another_run_is_left_as_it_is(fails, run, model_copy):
+    before = {path: path.read_bytes() for path in model_copy.rglob("*") if path.is_file()}
+    line = fails(*train_flags(run.train_file, model_copy))
+    assert "--overwrite_output_dir" in line and "--resume_from_checkpoint" in line
+    assert {path: path.read_bytes() for path in model_copy.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    "flags, reason",
+    [
+        (["--resume_from_checkpoint"], "no checkpoint"),
+        (["--resume_from_checkpoint", "nowhere"], "trainer_state.json"),
+        (["--block_size", "4096"], "max_position_embeddings"),
+        (["--config_overrides", "hiden_size=3"], "'hidden_size'"),
+        (["--config_overrides", "hidden_size"], "name=value"),
+        (["--config_overrides", "num_key_value_heads=2"], "num_key_value_heads=2"),
+        (["--learning_rat", "1"], "'--learning_rate'"),
+        (["--learning_rate", "fast"], "learning_rate"),
+        (["--tokenizer_type", "words"], "'words'"),
+        (["--vocab_size", "10"], "vocab_size"),
+        (["--validation_split_percentage", "0"], "--validation_split_percentage"),
+        (["--validation_file", "nowhere.txt"], "nowhere.txt"),
+        (["--model_name_or_path", "./nowhere"], "./nowhere"),
+        (["--model_name_or_path", "x", "--config_overrides", "qk_norm=true"], "--config_overrides"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--dataset_name", "some/name"], "dataset_name"),
+    ],
+)
+def test_flags(fails, run, tmp_path, monkeypatch, flags, reason):
+    monkeypatch.chdir(tmp_path)
+    assert reason in fails(*train_flags(run.train_file, tmp_path / "out", *flags))
+    assert not (tmp_path / "out").exists()
+
+
+def test_prompt_longer_than_the_model_reads(fails, run):
+    line = fails("generate", str(run.folder), "the cat sees the dog " * 100)
+    assert "max_position_embeddings is 128" in line
+
+
+@pytest.mark.parametrize("damage", ["cut", "garbage", "absent", "other-shape", "fewer-tensors"])
+@pytest.mark.parametrize("verb", ["generate", "pretrain"])
+def test_damaged_weights(fails, run, model_copy, tmp_path, damage, verb):
+    weights = model_copy / "model.safetensors"
+    data = weights.read_bytes()
+    if damage == "cut":
+        weights.write_bytes(data[: len(data) // 2])
+    elif damage == "garbage":
+        weights.write_bytes(b"\xff" * 1000)
+    elif damage == "absent":
+        weights.unlink()
+    else:
+        config = json.loads((model_copy / "config.json").read_text(encoding="utf-8"))
+        changed = {"intermediate_size": 64} if damage == "other-shape" else {"qk_norm": True}
+        (model_copy / "config.json").write_text(json.dumps({**config, **changed}), encoding="utf-8")
+    if verb == "generate":
+        line = fails("generate", str(model_copy), "the cat")
+    else:
+        line = fails(*train_flags(run.train_file, tmp_path / "out", "--model_name_or_path", str(model_copy)))
+    assert "weights" in line and str(model_copy) in line
+
+
+@pytest.mark.parametrize(
+    "config, reason",
+    [
+        ('{"model_type": "t5"}', "not a causal language model"),
+        ('{"model_type": "vit"}', "not a causal language model"),
+        ('{"model_type": "no_such_model"}', "no_such_model"),
+        ('{"hidden_size": 32}', "model_type"),
+        ('{"model_type": "hf_decoder", "num_attention_heads": 5, "head_dim": 2}', "num_attention_heads=5"),
+        ('{"model_type": "llama", "hidden_size": 30, "num_attention_heads": 7}', "(30)"),
+        ("[1]", "model_type"),
+        ('{"model_type": ', "damaged"),
+        (None, "no config.json"),
+    ],
+)
+def test_config_of_another_or_no_model(fails, model_copy, config, reason):
+    path = model_copy / "config.json"
+    path.unlink()
+    if config is not None:
+        path.write_text(config, encoding="utf-8")
+    assert reason in fails("generate", str(model_copy), "the cat")
+
+
+def test_weights_of_another_model_type(fails, model_copy):
+    # The same tensors' names, another model: only what is missing tells.
+    config = {"model_type": "gpt2", "vocab_size": 300, "n_embd": 32, "n_layer": 2, "n_head": 2}
+    (model_copy / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert "missing" in fails("generate", str(model_copy), "the cat")
+
+
+@pytest.mark.parametrize(
+    "flags, reason",
+    [
+        ([], "prompt"),
+        (["the cat", "--dtype", "int3"], "int3"),
+        (["the cat", "--device", "abacus"], "abacus"),
+        (["the cat", "--system", "be brief"], "--chat"),
+        ([""], "empty"),
+        (["the cat", "--temperature", "-1"], "temperature"),
+    ],
+)
+def test_generate_flags(fails, run, flags, reason):
+    assert reason in fails("generate", str(run.folder), *flags)
+
+
+def test_chat_without_a_template(fails, model_copy):
+    (model_copy / "chat_template.jinja").unlink()
+    assert "chat template" in fails("generate", str(model_copy), "--chat")
+
+
+def test_damaged_tokenizer(fails, model_copy):
+    path = model_copy / "tokenizer.json"
+    path.write_text(path.read_text(encoding="utf-8")[:1000], encoding="utf-8")
+    assert "tokenizer" in fails("generate", str(model_copy), "the cat")
+
+
+@pytest.mark.parametrize(
+    "argv, word",
+    [
+        (["scripts/pretrain.py", "--preset", "giant"], "giant"),
+        (["scripts/generate.py", "runs/none", "hi"], "runs/none"),
+    ],
+)
+def test_as_a_program(argv, word, tmp_path):
+    script, *flags = argv
+    done = subprocess.run(
+        [sys.executable, str(ROOT / script), *flags],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert word in done.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,159 @@
+"""The whole job on a tiny text: what it writes, that it loads elsewhere, and that it can be stopped and resumed."""
+
+import json
+import lzma
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import STEPS
+from huggingface_hub import ModelCard
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_decoder.cli.main import main
+
+FILES = [
+    "model.safetensors",
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "configuration_hf_decoder.py",
+    "modeling_hf_decoder.py",
+    "README.md",
+    "loss_curve.png",
+    "samples.md",
+    "all_results.json",
+    "train_results.json",
+    "eval_results.json",
+    "trainer_state.json",
+]
+
+
+def results(folder: Path) -> dict:
+    return json.loads((folder / "all_results.json").read_text(encoding="utf-8"))
+
+
+def test_every_file_is_there(run):
+    assert [name for name in FILES if not (run.folder / name).stat().st_size] == []
+    assert sorted(path.name for path in run.folder.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-6"]
+    auto_map = json.loads((run.folder / "config.json").read_text(encoding="utf-8"))["auto_map"]
+    assert {"AutoConfig", "AutoModel", "AutoModelForCausalLM"} <= set(auto_map)
+
+
+def test_metrics_hang_together(run):
+    metrics = results(run.folder)
+    text = run.validation_file.read_bytes()
+    assert metrics["eval_bytes"] == len(text)
+    assert metrics["train_bytes"] == run.train_file.stat().st_size
+    tokenizer = AutoTokenizer.from_pretrained(run.folder)
+    # every token of the text and its end
+    assert metrics["eval_tokens"] == len(tokenizer(text.decode())["input_ids"]) + 1
+    assert metrics["perplexity"] == pytest.approx(math.exp(metrics["eval_loss"]))
+    nats = metrics["eval_loss"] * metrics["eval_tokens"]
+    assert metrics["eval_bits_per_byte"] == pytest.approx(nats / math.log(2) / len(text))
+    compressed = lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)
+    assert metrics["xz_bits_per_byte"] == pytest.approx(8 * len(compressed) / len(text))
+    assert metrics["num_input_tokens_seen"] == STEPS * 4 * 64
+    assert metrics["train_tokens_per_second"] == pytest.approx(STEPS * 4 * 64 / metrics["train_runtime"], rel=1e-2)
+    model = AutoModelForCausalLM.from_pretrained(run.folder)
+    assert metrics["parameters"] == model.num_parameters()
+    assert {**json.loads((run.folder / "train_results.json").read_text()), **json.loads((run.folder / "eval_results.json").read_text())} == metrics  # fmt: skip # noqa: E501
+
+
+def test_the_loss_is_that_of_the_model_on_the_text(run):
+    # The held-out text as one document: end of text, tokens, end of text, read 64 at a time, each block beginning
+    # with the last token of the one before.
+    model = AutoModelForCausalLM.from_pretrained(run.folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(run.folder)
+    end = [tokenizer.eos_token_id]
+    ids = end + tokenizer(run.validation_file.read_text(encoding="utf-8"))["input_ids"] + end
+    nats = 0.0
+    for start in range(0, len(ids) - 1, 63):
+        block = torch.tensor(ids[start : start + 64])
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            logits = model(input_ids=block[None]).logits[0].float()
+        nats += float(torch.nn.functional.cross_entropy(logits[:-1], block[1:], reduction="sum"))
+    assert results(run.folder)["eval_loss"] == pytest.approx(nats / (len(ids) - 1), rel=2e-2)
+
+
+def test_model_card_carries_the_results(run):
+    card = ModelCard.load(run.folder / "README.md")
+    metrics = results(run.folder)
+    assert card.data.library_name == "transformers"
+    assert card.data.license == "apache-2.0"
+    measured = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    expected = {"loss": "eval_loss", "perplexity": "perplexity", "bits_per_byte": "eval_bits_per_byte"}
+    assert measured == pytest.approx({metric: metrics[key] for metric, key in expected.items()})
+    assert f"{metrics['train_tokens']:,}" in card.text
+    assert "{{" not in card.content
+    assert str(run.folder.parent) not in card.content
+
+
+def test_loss_curve_is_a_picture(run):
+    with Image.open(run.folder / "loss_curve.png") as picture:
+        picture.load()
+        assert picture.format == "PNG"
+        assert len(picture.convert("RGB").getcolors(maxcolors=2**24)) > 10
+
+
+def test_samples_continue_held_out_text(run):
+    samples = (run.folder / "samples.md").read_text(encoding="utf-8")
+    prompt = samples.split("```text\n")[1].split("\n```")[0]
+    assert prompt in run.validation_file.read_text(encoding="utf-8")
+
+
+def test_printed_lines_and_a_checkpoint_work_in_a_fresh_process_without_the_package(run, tmp_path):
+    lines = [line for line in run.printed.splitlines() if line][-3:]
+    assert lines[0] == "from transformers import pipeline"
+    blocked = "import sys; sys.modules['hf_decoder'] = None"  # importing it would raise
+    checkpoint = str(run.folder / f"checkpoint-{STEPS}")
+    more = [
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"AutoTokenizer.from_pretrained({checkpoint!r}, trust_remote_code=True)",
+        f"model = AutoModelForCausalLM.from_pretrained({checkpoint!r}, trust_remote_code=True)",
+        "print(type(model).__module__.split('.')[0])",
+    ]
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join([blocked, *lines, *more])],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=tmp_path,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("def main(")
+    assert done.stdout.strip().splitlines()[-1] == "transformers_modules"
+
+
+def test_resumed_is_uninterrupted_bit_for_bit(run, tmp_path):
+    folder = tmp_path / "resumed"
+    shutil.copytree(run.folder / "checkpoint-3", folder / "checkpoint-3")
+    assert main(["pretrain", *run.flags, "--output_dir", str(folder), "--resume_from_checkpoint"]) == 0
+    resumed, whole = load_file(folder / "model.safetensors"), load_file(run.folder / "model.safetensors")
+    assert resumed.keys() == whole.keys()
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    assert results(folder)["num_input_tokens_seen"] == results(run.folder)["num_input_tokens_seen"]
+
+
+def test_overwriting_leaves_nothing_of_the_old_run_and_goes_on_from_a_model(run, model_copy, tmp_path):
+    shutil.copytree(run.folder / "checkpoint-6", model_copy / "checkpoint-6")
+    (model_copy / "all_results.json").write_text('{"bleu": 1.0}', encoding="utf-8")
+    flags = ["--train_file", str(run.train_file), "--block_size", "64", "--max_steps", "1"]
+    flags += ["--model_name_or_path", str(run.folder), "--learning_rate", "0"]
+    assert main(["pretrain", *flags, "--output_dir", str(model_copy), "--overwrite_output_dir"]) == 0
+    assert [path.name for path in model_copy.glob("checkpoint-*")] == ["checkpoint-1"]
+    assert "bleu" not in results(model_copy)
+    # a learning rate of zero: the weights that it went on from
+    before, after = load_file(run.folder / "model.safetensors"), load_file(model_copy / "model.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert (model_copy / "tokenizer.json").read_bytes() == (run.folder / "tokenizer.json").read_bytes()

@@ -1,0 +1,89 @@
+"""The card holds what was measured, says what was not, and is one that huggingface_hub reads."""
+
+import ast
+
+import pytest
+from huggingface_hub import ModelCard
+from huggingface_hub.repocard_data import eval_results_to_model_index
+
+from hf_decoder.modelcard import NOT_MEASURED, load_lines, template_path, write_model_card
+
+RESULTS = {
+    "eval_loss": 2.5,
+    "perplexity": 12.182,
+    "eval_bits_per_byte": 1.25,
+    "xz_bits_per_byte": 1.75,
+    "parameters": 1234567,
+    "train_bytes": 7654321,
+    "train_runtime": 61.2,
+    "device": "A CPU, 2 cores",
+    "python": "3.11",
+    "torch": "2.13",
+    "peak_memory_bytes": 2**31,
+}
+WORDS = {"dataset": "made-up text", "procedure": "It was trained."}
+
+
+def test_card_is_read_back_with_its_metadata_and_results(tmp_path):
+    write_model_card(tmp_path, RESULTS, WORDS, model_name="small", license="apache-2.0")
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.license == "apache-2.0"
+    assert card.data.library_name == "transformers"
+    assert card.data.pipeline_tag == "text-generation"
+    assert "hf_decoder" in card.data.tags
+    assert card.data.model_name == "small"
+    found = {(r.metric_type, r.metric_value, r.task_type, r.dataset_split) for r in card.data.eval_results}
+    task = ("text-generation", "validation")
+    assert found == {("loss", 2.5, *task), ("perplexity", 12.182, *task), ("bits_per_byte", 1.25, *task)}
+    # the same metadata again from what was read: nothing is lost on the way
+    assert eval_results_to_model_index("small", card.data.eval_results) == card.data.to_dict()["model-index"]
+
+
+def test_card_says_every_number_and_every_word(tmp_path):
+    text = write_model_card(tmp_path, RESULTS, WORDS).text
+    for said in (
+        "1,234,567",
+        "7,654,321",
+        "12.18",
+        "1.75",
+        "61 s",
+        "2.00 GiB",
+        "A CPU, 2 cores",
+        "python 3.11, torch 2.13",
+    ):
+        assert said in text
+    assert "made-up text" in text and "It was trained." in text
+
+
+def test_what_is_missing_is_said_to_be(tmp_path):
+    full, empty = write_model_card(tmp_path, RESULTS, WORDS), write_model_card(tmp_path, {}, {})
+    assert empty.data.eval_results is None
+    assert empty.text.count(NOT_MEASURED) > full.text.count(NOT_MEASURED)
+    assert "not stated" in empty.text
+    tables = [line for line in empty.text.splitlines() if line.startswith("|")]
+    assert not any(
+        character.isdigit() for line in tables for character in line.removeprefix("| bits per byte of `xz -9e`")
+    )
+    assert "{{" not in empty.content
+
+
+@pytest.mark.parametrize("folder", ["runs/quickstart", 'with "quotes"', "back\\slash"])
+def test_the_lines_that_load_are_python_and_name_the_folder(folder):
+    lines = load_lines(folder)
+    assert len(lines.splitlines()) == 3
+    constants = [node.value for node in ast.walk(ast.parse(lines)) if isinstance(node, ast.Constant)]
+    assert folder in constants
+
+
+def test_an_absolute_path_stays_at_home(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    card = write_model_card(folder, RESULTS, WORDS)
+    assert str(tmp_path) not in card.content
+    assert 'model="model"' in card.text
+
+
+def test_the_template_has_a_place_for_everything_that_is_filled_in():
+    template = template_path().read_text(encoding="utf-8")
+    for key in ("card_data", "title", "load_lines", "eval_bits_per_byte", "xz_bits_per_byte", "hardware", "held_out"):
+        assert "{{ " + key + " }}" in template

@@ -1,0 +1,197 @@
+"""What is added to Trainer: the bar, the curve, the samples, the check of the output folder, optimizer groups."""
+
+import io
+import re
+
+import pytest
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import nn
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+
+from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM, training
+from hf_decoder.recipe import optimizer_cls_and_kwargs, parameter_groups
+from hf_decoder.tokenization import train_tokenizer
+
+SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+
+
+@pytest.fixture(scope="module")
+def model_and_tokenizer():
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer(["the cat sees the dog\n" * 50], vocab_size=280)
+    config = HfDecoderConfig(vocab_size=len(tokenizer), max_position_embeddings=64, eos_token_id=0, **SHAPE)
+    return HfDecoderForCausalLM(config), tokenizer
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_parameter_groups_decay_matrices_and_nothing_else(tied):
+    model = HfDecoderForCausalLM(
+        HfDecoderConfig(vocab_size=64, tie_word_embeddings=tied, attention_bias=True, **SHAPE)
+    )
+    model.model.layers[0].mlp.up_proj.weight.requires_grad = False
+    decay, rest = parameter_groups(model, 0.1)
+    assert (decay["weight_decay"], rest["weight_decay"]) == (0.1, 0.0)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decayed, spared = ({names[id(p)] for p in group["params"]} for group in (decay, rest))
+    assert all(re.search(r"(q|k|v|o|gate|up|down)_proj\.weight$|^lm_head", name) for name in decayed)
+    assert all(re.search(r"norm|embed_tokens|bias$", name) for name in spared)
+    assert ("lm_head.weight" in decayed) is not tied
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert decayed | spared == trainable and not decayed & spared
+
+
+def test_trainer_takes_the_groups_and_the_optimizer_of_its_arguments(tmp_path):
+    model = HfDecoderForCausalLM(HfDecoderConfig(vocab_size=64, **SHAPE))
+    flags = {"optim": "sgd", "learning_rate": 0.25, "weight_decay": 0.3}
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, **flags)
+    trainer = Trainer(model=model, args=args, optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(model, args))
+    optimizer = trainer.create_optimizer()
+    assert isinstance(optimizer, torch.optim.SGD)
+    assert [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups] == [(0.25, 0.3), (0.25, 0.0)]
+    embedding = model.get_input_embeddings().weight
+    assert any(p is embedding for p in optimizer.param_groups[1]["params"])
+
+
+def test_check_output_dir(tmp_path):
+    def check(folder, **kwargs):
+        training.check_output_dir(folder, **{"overwrite": False, "resume": False, **kwargs})
+
+    check(tmp_path)
+    check(tmp_path / "new")
+    (tmp_path / "config.json").touch()
+    with pytest.raises(ValueError, match="--overwrite_output_dir"):
+        check(tmp_path)
+    check(tmp_path, overwrite=True)
+    check(tmp_path, resume=True)
+    with pytest.raises(ValueError, match="is a file"):
+        check(tmp_path / "config.json", overwrite=True)
+
+
+def test_speed_bar_shows_tokens_a_second_and_starts_where_a_run_was_resumed(tmp_path, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(training.time, "perf_counter", lambda: now[0])
+    screen = io.StringIO()
+    monkeypatch.setattr("sys.stderr", screen)
+    args, control = TrainingArguments(output_dir=str(tmp_path), use_cpu=True), TrainerControl()
+    state = TrainerState(max_steps=10, global_step=4, num_input_tokens_seen=4000, is_world_process_zero=True)
+    bar = training.SpeedBar()
+    bar.on_train_begin(args, state, control)
+    assert bar.training_bar.n == 4
+    state.global_step, state.num_input_tokens_seen = 6, 6000
+    bar.on_step_end(args, state, control)
+    assert bar.training_bar.n == 6
+    now[0] += 0.5
+    bar.on_log(args, state, control, logs={"loss": 2.5})
+    bar.on_log(args, state, control, logs={"eval_loss": 2.25})
+    bar.on_log(args, state, control, logs={"train_runtime": 3.0})
+    bar.on_train_end(args, state, control)
+    shown = screen.getvalue()
+    assert "loss 2.500, 4,000 tokens/s" in shown
+    assert "step 6: held-out loss 2.250" in shown
+    assert "6/10" in shown
+
+
+def test_speed_bar_stays_silent_on_other_processes(tmp_path):
+    args, control = TrainingArguments(output_dir=str(tmp_path), use_cpu=True), TrainerControl()
+    state = TrainerState(max_steps=10, is_world_process_zero=False)
+    bar = training.SpeedBar()
+    bar.on_train_begin(args, state, control)
+    bar.on_log(args, state, control, logs={"loss": 2.5})
+    bar.on_evaluate(args, state, control)
+    assert bar.training_bar is None
+
+
+def test_loss_curve_draws_what_was_logged(tmp_path, monkeypatch):
+    drawn: list[Figure] = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: (drawn.append(figure), save(figure, *a, **k)))
+    history = [
+        {"step": 1, "loss": 5.0, "learning_rate": 0.1},
+        {"step": 10, "loss": 4.0},
+        {"step": 10, "eval_loss": 4.5},
+        {"step": 20, "loss": 3.0},
+        {"step": 20, "eval_loss": 3.5, "eval_runtime": 1.0},
+        {"step": 20, "train_runtime": 9.0, "train_loss": 4.0},
+    ]
+    path = tmp_path / "curve.png"
+    training.plot_loss_curve(history, path, title="A title", bytes_per_token=4.0, xz_bits_per_byte=1.5)
+    axes = drawn[0].axes[0]
+    train, held_out, level = axes.lines
+    assert train.get_xydata().tolist() == [[1, 5.0], [10, 4.0], [20, 3.0]]
+    assert held_out.get_xydata().tolist() == [[10, 4.5], [20, 3.5]]
+    # 1.5 bits a byte x 4 bytes a token x ln 2 nats a bit
+    assert level.get_ydata()[0] == pytest.approx(4.158883083)
+    assert axes.get_title() == "A title"
+    assert axes.get_xlabel() and axes.get_ylabel()
+    assert [text.get_text() for text in axes.get_legend().get_texts()][:2] == ["training", "held out"]
+    with Image.open(path) as picture:
+        picture.verify()
+
+
+def test_loss_curve_of_an_empty_history_is_still_a_picture(tmp_path):
+    training.plot_loss_curve([], tmp_path / "curve.png", title="Nothing yet")
+    with Image.open(tmp_path / "curve.png") as picture:
+        picture.verify()
+
+
+def test_held_out_prompts_are_beginnings_spread_over_the_texts():
+    texts = [f"line {i}\n" * 100 for i in range(10)] + ["", "  \n"]
+    prompts = training.held_out_prompts(texts, count=4, max_chars=50)
+    assert [prompt.splitlines()[0] for prompt in prompts] == ["line 0", "line 2", "line 5", "line 7"]
+    assert all(text.startswith(prompt) for prompt, text in zip(prompts, [texts[i] for i in (0, 2, 5, 7)], strict=True))
+    assert all(len(prompt) <= 50 and prompt.endswith(tuple("0257")) for prompt in prompts)
+    assert training.held_out_prompts(["ab"], count=4) == ["a"]
+    assert training.held_out_prompts(["", " "]) == []
+
+
+def test_complete_continues_repeatably_and_leaves_the_random_state(model_and_tokenizer):
+    model, tokenizer = model_and_tokenizer
+    model.generation_config.update(do_sample=True)
+    model.train()
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    # the second prompt is longer than the model reads
+    prompts = ["the cat", "the dog sees " * 50]
+    first = training.complete(model, tokenizer, prompts, max_new_tokens=8)
+    assert torch.equal(torch.rand(1), expected)
+    assert model.training
+    assert [prompt for prompt, _ in first] == prompts
+    assert first == training.complete(model, tokenizer, prompts, max_new_tokens=8)
+    assert first != training.complete(model, tokenizer, prompts, max_new_tokens=8, seed=1)
+
+
+def test_samples_are_fenced_whatever_they_hold(tmp_path):
+    path = tmp_path / "samples.md"
+    training.write_samples(path, [("a prompt", "has ```` four ticks")], settings="greedy")
+    text = path.read_text(encoding="utf-8")
+    assert "`````text\nhas ```` four ticks\n`````" in text
+    assert "```text\na prompt\n```" in text
+
+
+def test_stage_records_its_time(monkeypatch, capsys):
+    clock = iter([1.0, 3.5])
+    monkeypatch.setattr(training.time, "perf_counter", lambda: next(clock))
+    seconds: dict[str, float] = {}
+    with training.stage("pack", seconds):
+        pass
+    assert seconds == {"pack_runtime": 2.5}
+    assert capsys.readouterr().out == "pack: 2.5 s\n"
+
+
+def test_bf16_is_for_cpus_that_multiply_it(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    assert training.bf16_supported()
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True}, raising=False)
+    assert not training.bf16_supported()
+
+
+def test_embedding_without_gradient_is_in_no_group():
+    embedding = nn.Embedding(3, 2)
+    embedding.weight.requires_grad = False
+    linear = nn.Linear(2, 2, bias=False)
+    (group,) = parameter_groups(nn.Sequential(embedding, linear), 0.1)
+    assert [id(p) for p in group["params"]] == [id(linear.weight)]
