@@ -8,7 +8,6 @@ Shapes: N rows (tokens), D hidden_size, V vocab_size.
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 # Elements of one chunk of logits. Small enough to stay near the caches of a CPU, large enough for full matmul speed.
 CHUNK_ELEMENTS = 2**23
@@ -32,6 +31,24 @@ def _normalise(total: torch.Tensor, count: torch.Tensor, num_items_in_batch: tor
     return total / items.clamp(min=1)
 
 
+def _under_torch_func() -> bool:
+    """Whether a transform of `torch.func` is at work, which asks more of a function than one backward pass."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def _check_targets(targets: torch.Tensor, vocab_size: int, ignore_index: int):
+    """Only on a CPU: elsewhere it would wait for the device, whose own assertion stops the run."""
+    concrete = type(targets) is torch.Tensor and targets.device.type == "cpu"
+    if not concrete or torch.compiler.is_compiling() or _under_torch_func():
+        return
+    wrong = targets[(targets != ignore_index) & ((targets < 0) | (targets >= vocab_size))]
+    if wrong.numel():
+        raise ValueError(
+            f"labels holds the id {wrong[0]}, but the vocabulary ends at {vocab_size - 1}; use the tokenizer that "
+            f"belongs to this model, and {ignore_index} where no loss is wanted"
+        )
+
+
 def causal_lm_loss(
     logits: torch.Tensor,
     labels: torch.Tensor | None,
@@ -52,8 +69,12 @@ def causal_lm_loss(
         ignore_index: label of positions without loss.
         shift_labels: (B, S), labels that are shifted already.
         z_loss_coef: weight of the mean squared log-partition (PaLM, section 5).
+
+    Raises:
+        ValueError: for a label outside the vocabulary (on a CPU).
     """
     targets = (shift(labels, ignore_index) if shift_labels is None else shift_labels).reshape(-1).to(logits.device)
+    _check_targets(targets, vocab_size, ignore_index)
     logits = logits.float().reshape(-1, vocab_size)
     valid = targets != ignore_index
     total = nn.functional.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="sum")
@@ -76,15 +97,20 @@ def linear_causal_lm_loss(
     """`causal_lm_loss` of `lm_head(hidden_states)`, (B, S, D), without holding the logits where the head allows it.
 
     The head allows it when it is a plain linear layer whose weight lies here in one piece. One that an adapter wraps,
-    a quantizer replaced, or tensor and data parallelism sharded is called as it is, and its logits are held.
+    a quantizer replaced, or tensor and data parallelism sharded is called as it is, and its logits are held. So are
+    they under the transforms of `torch.func`.
+
+    Raises:
+        ValueError: for a label outside the vocabulary (on a CPU).
     """
-    if not _is_plain_linear(lm_head):
+    if not _is_plain_linear(lm_head) or _under_torch_func():
         logits = softcap(lm_head(hidden_states), final_logit_softcapping)
         return causal_lm_loss(
             logits, labels, logits.shape[-1], num_items_in_batch, ignore_index, shift_labels, z_loss_coef
         )
     targets = shift(labels, ignore_index) if shift_labels is None else shift_labels
     targets = targets.reshape(-1).to(hidden_states.device)
+    _check_targets(targets, lm_head.weight.shape[0], ignore_index)
     rows = hidden_states.reshape(-1, hidden_states.shape[-1])
     valid = targets != ignore_index
     if not torch.compiler.is_compiling():  # positions without a label never reach the head
@@ -199,8 +225,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_total):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # `once_differentiable` would say so only if grad_total itself had a gradient
+            raise RuntimeError("this loss has no second derivative; pass skip_logits=False for one that has")
         grad_rows, grad_weight, grad_bias = ctx.saved_tensors
 
         def scaled(grad):

@@ -30,6 +30,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .attention_hf_decoder import MIN_TILED_TOKENS, TilePlan, plan_tiles, tiled_attention_forward
 from .configuration_hf_decoder import HfDecoderConfig
 from .loss_hf_decoder import causal_lm_loss, linear_causal_lm_loss, softcap
 from .registry_hf_decoder import AUTO_MAP, register_names
@@ -72,6 +73,16 @@ class HfDecoderRotaryEmbedding(nn.Module):
         inv_freq, self.attention_scaling = rope_init_fn(config)
         self.register_buffer("inv_freq", inv_freq, persistent=False)
         self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
+
+    def _apply(self, fn, recurse=True):
+        # `.to(dtype)` changes the type of every buffer, but angles far into a text need frequencies in fp32
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            moved = self._buffers[name]
+            if moved.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(moved.device)
+        return self
 
     @staticmethod
     def compute_default_rope_parameters(
@@ -207,6 +218,8 @@ class HfDecoderAttention(nn.Module):
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
+        if isinstance(attention_mask, TilePlan):
+            attention_interface = tiled_attention_forward
         attn_output, attn_weights = attention_interface(
             self,
             query,
@@ -345,15 +358,7 @@ class HfDecoderModel(HfDecoderPreTrainedModel):
 
         masks = attention_mask
         if not isinstance(masks, dict):  # generate() may have prepared one mask a layer type
-            mask_kwargs = {
-                "config": self.config,
-                "inputs_embeds": inputs_embeds,
-                "attention_mask": attention_mask,
-                "past_key_values": past_key_values,
-                "position_ids": position_ids,
-            }
-            create = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
-            masks = {kind: create[kind](**mask_kwargs) for kind in dict.fromkeys(self.config.layer_types)}
+            masks = self._create_masks(inputs_embeds, attention_mask, position_ids, past_key_values)
 
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
@@ -369,6 +374,50 @@ class HfDecoderModel(HfDecoderPreTrainedModel):
                 **kwargs,
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def _create_masks(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor,
+        past_key_values: Cache | None,
+    ) -> dict[str, torch.Tensor | TilePlan | None]:
+        """One mask for each type of layer that there is, or the plan of a tiled attention in its place."""
+        kinds = dict.fromkeys(self.config.layer_types)
+        if self._can_tile(inputs_embeds, attention_mask, past_key_values):
+            if attention_mask is not None or past_key_values is not None:  # as in transformers: one document a row
+                position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0)
+            windows = {"full_attention": None, "sliding_attention": self.config.sliding_window}
+            return {kind: plan_tiles(position_ids, inputs_embeds.dtype, windows[kind]) for kind in kinds}
+        mask_kwargs = {
+            "config": self.config,
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": attention_mask,
+            "past_key_values": past_key_values,
+            "position_ids": position_ids,
+        }
+        create = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+        return {kind: create[kind](**mask_kwargs) for kind in kinds}
+
+    def _can_tile(
+        self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, past_key_values: Cache | None
+    ) -> bool:
+        """Whether these are whole sequences without padding, on a device where tiles beat the stock kernel."""
+        return (
+            self.config._attn_implementation == "sdpa"
+            and getattr(self.config, "is_causal", True)
+            and inputs_embeds.device.type == "cpu"
+            and inputs_embeds.shape[1] >= MIN_TILED_TOKENS
+            and not (self.training and self.config.attention_dropout)
+            and not torch.compiler.is_compiling()
+            and not torch.jit.is_tracing()
+            and not torch._C._are_functorch_transforms_active()
+            and (
+                past_key_values is None
+                or (type(past_key_values) is DynamicCache and past_key_values.get_seq_length() == 0)
+            )
+            and (attention_mask is None or (attention_mask.ndim == 2 and bool(attention_mask.all())))
+        )
 
 
 class HfDecoderForCausalLM(HfDecoderPreTrainedModel, GenerationMixin):

@@ -1,0 +1,162 @@
+"""Attention of whole sequences in tiles: causal, windowed or packed, without a mask of the length squared.
+
+On a CPU this is faster than the flash kernel of `scaled_dot_product_attention`: the matmuls of a tile run at full speed
+and the heads of a group share theirs, so keys and values are never repeated. Memory is linear in the length: a tile's
+weights live only while the tile is computed, and the backward pass computes them again (Dao et al. 2022, section 3.1).
+Shapes: B batch, S tokens, H query heads, G key/value heads, E head_dim, T rows of a tile, K keys that a tile sees.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+MIN_TILED_TOKENS = 64  # below, one call of the stock kernel is as fast
+SHORT_SEQUENCE = 256
+TILE_ROWS = {"short": 64, "long": 128}  # measured on two AVX-512 cores, forward and backward
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Rows `start` to `stop` of the queries, which see the keys from `first_key` to `stop`."""
+
+    start: int
+    stop: int
+    first_key: int
+    bias: torch.Tensor  # added to the scores of the last columns: (1 or B, 1, T, columns), 0 or -inf
+
+
+@dataclass(frozen=True)
+class TilePlan:
+    """Which query sees which key, worked out once a forward pass; stands in for the attention mask of a layer."""
+
+    tiles: tuple[Tile, ...]
+
+
+def document_starts(position_ids: torch.Tensor) -> torch.Tensor:
+    """(B, S) positions -> (B, S) column at which each token's document starts; a jump in the positions starts one."""
+    columns = torch.arange(position_ids.shape[1], device=position_ids.device).expand_as(position_ids)
+    starts = torch.ones_like(position_ids, dtype=torch.bool)
+    starts[:, 1:] = position_ids.diff(dim=-1) != 1
+    return torch.where(starts, columns, 0).cummax(dim=-1).values
+
+
+def plan_tiles(position_ids: torch.Tensor, dtype: torch.dtype, sliding_window: int | None = None) -> TilePlan:
+    """Lays out the tiles for rows of one or more documents each.
+
+    Args:
+        position_ids: (B, S); positions that do not go up by one mark the start of a document.
+        dtype: of the scores that the tiles' biases are added to.
+        sliding_window: last tokens that a token sees, itself included; all of its document when `None`.
+    """
+    length = position_ids.shape[1]
+    rows = TILE_ROWS["short" if length <= SHORT_SEQUENCE else "long"]
+    starts = document_starts(position_ids)
+    # one transfer from the device for all tiles
+    first_documents, last_documents = starts[:, ::rows].amin(0).tolist(), starts.amax(0)[rows - 1 :: rows].tolist()
+    last_documents.append(int(starts[:, -1].max()))
+    columns = torch.arange(length, device=position_ids.device)
+    causal: dict[int, torch.Tensor] = {}
+
+    tiles = []
+    for index, start in enumerate(range(0, length, rows)):
+        stop = min(start + rows, length)
+        first_key = first_documents[index]
+        windowed = sliding_window is not None and stop - sliding_window > first_key
+        if windowed:
+            first_key = max(first_key, start - sliding_window + 1)
+        if last_documents[index] <= first_key and not windowed:  # one document: only the diagonal block has a mask
+            size = stop - start
+            if size not in causal:
+                hidden = torch.ones(size, size, dtype=torch.bool, device=position_ids.device).triu(1)
+                causal[size] = _bias(hidden, dtype)[None, None]
+            bias = causal[size]
+        else:
+            query, key = columns[start:stop, None], columns[None, first_key:stop]
+            hidden = (key > query) | (key < starts[:, start:stop, None])
+            if sliding_window is not None:
+                hidden |= key <= query - sliding_window
+            bias = _bias(hidden, dtype)[:, None]
+        tiles.append(Tile(start, stop, first_key, bias))
+    return TilePlan(tuple(tiles))
+
+
+def _bias(hidden: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, float("-inf"))
+
+
+def tiled_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,  # (B, H, S, E)
+    key: torch.Tensor,  # (B, G, S, E)
+    value: torch.Tensor,  # (B, G, S, E)
+    attention_mask: TilePlan,
+    scaling: float,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """Attention as the functions of transformers' attention interface give it: the output as (B, S, H, E)."""
+    device_type = query.device.type
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    with torch.autocast(device_type, enabled=False):
+        return _TiledAttention.apply(query, key, value, attention_mask, scaling), None
+
+
+def _weights(query, key, tile: Tile, scaling: float) -> torch.Tensor:
+    """Softmax of a tile's scores, (B * G, H / G * T, K)."""
+    batch, heads, _, head_dim = query.shape
+    groups, rows, keys = key.shape[1], tile.stop - tile.start, tile.stop - tile.first_key
+    tile_query = (query[:, :, tile.start : tile.stop] * scaling).reshape(batch * groups, -1, head_dim)
+    tile_key = key[:, :, tile.first_key : tile.stop].reshape(batch * groups, keys, head_dim)
+    scores = torch.bmm(tile_query, tile_key.transpose(1, 2))
+    bias = tile.bias.to(scores.dtype)  # a model under autocast plans in fp32
+    scores.view(batch, heads, rows, keys)[..., keys - bias.shape[-1] :].add_(bias)
+    return torch.softmax(scores, dim=-1)  # in fp32 inside, whatever the dtype
+
+
+class _TiledAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, key, value, plan, scaling):
+        batch, heads, length, head_dim = query.shape
+        groups = key.shape[1]
+        output = query.new_empty(batch, length, heads, head_dim)
+        for tile in plan.tiles:
+            tile_value = value[:, :, tile.first_key : tile.stop].reshape(batch * groups, -1, head_dim)
+            tile_output = torch.bmm(_weights(query, key, tile, scaling), tile_value)
+            output[:, tile.start : tile.stop] = tile_output.view(batch, heads, -1, head_dim).transpose(1, 2)
+        ctx.save_for_backward(query, key, value)
+        ctx.plan, ctx.scaling = plan, scaling
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        query, key, value = ctx.saved_tensors
+        batch, heads, _, head_dim = query.shape
+        groups = key.shape[1]
+        grad_query = torch.empty_like(query)
+        # fp32 whatever the dtype: many tiles are added up
+        grad_key = torch.zeros_like(key, dtype=torch.float32)
+        grad_value = torch.zeros_like(value, dtype=torch.float32)
+        for tile in ctx.plan.tiles:
+            rows, keys = slice(tile.start, tile.stop), slice(tile.first_key, tile.stop)
+            count = tile.stop - tile.first_key
+            weights = _weights(query, key, tile, ctx.scaling)
+            tile_query = query[:, :, rows].reshape(batch * groups, -1, head_dim)
+            tile_key = key[:, :, keys].reshape(batch * groups, count, head_dim)
+            tile_value = value[:, :, keys].reshape(batch * groups, count, head_dim)
+            tile_grad = grad_output[:, rows].transpose(1, 2).reshape(batch * groups, -1, head_dim)
+            grad_value[:, :, keys] += torch.bmm(weights.transpose(1, 2), tile_grad).view(
+                batch, groups, count, head_dim
+            )
+            grad_weights = torch.bmm(tile_grad, tile_value.transpose(1, 2))
+            grad_scores = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+            grad_scores *= ctx.scaling
+            grad_query[:, :, rows] = torch.bmm(grad_scores, tile_key).view(batch, heads, -1, head_dim)
+            grad_key[:, :, keys] += torch.bmm(grad_scores.transpose(1, 2), tile_query).view(shape)
+        return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None
+
+
+__all__ = ["MIN_TILED_TOKENS", "TilePlan", "plan_tiles", "tiled_attention_forward"]
