@@ -1,4 +1,4 @@
-"""Attention of whole sequences in tiles: causal, windowed or packed, without a mask of the length squared.
+"""Attention of whole sequences in tiles: causal, windowed or packed, without a mask of length squared.
 
 On a CPU this is faster than the flash kernel of `scaled_dot_product_attention`: the matmuls of a tile run at full speed
 and the heads of a group share theirs, so keys and values are never repeated. Memory is linear in the length: a tile's
@@ -148,9 +148,8 @@ class _TiledAttention(torch.autograd.Function):
             tile_key = key[:, :, keys].reshape(batch * groups, count, head_dim)
             tile_value = value[:, :, keys].reshape(batch * groups, count, head_dim)
             tile_grad = grad_output[:, rows].transpose(1, 2).reshape(batch * groups, -1, head_dim)
-            grad_value[:, :, keys] += torch.bmm(weights.transpose(1, 2), tile_grad).view(
-                batch, groups, count, head_dim
-            )
+            shape = (batch, groups, count, head_dim)
+            grad_value[:, :, keys] += torch.bmm(weights.transpose(1, 2), tile_grad).view(shape)
             grad_weights = torch.bmm(tile_grad, tile_value.transpose(1, 2))
             grad_scores = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
             grad_scores *= ctx.scaling
