@@ -1,6 +1,6 @@
 """Attention of whole sequences in tiles: causal, windowed or packed, without a mask of length squared.
 
-On a CPU this is faster than the flash kernel of `scaled_dot_product_attention`: the matmuls of a tile run at full speed
+On a CPU this beats the flash kernel of `scaled_dot_product_attention`: the matmuls of a tile run at full speed
 and the heads of a group share theirs, so keys and values are never repeated. Memory is linear in the length: a tile's
 weights live only while the tile is computed, and the backward pass computes them again (Dao et al. 2022, section 3.1).
 Shapes: B batch, S tokens, H query heads, G key/value heads, E head_dim, T rows of a tile, K keys that a tile sees.

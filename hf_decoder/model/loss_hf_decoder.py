@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 # Elements of one chunk of logits. Small enough to stay near the caches of a CPU, large enough for full matmul speed.
-CHUNK_ELEMENTS = 2**23
-MIN_CHUNK_ROWS = 256
+CHUNK_ELEMENTS = 2**21
+MIN_CHUNK_ROWS = 512
 
 
 def softcap(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
@@ -180,43 +180,52 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias else None
         total = torch.zeros((), dtype=torch.float32, device=rows.device)
         vocab_size = weight.shape[0]
-        chunk_rows = max(MIN_CHUNK_ROWS, CHUNK_ELEMENTS // vocab_size)
+        chunk_rows = min(max(MIN_CHUNK_ROWS, CHUNK_ELEMENTS // vocab_size), max(rows.shape[0], 1))
+        # the same memory serves every chunk: fresh pages would cost as much as the arithmetic
+        all_logits = rows.new_empty(chunk_rows, vocab_size)
+        all_scores, all_log_probs = (rows.new_empty(chunk_rows, vocab_size, dtype=torch.float32) for _ in range(2))
+        chunk_grad_weight = torch.empty_like(weight) if needs_weight else None
 
         for start in range(0, rows.shape[0], chunk_rows):
             chunk = rows[start : start + chunk_rows]
             target = targets[start : start + chunk_rows]
+            count = chunk.shape[0]
             valid = target != ignore_index
             index = target.masked_fill(~valid, 0).unsqueeze(-1)
-            logits = torch.mm(chunk, weight.t()) if bias is None else torch.addmm(bias, chunk, weight.t())
-            logits = softcap(logits.float(), cap)
-            log_probs = torch.log_softmax(logits, dim=-1)
+            logits = torch.mm(chunk, weight.t(), out=all_logits[:count])
+            if bias is not None:
+                logits += bias
+            scores = all_scores[:count].copy_(logits)
+            if cap is not None:
+                scores.div_(cap).tanh_().mul_(cap)
+            log_probs = torch.ops.aten._log_softmax.out(scores, -1, False, out=all_log_probs[:count])
             target_log_prob = log_probs.gather(-1, index)
             loss = -target_log_prob
             if smoothing:
                 loss = (1 - smoothing) * loss - smoothing * log_probs.mean(-1, keepdim=True)
             scale = 1.0  # of the softmax in the gradient
             if z_loss_coef:
-                log_partition = logits.gather(-1, index) - target_log_prob
+                log_partition = scores.gather(-1, index) - target_log_prob
                 loss = loss + z_loss_coef * log_partition.square()
                 scale = 1.0 + 2.0 * z_loss_coef * log_partition
             total += loss.masked_fill(~valid.unsqueeze(-1), 0.0).sum()
             if not (needs_rows or needs_weight or needs_bias):
                 continue
 
-            grad_logits = log_probs.exp_()
+            grad_scores = log_probs.exp_()
             if z_loss_coef:
-                grad_logits *= scale
+                grad_scores *= scale
             if smoothing:
-                grad_logits -= smoothing / vocab_size
-            grad_logits.scatter_add_(-1, index, torch.full_like(loss, smoothing - 1.0))
+                grad_scores -= smoothing / vocab_size
+            grad_scores.scatter_add_(-1, index, torch.full_like(loss, smoothing - 1.0))
             if cap is not None:
-                grad_logits *= 1.0 - (logits / cap).square()
+                grad_scores *= scores.div_(cap).square_().neg_().add_(1.0)
+            grad_logits = logits.copy_(grad_scores)
             grad_logits.masked_fill_(~valid.unsqueeze(-1), 0.0)
-            grad_logits = grad_logits.to(rows.dtype)
             if needs_rows:
                 torch.mm(grad_logits, weight, out=grad_rows[start : start + chunk_rows])
             if needs_weight:
-                grad_weight += torch.mm(grad_logits.t(), chunk)
+                grad_weight += torch.mm(grad_logits.t(), chunk, out=chunk_grad_weight)
             if needs_bias:
                 grad_bias += grad_logits.sum(0, dtype=torch.float32)
 
