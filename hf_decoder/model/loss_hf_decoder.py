@@ -192,9 +192,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             count = chunk.shape[0]
             valid = target != ignore_index
             index = target.masked_fill(~valid, 0).unsqueeze(-1)
-            logits = torch.mm(chunk, weight.t(), out=all_logits[:count])
-            if bias is not None:
-                logits += bias
+            logits = all_logits[:count]
+            if bias is None:
+                torch.mm(chunk, weight.t(), out=logits)
+            else:
+                torch.addmm(bias, chunk, weight.t(), out=logits)
             scores = all_scores[:count].copy_(logits)
             if cap is not None:
                 scores.div_(cap).tanh_().mul_(cap)
