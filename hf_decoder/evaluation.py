@@ -86,7 +86,7 @@ def score(
     device = next(model.parameters()).device
     autocast = torch.autocast(device.type, autocast_dtype) if autocast_dtype else contextlib.nullcontext()
     options: dict[str, Any] = {"use_cache": False}
-    if "skip_logits" in inspect.signature(model.forward).parameters:
+    if "skip_logits" in inspect.signature(type(model).forward).parameters:
         options["skip_logits"] = True  # only the loss is read
     if getattr(model.config, "z_loss_coef", 0.0):
         options["z_loss_coef"] = 0.0  # a term of training, no part of the likelihood

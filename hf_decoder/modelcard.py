@@ -45,7 +45,6 @@ def write_model_card(
     words: Mapping[str, str],
     *,
     model_name: str | None = None,
-    license: str | None = None,
 ) -> ModelCard:
     """Writes README.md of `folder` from the metrics in `results` (the content of all_results.json).
 
@@ -54,15 +53,14 @@ def write_model_card(
         results: metrics under Hugging Face's names; a metric that is missing is written as "not measured".
         words: Markdown for `dataset` (what the text is), `held_out` (how its held-out part was chosen), `tokenizer`
             (where it comes from), `start` (what training started from) and `procedure`; one that is missing is
-            written as "not stated".
+            written as "not stated". `license` is a licence id for the metadata, left out where it is missing.
         model_name: the card's title and the name in its model-index; the folder's name if None.
-        license: licence id for the metadata; left out if None.
     """
     folder = Path(folder)
     name = model_name or folder.resolve().name
     card_data = ModelCardData(
         model_name=name,
-        license=license,
+        license=words.get("license"),
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["hf_decoder", "causal-lm", "custom_code"],
@@ -100,7 +98,14 @@ def _measured(results: Mapping[str, Any]) -> dict[str, str]:
     def say(key: str, form: Callable[[Any], str]) -> str:
         return form(results[key]) if results.get(key) is not None else NOT_MEASURED
 
-    counts = ("parameters", "context_length", "vocab_size", "train_documents", "train_bytes", "train_tokens")
+    counts: tuple[str, ...] = (
+        "parameters",
+        "context_length",
+        "vocab_size",
+        "train_documents",
+        "train_bytes",
+        "train_tokens",
+    )
     counts += ("eval_documents", "eval_bytes", "eval_tokens")
     measures = ("eval_loss", "perplexity", "eval_bits_per_byte", "xz_bits_per_byte")
     versions = [

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -15,7 +15,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     A table tied to the embeddings counts as an embedding. Parameters that need no gradient are left out.
     """
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
-    decay, rest = [], []
+    decay: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
             (decay if parameter.ndim >= 2 and id(parameter) not in embeddings else rest).append(parameter)
@@ -24,7 +25,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def optimizer_cls_and_kwargs(
-    model: nn.Module, args: TrainingArguments
+    model: PreTrainedModel, args: TrainingArguments
 ) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
     """The optimizer that `args.optim` names, over `parameter_groups`: for `Trainer(optimizer_cls_and_kwargs=...)`."""
     optimizer_cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)

@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback
+from transformers import PreTrainedTokenizerBase, ProgressCallback
 
 CHECKPOINT_FOLDER = re.compile(r"checkpoint-\d+")
 
@@ -20,7 +21,7 @@ def bf16_supported() -> bool:
     """Whether this machine multiplies bf16 in hardware: then autocast pays; elsewhere it is slower than fp32."""
     if torch.accelerator.is_available():
         return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 
 
@@ -113,14 +114,12 @@ def plot_loss_curve(
     if held_out:
         axes.plot(*zip(*held_out, strict=True), color="tab:orange", marker="o", markersize=4, label="held out")
     if bytes_per_token:
-        nats_per_bit_per_byte = bytes_per_token * math.log(2)
+        nats = bytes_per_token * math.log(2)  # per token, at one bit per byte
         if xz_bits_per_byte:
-            level = xz_bits_per_byte * nats_per_bit_per_byte
-            axes.axhline(
-                level, color="tab:gray", linestyle="--", label=f"xz -9e: {xz_bits_per_byte:.2f} bits per byte"
-            )
+            label = f"xz -9e: {xz_bits_per_byte:.2f} bits per byte"
+            axes.axhline(xz_bits_per_byte * nats, color="tab:gray", linestyle="--", label=label)
         second = axes.secondary_yaxis(
-            "right", functions=(lambda y: y / nats_per_bit_per_byte, lambda y: y * nats_per_bit_per_byte)
+            "right", functions=(lambda y: np.divide(y, nats), lambda y: np.multiply(y, nats))
         )
         second.set_ylabel("bits per byte")
     axes.set_title(title)
@@ -148,7 +147,7 @@ def _beginning(text: str, max_chars: int) -> str:
 
 @torch.no_grad()
 def complete(
-    model: PreTrainedModel,
+    model: Any,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     *,
@@ -167,10 +166,8 @@ def complete(
     with torch.random.fork_rng(enabled=True):
         torch.manual_seed(seed)
         for prompt in prompts:
-            ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"][
-                :, max_new_tokens - limit :
-            ]
-            ids = ids.to(model.device)
+            ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
+            ids = ids[:, max_new_tokens - limit :].to(model.device)
             output = model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
@@ -178,14 +175,14 @@ def complete(
                 pad_token_id=tokenizer.pad_token_id,
                 use_cache=True,
             )
-            samples.append((prompt, tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)))
+            samples.append((prompt, str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))))
     model.train(was_training)
     return samples
 
 
-def write_samples(path: str | Path, samples: Sequence[tuple[str, str]], *, settings: str) -> None:
+def write_samples(path: str | Path, samples: Sequence[tuple[str, str]]) -> None:
     """Writes prompts and completions as Markdown, each in a fenced block of its own."""
-    lines = ["# Completions of held-out prompts", "", f"Not chosen by hand: one draw each, {settings}.", ""]
+    lines = ["# Completions of held-out prompts", "", "One draw each, not chosen by hand.", ""]
     for number, (prompt, completion) in enumerate(samples, 1):
         lines += [f"## {number}", "", "Prompt:", "", fenced(prompt), "", "Completion:", "", fenced(completion), ""]
     Path(path).write_text("\n".join(lines), encoding="utf-8")

@@ -27,7 +27,7 @@ WORDS = {"dataset": "made-up text", "procedure": "It was trained."}
 
 
 def test_card_is_read_back_with_its_metadata_and_results(tmp_path):
-    write_model_card(tmp_path, RESULTS, WORDS, model_name="small", license="apache-2.0")
+    write_model_card(tmp_path, RESULTS, {**WORDS, "license": "apache-2.0"}, model_name="small")
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.license == "apache-2.0"
     assert card.data.library_name == "transformers"

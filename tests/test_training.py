@@ -165,7 +165,7 @@ def test_complete_continues_repeatably_and_leaves_the_random_state(model_and_tok
 
 def test_samples_are_fenced_whatever_they_hold(tmp_path):
     path = tmp_path / "samples.md"
-    training.write_samples(path, [("a prompt", "has ```` four ticks")], settings="greedy")
+    training.write_samples(path, [("a prompt", "has ```` four ticks")])
     text = path.read_text(encoding="utf-8")
     assert "`````text\nhas ```` four ticks\n`````" in text
     assert "```text\na prompt\n```" in text

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig
 
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 
@@ -33,8 +33,9 @@ def parse_arguments(
         def error(self, message: str) -> NoReturn:
             raise ValueError(message)
 
+    kinds: Any = list(dataclass_types)
     parser = Parser(
-        list(dataclass_types),
+        kinds,
         prog=f"hf-decoder {verb}",
         usage=f"hf-decoder {verb} [--config FILE] [options]",
         description=description,
@@ -147,7 +148,7 @@ def _first_line(error: BaseException) -> str:
     return text.splitlines()[0] if text else type(error).__name__
 
 
-def load_model(name: str, *, trust_remote_code: bool = False, **kwargs: Any) -> PreTrainedModel:
+def load_model(name: str, *, trust_remote_code: bool = False, **kwargs: Any) -> Any:
     """`AutoModelForCausalLM.from_pretrained(name, **kwargs)`; whatever is wrong with the weights is one line.
 
     Raises:
@@ -162,7 +163,7 @@ def load_model(name: str, *, trust_remote_code: bool = False, **kwargs: Any) -> 
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # the loading report would repeat in a table what is said below in one line
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             name, config=config, trust_remote_code=trust_remote_code, output_loading_info=True, **kwargs
         )
     except SafetensorError as error:
@@ -173,6 +174,7 @@ def load_model(name: str, *, trust_remote_code: bool = False, **kwargs: Any) -> 
         raise ValueError(f"the weights in {name} cannot be loaded: {_first_line(error)}") from None
     finally:
         logging.set_verbosity(verbosity)
+    model, report = loaded
     missing = sorted(report["missing_keys"])
     if missing:
         raise ValueError(
@@ -182,7 +184,7 @@ def load_model(name: str, *, trust_remote_code: bool = False, **kwargs: Any) -> 
     return model
 
 
-def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
     """`AutoTokenizer.from_pretrained(name)`.
 
     Raises:

@@ -5,15 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import TextStreamer, set_seed
 
 from hf_decoder.cli import load_model, load_tokenizer, parse_arguments
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEFAULT_NEW_TOKENS = 200
@@ -95,8 +92,8 @@ def _device(name: str | None) -> torch.device:
 
 
 def stream(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: Any,
+    tokenizer: Any,
     ids: torch.Tensor,
     args: GenerateArguments,
     *,
@@ -124,9 +121,7 @@ def stream(
     return completion
 
 
-def _settings(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor, args: GenerateArguments
-) -> dict[str, Any]:
+def _settings(model: Any, tokenizer: Any, ids: torch.Tensor, args: GenerateArguments) -> dict[str, Any]:
     """Keyword arguments of `generate`: the flags that were given, and what the prompt's length leaves room for."""
     settings = {name: getattr(args, name) for name in GENERATION_FLAGS if getattr(args, name) is not None}
     limit = getattr(model.config, "max_position_embeddings", None)
@@ -152,7 +147,7 @@ def _settings(
     return settings
 
 
-def chat(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: GenerateArguments) -> None:
+def chat(model: Any, tokenizer: Any, args: GenerateArguments) -> None:
     """Reads turns from standard input and answers each, with the whole conversation as context.
 
     Raises:
@@ -183,7 +178,7 @@ def _read_turn() -> str:
         return ""
 
 
-def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _stop_ids(model: Any, tokenizer: Any) -> list[int]:
     """What ends an answer: the model's own end tokens, and ChatML's end of a turn where the tokenizer has it."""
     ends = model.generation_config.eos_token_id
     ids = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
@@ -194,8 +189,8 @@ def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> lis
 
 
 def _fit(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: Any,
+    tokenizer: Any,
     system: list[dict[str, str]],
     turns: list[dict[str, str]],
 ) -> torch.Tensor:

@@ -21,7 +21,8 @@ from transformers import (
     set_seed,
 )
 from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import SchedulerType, get_last_checkpoint
+from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
 from hf_decoder import HfDecoderConfig, accounting, corpus, evaluation, training
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 QUICKSTART = "runs/quickstart"
-SPECIAL_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 DESCRIPTION = (
     "Trains a language model from raw text. With no arguments: the Python standard library as text, a vocabulary of "
     f"4096, the nano preset, everything written to {QUICKSTART}."
@@ -80,6 +80,10 @@ class DataArguments:
     text_column: str = field(default="text", metadata={"help": "The column or key that holds the text."})
     validation_split_percentage: float = field(
         default=5.0, metadata={"help": "Share of the documents to hold out when there is no validation set."}
+    )
+    max_eval_samples: int | None = field(
+        default=64,
+        metadata={"help": "Held-out rows that are measured during training; the measurement at the end takes all."},
     )
     block_size: int = field(default=512, metadata={"help": "Tokens of a training row."})
     preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenise."})
@@ -146,7 +150,8 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, args: Pretrai
     """
     seconds: dict[str, float] = {}
     checkpoint = _checkpoint_to_resume(args)
-    training.check_output_dir(args.output_dir, overwrite=args.overwrite_output_dir, resume=checkpoint is not None)
+    resumes_here = checkpoint is not None and Path(checkpoint).resolve().parent == Path(args.output_dir).resolve()
+    training.check_output_dir(args.output_dir, overwrite=args.overwrite_output_dir, resume=resumes_here)
     overrides = parse_overrides(model_args.config_overrides)
     if overrides and model_args.model_name_or_path:
         raise ValueError("--config_overrides shapes a new model; it does not go with --model_name_or_path")
@@ -173,15 +178,12 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, args: Pretrai
     for title, report in (("training text", train_report), ("held-out text", eval_report)):
         print("\n".join([title, *(f"  {line}" for line in report.lines())]))
 
-    if model_args.model_name_or_path and checkpoint is None:
-        model = load_model(model_args.model_name_or_path, dtype=torch.float32)
-    else:  # random weights; those of a checkpoint are loaded by Trainer, with the optimizer's state
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = _model(model_args, config, checkpoint)
     trainer = Trainer(
         model=model,
         args=args,
         train_dataset=train_rows,
-        eval_dataset=eval_rows,
+        eval_dataset=_spread(eval_rows, data_args.max_eval_samples),
         processing_class=tokenizer,
         # Not the padding collator: it adds an attention mask, and with one, documents in a row would see each other.
         data_collator=default_data_collator,
@@ -192,43 +194,26 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, args: Pretrai
         trainer.add_callback(training.SpeedBar())
     if checkpoint is None and trainer.is_world_process_zero():
         _clear_earlier_run(Path(args.output_dir))
-    tokens_before = _tokens_seen(checkpoint)
-    train_metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-    tokens_seen = trainer.state.num_input_tokens_seen
-    train_metrics["train_tokens_per_second"] = (tokens_seen - tokens_before) / train_metrics["train_runtime"]
-    train_metrics["num_input_tokens_seen"] = tokens_seen
-
-    # The sampling settings that the folder is loaded with. Greedy decoding of a small model soon repeats itself.
-    model.generation_config = GenerationConfig(
-        do_sample=True,
-        temperature=0.8,
-        top_p=0.95,
-        **{name: getattr(model.config, name) for name in SPECIAL_TOKEN_IDS},
-    )
+    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    metrics["num_input_tokens_seen"] = trainer.state.num_input_tokens_seen
+    new_tokens = trainer.state.num_input_tokens_seen - _tokens_seen(checkpoint)
+    metrics["train_tokens_per_second"] = new_tokens / metrics["train_runtime"]
     trainer.save_model()
+
     if trainer.is_world_process_zero():
+        held_out = texts["validation"]["text"]
         with training.stage("evaluate", seconds):
-            eval_metrics = _evaluate(trainer, eval_rows, eval_report, texts["validation"]["text"])
-        train_metrics |= {
-            "train_documents": train_report.documents,
-            "train_bytes": train_report.bytes,
-            "train_tokens": train_report.tokens,
-            "parameters": model.num_parameters(),
-            "context_length": model.config.max_position_embeddings,
-            "vocab_size": model.config.vocab_size,
-            "peak_memory_bytes": accounting.peak_memory_bytes(),
-            **accounting.hardware(),
-            **seconds,
-        }
-        for split, metrics in (("train", train_metrics), ("eval", eval_metrics)):
-            trainer.save_metrics(split, metrics)
+            eval_metrics = _evaluate(model, args, eval_rows, eval_report, held_out)
+        trainer.save_metrics("train", {**metrics, **_facts(model, train_report), **seconds})
+        trainer.save_metrics("eval", eval_metrics)
         trainer.save_state()
-        prompts = training.held_out_prompts(texts["validation"]["text"])
-        _write_outputs(trainer, model_args, data_args, {**train_metrics, **eval_metrics}, prompts)
-        print(_summary(eval_metrics))
-        print(
-            f"\n{args.output_dir} holds the model. These lines load it and generate:\n\n{load_lines(args.output_dir)}"
+        results = json.loads((Path(args.output_dir) / "all_results.json").read_text(encoding="utf-8"))
+        samples = training.complete(model, tokenizer, training.held_out_prompts(held_out), seed=args.seed)
+        _write_outputs(
+            args.output_dir, results, trainer.state.log_history, samples, _words(args, model_args, data_args)
         )
+        print(_summary(results), f"\n\n{args.output_dir} holds the model. These lines load it and generate:\n")
+        print(load_lines(args.output_dir))
 
 
 def _checkpoint_to_resume(args: PretrainingArguments) -> str | None:
@@ -279,6 +264,20 @@ def _config(preset: str, overrides: dict[str, Any], source: str | None, block_si
     return config
 
 
+def _model(model_args: ModelArguments, config: PretrainedConfig, checkpoint: str | None) -> Any:
+    """The model to train: that of --model_name_or_path, or a new one.
+
+    The weights of a checkpoint are loaded by Trainer, together with the optimizer's state.
+    """
+    if model_args.model_name_or_path and checkpoint is None:
+        return load_model(model_args.model_name_or_path, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    special_tokens = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    # Greedy decoding of a small model soon repeats itself.
+    model.generation_config = GenerationConfig(do_sample=True, temperature=0.8, top_p=0.95, **special_tokens)
+    return model
+
+
 def _load_texts(data_args: DataArguments) -> DatasetDict:
     """The documents: `train` and `validation`, columns `text` and `source`."""
     if data_args.train_file is None and data_args.dataset_name is None:
@@ -314,7 +313,7 @@ def _fit_to_tokenizer(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBa
     if resize:
         config.vocab_size = len(tokenizer)
     check_tokenizer_fits(tokenizer, config)
-    for name in SPECIAL_TOKEN_IDS:
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if getattr(config, name, None) is None:
             setattr(config, name, getattr(tokenizer, name))
 
@@ -334,13 +333,22 @@ def _tokens_seen(checkpoint: str | None) -> int:
     return json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))["num_input_tokens_seen"]
 
 
-def _evaluate(trainer: Trainer, rows: Dataset, report: CorpusReport, texts: Sequence[str]) -> dict[str, Any]:
+def _spread(rows: Dataset, count: int | None) -> Dataset:
+    """`count` of the rows, evenly spread over all of them; all, if `count` is None."""
+    if count is None or count >= len(rows):
+        return rows
+    return rows.select([i * len(rows) // count for i in range(count)])
+
+
+def _evaluate(
+    model: Any, args: PretrainingArguments, rows: Dataset, report: CorpusReport, texts: Sequence[str]
+) -> dict[str, Any]:
     """Metrics of the whole held-out text, exact: every token and every byte counts once."""
     score = evaluation.score(
-        trainer.accelerator.unwrap_model(trainer.model),
+        model,
         rows,
-        batch_size=trainer.args.per_device_eval_batch_size,
-        autocast_dtype=torch.bfloat16 if trainer.args.bf16 else None,
+        batch_size=args.per_device_eval_batch_size,
+        autocast_dtype=torch.bfloat16 if args.bf16 else None,
     )
     return {
         "eval_loss": score.loss,
@@ -353,29 +361,38 @@ def _evaluate(trainer: Trainer, rows: Dataset, report: CorpusReport, texts: Sequ
     }
 
 
+def _facts(model: Any, report: CorpusReport) -> dict[str, Any]:
+    """What else belongs beside the training metrics: sizes, memory, machine and versions."""
+    return {
+        "train_documents": report.documents,
+        "train_bytes": report.bytes,
+        "train_tokens": report.tokens,
+        "parameters": model.num_parameters(),
+        "context_length": getattr(model.config, "max_position_embeddings", None),
+        "vocab_size": model.config.vocab_size,
+        "peak_memory_bytes": accounting.peak_memory_bytes(),
+        **accounting.hardware(),
+    }
+
+
 def _write_outputs(
-    trainer: Trainer,
-    model_args: ModelArguments,
-    data_args: DataArguments,
-    metrics: dict[str, Any],
-    prompts: Sequence[str],
+    output_dir: str,
+    results: dict[str, Any],
+    log_history: list[dict[str, Any]],
+    samples: list[tuple[str, str]],
+    words: dict[str, str],
 ) -> None:
     """Loss curve, samples and model card, beside the model that Trainer saved."""
-    folder = Path(trainer.args.output_dir)
-    words = _words(trainer.args, model_args, data_args)
+    folder = Path(output_dir)
     training.plot_loss_curve(
-        trainer.state.log_history,
+        log_history,
         folder / "loss_curve.png",
-        title=f"{metrics['parameters'] / 1e6:.1f}M parameters on {words['dataset']}",
-        bytes_per_token=metrics["eval_bytes"] / metrics["eval_tokens"],
-        xz_bits_per_byte=metrics["xz_bits_per_byte"],
+        title=f"{results['parameters'] / 1e6:.1f}M parameters on {words['dataset']}",
+        bytes_per_token=results["eval_bytes"] / results["eval_tokens"],
+        xz_bits_per_byte=results["xz_bits_per_byte"],
     )
-    samples = training.complete(trainer.model, trainer.processing_class, prompts, seed=trainer.args.seed)
-    generation = trainer.model.generation_config
-    training.write_samples(
-        folder / "samples.md", samples, settings=f"temperature {generation.temperature}, top_p {generation.top_p}"
-    )
-    write_model_card(folder, metrics, words, license=model_args.license)
+    training.write_samples(folder / "samples.md", samples)
+    write_model_card(folder, results, words)
 
 
 def _words(args: PretrainingArguments, model_args: ModelArguments, data_args: DataArguments) -> dict[str, str]:
@@ -401,16 +418,18 @@ def _words(args: PretrainingArguments, model_args: ModelArguments, data_args: Da
         if model_args.model_name_or_path
         else "random weights",
         "procedure": _procedure(args, data_args.block_size),
+        **({"license": model_args.license} if model_args.license else {}),
     }
 
 
 def _procedure(args: PretrainingArguments, block_size: int) -> str:
     rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    optimizer, schedule = OptimizerNames(args.optim).value, SchedulerType(args.lr_scheduler_type).value
+    precision = "bf16 autocast" if args.bf16 else "fp16 autocast" if args.fp16 else "fp32"
     return (
-        f"`{args.optim.value}`, peak learning rate {args.learning_rate:g}, schedule `{args.lr_scheduler_type.value}`, "
-        f"weight decay {args.weight_decay:g} on matrices only; {rows} rows of {block_size} tokens a step; "
-        f"{'bf16 autocast' if args.bf16 else 'fp16 autocast' if args.fp16 else 'fp32'}; seed {args.seed}. "
-        "Documents that share a row do not see each other."
+        f"`{optimizer}`, peak learning rate {args.learning_rate:g}, schedule `{schedule}`, weight decay "
+        f"{args.weight_decay:g} on matrices only; {rows} rows of {block_size} tokens a step; {precision}; seed "
+        f"{args.seed}. Documents that share a row do not see each other."
     )
 
 

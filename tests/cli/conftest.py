@@ -39,6 +39,7 @@ class Run:
     train_file: Path
     validation_file: Path
     flags: list[str]
+    steps: int
     printed: str
 
 
@@ -66,7 +67,7 @@ def run(tmp_path_factory) -> Run:
         printed: list[str] = []
         patch.setattr("builtins.print", lambda *words, **_: printed.append(" ".join(map(str, words))))
         assert main(["pretrain", *flags, "--output_dir", str(folder), "--license", "apache-2.0"]) == 0
-    return Run(folder, train_file, validation_file, flags, "\n".join(printed))
+    return Run(folder, train_file, validation_file, flags, STEPS, "\n".join(printed))
 
 
 @pytest.fixture

@@ -62,11 +62,17 @@ def test_output_folder_with_another_run_is_left_as_it_is(fails, run, model_copy)
     assert {path: path.read_bytes() for path in model_copy.rglob("*") if path.is_file()} == before
 
 
+def test_a_checkpoint_of_elsewhere_does_not_open_the_folder_of_another_run(fails, run, model_copy):
+    checkpoint = str(run.folder / "checkpoint-3")
+    assert "another run" in fails(*train_flags(run.train_file, model_copy, "--resume_from_checkpoint", checkpoint))
+
+
 @pytest.mark.parametrize(
     "flags, reason",
     [
         (["--resume_from_checkpoint"], "no checkpoint"),
         (["--resume_from_checkpoint", "nowhere"], "trainer_state.json"),
+        (["--max_eval_samples", "few"], "max_eval_samples"),
         (["--block_size", "4096"], "max_position_embeddings"),
         (["--config_overrides", "hiden_size=3"], "'hidden_size'"),
         (["--config_overrides", "hidden_size"], "name=value"),

@@ -4,7 +4,6 @@ import io
 
 import pytest
 import torch
-from conftest import made_text
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from hf_decoder.cli.main import main
@@ -40,8 +39,8 @@ def test_completion_stops_at_the_longest_the_model_reads(run, capsys):
     assert len(tokenizer(capsys.readouterr().out)["input_ids"]) <= 130
 
 
-def test_any_causal_model_will_do(tmp_path, capsys):
-    tokenizer = train_tokenizer([made_text(1, 200)], vocab_size=280)
+def test_any_causal_model_will_do(run, tmp_path, capsys):
+    tokenizer = train_tokenizer([run.train_file.read_text(encoding="utf-8")], vocab_size=280)
     shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)

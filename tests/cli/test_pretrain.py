@@ -3,15 +3,12 @@
 import json
 import lzma
 import math
-import os
 import shutil
-import subprocess
-import sys
+import textwrap
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import STEPS
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
@@ -61,8 +58,8 @@ def test_metrics_hang_together(run):
     assert metrics["eval_bits_per_byte"] == pytest.approx(nats / math.log(2) / len(text))
     compressed = lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)
     assert metrics["xz_bits_per_byte"] == pytest.approx(8 * len(compressed) / len(text))
-    assert metrics["num_input_tokens_seen"] == STEPS * 4 * 64
-    assert metrics["train_tokens_per_second"] == pytest.approx(STEPS * 4 * 64 / metrics["train_runtime"], rel=1e-2)
+    assert metrics["num_input_tokens_seen"] == run.steps * 4 * 64
+    assert metrics["train_tokens_per_second"] == pytest.approx(run.steps * 4 * 64 / metrics["train_runtime"], rel=1e-2)
     model = AutoModelForCausalLM.from_pretrained(run.folder)
     assert metrics["parameters"] == model.num_parameters()
     assert {**json.loads((run.folder / "train_results.json").read_text()), **json.loads((run.folder / "eval_results.json").read_text())} == metrics  # fmt: skip # noqa: E501
@@ -110,29 +107,20 @@ def test_samples_continue_held_out_text(run):
     assert prompt in run.validation_file.read_text(encoding="utf-8")
 
 
-def test_printed_lines_and_a_checkpoint_work_in_a_fresh_process_without_the_package(run, tmp_path):
+def test_printed_lines_and_a_checkpoint_work_in_a_fresh_process_without_the_package(run, run_python):
     lines = [line for line in run.printed.splitlines() if line][-3:]
     assert lines[0] == "from transformers import pipeline"
-    blocked = "import sys; sys.modules['hf_decoder'] = None"  # importing it would raise
-    checkpoint = str(run.folder / f"checkpoint-{STEPS}")
-    more = [
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        f"AutoTokenizer.from_pretrained({checkpoint!r}, trust_remote_code=True)",
-        f"model = AutoModelForCausalLM.from_pretrained({checkpoint!r}, trust_remote_code=True)",
-        "print(type(model).__module__.split('.')[0])",
-    ]
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", "\n".join([blocked, *lines, *more])],
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=tmp_path,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("def main(")
-    assert done.stdout.strip().splitlines()[-1] == "transformers_modules"
+    more = """
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        checkpoint = sys.argv[1]
+        AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=True)
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True)
+        print("loaded from", type(model).__module__.split(".")[0])
+    """
+    code = "\n".join([*lines, textwrap.dedent(more)])
+    said = run_python(code, run.folder / f"checkpoint-{run.steps}", hide=("hf_decoder",))
+    assert said.startswith("def main(")
+    assert "loaded from transformers_modules" in said
 
 
 def test_resumed_is_uninterrupted_bit_for_bit(run, tmp_path):
