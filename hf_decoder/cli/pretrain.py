@@ -212,8 +212,10 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, args: Pretrai
         _write_outputs(
             args.output_dir, results, trainer.state.log_history, samples, _words(args, model_args, data_args)
         )
-        print(_summary(results), f"\n\n{args.output_dir} holds the model. These lines load it and generate:\n")
-        print(load_lines(args.output_dir))
+        print(_summary(results))
+        print(
+            f"\n{args.output_dir} holds the model. These lines load it and generate:\n\n{load_lines(args.output_dir)}"
+        )
 
 
 def _checkpoint_to_resume(args: PretrainingArguments) -> str | None:
