@@ -1,33 +1,159 @@
-"""What the optimizer does to which parameter."""
+"""How the weights are learned: which optimizer serves which parameter, and with what settings.
+
+Hidden weight matrices take Muon (Jordan et al. 2024), everything else AdamW: embeddings, the head, norms and biases.
+One learning rate serves both, because Muon's updates are scaled to the size that AdamW's have (Liu et al. 2025, "Muon
+is scalable for LLM training", section 2.2). From a plain Trainer:
+
+    from hf_decoder.recipe import muon_adamw
+    trainer = Trainer(model, args, ..., optimizer_cls_and_kwargs=muon_adamw(args))
+"""
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import TrainingArguments
+
+# Coefficients of the quintic iteration (Jordan et al. 2024): steep at zero, so that few iterations are enough.
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+NEWTON_SCHULZ_STEPS = 5
+# Root mean square of AdamW's updates, which Muon's are scaled to (Liu et al. 2025, equation 4).
+UPDATE_RMS = 0.2
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two optimizer groups: weight matrices, which decay, and all else (embeddings, norms, biases), which does not.
+    """Three optimizer groups: hidden matrices, which decay and take Muon; the head, which decays; all else.
 
-    A table tied to the embeddings counts as an embedding. Parameters that need no gradient are left out.
+    Embeddings, norms and biases do not decay, nor does a head that is tied to the embeddings. Parameters that need no
+    gradient are left out, and so are groups without any.
     """
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    heads = {id(p) for p in head.parameters()} if head is not None else set()
+    hidden: list[nn.Parameter] = []
     decay: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            (decay if parameter.ndim >= 2 and id(parameter) not in embeddings else rest).append(parameter)
-    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if parameter.ndim < 2 or id(parameter) in embeddings:
+            rest.append(parameter)
+        elif parameter.ndim == 2 and ".layers." in f".{name}" and id(parameter) not in heads:
+            hidden.append(parameter)
+        else:
+            decay.append(parameter)
+    groups = [
+        {"params": hidden, "weight_decay": weight_decay, "use_muon": True},
+        {"params": decay, "weight_decay": weight_decay, "use_muon": False},
+        {"params": rest, "weight_decay": 0.0, "use_muon": False},
+    ]
     return [group for group in groups if group["params"]]
 
 
-def optimizer_cls_and_kwargs(
-    model: PreTrainedModel, args: TrainingArguments
-) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
-    """The optimizer that `args.optim` names, over `parameter_groups`: for `Trainer(optimizer_cls_and_kwargs=...)`."""
-    optimizer_cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
-    kwargs.setdefault("params", parameter_groups(model, args.weight_decay))
-    return optimizer_cls, kwargs
+@torch.no_grad()
+def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
+    """(N, rows, columns) -> the same shape, the singular values of each matrix brought near 1, in bf16.
+
+    All matrices of one shape go through the Newton-Schulz iteration together.
+    """
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.bfloat16()
+    if tall:
+        x = x.mT
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    a, b, c = NEWTON_SCHULZ
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        gram = torch.bmm(x, x.mT)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+class MuonAdamW(torch.optim.AdamW):
+    """AdamW that gives the groups with `use_muon` to Muon with Nesterov momentum.
+
+    Args:
+        params: groups as `parameter_groups` makes them.
+        lr: learning rate of both.
+        betas: AdamW's; Muon takes `momentum` alone.
+        eps: AdamW's.
+        weight_decay: decoupled, of groups that name none.
+        momentum: Muon's.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[dict[str, Any]],
+        lr: float = 5e-3,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+    ):
+        groups = [{"use_muon": False, "momentum": momentum, **group} for group in params]
+        for group in groups:
+            wrong = [tuple(p.shape) for p in group["params"] if group["use_muon"] and p.ndim != 2]
+            if wrong:
+                raise ValueError(f"Muon takes matrices only, not a parameter of shape {wrong[0]}; give it to AdamW")
+        super().__init__(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One step of both; the loss of `closure` if there is one."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        groups = self.param_groups
+        for group in groups:
+            if group["use_muon"]:
+                self._muon_step(group)
+        try:  # AdamW's own step, over its own groups
+            self.param_groups = [group for group in groups if not group["use_muon"]]
+            super().step()
+        finally:
+            self.param_groups = groups
+        return loss
+
+    def _muon_step(self, group: dict[str, Any]) -> None:
+        lr, momentum = group["lr"], group["momentum"]
+        by_shape: dict[tuple, list[tuple[nn.Parameter, torch.Tensor]]] = defaultdict(list)
+        for parameter in group["params"]:
+            if parameter.grad is None:
+                continue
+            state = self.state[parameter]
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
+            buffer = state["momentum_buffer"]
+            buffer.lerp_(parameter.grad, 1 - momentum)
+            update = parameter.grad.lerp(buffer, momentum)
+            if isinstance(update, DTensor):  # sharded: the iteration needs the whole matrix
+                update = update.full_tensor()
+            by_shape[(*update.shape, update.device)].append((parameter, update))
+        for members in by_shape.values():
+            updates = orthogonalise(torch.stack([update for _, update in members]))
+            rows, columns = updates.shape[-2:]
+            for (parameter, _), update in zip(members, updates, strict=True):
+                if isinstance(parameter, DTensor):
+                    mesh, placements = parameter.device_mesh, parameter.placements
+                    update = distribute_tensor(update, mesh, placements, src_data_rank=None)
+                parameter.mul_(1 - lr * group["weight_decay"])
+                parameter.add_(update.to(parameter.dtype), alpha=-lr * UPDATE_RMS * max(rows, columns) ** 0.5)
+
+
+class MuonAdamWFactory:
+    """What `Trainer` calls with the model, once the model lies where and how it will be trained."""
+
+    def __call__(self, model: nn.Module, weight_decay: float, **kwargs: Any) -> MuonAdamW:
+        return MuonAdamW(parameter_groups(model, weight_decay), weight_decay=weight_decay, **kwargs)
+
+
+def muon_adamw(args: TrainingArguments) -> tuple[type[MuonAdamWFactory], dict[str, Any]]:
+    """The recipe with the settings of `args`: for `Trainer(optimizer_cls_and_kwargs=...)`."""
+    betas = (args.adam_beta1, args.adam_beta2)
+    kwargs = {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon, "weight_decay": args.weight_decay}
+    return MuonAdamWFactory, kwargs

@@ -216,6 +216,9 @@ class HfDecoderConfig(PreTrainedConfig):
             kwargs.pop("rope_theta", None)
         self._check_rope_parameters({"rope_theta": kwargs.get("rope_theta")} | self.rope_parameters)
         super().__post_init__(**kwargs)
+        if not self.qk_norm:  # a plan names only modules that are there
+            plan = self.base_model_tp_plan
+            self.base_model_tp_plan = {k: v for k, v in plan.items() if not k.endswith(("q_norm", "k_norm"))}
 
     def validate_architecture(self):
         """Checks what depends on more than one field, and every number whose range is not plain."""
@@ -268,11 +271,6 @@ class HfDecoderConfig(PreTrainedConfig):
         slides = "sliding_attention" in self.layer_types
         if slides and self.sliding_window is None:
             raise ValueError("layer_types has sliding_attention but sliding_window=None; set the window in tokens")
-        if self.sliding_window is not None and not slides:
-            raise ValueError(
-                f"sliding_window={self.sliding_window} has no effect because no entry of layer_types is "
-                "'sliding_attention'; add one or set sliding_window=None"
-            )
         if self.no_rope_layers is not None:
             if len(self.no_rope_layers) != self.num_hidden_layers:
                 raise ValueError(
