@@ -331,7 +331,7 @@ class HfDecoderModel(HfDecoderPreTrainedModel):
             input_ids (`torch.LongTensor` of shape `(B, S)`, *optional*): token ids; either these or `inputs_embeds`.
             attention_mask (`torch.Tensor`, *optional*): `(B, K)` 1 for tokens, 0 for padding, or a prepared mask.
             position_ids (`torch.LongTensor` of shape `(B, S)`, *optional*): positions. Without an `attention_mask` and
-                a cache, positions that restart inside a row mark packed documents, which do not see each other.
+                cached tokens, positions that restart inside a row mark packed documents, which do not see each other.
             past_key_values (`Cache`, *optional*): keys and values of earlier tokens.
             inputs_embeds (`torch.FloatTensor` of shape `(B, S, D)`, *optional*): embeddings in place of `input_ids`.
             use_cache (`bool`, *optional*): whether to fill and return a cache; the config's value by default.
@@ -349,6 +349,8 @@ class HfDecoderModel(HfDecoderPreTrainedModel):
                     f"input_ids holds ids between {input_ids.min()} and {input_ids.max()}, but the vocabulary ends at "
                     f"{self.config.vocab_size - 1}; use the tokenizer that belongs to this model"
                 ) from error
+        # only positions that the caller gives can mark documents, and only where no earlier tokens are cached
+        document_positions = position_ids if past_key_values is None and attention_mask is None else None
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
@@ -358,7 +360,7 @@ class HfDecoderModel(HfDecoderPreTrainedModel):
 
         masks = attention_mask
         if not isinstance(masks, dict):  # generate() may have prepared one mask a layer type
-            masks = self._create_masks(inputs_embeds, attention_mask, position_ids, past_key_values)
+            masks = self._create_masks(inputs_embeds, attention_mask, document_positions, past_key_values)
 
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
@@ -379,13 +381,14 @@ class HfDecoderModel(HfDecoderPreTrainedModel):
         self,
         inputs_embeds: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor,
+        document_positions: torch.Tensor | None,
         past_key_values: Cache | None,
     ) -> dict[str, torch.Tensor | TilePlan | None]:
         """One mask for each type of layer that there is, or the plan of a tiled attention in its place."""
         kinds = dict.fromkeys(self.config.layer_types)
         if self._can_tile(inputs_embeds, attention_mask, past_key_values):
-            if attention_mask is not None or past_key_values is not None:  # as in transformers: one document a row
+            position_ids = document_positions
+            if position_ids is None:
                 position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0)
             windows = {"full_attention": None, "sliding_attention": self.config.sliding_window}
             return {kind: plan_tiles(position_ids, inputs_embeds.dtype, windows[kind]) for kind in kinds}
@@ -393,8 +396,9 @@ class HfDecoderModel(HfDecoderPreTrainedModel):
             "config": self.config,
             "inputs_embeds": inputs_embeds,
             "attention_mask": attention_mask,
-            "past_key_values": past_key_values,
-            "position_ids": position_ids,
+            # transformers looks for documents only without a cache; one that this call created is empty
+            "past_key_values": past_key_values if document_positions is None else None,
+            "position_ids": document_positions,
         }
         create = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
         return {kind: create[kind](**mask_kwargs) for kind in kinds}
