@@ -27,6 +27,7 @@ def _shape(
         "num_key_value_heads": num_key_value_heads,
         "max_position_embeddings": max_position_embeddings,
         "tie_word_embeddings": tie_word_embeddings,
+        "qk_norm": True,
     }
 
 

@@ -17,13 +17,15 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 # Coefficients of the quintic iteration (Jordan et al. 2024): steep at zero, so that few iterations are enough.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
 # Root mean square of AdamW's updates, which Muon's are scaled to (Liu et al. 2025, equation 4).
 UPDATE_RMS = 0.2
+# Share of the steps over which the learning rate falls.
+DECAY_SHARE = 0.4
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -127,7 +129,9 @@ class MuonAdamW(torch.optim.AdamW):
                 continue
             state = self.state[parameter]
             if not state:
+                state["step"] = torch.zeros(())  # AdamW expects every state to hold one when it is loaded
                 state["momentum_buffer"] = torch.zeros_like(parameter)
+            state["step"] += 1
             buffer = state["momentum_buffer"]
             buffer.lerp_(parameter.grad, 1 - momentum)
             update = parameter.grad.lerp(buffer, momentum)
@@ -145,15 +149,36 @@ class MuonAdamW(torch.optim.AdamW):
                 parameter.add_(update.to(parameter.dtype), alpha=-lr * UPDATE_RMS * max(rows, columns) ** 0.5)
 
 
-class MuonAdamWFactory:
+class OptimizerFactory:
     """What `Trainer` calls with the model, once the model lies where and how it will be trained."""
 
-    def __call__(self, model: nn.Module, weight_decay: float, **kwargs: Any) -> MuonAdamW:
-        return MuonAdamW(parameter_groups(model, weight_decay), weight_decay=weight_decay, **kwargs)
+    def __call__(
+        self, model: nn.Module, optimizer_cls: type[torch.optim.Optimizer], weight_decay: float, **kwargs: Any
+    ) -> torch.optim.Optimizer:
+        return optimizer_cls(parameter_groups(model, weight_decay), **kwargs)
 
 
-def muon_adamw(args: TrainingArguments) -> tuple[type[MuonAdamWFactory], dict[str, Any]]:
+def muon_adamw(args: TrainingArguments) -> tuple[type[OptimizerFactory], dict[str, Any]]:
     """The recipe with the settings of `args`: for `Trainer(optimizer_cls_and_kwargs=...)`."""
-    betas = (args.adam_beta1, args.adam_beta2)
-    kwargs = {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon, "weight_decay": args.weight_decay}
-    return MuonAdamWFactory, kwargs
+    return OptimizerFactory, {
+        "optimizer_cls": MuonAdamW,
+        "weight_decay": args.weight_decay,
+        "lr": args.learning_rate,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "eps": args.adam_epsilon,
+    }
+
+
+def grouped_optimizer(args: TrainingArguments) -> tuple[type[OptimizerFactory], dict[str, Any]]:
+    """The optimizer that `args.optim` names, with the recipe's groups: `Trainer(optimizer_cls_and_kwargs=...)`."""
+    optimizer_cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args)
+    return OptimizerFactory, {"optimizer_cls": optimizer_cls, "weight_decay": args.weight_decay, **kwargs}
+
+
+def wsd_kwargs(num_training_steps: int) -> dict[str, Any]:
+    """`lr_scheduler_kwargs` of transformers' `warmup_stable_decay`: a linear decay to 0 over the last part of the run.
+
+    A long decay is what the schedule lives by (Haegele et al. 2024, "Scaling laws and compute-optimal training beyond
+    fixed training durations", figure 5).
+    """
+    return {"num_decay_steps": round(DECAY_SHARE * num_training_steps), "decay_type": "linear"}

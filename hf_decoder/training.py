@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
+import platform
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase, ProgressCallback
+from transformers import PreTrainedTokenizerBase, ProgressCallback, default_data_collator
 
 CHECKPOINT_FOLDER = re.compile(r"checkpoint-\d+")
 
@@ -23,6 +25,25 @@ def bf16_supported() -> bool:
         return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+
+
+def keep_freed_memory() -> None:
+    """Tells glibc to keep large freed blocks for the next step, instead of giving their pages back at once.
+
+    A training step on a CPU frees and asks for the same large tensors again and again; getting fresh pages from the
+    system each time took a fifth of the step (measured on two cores). Elsewhere than on glibc this does nothing.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
+    mallopt = ctypes.CDLL(None).mallopt
+    mallopt(trim_threshold, 2**31 - 1)
+    mallopt(mmap_threshold, 2**31 - 1)
+
+
+def collate_rows(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """A batch of packed rows whose loss alone is wanted: the logits of all its tokens are never formed."""
+    return {**default_data_collator(rows), "skip_logits": True}
 
 
 class SpeedBar(ProgressCallback):

@@ -1,17 +1,14 @@
 """What is added to Trainer: the bar, the curve, the samples, the check of the output folder, optimizer groups."""
 
 import io
-import re
 
 import pytest
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
-from torch import nn
-from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM, training
-from hf_decoder.recipe import optimizer_cls_and_kwargs, parameter_groups
 from hf_decoder.tokenization import train_tokenizer
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
@@ -23,35 +20,6 @@ def model_and_tokenizer():
     tokenizer = train_tokenizer(["the cat sees the dog\n" * 50], vocab_size=280)
     config = HfDecoderConfig(vocab_size=len(tokenizer), max_position_embeddings=64, eos_token_id=0, **SHAPE)
     return HfDecoderForCausalLM(config), tokenizer
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_parameter_groups_decay_matrices_and_nothing_else(tied):
-    model = HfDecoderForCausalLM(
-        HfDecoderConfig(vocab_size=64, tie_word_embeddings=tied, attention_bias=True, **SHAPE)
-    )
-    model.model.layers[0].mlp.up_proj.weight.requires_grad = False
-    decay, rest = parameter_groups(model, 0.1)
-    assert (decay["weight_decay"], rest["weight_decay"]) == (0.1, 0.0)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    decayed, spared = ({names[id(p)] for p in group["params"]} for group in (decay, rest))
-    assert all(re.search(r"(q|k|v|o|gate|up|down)_proj\.weight$|^lm_head", name) for name in decayed)
-    assert all(re.search(r"norm|embed_tokens|bias$", name) for name in spared)
-    assert ("lm_head.weight" in decayed) is not tied
-    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert decayed | spared == trainable and not decayed & spared
-
-
-def test_trainer_takes_the_groups_and_the_optimizer_of_its_arguments(tmp_path):
-    model = HfDecoderForCausalLM(HfDecoderConfig(vocab_size=64, **SHAPE))
-    flags = {"optim": "sgd", "learning_rate": 0.25, "weight_decay": 0.3}
-    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, **flags)
-    trainer = Trainer(model=model, args=args, optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(model, args))
-    optimizer = trainer.create_optimizer()
-    assert isinstance(optimizer, torch.optim.SGD)
-    assert [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups] == [(0.25, 0.3), (0.25, 0.0)]
-    embedding = model.get_input_embeddings().weight
-    assert any(p is embedding for p in optimizer.param_groups[1]["params"])
 
 
 def test_check_output_dir(tmp_path):
@@ -187,11 +155,3 @@ def test_bf16_is_for_cpus_that_multiply_it(monkeypatch):
     assert training.bf16_supported()
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True}, raising=False)
     assert not training.bf16_supported()
-
-
-def test_embedding_without_gradient_is_in_no_group():
-    embedding = nn.Embedding(3, 2)
-    embedding.weight.requires_grad = False
-    linear = nn.Linear(2, 2, bias=False)
-    (group,) = parameter_groups(nn.Sequential(embedding, linear), 0.1)
-    assert [id(p) for p in group["params"]] == [id(linear.weight)]

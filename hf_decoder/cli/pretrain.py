@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import re
 import shutil
@@ -25,12 +26,12 @@ from transformers.trainer_utils import SchedulerType, get_last_checkpoint
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
-from hf_decoder import HfDecoderConfig, accounting, corpus, evaluation, training
+from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM, accounting, corpus, evaluation, training
 from hf_decoder.cli import did_you_mean, load_config, load_model, load_tokenizer, parse_arguments
 from hf_decoder.modelcard import load_lines, write_model_card
 from hf_decoder.packing import CorpusReport, pack, pack_for_evaluation, tokenize
 from hf_decoder.presets import get_preset
-from hf_decoder.recipe import optimizer_cls_and_kwargs
+from hf_decoder.recipe import grouped_optimizer, muon_adamw, wsd_kwargs
 from hf_decoder.tokenization import TOKENIZER_TYPES, check_tokenizer_fits, train_tokenizer
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 QUICKSTART = "runs/quickstart"
+MUON_ADAMW = "muon_adamw"
 DESCRIPTION = (
     "Trains a language model from raw text. With no arguments: the Python standard library as text, a vocabulary of "
     f"4096, the nano preset, everything written to {QUICKSTART}."
@@ -85,7 +87,7 @@ class DataArguments:
         default=64,
         metadata={"help": "Held-out rows that are measured during training; the measurement at the end takes all."},
     )
-    block_size: int = field(default=512, metadata={"help": "Tokens of a training row."})
+    block_size: int = field(default=256, metadata={"help": "Tokens of a training row."})
     preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenise."})
 
 
@@ -97,11 +99,15 @@ class PretrainingArguments(TrainingArguments):
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Replace the run that --output_dir holds; its checkpoints are deleted."}
     )
-    max_steps: int = field(default=600, metadata={"help": "Optimizer steps; -1 counts --num_train_epochs instead."})
-    per_device_train_batch_size: int = field(default=16, metadata={"help": "Rows of a training step, per device."})
+    max_steps: int = field(default=1200, metadata={"help": "Optimizer steps; -1 counts --num_train_epochs instead."})
+    per_device_train_batch_size: int = field(default=8, metadata={"help": "Rows of a training step, per device."})
     per_device_eval_batch_size: int = field(default=16, metadata={"help": "Rows of an evaluation step, per device."})
-    learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
+    optim: str = field(
+        default=MUON_ADAMW,
+        metadata={"help": f"{MUON_ADAMW}: Muon for hidden matrices, AdamW for the rest. Or any name of transformers."},
+    )
+    learning_rate: float = field(default=6e-3, metadata={"help": "Peak learning rate."})
+    lr_scheduler_type: str = field(default="warmup_stable_decay", metadata={"help": "Learning rate schedule."})
     warmup_steps: float = field(default=0.05, metadata={"help": "Warm-up steps, or their share of all if below 1."})
     weight_decay: float = field(default=0.1, metadata={"help": "Weight decay of matrices; nothing else decays."})
     adam_beta2: float = field(default=0.95, metadata={"help": "AdamW's second beta."})
@@ -126,6 +132,9 @@ class PretrainingArguments(TrainingArguments):
     include_num_input_tokens_seen: bool = field(default=True, metadata={"help": "Count tokens, to tell the speed."})
 
     def __post_init__(self) -> None:
+        self.uses_muon = self.optim == MUON_ADAMW
+        if self.uses_muon:  # transformers checks the name, which is not one of its own
+            self.optim = OptimizerNames.ADAMW_TORCH
         if not torch.accelerator.is_available():
             self.use_cpu = True
         if self.fp16:
@@ -159,6 +168,8 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, args: Pretrai
     source = checkpoint or model_args.model_name_or_path
     config = _config(model_args.preset, overrides, source, data_args.block_size)
     set_seed(args.seed)
+    if args.use_cpu:
+        training.keep_freed_memory()
     logging.disable_progress_bar()  # transformers' bars of the files it writes; those of training and data stay
 
     with args.main_process_first(desc="text"):
@@ -179,6 +190,8 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, args: Pretrai
         print("\n".join([title, *(f"  {line}" for line in report.lines())]))
 
     model = _model(model_args, config, checkpoint)
+    if args.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY and not args.lr_scheduler_kwargs:
+        args.lr_scheduler_kwargs = wsd_kwargs(_count_steps(args, len(train_rows)))
     trainer = Trainer(
         model=model,
         args=args,
@@ -186,8 +199,8 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, args: Pretrai
         eval_dataset=_spread(eval_rows, data_args.max_eval_samples),
         processing_class=tokenizer,
         # Not the padding collator: it adds an attention mask, and with one, documents in a row would see each other.
-        data_collator=default_data_collator,
-        optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(model, args),
+        data_collator=training.collate_rows if isinstance(model, HfDecoderForCausalLM) else default_data_collator,
+        optimizer_cls_and_kwargs=muon_adamw(args) if args.uses_muon else grouped_optimizer(args),
     )
     if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
@@ -231,6 +244,14 @@ def _checkpoint_to_resume(args: PretrainingArguments) -> str | None:
     if last is None:
         raise ValueError(f"there is no checkpoint to resume in --output_dir {args.output_dir}")
     return last
+
+
+def _count_steps(args: PretrainingArguments, rows: int) -> int:
+    """Optimizer steps of the whole run."""
+    if args.max_steps > 0:
+        return args.max_steps
+    batches = math.ceil(rows / (args.train_batch_size * args.world_size))
+    return math.ceil(args.num_train_epochs * math.ceil(batches / args.gradient_accumulation_steps))
 
 
 def parse_overrides(text: str | None) -> dict[str, Any]:
@@ -426,7 +447,8 @@ def _words(args: PretrainingArguments, model_args: ModelArguments, data_args: Da
 
 def _procedure(args: PretrainingArguments, block_size: int) -> str:
     rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    optimizer, schedule = OptimizerNames(args.optim).value, SchedulerType(args.lr_scheduler_type).value
+    optimizer = MUON_ADAMW if args.uses_muon else OptimizerNames(args.optim).value
+    schedule = SchedulerType(args.lr_scheduler_type).value
     precision = "bf16 autocast" if args.bf16 else "fp16 autocast" if args.fp16 else "fp32"
     return (
         f"`{optimizer}`, peak learning rate {args.learning_rate:g}, schedule `{schedule}`, weight decay "

@@ -446,7 +446,10 @@ class HfDecoderForCausalLM(HfDecoderPreTrainedModel, GenerationMixin):
         """Our `causal_lm_loss`, or the function that was assigned to this attribute in its place."""
         if hasattr(self, "_loss_function"):
             return self._loss_function
-        return partial(causal_lm_loss, z_loss_coef=self.config.z_loss_coef)
+        return partial(causal_lm_loss, z_loss_coef=self._z_loss_coef())
+
+    def _z_loss_coef(self) -> float:
+        return self.config.z_loss_coef if self.training else 0.0  # a regulariser, no part of what evaluation measures
 
     @loss_function.setter
     def loss_function(self, value: Callable):
@@ -497,7 +500,7 @@ class HfDecoderForCausalLM(HfDecoderPreTrainedModel, GenerationMixin):
         config = self.config
         if wants_loss and skip_logits and not hasattr(self, "_loss_function"):
             cap = config.final_logit_softcapping
-            loss_kwargs = {"z_loss_coef": config.z_loss_coef, "final_logit_softcapping": cap, **kwargs}
+            loss_kwargs = {"z_loss_coef": self._z_loss_coef(), "final_logit_softcapping": cap, **kwargs}
             loss = linear_causal_lm_loss(hidden_states, self.lm_head, labels, **loss_kwargs)
         else:
             logits = softcap(self.lm_head(hidden_states), config.final_logit_softcapping)

@@ -113,7 +113,7 @@ def test_damaged_weights(fails, run, model_copy, tmp_path, damage, verb):
         weights.unlink()
     else:
         config = json.loads((model_copy / "config.json").read_text(encoding="utf-8"))
-        changed = {"intermediate_size": 64} if damage == "other-shape" else {"qk_norm": True}
+        changed = {"intermediate_size": 64} if damage == "other-shape" else {"attention_bias": True}
         (model_copy / "config.json").write_text(json.dumps({**config, **changed}), encoding="utf-8")
     if verb == "generate":
         line = fails("generate", str(model_copy), "the cat")
