@@ -74,6 +74,13 @@ def test_keys_of_transformers_4_are_read(keys: dict, tmp_path):
     assert AutoConfig.from_pretrained(tmp_path).rope_parameters == expected
 
 
+def test_layer_types_decide_over_the_window():
+    """As Qwen configs have it, which name a window that no layer uses."""
+    config = tiny_config(sliding_window=4, layer_types=["full_attention"] * 2)
+    attention = build_on_meta(config).model.layers[0].self_attn
+    assert attention.sliding_window is None
+
+
 def test_the_given_rope_dictionary_stays_as_it_was():
     shared = {"rope_type": "linear", "factor": 2.0}
     first, second = (tiny_config(rope_parameters=shared, rope_theta=theta) for theta in (10.0, 20.0))
@@ -163,7 +170,6 @@ INVALID: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ),
     *(({"attention_bias": value}, ("attention_bias", str(value))) for value in ("all", "", 2, None, ["qkv"])),
     *(({"sliding_window": value}, ("sliding_window", str(value))) for value in (0, 1, -4, 2.5, "4", [4])),
-    ({"sliding_window": 4, "layer_types": ["full_attention"] * 2}, ("sliding_window", "4", "layer_types")),
     ({"layer_types": ["sliding_attention"] * 2}, ("layer_types", "sliding_window", "None")),
     ({"layer_types": ["full_attention"] * 3}, ("layer_types", "3", "num_hidden_layers", "2")),
     ({"layer_types": []}, ("layer_types", "0", "num_hidden_layers", "2")),
