@@ -1,0 +1,162 @@
+"""Which part imports which: scripts -> commands -> library -> model -> torch, transformers; nothing points back."""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "hf_decoder"
+MODEL = sorted((PACKAGE / "model").glob("*.py"))
+CLI = sorted((PACKAGE / "cli").glob("*.py"))
+SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
+LIBRARY = sorted(path for path in PACKAGE.rglob("*.py") if path not in {*MODEL, *CLI})
+EVERYTHING = [*MODEL, *CLI, *LIBRARY, *SCRIPTS]
+# what every command shares; the others do not know each other
+CLI_SHARED = {"hf_decoder.cli", "hf_decoder.cli.main"}
+# huggingface_hub comes with transformers, which cannot be installed without it
+MODEL_MAY_USE = {"torch", "transformers", "huggingface_hub"}
+HEAVY = {"datasets", "peft", "matplotlib", "trl", "gguf"}
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def each(paths: list[Path]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("path", paths, ids=name_of)
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path: Path) -> list[tuple[str, ast.AST]]:
+    """Absolute names of all modules that a file imports, inside functions as well."""
+    found = []
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, node) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = module_of(path).split(".")
+                keep = len(parents) - node.level + (path.name == "__init__.py")
+                base = ".".join([*parents[:keep], *([node.module] if node.module else [])])
+            found.append((base, node))
+            # `from package import module` imports the module too
+            for alias in node.names:
+                candidate = ROOT.joinpath(*base.split("."), alias.name)
+                if candidate.with_suffix(".py").is_file() or (candidate / "__init__.py").is_file():
+                    found.append((f"{base}.{alias.name}", node))
+    return found
+
+
+def own(path: Path) -> set[str]:
+    return {name for name, _ in imports(path) if name.partition(".")[0] == "hf_decoder"}
+
+
+def test_the_rules_look_at_files_that_are_there():
+    assert len(MODEL) >= 5 and len(CLI) >= 4 and len(LIBRARY) >= 8 and len(SCRIPTS) >= 3
+
+
+@each(MODEL)
+def test_the_model_imports_only_what_travels_with_a_checkpoint(path: Path):
+    allowed = MODEL_MAY_USE | set(sys.stdlib_module_names)
+    siblings = {file.stem for file in MODEL}
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.Import):
+            assert {alias.name.partition(".")[0] for alias in node.names} <= allowed
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            # transformers copies what it finds by this form alone: not `from . import x`, nor `from .a.b import c`
+            assert node.level == 1 and node.module in siblings, ast.unparse(node)
+        elif isinstance(node, ast.ImportFrom):
+            assert (node.module or "").partition(".")[0] in allowed
+
+
+@each(MODEL)
+def test_no_text_of_the_model_reads_like_an_import(path: Path):
+    """transformers looks for imports with a pattern, which finds them inside strings and comments too."""
+    source = path.read_text(encoding="utf-8")
+    siblings = re.findall(r"^\s*(?:import\s+\.(\S+)\s*$|from\s+\.(\S+)\s+import)", source, flags=re.MULTILINE)
+    packages = re.findall(r"^\s*(?:import\s+(\S+)\s*$|from\s+(\S+)\s+import)", source, flags=re.MULTILINE)
+    real = {name for name, _ in imports(path)}
+    assert {f"hf_decoder.model.{one or other}" for one, other in siblings} <= real
+    assert {one or other for one, other in packages if not (one or other).startswith(".")} <= real
+
+
+@each(MODEL)
+def test_the_model_runs_nothing_it_was_not_written_to_run(path: Path):
+    """A receiver of a checkpoint trusts these files."""
+    forbidden = {"pickle", "subprocess", "socket", "marshal", "shelve", "ctypes", "urllib", "http", "shutil"}
+    assert {name.partition(".")[0] for name, _ in imports(path)} & forbidden == set()
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            assert called not in {"eval", "exec", "compile", "__import__", "open"}, called
+            assert called not in {"os.system", "os.popen", "os.remove", "torch.load"}, called
+
+
+@each(LIBRARY)
+def test_the_library_does_not_know_the_commands(path: Path):
+    assert not [name for name in own(path) if name.startswith("hf_decoder.cli")]
+    assert "scripts" not in {name.partition(".")[0] for name, _ in imports(path)}
+
+
+@each(CLI)
+def test_commands_do_not_know_each_other(path: Path):
+    commands = {name for name in own(path) if name.startswith("hf_decoder.cli")}
+    assert commands <= CLI_SHARED
+    if module_of(path) == "hf_decoder.cli":
+        assert not commands
+    assert "scripts" not in {name.partition(".")[0] for name, _ in imports(path)}
+
+
+@each(SCRIPTS)
+def test_scripts_are_doors(path: Path):
+    assert own(path) and all(name.startswith("hf_decoder.cli") for name in own(path))
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 20
+    assert path.stem in {file.stem for file in CLI}
+
+
+@each(SCRIPTS)
+def test_no_script_hides_a_module(path: Path):
+    """The folder of a script comes first on `sys.path`."""
+    assert path.stem not in {"datasets", "tokenize", "evaluate", *sys.stdlib_module_names}
+
+
+@each([*LIBRARY, *CLI])
+def test_heavy_packages_are_imported_where_they_are_needed(path: Path):
+    """`import hf_decoder` works without them, and is not slower with them."""
+    for node in parse(path).body:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        for inner in [node] if isinstance(node, ast.Import | ast.ImportFrom) else []:
+            names = [alias.name for alias in inner.names] if isinstance(inner, ast.Import) else [inner.module or ""]
+            assert not {name.partition(".")[0] for name in names} & HEAVY
+
+
+def test_nothing_imports_in_a_circle():
+    graph = {module_of(path): own(path) - {module_of(path)} for path in [*MODEL, *LIBRARY, *CLI]}
+
+    def visit(module: str, trail: tuple[str, ...]) -> None:
+        assert module not in trail, " -> ".join((*trail, module))
+        for name in graph.get(module, ()):
+            # a package's __init__ re-exports what its modules define, and those never ask it
+            visit(name, (*trail, module))
+
+    for module in graph:
+        visit(module, ())
+
+
+@each(EVERYTHING)
+def test_files_stay_small_and_are_named_for_a_subject(path: Path):
+    assert path.stem not in {"utils", "helpers", "misc", "common"}
+    assert len(path.read_text(encoding="utf-8").splitlines()) < 600
