@@ -74,6 +74,62 @@ def write_model_card(
     return card
 
 
+# name in eval_results.json -> (task of the Hub, metric id of the Hub, name shown)
+EVALUATION_METRICS = {
+    "perplexity": ("text-generation", "perplexity", "Perplexity (per token)"),
+    "bits_per_byte": ("text-generation", "bits_per_byte", "Bits per byte"),
+    "bleu": ("text-generation", "bleu", "BLEU (sacrebleu, 13a, cased)"),
+    "chrf": ("text-generation", "chrf", "chrF2 (sacrebleu)"),
+    "exact_match": ("text-generation", "exact_match", "Exact match"),
+    "accuracy": ("text-classification", "accuracy", "Accuracy"),
+    "f1": ("text-classification", "f1", "F1 (macro)"),
+}
+
+
+def update_model_index(folder: str | Path, results: Mapping[str, float], *, dataset: str) -> ModelCard:
+    """Writes measured results into the model-index of README.md in `folder`, which is made where it is missing.
+
+    A result for the same task, data set and metric is replaced; everything else of the card stays as it is.
+
+    Args:
+        results: names of `EVALUATION_METRICS` to values.
+        dataset: name of the text or the rows that were measured.
+
+    Raises:
+        ValueError: if the metadata of an existing README.md cannot be read.
+    """
+    folder = Path(folder)
+    path = folder / "README.md"
+    name = folder.resolve().name
+    try:
+        card = ModelCard.load(path) if path.is_file() else ModelCard(f"---\n{{}}\n---\n\n# {name}\n")
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"the metadata at the top of {path} cannot be read: {error}") from None
+    new = [
+        EvalResult(
+            task_type=task,
+            dataset_type=Path(dataset).stem,
+            dataset_name=dataset,
+            metric_type=metric,
+            metric_name=shown,
+            metric_value=results[key],
+        )
+        for key, (task, metric, shown) in EVALUATION_METRICS.items()
+        if key in results
+    ]
+    data: Any = card.data
+    kept = [old for old in data.eval_results or [] if not any(_same_measure(old, result) for result in new)]
+    data.model_name = data.model_name or name
+    data.eval_results = kept + new
+    card.save(path)
+    return card
+
+
+def _same_measure(one: EvalResult, other: EvalResult) -> bool:
+    keys = ("task_type", "dataset_name", "metric_type")
+    return all(getattr(one, key) == getattr(other, key) for key in keys)
+
+
 def _eval_results(results: Mapping[str, Any], dataset: str) -> list[EvalResult]:
     return [
         EvalResult(

@@ -5,10 +5,24 @@ import subprocess
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from datasets import Dataset
+from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM
-from hf_decoder.evaluation import Score, bits_per_byte, perplexity, score, xz_bits_per_byte
+from hf_decoder.evaluation import (
+    Score,
+    accuracy,
+    bits_per_byte,
+    bleu,
+    chrf,
+    exact_match,
+    macro_f1,
+    option_nats,
+    perplexity,
+    score,
+    score_text,
+    xz_bits_per_byte,
+)
 
 SHAPE = {
     "vocab_size": 50,
@@ -137,3 +151,110 @@ def test_xz_bits_per_byte_is_what_the_program_needs(tmp_path):
 def test_xz_bits_per_byte_refuses_no_text():
     with pytest.raises(ValueError, match="empty"):
         xz_bits_per_byte(["", ""])
+
+
+TEXTS = ["def main(argv):\n    return 0 if argv else 1\n" * 3, "the end", "else return the argv\n" * 2]
+
+
+def windows_by_hand(model, ids: list[int], block_size: int, stride: int) -> float:
+    """Sum of -ln p over ids[1:], each token read from the first window that reaches it."""
+    nats = 0.0
+    for position in range(1, len(ids)):
+        window = max(0, -(-(position - block_size + 1) // stride))
+        start = window * stride
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([ids[start:position]])).logits[0, -1].double()
+        nats -= float(torch.log_softmax(logits, -1)[ids[position]])
+    return nats
+
+
+@pytest.mark.parametrize("kind", ["llama", "hf_decoder"])
+@pytest.mark.parametrize("stride", [1, 5, 15])
+def test_sliding_window_is_the_plain_loop(tokenizer, kind, stride):
+    model = make_wide(kind)
+    ids = [tokenizer.eos_token_id, *tokenizer(TEXTS[0])["input_ids"], tokenizer.eos_token_id]
+    assert len(ids) > 40
+    found, report = score_text(model, tokenizer, documents(TEXTS[:1]), block_size=16, stride=stride)
+    assert found.tokens == report.tokens == len(ids) - 1
+    assert report.bytes == len(TEXTS[0].encode())
+    assert found.nats == pytest.approx(windows_by_hand(model, ids, 16, stride), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "hf_decoder"])
+def test_sliding_window_does_not_depend_on_the_batch_and_keeps_documents_apart(tokenizer, kind):
+    model = make_wide(kind)
+    scores = [
+        score_text(model, tokenizer, documents(TEXTS), block_size=64, stride=63, batch_size=size)[0]
+        for size in (1, 2, 64)
+    ]
+    alone = [score_text(model, tokenizer, documents([text]), block_size=64, stride=63)[0] for text in TEXTS]
+    for result in scores:
+        assert result.tokens == sum(one.tokens for one in alone)
+        assert result.nats == pytest.approx(scores[0].nats, rel=1e-6)
+    # blocks cut the texts at other places when they share them: less context at most
+    assert scores[0].nats == pytest.approx(sum(one.nats for one in alone), rel=2e-2)
+
+
+def test_a_model_without_position_ids_scores_each_document_alone(tokenizer):
+    model = BloomForCausalLM(BloomConfig(vocab_size=300, hidden_size=16, n_layer=1, n_head=2))
+    together = score_text(model, tokenizer, documents(TEXTS), block_size=32)[0]
+    alone = [score_text(model, tokenizer, documents([text]), block_size=32)[0] for text in TEXTS]
+    assert together.nats == pytest.approx(sum(one.nats for one in alone), rel=1e-6)
+
+
+def make_wide(kind: str):
+    torch.manual_seed(0)
+    shape = {**SHAPE, "vocab_size": 300}
+    model = (
+        LlamaForCausalLM(LlamaConfig(**shape)) if kind == "llama" else HfDecoderForCausalLM(HfDecoderConfig(**shape))
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4)  # far from uniform, so that context matters
+    return model.eval()
+
+
+def documents(texts: list[str]) -> Dataset:
+    return Dataset.from_dict({"text": texts})
+
+
+def test_option_nats_are_those_of_a_plain_loop():
+    model = make_model("hf_decoder").eval()
+    prompts, options = [[3], [4, 5, 6, 7]], [[1], [2, 9, 8], [7, 7]]
+    for batch_size in (1, 4):
+        found = option_nats(model, prompts, options, batch_size=batch_size)
+        for row, prompt in zip(found, prompts, strict=True):
+            for nats, option in zip(row, options, strict=True):
+                ids = prompt + option
+                with torch.no_grad():
+                    log_probs = torch.log_softmax(model(input_ids=torch.tensor([ids])).logits[0].double(), -1)
+                expected = -sum(float(log_probs[i - 1, ids[i]]) for i in range(len(prompt), len(ids)))
+                assert nats == pytest.approx(expected, rel=1e-5)
+
+
+def test_bleu_and_chrf_by_their_definitions():
+    # 9 of 10 words, 7 of 9 pairs, 5 of 8 triples, 3 of 7 quadruples; as long as the reference
+    reference = "a b c d e f g h i j"
+    prediction = "a b c d e x g h i j"
+    expected = 100 * (9 / 10 * 7 / 9 * 5 / 8 * 3 / 7) ** 0.25
+    assert bleu([prediction], [[reference]]) == pytest.approx(expected)
+    # the second reference is matched instead
+    assert bleu([prediction], [[reference, prediction]]) == pytest.approx(100)
+    assert chrf([reference], [[reference]]) == pytest.approx(100)
+    assert 0 < chrf([prediction], [[reference]]) < 100
+    # cased, and references need not be equally many
+    assert bleu(["A b c d e f", reference], [["a b c d e f"], ["z", reference]]) < 100
+
+
+def test_exact_match_accuracy_and_f1():
+    assert exact_match(["yes ", "no", "no"], [["yes"], ["maybe", "no"], ["yes"]]) == pytest.approx(2 / 3)
+    guesses, labels = ["a", "a", "b", "c"], ["a", "b", "b", "b"]
+    assert accuracy(guesses, labels) == 0.5
+    # a: TP 1, FP 1; b: TP 1, FN 2; c: FP 1
+    assert macro_f1(guesses, labels) == pytest.approx((2 / 3 + 2 / 4 + 0) / 3)
+
+
+@pytest.mark.parametrize("measure", [bleu, chrf, exact_match, accuracy, macro_f1])
+def test_measures_refuse_another_length(measure):
+    with pytest.raises(ValueError, match="2 predictions but 1 references"):
+        measure(["a", "b"], [["a"]])

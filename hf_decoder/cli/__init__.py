@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PretrainedConfig
 
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def parse_arguments(
@@ -56,6 +58,41 @@ def parse_arguments(
         options = [option for action in parser._actions for option in action.option_strings]
         raise ValueError(f"unknown argument {unknown[0]!r}{did_you_mean(unknown[0], options)}")
     return tuple(parsed)
+
+
+def name_positionals(argv: Sequence[str], flags: Sequence[str]) -> list[str]:
+    """Turns `A B --flags` into flags alone, which is what the dataclass parser reads; `flags` names A and B."""
+    rest = list(argv)
+    named = []
+    for flag in flags:
+        if rest and not rest[0].startswith("-"):
+            named += [f"{flag}={rest.pop(0)}"]
+    return named + rest
+
+
+def select_device(name: str | None) -> torch.device:
+    """The device called `name`; None: the accelerator if there is one, else the CPU.
+
+    Raises:
+        ValueError: if this machine has no such device.
+    """
+    import torch
+
+    if name is None:
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return accelerator or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise ValueError(f"--device {name!r} is not a device of this machine") from None
+    return device
+
+
+def check_choice(flag: str, value: str, choices: Sequence[str]) -> None:
+    """Raises ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{flag} {value!r} is unknown; choose one of: {', '.join(choices)}")
 
 
 def did_you_mean(name: str, known: Sequence[str]) -> str:
@@ -148,40 +185,89 @@ def _first_line(error: BaseException) -> str:
     return text.splitlines()[0] if text else type(error).__name__
 
 
-def load_model(name: str, *, trust_remote_code: bool = False, **kwargs: Any) -> Any:
+def is_classifier(name: str, *, trust_remote_code: bool = False) -> bool:
+    """Whether a saved model has a sequence-classification head. Raises ValueError as `load_config`."""
+    config = load_config(_base(name), trust_remote_code=trust_remote_code)
+    return any(kind.endswith("ForSequenceClassification") for kind in config.architectures or [])
+
+
+def load_model(name: str, *, trust_remote_code: bool = False, adapter: str | None = None, **kwargs: Any) -> Any:
     """`AutoModelForCausalLM.from_pretrained(name, **kwargs)`; whatever is wrong with the weights is one line.
 
+    `name` may be the folder of an adapter, which names its base; `adapter` is one to put on the model.
+
     Raises:
-        ValueError: as `load_config`; or if a weights file is damaged, missing, or lacks tensors of the config.
+        ValueError: as `load_config`; if a weights file is damaged, missing, or lacks tensors of the config; or if the
+            adapter was made for another base.
     """
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
+
+    return _load(AutoModelForCausalLM, name, trust_remote_code, adapter, kwargs)
+
+
+def load_classifier(name: str, *, trust_remote_code: bool = False, adapter: str | None = None, **kwargs: Any) -> Any:
+    """`AutoModelForSequenceClassification.from_pretrained(name, **kwargs)`, as `load_model`.
+
+    With `num_labels` or `id2label` in `kwargs` the head may be missing: it starts from random weights.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    return _load(AutoModelForSequenceClassification, name, trust_remote_code, adapter, kwargs)
+
+
+def _base(name: str) -> str:
+    """`name`, or the base model where `name` is the folder of an adapter."""
+    from hf_decoder.adapters import base_of, is_adapter
+
+    return base_of(name) if is_adapter(name) else name
+
+
+def _load(auto_class: Any, name: str, trust_remote_code: bool, adapter: str | None, kwargs: dict[str, Any]) -> Any:
+    from safetensors import SafetensorError
     from transformers.utils import logging
 
+    base = _base(name)
+    if base != name:
+        adapter, name = adapter or name, base
     config = load_config(name, trust_remote_code=trust_remote_code)
+    new_head = "id2label" in kwargs or "num_labels" in kwargs
+    for key in ("num_labels", "id2label", "label2id"):
+        if key in kwargs:
+            setattr(config, key, kwargs.pop(key))
     logging.disable_progress_bar()
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # the loading report would repeat in a table what is said below in one line
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = auto_class.from_pretrained(
             name, config=config, trust_remote_code=trust_remote_code, output_loading_info=True, **kwargs
         )
     except SafetensorError as error:
         raise ValueError(
             f"the weights in {name} are damaged or cut short ({_first_line(error)}); copy or download them again"
         ) from None
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ImportError) as error:
         raise ValueError(f"the weights in {name} cannot be loaded: {_first_line(error)}") from None
     finally:
         logging.set_verbosity(verbosity)
     model, report = loaded
-    missing = sorted(report["missing_keys"])
+    missing = sorted(key for key in report["missing_keys"] if not (new_head and key.startswith("score.")))
     if missing:
         raise ValueError(
             f"the weights in {name} do not fit its config.json: {len(missing)} tensors are missing, "
             f"first {missing[0]!r}"
         )
+    if adapter is not None:
+        from hf_decoder.adapters import load_adapter
+
+        model = load_adapter(model, adapter)
     return model
+
+
+def show_progress(items: Any, total: int, name: str) -> Any:
+    """`items`, with a bar on standard error."""
+    from tqdm import tqdm
+
+    return tqdm(items, total=total, desc=name, mininterval=0.5)
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
@@ -192,6 +278,8 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
     """
     from transformers import AutoTokenizer
 
+    if not (Path(name) / "tokenizer_config.json").is_file():
+        name = _base(name)
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizers raises bare Exception for a damaged file

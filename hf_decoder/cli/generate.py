@@ -10,9 +10,16 @@ from typing import Any
 import torch
 from transformers import TextStreamer, set_seed
 
-from hf_decoder.cli import load_model, load_tokenizer, parse_arguments
+from hf_decoder.cli import (
+    DTYPES,
+    check_choice,
+    load_model,
+    load_tokenizer,
+    name_positionals,
+    parse_arguments,
+    select_device,
+)
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEFAULT_NEW_TOKENS = 200
 END_OF_TURN = "<|im_end|>"
 
@@ -48,15 +55,17 @@ GENERATION_FLAGS = ("max_new_tokens", "do_sample", "temperature", "top_p", "top_
 def main(argv: Sequence[str]) -> int:
     """Parses the flags, loads the model, and continues or chats."""
     (args,) = parse_arguments(
-        "generate", (GenerateArguments,), _name_positionals(argv), "Continues a prompt, or chats."
+        "generate",
+        (GenerateArguments,),
+        name_positionals(argv, ("--model", "--prompt")),
+        "Continues a prompt, or chats.",
     )
-    if args.dtype not in DTYPES:
-        raise ValueError(f"--dtype {args.dtype!r} is unknown; choose one of: {', '.join(DTYPES)}")
+    check_choice("--dtype", args.dtype, DTYPES)
     if args.prompt is None and not args.chat:
         raise ValueError("there is nothing to continue: give a prompt after the model, or --chat")
     if args.system is not None and not args.chat:
         raise ValueError("--system is part of a chat; add --chat")
-    device = _device(args.device)
+    device = select_device(args.device)
     model = load_model(args.model, trust_remote_code=args.trust_remote_code, dtype=args.dtype).to(device).eval()
     tokenizer = load_tokenizer(args.model, trust_remote_code=args.trust_remote_code)
     if args.seed is not None:
@@ -67,28 +76,6 @@ def main(argv: Sequence[str]) -> int:
         ids = tokenizer(args.prompt, return_tensors="pt")["input_ids"]
         stream(model, tokenizer, ids, args, skip_prompt=False)
     return 0
-
-
-def _name_positionals(argv: Sequence[str]) -> list[str]:
-    """Turns `MODEL [PROMPT] --flags` into flags alone, which is what the dataclass parser reads."""
-    rest = list(argv)
-    named = []
-    for flag in ("--model", "--prompt"):
-        if rest and not rest[0].startswith("-"):
-            named += [f"{flag}={rest.pop(0)}"]
-    return named + rest
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return accelerator or torch.device("cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise ValueError(f"--device {name!r} is not a device of this machine") from None
-    return device
 
 
 def stream(

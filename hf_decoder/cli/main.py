@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 VERBS = {
     "pretrain": "train a tokenizer and a language model from raw text",
+    "eval": "measure a model: perplexity, bits per byte, BLEU, chrF, accuracy, F1, exact match",
     "generate": "continue a prompt, or chat, with a saved model",
     "presets": "list the named model shapes and what each costs to train and serve",
 }

@@ -1,0 +1,303 @@
+"""`hf-decoder eval`: measures any causal language model, or a sequence classifier, on text and on prompts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import set_seed
+
+from hf_decoder import accounting, corpus, evaluation, examples
+from hf_decoder.classification import predict
+from hf_decoder.cli import (
+    DTYPES,
+    check_choice,
+    is_classifier,
+    load_classifier,
+    load_model,
+    load_tokenizer,
+    name_positionals,
+    parse_arguments,
+    select_device,
+    show_progress,
+)
+from hf_decoder.completion import complete, encode_prompt
+from hf_decoder.modelcard import update_model_index
+
+TEXT_METRICS = ("perplexity", "bits_per_byte")
+ANSWER_METRICS = ("bleu", "chrf", "exact_match")
+LABEL_METRICS = ("accuracy", "f1")
+METRICS = (*TEXT_METRICS, *ANSWER_METRICS, *LABEL_METRICS)
+DEFAULT_BLOCK_SIZE = 1024
+DESCRIPTION = (
+    "Measures a model. perplexity and bits_per_byte score --text_file; bleu, chrf and exact_match compare what the "
+    "model writes after each prompt of --eval_file with the reference; accuracy and f1 choose among the labels of "
+    "--eval_file the one the model finds likeliest, or ask the classification head of a classifier."
+)
+
+
+@dataclass
+class EvalArguments:
+    """Which model, which measures, and on what."""
+
+    model: str = field(metadata={"help": "Folder or Hub name of a causal language model or sequence classifier."})
+    metrics: list[str] = field(
+        default_factory=lambda: list(TEXT_METRICS), metadata={"help": f"What to measure: {', '.join(METRICS)}."}
+    )
+    text_file: str | None = field(
+        default=None, metadata={"help": "Held-out text: .txt, .jsonl, .parquet, or a folder."}
+    )
+    text_column: str | None = field(default=None, metadata={"help": "The column that holds the text."})
+    eval_file: str | None = field(
+        default=None, metadata={"help": "Prompts and references or labels: .jsonl, .csv, .parquet; or prompts a line."}
+    )
+    reference_file: str | None = field(
+        default=None, metadata={"help": "References, one a line, of an --eval_file that holds prompts alone."}
+    )
+    prompt_column: str | None = field(default=None, metadata={"help": "The column that holds the prompt."})
+    reference_column: str | None = field(
+        default=None, metadata={"help": "The column that holds the reference, or a list of several."}
+    )
+    label_column: str | None = field(default=None, metadata={"help": "The column that holds the label."})
+    prompt_template: str = field(
+        default="{prompt}", metadata={"help": r"What the model reads; {prompt} is the prompt and \n a new line."}
+    )
+    block_size: int | None = field(
+        default=None,
+        metadata={"help": f"Tokens of a window, {DEFAULT_BLOCK_SIZE} or the model's context if that is shorter."},
+    )
+    stride: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens a window advances and scores, half a window if unset: a token sees at least the rest."
+        },
+    )
+    batch_size: int = field(default=8, metadata={"help": "Rows that run together; no measure depends on it."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Only the first rows of --eval_file."})
+    max_new_tokens: int | None = field(default=None, metadata={"help": "Longest answer, in tokens."})
+    num_beams: int | None = field(default=None, metadata={"help": "Beams of beam search; 1 is none."})
+    length_penalty: float | None = field(default=None, metadata={"help": "Above 0 favours longer beams."})
+    do_sample: bool = field(default=False, metadata={"help": "Draw the answers, as generation_config says."})
+    stop_strings: list[str] | None = field(default=None, metadata={"help": "Texts that end an answer."})
+    seed: int = field(default=42, metadata={"help": "Seed of the draws."})
+    output_dir: str = field(default="runs/eval", metadata={"help": "Folder for results, picture and predictions."})
+    update_card: bool = field(
+        default=False, metadata={"help": "Write the results into the model-index of README.md in the model's folder."}
+    )
+    adapter_name_or_path: str | None = field(default=None, metadata={"help": "PEFT adapter to put on the model."})
+    dtype: str = field(default="auto", metadata={"help": f"Type of the weights: {', '.join(DTYPES)}."})
+    device: str | None = field(default=None, metadata={"help": "cpu, cuda, ...; the accelerator if there is one."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run the model code of the Hub repository."})
+
+
+def main(argv: Sequence[str]) -> int:
+    """Parses the flags and measures."""
+    (args,) = parse_arguments("eval", (EvalArguments,), name_positionals(argv, ("--model",)), DESCRIPTION)
+    results = measure(args)
+    for metric in args.metrics:
+        print(f"{metric:<16} {results[metric]:.4f}")
+    print(f"{args.output_dir} holds eval_results.json and eval_results.png")
+    return 0
+
+
+def measure(args: EvalArguments) -> dict[str, Any]:
+    """Runs every metric that `args` names and writes the results; returns them.
+
+    Raises:
+        ValueError: for what the user can get wrong, as far as possible before the model is loaded.
+    """
+    _check(args)
+    wanted = set(args.metrics)
+    documents = _documents(args) if wanted & set(TEXT_METRICS) else None
+    pairs = _pairs(args) if wanted & set(ANSWER_METRICS) else []
+    labelled = _labelled(args) if wanted & set(LABEL_METRICS) else []
+    classifier = is_classifier(args.model)
+    if classifier and wanted - set(LABEL_METRICS):
+        raise ValueError(f"{args.model} is a sequence classifier, which has only {' and '.join(LABEL_METRICS)}")
+    options: dict[str, Any] = {"trust_remote_code": args.trust_remote_code, "dtype": args.dtype}
+    if args.adapter_name_or_path:
+        options["adapter"] = args.adapter_name_or_path
+    model = (load_classifier if classifier else load_model)(args.model, **options)
+    model = model.to(select_device(args.device)).eval()
+    tokenizer = load_tokenizer(args.model, trust_remote_code=args.trust_remote_code)
+    set_seed(args.seed)
+
+    results: dict[str, Any] = {"model": Path(args.model).name, "parameters": model.num_parameters()}
+    predictions: list[dict[str, Any]] = []
+    if documents is not None:
+        results |= _measure_text(args, model, tokenizer, documents)
+    if pairs:
+        results |= _measure_answers(args, model, tokenizer, pairs, predictions)
+    if labelled:
+        results |= _measure_labels(args, model, tokenizer, labelled, predictions)
+    results |= accounting.hardware()
+    _write(args, results, predictions)
+    return results
+
+
+def _check(args: EvalArguments) -> None:
+    for metric in args.metrics:
+        check_choice("--metrics", metric, METRICS)
+    if args.batch_size < 1:
+        raise ValueError(f"--batch_size {args.batch_size} must be at least 1")
+    if "{prompt}" not in args.prompt_template:
+        raise ValueError(f"--prompt_template {args.prompt_template!r} must hold {{prompt}}")
+    for metrics, flag in ((TEXT_METRICS, "text_file"), ((*ANSWER_METRICS, *LABEL_METRICS), "eval_file")):
+        asked = [metric for metric in args.metrics if metric in metrics]
+        if asked and getattr(args, flag) is None:
+            raise ValueError(f"--metrics {asked[0]} needs --{flag}")
+    if args.update_card and not Path(args.model).is_dir():
+        raise ValueError(f"--update_card writes into the model's folder, and {args.model} is none here")
+
+
+def _documents(args: EvalArguments) -> Any:
+    column = args.text_column or "text"
+    return corpus.load_text(str(args.text_file), text_column=column, validation_fraction=0)["train"]
+
+
+def _template(args: EvalArguments, prompt: examples.Row | Any) -> Any:
+    if not isinstance(prompt, str):
+        return prompt
+    return args.prompt_template.replace("\\n", "\n").replace("{prompt}", prompt)
+
+
+def _pairs(args: EvalArguments) -> list[examples.Row]:
+    """Prompts and their references, without the rows that lack either."""
+    if args.reference_file:
+        rows = examples.pair_lines(str(args.eval_file), args.reference_file)
+    else:
+        rows = examples.read_rows(str(args.eval_file))
+        named = {"prompt": args.prompt_column, "reference": args.reference_column}
+        rows = examples.select_columns(rows, "reference", named, str(args.eval_file))
+    return _usable(args, rows)
+
+
+def _labelled(args: EvalArguments) -> list[examples.Row]:
+    """Texts and their labels. A column of references serves as labels too."""
+    if args.reference_file:
+        rows = examples.pair_lines(str(args.eval_file), args.reference_file)
+        rows = [{"text": row["prompt"], "label": row["reference"]} for row in rows]
+    else:
+        rows = examples.read_rows(str(args.eval_file))
+        kind = "classification" if args.reference_column is None else "reference"
+        named = {"label": args.label_column, "text": args.text_column}
+        if kind == "reference":
+            named = {"prompt": args.prompt_column, "reference": args.reference_column}
+        elif args.prompt_column:
+            named["text"] = args.prompt_column
+        rows = examples.select_columns(rows, kind, named, str(args.eval_file))
+        rows = [dict(zip(("text", "label"), row.values(), strict=True)) for row in rows]
+    return _usable(args, rows)
+
+
+def _usable(args: EvalArguments, rows: list[examples.Row]) -> list[examples.Row]:
+    rows, skipped = examples.drop_unusable(rows[: args.max_eval_samples])
+    if skipped.reasons:
+        print(f"{args.eval_file}: {skipped}")
+    if not rows:
+        raise ValueError(f"{args.eval_file} has no row to measure with: {skipped}")
+    return rows
+
+
+def _measure_text(args: EvalArguments, model: Any, tokenizer: Any, documents: Any) -> dict[str, Any]:
+    limit = getattr(model.config, "max_position_embeddings", None) or DEFAULT_BLOCK_SIZE
+    block_size = args.block_size or min(limit, DEFAULT_BLOCK_SIZE)
+    if not 2 <= block_size <= limit:
+        raise ValueError(f"--block_size {block_size} must lie between 2 and the model's context, {limit}")
+    stride = args.stride or block_size // 2
+    score, report = evaluation.score_text(
+        model, tokenizer, documents, block_size=block_size, stride=stride, batch_size=args.batch_size
+    )
+    return {
+        "loss": score.loss,
+        "perplexity": evaluation.perplexity(score.loss),
+        "bits_per_byte": evaluation.bits_per_byte(score.nats, report.bytes),
+        "text_bytes": report.bytes,
+        "text_tokens": score.tokens,
+        "block_size": block_size,
+        "stride": stride,
+    }
+
+
+def _measure_answers(
+    args: EvalArguments, model: Any, tokenizer: Any, rows: list[examples.Row], predictions: list[dict[str, Any]]
+) -> dict[str, Any]:
+    names = ("max_new_tokens", "num_beams", "length_penalty", "do_sample", "stop_strings")
+    given = {name: getattr(args, name) for name in names}
+    prompts = [_template(args, row["prompt"]) for row in rows]
+    references = [r if isinstance(r, list) else [str(r)] for r in (row["reference"] for row in rows)]
+    answers = list(show_progress(complete(model, tokenizer, prompts, given, args.batch_size), len(prompts), "answers"))
+    answers = [answer.strip() for answer in answers]
+    for prompt, answer, options in zip(prompts, answers, references, strict=True):
+        predictions.append({"prompt": prompt, "prediction": answer, "references": options})
+    wanted = {name: getattr(evaluation, name) for name in ANSWER_METRICS if name in args.metrics}
+    return {"answers": len(rows), **{name: function(answers, references) for name, function in wanted.items()}}
+
+
+def _measure_labels(
+    args: EvalArguments, model: Any, tokenizer: Any, rows: list[examples.Row], predictions: list[dict[str, Any]]
+) -> dict[str, Any]:
+    texts = [_template(args, str(row["text"])) for row in rows]
+    labels = [str(row["label"]) for row in rows]
+    if is_classifier(args.model):
+        names = model.config.id2label
+        known = {name: name for name in names.values()} | {str(index): name for index, name in names.items()}
+        unknown = sorted({label for label in labels if label not in known})
+        if unknown:
+            raise ValueError(
+                f"{args.eval_file} has the label {unknown[0]!r}, which the model does not know; "
+                f"its labels: {', '.join(names.values())}"
+            )
+        labels = [known[label] for label in labels]
+        guesses = [names[index] for index in predict(model, tokenizer, texts, batch_size=args.batch_size)]
+    else:
+        options = sorted(set(labels))
+        tokens = [tokenizer(option, add_special_tokens=False)["input_ids"] for option in options]
+        prompts = [encode_prompt(tokenizer, text) for text in texts]
+        nats = evaluation.option_nats(model, prompts, tokens, batch_size=args.batch_size)
+        guesses = [options[min(range(len(options)), key=row.__getitem__)] for row in nats]
+    for text, guess, label in zip(texts, guesses, labels, strict=True):
+        predictions.append({"prompt": text, "prediction": guess, "label": label})
+    return {
+        "labelled": len(rows),
+        "accuracy": evaluation.accuracy(guesses, labels),
+        "f1": evaluation.macro_f1(guesses, labels),
+    }
+
+
+def _write(args: EvalArguments, results: Mapping[str, Any], predictions: list[dict[str, Any]]) -> None:
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
+    (folder / "eval_results.json").write_text(text, encoding="utf-8")
+    if predictions:
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions)
+        (folder / "predictions.jsonl").write_text(lines, encoding="utf-8")
+    plot_metrics({name: results[name] for name in args.metrics}, folder / "eval_results.png", str(results["model"]))
+    if args.update_card:
+        for metrics, file in ((TEXT_METRICS, args.text_file), ((*ANSWER_METRICS, *LABEL_METRICS), args.eval_file)):
+            found = {name: results[name] for name in metrics if name in args.metrics}
+            if found:
+                update_model_index(args.model, found, dataset=Path(str(file)).name)
+
+
+def plot_metrics(metrics: Mapping[str, float], path: Path, title: str) -> None:
+    """One bar a metric, each on its own scale: they have different units."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(1.2 + 1.6 * len(metrics), 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    for number, (name, value) in enumerate(metrics.items(), 1):
+        axes = figure.add_subplot(1, len(metrics), number)
+        shown = value if value < float("inf") else 0.0
+        axes.bar([name], [shown], color=f"C{number - 1}", width=0.5)
+        top = 100.0 if name in ("bleu", "chrf") else 1.0 if name in (*LABEL_METRICS, "exact_match") else 1.2 * shown
+        axes.set_ylim(0, max(top, 1e-9))
+        axes.set_xlim(-0.6, 0.6)
+        axes.text(0, shown, f"{value:.4g}", ha="center", va="bottom")
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,124 @@
+"""Completions of many prompts: batches padded on the left, so that an answer does not depend on its neighbours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+DEFAULT_NEW_TOKENS = 200
+END_OF_TURN = "<|im_end|>"
+
+Prompt = str | list[dict[str, str]]
+
+
+def end_ids(model: Any, tokenizer: Any, *, chat: bool = False) -> list[int]:
+    """What ends an answer: the model's own end tokens, and in a chat ChatML's end of a turn where there is one."""
+    ends = model.generation_config.eos_token_id
+    ids = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
+    if tokenizer.eos_token_id is not None:
+        ids.add(tokenizer.eos_token_id)
+    vocabulary = tokenizer.get_vocab()
+    return sorted(ids | ({vocabulary[END_OF_TURN]} if chat and END_OF_TURN in vocabulary else set()))
+
+
+def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
+    """Token ids of a prompt; of a conversation, by the chat template, up to where the assistant answers.
+
+    Raises:
+        ValueError: for an empty prompt, and for a conversation without a chat template.
+    """
+    if isinstance(prompt, str):
+        ids = tokenizer(prompt)["input_ids"]
+        # A tokenizer that ends texts by itself would have the model start a new one.
+        if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(str(tokenizer.eos_token)):
+            ids = ids[:-1]
+    else:
+        if tokenizer.chat_template is None:
+            raise ValueError("the tokenizer has no chat template, so prompts must be text, not messages")
+        ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+    if not ids:
+        raise ValueError("the prompt is empty; give at least one character")
+    return ids
+
+
+def check_ids(model: Any, ids: Sequence[int]) -> None:
+    """Raises ValueError where the tokenizer gives ids that the model has no embedding for, or too many of them."""
+    rows = model.get_input_embeddings().num_embeddings
+    if max(ids) >= rows:
+        raise ValueError(
+            f"the tokenizer gives id {max(ids)}, but the model's vocabulary has {rows} entries; "
+            "use the tokenizer that the model was trained with"
+        )
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and len(ids) >= limit:
+        raise ValueError(
+            f"the prompt has {len(ids)} tokens, and max_position_embeddings is {limit}; shorten the prompt"
+        )
+
+
+def generate_settings(model: Any, tokenizer: Any, length: int, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of `generate` for a prompt of `length` tokens: `given`, and what the model leaves open.
+
+    Whatever is not in `given` is the model's own `generation_config`. A setting of the draw implies `do_sample`.
+    """
+    settings = {name: value for name, value in given.items() if value is not None}
+    limit = getattr(model.config, "max_position_embeddings", None)
+    wanted = settings.get("max_new_tokens") or model.generation_config.max_new_tokens or DEFAULT_NEW_TOKENS
+    settings["max_new_tokens"] = wanted if limit is None else min(wanted, limit - length)
+    if {"temperature", "top_p", "top_k", "min_p"} & settings.keys():
+        settings.setdefault("do_sample", True)
+    if model.generation_config.pad_token_id is None:
+        settings["pad_token_id"] = (
+            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        )
+    if settings.get("stop_strings"):
+        settings["tokenizer"] = tokenizer
+    return settings
+
+
+@torch.inference_mode()
+def complete(
+    model: Any, tokenizer: Any, prompts: Sequence[Prompt], given: Mapping[str, Any] | None = None, batch_size: int = 8
+) -> Iterator[str]:
+    """Yields the completion of each prompt, in order, without the prompt and without a stop string at its end.
+
+    Args:
+        prompts: texts, or lists of chat messages; of a chat the answer also ends with the turn.
+        given: settings of `generate` that differ from the model's generation_config.
+        batch_size: prompts that run together. Greedy and beam search give each prompt the answer it gets alone, up
+            to rounding; draws depend on the batch.
+
+    Raises:
+        ValueError: for a prompt that is empty, too long, or outside the model's vocabulary; names its number.
+    """
+    given = dict(given or {})
+    encoded: list[list[int]] = []
+    for number, prompt in enumerate(prompts, 1):
+        try:
+            ids = encode_prompt(tokenizer, prompt)
+            check_ids(model, ids)
+        except ValueError as error:
+            raise ValueError(f"prompt {number}: {error}") from None
+        encoded.append(ids)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    for start in range(0, len(prompts), batch_size):
+        rows = encoded[start : start + batch_size]
+        length = max(map(len, rows))
+        inputs = torch.tensor([[pad] * (length - len(row)) + row for row in rows], device=model.device)
+        mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=model.device)
+        settings = generate_settings(model, tokenizer, length, given)
+        chat = not isinstance(prompts[start], str)
+        ends = end_ids(model, tokenizer, chat=chat)
+        if ends:
+            settings.setdefault("eos_token_id", ends)
+        output = model.generate(inputs, attention_mask=mask, **settings)
+        for row in output[:, length:]:
+            yield cut_stop(tokenizer.decode(row, skip_special_tokens=True), given.get("stop_strings"))
+
+
+def cut_stop(text: str, stop_strings: str | Sequence[str] | None) -> str:
+    """`text` up to the first stop string in it."""
+    stops = [stop_strings] if isinstance(stop_strings, str) else stop_strings or []
+    return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]

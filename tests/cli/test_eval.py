@@ -1,0 +1,136 @@
+"""`hf-decoder eval` on our model and on a stock one, against the library called by hand."""
+
+import json
+import shutil
+
+import pytest
+import sacrebleu
+import torch
+from huggingface_hub import ModelCard
+from PIL import Image
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from hf_decoder.cli.main import main
+
+BLEU = ["--metrics", "bleu", "--eval_file"]
+PROMPTS = ["the cat", "the dog sees the", "the bird hears", "a"]
+
+
+@pytest.fixture(scope="module")
+def llama(run, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama")
+    tokenizer = AutoTokenizer.from_pretrained(run.folder)
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    rows = [{"source": prompt, "target": f" the {word}"} for prompt, word in zip(PROMPTS, "abcd", strict=True)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def evaluate(folder, output, *flags) -> dict:
+    assert main(["eval", str(folder), "--output_dir", str(output), *map(str, flags)]) == 0
+    return json.loads((output / "eval_results.json").read_text(encoding="utf-8"))
+
+
+def greedy(folder, prompt: str, tokens: int) -> str:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer(prompt, return_tensors="pt")
+    output = model.generate(**ids, max_new_tokens=tokens, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    return tokenizer.decode(output, skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("kind", ["ours", "llama"])
+def test_several_metrics_in_one_run(run, llama, pairs, tmp_path, kind):
+    folder = run.folder if kind == "ours" else llama
+    flags = ["--metrics", "perplexity", "bits_per_byte", "bleu", "chrf", "exact_match"]
+    flags += ["--text_file", run.validation_file, "--eval_file", pairs, "--max_new_tokens", 8, "--batch_size", 3]
+    results = evaluate(folder, tmp_path / "out", *flags)
+    answers = [greedy(folder, prompt, 8) for prompt in PROMPTS]
+    references = [[f" the {word}" for word in "abcd"]]
+    assert results["bleu"] == pytest.approx(sacrebleu.corpus_bleu(answers, references).score)
+    assert results["chrf"] == pytest.approx(sacrebleu.corpus_chrf(answers, references).score)
+    saved = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text("utf-8").splitlines()]
+    assert [row["prediction"] for row in saved] == answers
+    assert results["perplexity"] == pytest.approx(torch.tensor(results["loss"]).exp().item(), rel=1e-5)
+    assert results["text_bytes"] == len(run.validation_file.read_bytes())
+    with Image.open(tmp_path / "out" / "eval_results.png") as picture:
+        picture.load()
+        assert picture.format == "PNG"
+    again = evaluate(folder, tmp_path / "again", *flags[:-1], 1)
+    for metric in ("loss", "bits_per_byte"):
+        assert again[metric] == pytest.approx(results[metric], rel=1e-6)
+    for metric in ("bleu", "chrf", "exact_match"):
+        assert again[metric] == results[metric]
+
+
+def test_labels_are_chosen_by_likelihood(run, tmp_path):
+    path = tmp_path / "labels.csv"
+    path.write_text("text,label\nthe cat, sees\nthe dog, hears\nthe bird,xqz\n", encoding="utf-8")
+    results = evaluate(run.folder, tmp_path / "out", "--metrics", "accuracy", "f1", "--eval_file", path)
+    saved = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text("utf-8").splitlines()]
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(run.folder), AutoTokenizer.from_pretrained(run.folder)
+    for row in saved:
+        nats = {}
+        for option in (" sees", " hears", "xqz"):
+            prompt, ids = tokenizer(row["prompt"])["input_ids"], tokenizer(option)["input_ids"]
+            labels = torch.tensor([[-100] * len(prompt) + ids])
+            with torch.no_grad():
+                nats[option] = float(model(torch.tensor([prompt + ids]), labels=labels).loss) * len(ids)
+        assert row["prediction"] == min(nats, key=nats.__getitem__)
+    assert results["accuracy"] == sum(row["prediction"] == row["label"] for row in saved) / 3
+
+
+def test_update_card_writes_the_model_index_and_keeps_the_rest(run, model_copy, pairs, tmp_path):
+    before = ModelCard.load(model_copy / "README.md")
+    flags = ["--metrics", "perplexity", "bleu", "--text_file", run.validation_file, "--eval_file", pairs]
+    for _ in range(2):  # twice: replaced, not added again
+        results = evaluate(model_copy, tmp_path / "out", *flags, "--max_new_tokens", 4, "--update_card")
+    after = ModelCard.load(model_copy / "README.md")
+    measured = [(r.dataset_name, r.metric_type, r.metric_value) for r in after.data.eval_results]
+    assert ("held_out.txt", "perplexity", results["perplexity"]) in measured
+    assert ("pairs.jsonl", "bleu", results["bleu"]) in measured
+    assert len(measured) == len(before.data.eval_results) + 2
+    assert after.text == before.text
+    assert after.data.license == before.data.license
+
+
+def test_update_card_makes_a_card_where_there_is_none(run, llama, tmp_path):
+    folder = shutil.copytree(llama, tmp_path / "peer")
+    results = evaluate(folder, tmp_path / "out", "--text_file", run.validation_file, "--update_card")
+    found = ModelCard.load(folder / "README.md").data
+    assert found.model_name == "peer"
+    assert {r.metric_type: r.metric_value for r in found.eval_results}["perplexity"] == results["perplexity"]
+
+
+@pytest.mark.parametrize(
+    "flags, reason",
+    [
+        (["--metrics", "blue"], "'blue'"),
+        (["--metrics", "bleu"], "--eval_file"),
+        ([], "--text_file"),
+        (["--text_file", "nowhere.txt"], "nowhere.txt"),
+        ([*BLEU, "prompts.txt", "--reference_file", "short.txt"], "2 prompts but short.txt has 1"),
+        ([*BLEU, "other.jsonl"], "columns a, b"),
+        ([*BLEU, "empty.jsonl"], "empty prompt"),
+        (["--text_file", "prompts.txt", "--stride", "64", "--block_size", "64"], "stride 64"),
+        (["--text_file", "prompts.txt", "--block_size", "4096"], "128"),
+        (["--text_file", "prompts.txt", "--batch_size", "0"], "--batch_size 0"),
+        (["--text_file", "prompts.txt", "--prompt_template", "x"], "--prompt_template"),
+    ],
+)  # fmt: skip
+def test_what_a_user_can_get_wrong(fails, run, tmp_path, monkeypatch, flags, reason):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_text("one\ntwo\n", encoding="utf-8")
+    (tmp_path / "short.txt").write_text("one\n", encoding="utf-8")
+    (tmp_path / "other.jsonl").write_text('{"a": 1, "b": 2}\n', encoding="utf-8")
+    (tmp_path / "empty.jsonl").write_text('{"prompt": "", "completion": "x"}\n', encoding="utf-8")
+    assert reason in fails("eval", str(run.folder), *flags)
+    assert not (tmp_path / "runs").exists()
