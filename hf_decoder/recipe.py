@@ -158,7 +158,7 @@ class OptimizerFactory:
         return optimizer_cls(parameter_groups(model, weight_decay), **kwargs)
 
 
-def muon_adamw(args: TrainingArguments) -> tuple[type[OptimizerFactory], dict[str, Any]]:
+def muon_adamw(args: TrainingArguments) -> tuple[Any, dict[str, Any]]:
     """The recipe with the settings of `args`: for `Trainer(optimizer_cls_and_kwargs=...)`."""
     return OptimizerFactory, {
         "optimizer_cls": MuonAdamW,
@@ -169,7 +169,7 @@ def muon_adamw(args: TrainingArguments) -> tuple[type[OptimizerFactory], dict[st
     }
 
 
-def grouped_optimizer(args: TrainingArguments) -> tuple[type[OptimizerFactory], dict[str, Any]]:
+def grouped_optimizer(args: TrainingArguments) -> tuple[Any, dict[str, Any]]:
     """The optimizer that `args.optim` names, with the recipe's groups: `Trainer(optimizer_cls_and_kwargs=...)`."""
     optimizer_cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args)
     return OptimizerFactory, {"optimizer_cls": optimizer_cls, "weight_decay": args.weight_decay, **kwargs}

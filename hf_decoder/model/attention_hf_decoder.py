@@ -63,8 +63,9 @@ def plan_tiles(position_ids: torch.Tensor, dtype: torch.dtype, sliding_window: i
     for index, start in enumerate(range(0, length, rows)):
         stop = min(start + rows, length)
         first_key = first_documents[index]
-        windowed = sliding_window is not None and stop - sliding_window > first_key
-        if windowed:
+        windowed = False
+        if sliding_window is not None and stop - sliding_window > first_key:
+            windowed = True
             first_key = max(first_key, start - sliding_window + 1)
         if last_documents[index] <= first_key and not windowed:  # one document: only the diagonal block has a mask
             size = stop - start

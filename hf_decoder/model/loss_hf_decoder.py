@@ -6,6 +6,8 @@ logits: memory is one chunk of logits instead of several copies of all of them. 
 Shapes: N rows (tokens), D hidden_size, V vocab_size.
 """
 
+from typing import cast
+
 import torch
 from torch import nn
 
@@ -19,9 +21,13 @@ def softcap(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
-def shift(labels: torch.Tensor, ignore_index: int = -100) -> torch.Tensor:
-    """(B, S) labels aligned with the inputs -> (B, S) labels of the next token, `ignore_index` at the end."""
-    return nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:].contiguous()
+def _targets(labels: torch.Tensor | None, shift_labels: torch.Tensor | None, ignore_index: int) -> torch.Tensor:
+    """(B, S) labels aligned with the inputs, or else already shifted -> (B * S,) ids of the next token."""
+    if shift_labels is not None:
+        return shift_labels.reshape(-1)
+    if labels is None:
+        raise ValueError("a loss needs labels or shift_labels; both are None")
+    return nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:].reshape(-1)
 
 
 def _normalise(total: torch.Tensor, count: torch.Tensor, num_items_in_batch: torch.Tensor | int | None):
@@ -73,7 +79,7 @@ def causal_lm_loss(
     Raises:
         ValueError: for a label outside the vocabulary (on a CPU).
     """
-    targets = (shift(labels, ignore_index) if shift_labels is None else shift_labels).reshape(-1).to(logits.device)
+    targets = _targets(labels, shift_labels, ignore_index).to(logits.device)
     _check_targets(targets, vocab_size, ignore_index)
     logits = logits.float().reshape(-1, vocab_size)
     valid = targets != ignore_index
@@ -108,17 +114,15 @@ def linear_causal_lm_loss(
         return causal_lm_loss(
             logits, labels, logits.shape[-1], num_items_in_batch, ignore_index, shift_labels, z_loss_coef
         )
-    targets = shift(labels, ignore_index) if shift_labels is None else shift_labels
-    targets = targets.reshape(-1).to(hidden_states.device)
-    _check_targets(targets, lm_head.weight.shape[0], ignore_index)
+    targets = _targets(labels, shift_labels, ignore_index).to(hidden_states.device)
+    weight, bias = cast(nn.Linear, lm_head).weight, cast(nn.Linear, lm_head).bias
+    _check_targets(targets, weight.shape[0], ignore_index)
     rows = hidden_states.reshape(-1, hidden_states.shape[-1])
     valid = targets != ignore_index
     if not torch.compiler.is_compiling():  # positions without a label never reach the head
         counted = valid.nonzero().squeeze(-1)
         rows, targets = rows[counted], targets[counted]
-    total = linear_cross_entropy(
-        rows, lm_head.weight, targets, lm_head.bias, ignore_index, z_loss_coef, final_logit_softcapping
-    )
+    total = linear_cross_entropy(rows, weight, targets, bias, ignore_index, z_loss_coef, final_logit_softcapping)
     return _normalise(total, valid.sum(), num_items_in_batch)
 
 

@@ -448,12 +448,12 @@ class HfDecoderForCausalLM(HfDecoderPreTrainedModel, GenerationMixin):
             return self._loss_function
         return partial(causal_lm_loss, z_loss_coef=self._z_loss_coef())
 
-    def _z_loss_coef(self) -> float:
-        return self.config.z_loss_coef if self.training else 0.0  # a regulariser, no part of what evaluation measures
-
     @loss_function.setter
     def loss_function(self, value: Callable):
         self._loss_function = value
+
+    def _z_loss_coef(self) -> float:
+        return self.config.z_loss_coef if self.training else 0.0  # a regulariser, no part of what evaluation measures
 
     @can_return_tuple
     def forward(
