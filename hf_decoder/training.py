@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
+import os
 import platform
 import re
 import time
@@ -14,9 +16,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase, ProgressCallback, default_data_collator
-
-CHECKPOINT_FOLDER = re.compile(r"checkpoint-\d+")
+from transformers import (
+    PreTrainedTokenizerBase,
+    ProgressCallback,
+    Trainer,
+    TrainerState,
+    TrainingArguments,
+    default_data_collator,
+)
+from transformers.trainer import TRAINER_STATE_NAME
 
 
 def bf16_supported() -> bool:
@@ -67,6 +75,11 @@ class SpeedBar(ProgressCallback):
             self.training_bar.initial = state.global_step
             self.training_bar.set_description("train")
 
+    def close(self) -> None:
+        for bar in (self.prediction_bar, self.training_bar):
+            if bar is not None:
+                bar.close()
+
     def on_evaluate(self, args, state, control, **kwargs):
         super().on_evaluate(args, state, control, **kwargs)
         self._clock, self._tokens = time.perf_counter(), state.num_input_tokens_seen
@@ -90,6 +103,55 @@ def stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
     yield
     seconds[f"{name}_runtime"] = round(time.perf_counter() - start, 3)
     print(f"{name}: {seconds[f'{name}_runtime']:.1f} s", flush=True)
+
+
+@contextmanager
+def quiet_but_for_main_process(args: TrainingArguments) -> Iterator[None]:
+    """Of several processes that train together, lets only the first one print and draw progress bars."""
+    if args.process_index == 0:
+        yield
+        return
+    from datasets import disable_progress_bars
+
+    disable_progress_bars()
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
+
+
+def is_checkpoint(folder: str | Path) -> bool:
+    """Whether `folder` is a checkpoint of Trainer."""
+    return (Path(folder) / TRAINER_STATE_NAME).is_file()
+
+
+def steps_done(checkpoint: str | Path) -> int:
+    """Optimizer steps that a checkpoint has behind it."""
+    return TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).global_step
+
+
+def train(trainer: Trainer, checkpoint: str | None, *, finished: bool = False) -> dict[str, Any]:
+    """Trains, from `checkpoint` if there is one, and returns Trainer's metrics with token counts beside them.
+
+    `finished` says that the model is that of a checkpoint of the last step, when only the words about it are left to
+    write: Trainer would take one more step with it.
+    """
+    before = 0
+    if checkpoint is not None:
+        state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+        before = state.num_input_tokens_seen
+        if finished:
+            trainer.state = state
+            return {"epoch": state.epoch, "num_input_tokens_seen": before}
+    try:
+        metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    except BaseException:
+        for bar in trainer.callback_handler.callbacks:
+            if isinstance(bar, SpeedBar):
+                bar.close()  # so that what is said of the error stands on a line of its own
+        raise
+    seen = trainer.state.num_input_tokens_seen
+    metrics["num_input_tokens_seen"] = seen
+    metrics["train_tokens_per_second"] = (seen - before) / metrics["train_runtime"]
+    return metrics
 
 
 def check_output_dir(output_dir: str | Path, *, overwrite: bool, resume: bool) -> None:

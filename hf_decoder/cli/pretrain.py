@@ -7,6 +7,8 @@ import math
 import platform
 import re
 import shutil
+import signal
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -22,16 +24,26 @@ from transformers import (
     set_seed,
 )
 from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_utils import SchedulerType, get_last_checkpoint
+from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
-from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM, accounting, corpus, evaluation, training
+from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM, corpus, training
+from hf_decoder.checkpoints import (
+    CheckpointKeeper,
+    check_same_run,
+    checkpoint_to_resume,
+    checkpoints,
+    describe_data,
+    describe_run,
+)
 from hf_decoder.cli import did_you_mean, load_config, load_model, load_tokenizer, parse_arguments
-from hf_decoder.modelcard import load_lines, write_model_card
+from hf_decoder.guards import StopOnNan, StopOnSignal, WarnOfSpikes
+from hf_decoder.modelcard import load_lines
 from hf_decoder.packing import CorpusReport, pack, pack_for_evaluation, tokenize
 from hf_decoder.presets import get_preset
 from hf_decoder.recipe import grouped_optimizer, muon_adamw, wsd_kwargs
+from hf_decoder.results import procedure, score_held_out, sizes_and_machine, summary, write_outputs
 from hf_decoder.tokenization import TOKENIZER_TYPES, check_tokenizer_fits, train_tokenizer
 
 if TYPE_CHECKING:
@@ -147,25 +159,26 @@ def main(argv: Sequence[str]) -> int:
     model_args, data_args, args = parse_arguments(
         "pretrain", (ModelArguments, DataArguments, PretrainingArguments), argv, DESCRIPTION
     )
-    pretrain(model_args, data_args, args)
-    return 0
+    with training.quiet_but_for_main_process(args):
+        return pretrain(model_args, data_args, args)
 
 
-def pretrain(model_args: ModelArguments, data_args: DataArguments, args: PretrainingArguments) -> None:
-    """The whole job, in order.
+def pretrain(model_args: ModelArguments, data_args: DataArguments, args: PretrainingArguments) -> int:
+    """The whole job, in order. Returns 0, or 128 + the number of the signal that stopped the training.
 
     Raises:
         ValueError: for anything the user can get wrong, before anything of an earlier run is touched.
+        OSError: if a checkpoint cannot be written.
     """
     seconds: dict[str, float] = {}
-    checkpoint = _checkpoint_to_resume(args)
+    checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
     resumes_here = checkpoint is not None and Path(checkpoint).resolve().parent == Path(args.output_dir).resolve()
     training.check_output_dir(args.output_dir, overwrite=args.overwrite_output_dir, resume=resumes_here)
     overrides = parse_overrides(model_args.config_overrides)
     if overrides and model_args.model_name_or_path:
         raise ValueError("--config_overrides shapes a new model; it does not go with --model_name_or_path")
-    # A checkpoint brings its own config and tokenizer, as does a model to go on with.
-    source = checkpoint or model_args.model_name_or_path
+    # A model to go on with brings its own config and tokenizer; a checkpoint of this run brings the tokenizer.
+    source = model_args.model_name_or_path and (checkpoint or model_args.model_name_or_path)
     config = _config(model_args.preset, overrides, source, data_args.block_size)
     set_seed(args.seed)
     if args.use_cpu:
@@ -176,7 +189,7 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, args: Pretrai
         with training.stage("corpus", seconds):
             texts = _load_texts(data_args)
         with training.stage("tokenizer", seconds):
-            tokenizer = _tokenizer(model_args, source, texts["train"])
+            tokenizer = _tokenizer(model_args, checkpoint, texts["train"])
         _fit_to_tokenizer(config, tokenizer, resize=source is None and "vocab_size" not in overrides)
         with training.stage("tokenize", seconds):
             workers = data_args.preprocessing_num_workers
@@ -188,10 +201,22 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, args: Pretrai
     eval_report = CorpusReport.of(tokens["validation"], eval_rows)
     for title, report in (("training text", train_report), ("held-out text", eval_report)):
         print("\n".join([title, *(f"  {line}" for line in report.lines())]))
+    run = describe_run(
+        config,
+        tokenizer,
+        describe_data(tokens["train"], data_args.block_size),
+        trained_tokenizer=_trained_tokenizer(model_args),
+    )
+    if checkpoint is not None:
+        check_same_run(checkpoint, run)
 
-    model = _model(model_args, config, checkpoint)
+    steps = _count_steps(args, len(train_rows))
+    finished = checkpoint is not None and training.steps_done(checkpoint) >= steps
+    model = _model(checkpoint if finished else model_args.model_name_or_path, config, new=checkpoint is None)
     if args.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY and not args.lr_scheduler_kwargs:
-        args.lr_scheduler_kwargs = wsd_kwargs(_count_steps(args, len(train_rows)))
+        args.lr_scheduler_kwargs = wsd_kwargs(steps)
+    keeper, stop = CheckpointKeeper(run, args.save_total_limit), StopOnSignal()
+    args.save_total_limit = None  # the keeper's
     trainer = Trainer(
         model=model,
         args=args,
@@ -201,49 +226,46 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, args: Pretrai
         # Not the padding collator: it adds an attention mask, and with one, documents in a row would see each other.
         data_collator=training.collate_rows if isinstance(model, HfDecoderForCausalLM) else default_data_collator,
         optimizer_cls_and_kwargs=muon_adamw(args) if args.uses_muon else grouped_optimizer(args),
+        callbacks=[keeper, stop, StopOnNan(tokenizer), WarnOfSpikes()],
     )
     if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(training.SpeedBar())
     if checkpoint is None and trainer.is_world_process_zero():
         _clear_earlier_run(Path(args.output_dir))
-    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-    metrics["num_input_tokens_seen"] = trainer.state.num_input_tokens_seen
-    new_tokens = trainer.state.num_input_tokens_seen - _tokens_seen(checkpoint)
-    metrics["train_tokens_per_second"] = new_tokens / metrics["train_runtime"]
+    with keeper.explain_failed_save(args.output_dir), stop:
+        metrics = training.train(trainer, checkpoint, finished=finished)
+    if stop.received is not None:
+        _say_stopped(stop.received, trainer)
+        return 128 + stop.received
     trainer.save_model()
 
     if trainer.is_world_process_zero():
         held_out = texts["validation"]["text"]
         with training.stage("evaluate", seconds):
-            eval_metrics = _evaluate(model, args, eval_rows, eval_report, held_out)
-        trainer.save_metrics("train", {**metrics, **_facts(model, train_report), **seconds})
+            eval_metrics = score_held_out(model, args, eval_rows, eval_report, held_out)
+        trainer.save_metrics("train", {**metrics, **sizes_and_machine(model, train_report), **seconds})
         trainer.save_metrics("eval", eval_metrics)
         trainer.save_state()
         results = json.loads((Path(args.output_dir) / "all_results.json").read_text(encoding="utf-8"))
         samples = training.complete(model, tokenizer, training.held_out_prompts(held_out), seed=args.seed)
-        _write_outputs(
-            args.output_dir, results, trainer.state.log_history, samples, _words(args, model_args, data_args)
-        )
-        print(_summary(results))
+        words = _words(args, model_args, data_args)
+        write_outputs(args.output_dir, results, trainer.state.log_history, samples, words)
+        print(summary(results))
         print(
             f"\n{args.output_dir} holds the model. These lines load it and generate:\n\n{load_lines(args.output_dir)}"
         )
+    return 0
 
 
-def _checkpoint_to_resume(args: PretrainingArguments) -> str | None:
-    """The checkpoint folder that --resume_from_checkpoint asks for, or None."""
-    wanted = args.resume_from_checkpoint
-    if wanted is None or wanted.lower() == "false":
-        return None
-    if wanted.lower() != "true":
-        if not (Path(wanted) / "trainer_state.json").is_file():
-            raise ValueError(f"--resume_from_checkpoint {wanted} is not a checkpoint: it holds no trainer_state.json")
-        return wanted
-    last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
-    if last is None:
-        raise ValueError(f"there is no checkpoint to resume in --output_dir {args.output_dir}")
-    return last
+def _say_stopped(number: signal.Signals, trainer: Trainer) -> None:
+    if trainer.is_world_process_zero():
+        step, folder = trainer.state.global_step, trainer.args.output_dir
+        print(
+            f"hf-decoder pretrain: stopped by {number.name} after step {step}, saved as {folder}/checkpoint-{step}; "
+            "the same command with --resume_from_checkpoint goes on",
+            file=sys.stderr,
+        )
 
 
 def _count_steps(args: PretrainingArguments, rows: int) -> int:
@@ -287,13 +309,13 @@ def _config(preset: str, overrides: dict[str, Any], source: str | None, block_si
     return config
 
 
-def _model(model_args: ModelArguments, config: PretrainedConfig, checkpoint: str | None) -> Any:
-    """The model to train: that of --model_name_or_path, or a new one.
+def _model(name: str | None, config: PretrainedConfig, *, new: bool) -> Any:
+    """The model of the folder or Hub name that training starts from or that a finished checkpoint is; else a new one.
 
-    The weights of a checkpoint are loaded by Trainer, together with the optimizer's state.
+    The weights of a checkpoint to resume are loaded by Trainer, together with the optimizer's state.
     """
-    if model_args.model_name_or_path and checkpoint is None:
-        return load_model(model_args.model_name_or_path, dtype=torch.float32)
+    if name is not None and (new or training.is_checkpoint(name)):
+        return load_model(name, dtype=torch.float32)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     special_tokens = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     # Greedy decoding of a small model soon repeats itself.
@@ -322,13 +344,21 @@ def _load_texts(data_args: DataArguments) -> DatasetDict:
     )
 
 
-def _tokenizer(model_args: ModelArguments, source: str | None, train: Dataset) -> PreTrainedTokenizerBase:
-    """The tokenizer that is given by name or belongs to the model in `source`; else one trained on the text."""
-    name = model_args.tokenizer_name or source
+def _tokenizer(model_args: ModelArguments, checkpoint: str | None, train: Dataset) -> PreTrainedTokenizerBase:
+    """The tokenizer that is given by name or belongs to a checkpoint or model; else one trained on the text."""
+    name = model_args.tokenizer_name or checkpoint or model_args.model_name_or_path
     if name is not None:
         return load_tokenizer(name)
     texts = (text for batch in train.iter(batch_size=64) for text in batch["text"])
     return train_tokenizer(texts, vocab_size=model_args.vocab_size, tokenizer_type=model_args.tokenizer_type)
+
+
+def _trained_tokenizer(model_args: ModelArguments) -> dict[str, Any]:
+    """The settings of the tokenizer that the run trains; none if it takes one."""
+    if model_args.tokenizer_name or model_args.model_name_or_path:
+        return {}
+    size = {"vocab_size": model_args.vocab_size} if model_args.tokenizer_type == "bpe" else {}
+    return {"tokenizer_type": model_args.tokenizer_type, **size}
 
 
 def _fit_to_tokenizer(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, *, resize: bool) -> None:
@@ -343,17 +373,9 @@ def _fit_to_tokenizer(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBa
 
 def _clear_earlier_run(folder: Path) -> None:
     """Deletes what would mix with the new run: the old run's checkpoints and metrics. Other files are overwritten."""
-    for checkpoint in folder.glob("checkpoint-*"):
-        if training.CHECKPOINT_FOLDER.fullmatch(checkpoint.name):
-            shutil.rmtree(checkpoint)
+    for checkpoint in checkpoints(folder):
+        shutil.rmtree(checkpoint)
     (folder / "all_results.json").unlink(missing_ok=True)
-
-
-def _tokens_seen(checkpoint: str | None) -> int:
-    """Training tokens that a checkpoint has behind it."""
-    if checkpoint is None:
-        return 0
-    return json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))["num_input_tokens_seen"]
 
 
 def _spread(rows: Dataset, count: int | None) -> Dataset:
@@ -361,61 +383,6 @@ def _spread(rows: Dataset, count: int | None) -> Dataset:
     if count is None or count >= len(rows):
         return rows
     return rows.select([i * len(rows) // count for i in range(count)])
-
-
-def _evaluate(
-    model: Any, args: PretrainingArguments, rows: Dataset, report: CorpusReport, texts: Sequence[str]
-) -> dict[str, Any]:
-    """Metrics of the whole held-out text, exact: every token and every byte counts once."""
-    score = evaluation.score(
-        model,
-        rows,
-        batch_size=args.per_device_eval_batch_size,
-        autocast_dtype=torch.bfloat16 if args.bf16 else None,
-    )
-    return {
-        "eval_loss": score.loss,
-        "perplexity": evaluation.perplexity(score.loss),
-        "eval_bits_per_byte": evaluation.bits_per_byte(score.nats, report.bytes),
-        "xz_bits_per_byte": evaluation.xz_bits_per_byte(texts),
-        "eval_documents": report.documents,
-        "eval_bytes": report.bytes,
-        "eval_tokens": score.tokens,
-    }
-
-
-def _facts(model: Any, report: CorpusReport) -> dict[str, Any]:
-    """What else belongs beside the training metrics: sizes, memory, machine and versions."""
-    return {
-        "train_documents": report.documents,
-        "train_bytes": report.bytes,
-        "train_tokens": report.tokens,
-        "parameters": model.num_parameters(),
-        "context_length": getattr(model.config, "max_position_embeddings", None),
-        "vocab_size": model.config.vocab_size,
-        "peak_memory_bytes": accounting.peak_memory_bytes(),
-        **accounting.hardware(),
-    }
-
-
-def _write_outputs(
-    output_dir: str,
-    results: dict[str, Any],
-    log_history: list[dict[str, Any]],
-    samples: list[tuple[str, str]],
-    words: dict[str, str],
-) -> None:
-    """Loss curve, samples and model card, beside the model that Trainer saved."""
-    folder = Path(output_dir)
-    training.plot_loss_curve(
-        log_history,
-        folder / "loss_curve.png",
-        title=f"{results['parameters'] / 1e6:.1f}M parameters on {words['dataset']}",
-        bytes_per_token=results["eval_bytes"] / results["eval_tokens"],
-        xz_bits_per_byte=results["xz_bits_per_byte"],
-    )
-    training.write_samples(folder / "samples.md", samples)
-    write_model_card(folder, results, words)
 
 
 def _words(args: PretrainingArguments, model_args: ModelArguments, data_args: DataArguments) -> dict[str, str]:
@@ -431,6 +398,7 @@ def _words(args: PretrainingArguments, model_args: ModelArguments, data_args: Da
         few = corpus.MIN_DOCUMENTS_TO_SPLIT
         held_out = f"whole documents chosen by their hash; with fewer than {few} documents, the end of the text"
     origin = model_args.tokenizer_name or model_args.model_name_or_path
+    optimizer = MUON_ADAMW if args.uses_muon else OptimizerNames(args.optim).value
     return {
         "dataset": Path(own_text).name if own_text else f"the standard library of Python {platform.python_version()}",
         "held_out": held_out,
@@ -440,25 +408,6 @@ def _words(args: PretrainingArguments, model_args: ModelArguments, data_args: Da
         "start": f"the weights of {model_args.model_name_or_path}"
         if model_args.model_name_or_path
         else "random weights",
-        "procedure": _procedure(args, data_args.block_size),
+        "procedure": procedure(args, optimizer, data_args.block_size),
         **({"license": model_args.license} if model_args.license else {}),
     }
-
-
-def _procedure(args: PretrainingArguments, block_size: int) -> str:
-    rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    optimizer = MUON_ADAMW if args.uses_muon else OptimizerNames(args.optim).value
-    schedule = SchedulerType(args.lr_scheduler_type).value
-    precision = "bf16 autocast" if args.bf16 else "fp16 autocast" if args.fp16 else "fp32"
-    return (
-        f"`{optimizer}`, peak learning rate {args.learning_rate:g}, schedule `{schedule}`, weight decay "
-        f"{args.weight_decay:g} on matrices only; {rows} rows of {block_size} tokens a step; {precision}; seed "
-        f"{args.seed}. Documents that share a row do not see each other."
-    )
-
-
-def _summary(metrics: dict[str, Any]) -> str:
-    return (
-        f"held out: loss {metrics['eval_loss']:.3f} nats per token, perplexity {metrics['perplexity']:.1f}, "
-        f"{metrics['eval_bits_per_byte']:.3f} bits per byte (xz -9e: {metrics['xz_bits_per_byte']:.3f})"
-    )

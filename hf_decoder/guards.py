@@ -1,0 +1,131 @@
+"""What ends a training early, or warns about it: signals, a loss that is no number, spikes."""
+
+from __future__ import annotations
+
+import signal
+import statistics
+import sys
+import threading
+from collections import deque
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopOnSignal(TrainerCallback):
+    """Lets Ctrl-C and SIGTERM end the training after the step in progress, with a checkpoint.
+
+    Use as a context manager around `trainer.train`; `received` is the signal that came, or None. A second one ends the
+    program at once.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopOnSignal:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def _receive(self, number: int, frame: Any) -> None:
+        self.received = signal.Signals(number)
+        self.__exit__()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            # All processes must stop at the same step, whichever of them was told.
+            number = torch.tensor(int(self.received or 0), device=args.device)
+            torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX)
+            self.received = signal.Signals(int(number)) if int(number) else None
+        if self.received is not None:
+            control.should_save = True
+            control.should_training_stop = True
+
+
+class StopOnNan(TrainerCallback):
+    """Ends the training before a loss or gradient that is no finite number reaches the weights.
+
+    Raises:
+        ValueError: from the training loop, naming the step, the batch in it, and how its text begins.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None = None):
+        self._tokenizer = tokenizer
+        self._batches: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+        self._hook: Any = None
+        self._smallest: torch.nn.Parameter | None = None
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self._hook = model.register_forward_hook(self._look, with_kwargs=True)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._smallest = min(trained, key=torch.Tensor.numel)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._hook.remove()
+
+    def _look(self, model: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        if model.training and torch.is_grad_enabled():
+            self._batches.append((output["loss"].detach(), kwargs.get("input_ids")))
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        batches, self._batches = self._batches, []
+        for number, (loss, ids) in enumerate(batches, 1):
+            if not torch.isfinite(loss):
+                self._stop(f"the loss is {float(loss)}", state, number, len(batches), ids)
+        # Clipping spreads a gradient that is no number over all of them; with fp16 the loss scale deals with it.
+        gradient = self._smallest.grad if self._smallest is not None else None
+        if gradient is not None and not args.fp16 and not torch.isfinite(gradient).all():
+            self._stop("the gradient is not finite", state, 1, len(batches), batches[0][1] if batches else None)
+
+    def _stop(self, what: str, state: Any, number: int, count: int, ids: torch.Tensor | None) -> None:
+        self._hook.remove()
+        text = ""
+        if ids is not None and self._tokenizer is not None:
+            text = f", which begins {self._tokenizer.decode(ids[0, :12])!r}"
+        raise ValueError(
+            f"{what} at step {state.global_step + 1}, batch {number} of {count}{text}; the weights were not changed "
+            "by it and the last checkpoint is good: lower --learning_rate or look at the text, and go on with "
+            "--resume_from_checkpoint"
+        )
+
+
+class WarnOfSpikes(TrainerCallback):
+    """Warns when the logged loss or gradient norm lies far above the last ones.
+
+    A loss is a spike when it exceeds their median by 6 times the median distance to it, and by 10% (a median absolute
+    deviation of 1/1.48 standard deviations makes this 4 of them); a gradient norm when it is 10 times their median.
+    """
+
+    def __init__(self, window: int = 20, least: int = 8):
+        self._losses: deque[float] = deque(maxlen=window)
+        self._norms: deque[float] = deque(maxlen=window)
+        self._least = least
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not logs or "loss" not in logs or not state.is_world_process_zero:
+            return
+        loss, norm = float(logs["loss"]), float(logs.get("grad_norm", 0.0))
+        if len(self._losses) >= self._least:
+            middle = statistics.median(self._losses)
+            spread = statistics.median(abs(value - middle) for value in self._losses)
+            if loss > middle + max(6 * spread, 0.1 * abs(middle)):
+                _warn(f"step {state.global_step}: the loss jumped to {loss:.3f}, from about {middle:.3f} before")
+            middle = statistics.median(self._norms)
+            if norm > 10 * middle > 0:
+                _warn(f"step {state.global_step}: the gradient norm is {norm:.3g}, from about {middle:.3g} before")
+        self._losses.append(loss)
+        self._norms.append(norm)
+
+
+def _warn(text: str) -> None:
+    tqdm.write(f"warning: {text}", file=sys.stderr)

@@ -1,0 +1,259 @@
+"""Runs that are killed, stopped, starved of disk or given nonsense: what is left, and where it leads."""
+
+import functools
+import json
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SHAPE, made_text
+from safetensors.torch import load_file
+from transformers import Trainer
+
+from hf_decoder import HfDecoderForCausalLM
+from hf_decoder.checkpoints import MARK, checkpoints, is_complete, last_complete
+from hf_decoder.cli.main import main
+
+STEPS, SAVE_STEPS = 40, 5
+
+# One process imports torch, the others fork from it.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["hf_decoder.cli.main", "hf_decoder.cli.pretrain", "datasets"])
+
+
+def kill_in_save(number: int) -> None:
+    """Ends this process as nothing else does, when half of the `number`-th file that torch writes is written."""
+    save = torch.save
+    calls = [0]
+
+    def half(value, path, *args, **kwargs):
+        save(value, path, *args, **kwargs)
+        calls[0] += 1
+        if calls[0] == number:
+            os.truncate(path, os.path.getsize(path) // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    torch.save = half
+
+
+def kill_before_mark(number: int) -> None:
+    """Ends this process when the `number`-th checkpoint is written in full, but not yet marked."""
+    save = Trainer._save_checkpoint
+    calls = [0]
+
+    def last_words(self, *args, **kwargs):
+        save(self, *args, **kwargs)
+        calls[0] += 1
+        if calls[0] == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Trainer._save_checkpoint = last_words
+
+
+def starve(number: int) -> None:
+    """From the `number`-th checkpoint on, no file may grow over 50 kB: the model fits no more."""
+    save = Trainer._save_checkpoint
+    calls = [0]
+
+    def starved(self, *args, **kwargs):
+        calls[0] += 1
+        if calls[0] == number:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
+        save(self, *args, **kwargs)
+
+    Trainer._save_checkpoint = starved
+
+
+def child(argv: list[str], cache: str, log: str, fault, number: int) -> None:
+    import datasets
+
+    datasets.config.HF_DATASETS_CACHE = cache
+    torch.set_num_threads(1)
+    for stream in (1, 2):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+    if fault is not None:
+        fault(number)
+    raise SystemExit(main(argv))
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """Starts `hf-decoder pretrain` in a process of its own; returns the process and the file it prints to."""
+    base = tmp_path_factory.mktemp("faults")
+    # documents of several lengths, so that rows hold several and a document may span rows
+    text = base / "train.jsonl"
+    rows = [json.dumps({"text": made_text(seed, 1 + seed % 23)}) for seed in range(150)]
+    text.write_text("\n".join(rows), encoding="utf-8")
+    flags = ["--train_file", str(text), "--vocab_size", "300", "--block_size", "64", "--config_overrides", SHAPE]
+    flags += ["--max_steps", str(STEPS), "--per_device_train_batch_size", "4", "--save_steps", str(SAVE_STEPS)]
+    flags += ["--eval_steps", "20", "--save_total_limit", "1", "--validation_split_percentage", "10"]
+
+    def start(folder: Path, *more: str, fault=None, number: int = 0):
+        log = base / f"{folder.name}.log"
+        argv = ["pretrain", *flags, "--output_dir", str(folder), *more]
+        process = PROCESSES.Process(target=child, args=(argv, str(base / "cache"), str(log), fault, number))
+        process.start()
+        return process, log
+
+    def run(folder: Path, *more: str, **options) -> tuple[int, str]:
+        process, log = start(folder, *more, **options)
+        process.join(120)
+        assert process.exitcode is not None
+        return process.exitcode, log.read_text(encoding="utf-8")
+
+    run.start = start
+    return run
+
+
+@pytest.fixture(scope="module")
+def undisturbed(job, tmp_path_factory) -> dict[str, torch.Tensor]:
+    folder = tmp_path_factory.mktemp("runs") / "undisturbed"
+    code, said = job(folder)
+    assert code == 0, said
+    return load_file(folder / "model.safetensors")
+
+
+def wait_for(condition, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.002)
+
+
+def resumes_to(job, folder: Path, expected: dict[str, torch.Tensor]) -> None:
+    code, said = job(folder, "--resume_from_checkpoint")
+    assert code == 0, said
+    weights = load_file(folder / "model.safetensors")
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    (only,) = checkpoints(folder)  # nothing half-written is left, and the limit holds
+    assert only.name == f"checkpoint-{STEPS}" and is_complete(only)
+
+
+def test_killed_at_a_random_moment(job, undisturbed, tmp_path):
+    folder = tmp_path / "killed"
+    process, _ = job.start(folder)
+    wait_for(lambda: (folder / f"checkpoint-{SAVE_STEPS}").exists())
+    wait = random.Random().uniform(0, 0.6)
+    time.sleep(wait)
+    process.kill()
+    process.join()
+    print(f"killed {wait:.3f} s after the first checkpoint began")
+    if last_complete(folder) is None:  # killed inside the first save
+        code, said = job(folder, "--resume_from_checkpoint")
+        assert code == 2 and "not whole" in said
+        return
+    resumes_to(job, folder, undisturbed)
+
+
+# Of each checkpoint torch writes four files: arguments, optimizer, schedule and random state.
+@pytest.mark.parametrize("fault, number", [(kill_in_save, 10), (kill_before_mark, 3)], ids=["in-save", "before-mark"])
+def test_killed_while_saving(job, undisturbed, tmp_path, fault, number):
+    folder = tmp_path / f"killed-{fault.__name__}"
+    code, _ = job(folder, fault=fault, number=number)
+    assert code == -signal.SIGKILL
+    assert [(path.name, is_complete(path)) for path in checkpoints(folder)] == [
+        ("checkpoint-10", True),
+        ("checkpoint-15", False),
+    ]
+    resumes_to(job, folder, undisturbed)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stopped_by_a_signal_saves_first(job, undisturbed, tmp_path, number):
+    folder = tmp_path / f"stopped-{number.name}"
+    process, log = job.start(folder)
+    wait_for(lambda: (folder / "checkpoint-5" / MARK).exists())
+    os.kill(process.pid, number)
+    process.join(60)
+    said = log.read_text(encoding="utf-8")
+    assert process.exitcode == 128 + number, said
+    step = int(last_complete(folder).name.split("-")[1])
+    assert 5 < step < STEPS
+    assert f"stopped by {number.name} after step {step}" in said and "--resume_from_checkpoint" in said
+    assert not (folder / "model.safetensors").exists()
+    resumes_to(job, folder, undisturbed)
+
+
+def test_killed_after_the_last_step_only_the_rest_is_done(job, undisturbed, tmp_path):
+    folder = tmp_path / "killed-late"
+    code, _ = job(folder, fault=kill_late)
+    assert code == -signal.SIGKILL
+    assert last_complete(folder).name == f"checkpoint-{STEPS}"
+    resumes_to(job, folder, undisturbed)
+    assert (folder / "README.md").is_file()
+
+
+def kill_late(number: int) -> None:
+    from hf_decoder.cli import pretrain
+
+    pretrain.score_held_out = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_full_disk_leaves_the_checkpoint_before(job, undisturbed, tmp_path):
+    folder = tmp_path / "starved"
+    code, said = job(folder, fault=starve, number=3)
+    assert code == 2
+    (line,) = [line for line in said.splitlines() if "error" in line]
+    assert "checkpoint-15 could not be written" in line and "checkpoint-10 is whole" in line
+    assert "Traceback" not in said
+    assert [(path.name, is_complete(path)) for path in checkpoints(folder)] == [("checkpoint-10", True)]
+    resumes_to(job, folder, undisturbed)
+
+
+def test_a_loss_that_is_no_number_stops_before_the_step(fails, run, tmp_path, monkeypatch):
+    forward, calls = HfDecoderForCausalLM.forward, [0]
+
+    @functools.wraps(forward)
+    def poisoned(self, *args, **kwargs):
+        output = forward(self, *args, **kwargs)
+        if self.training:
+            calls[0] += 1
+            if calls[0] == 10:  # two batches a step: the second of step 5
+                output.loss = output.loss * float("nan")
+        return output
+
+    monkeypatch.setattr(HfDecoderForCausalLM, "forward", poisoned)
+    folder = tmp_path / "poisoned"
+    line = fails("pretrain", *run.flags, "--gradient_accumulation_steps", "2", "--output_dir", str(folder))
+    assert "loss is nan at step 5, batch 2 of 2" in line
+    assert is_complete(folder / "checkpoint-3")
+    assert not (folder / "checkpoint-6").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--config_overrides", SHAPE.replace("num_hidden_layers=2", "num_hidden_layers=1")], ["num_hidden_layers"]),
+        (["--block_size", "32"], ["block_size", "64", "32"]),
+        (["--vocab_size", "290"], ["tokenizer", "290", "300"]),
+    ],
+)
+def test_resuming_another_run_is_refused(fails, run, flags, words):
+    before = {path: path.stat().st_mtime_ns for path in run.folder.rglob("*")}
+    line = fails("pretrain", *run.flags, *flags, "--output_dir", str(run.folder), "--resume_from_checkpoint")
+    assert all(word in line for word in words), line
+    assert before == {path: path.stat().st_mtime_ns for path in run.folder.rglob("*")}
+
+
+def test_resuming_with_another_text_is_refused(fails, run, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text(run.train_file.read_text(encoding="utf-8").replace("cat", "dog", 1), encoding="utf-8")
+    flags = [*run.flags, "--train_file", str(other), "--output_dir", str(run.folder), "--resume_from_checkpoint"]
+    line = fails("pretrain", *flags)
+    assert "the data differs" in line
+
+
+def test_resuming_with_another_tokenizer_is_refused(fails, run, tmp_path):
+    from hf_decoder.tokenization import train_tokenizer
+
+    tokenizer = train_tokenizer([made_text(9, 300)], vocab_size=300)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    flags = ["--tokenizer_name", str(tmp_path / "tokenizer"), "--output_dir", str(run.folder)]
+    assert "the tokenizer differs" in fails("pretrain", *run.flags, *flags, "--resume_from_checkpoint")
