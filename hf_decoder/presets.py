@@ -19,9 +19,11 @@ def _shape(
     max_position_embeddings: int,
     *,
     tie_word_embeddings: bool,
+    intermediate_size: int | None = None,
 ) -> dict[str, Any]:
     return {
         "hidden_size": hidden_size,
+        "intermediate_size": intermediate_size,
         "num_hidden_layers": num_hidden_layers,
         "num_attention_heads": num_attention_heads,
         "num_key_value_heads": num_key_value_heads,
@@ -37,9 +39,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "30m": _shape(512, 8, 8, 4, 2048, tie_word_embeddings=True),
     "125m": _shape(768, 12, 12, 4, 2048, tie_word_embeddings=True),
     "350m": _shape(1024, 24, 16, 4, 4096, tie_word_embeddings=False),
-    "1b": _shape(2048, 18, 16, 4, 4096, tie_word_embeddings=False),
-    "3b": _shape(2816, 28, 22, 2, 8192, tie_word_embeddings=False),
-    "8b": _shape(4096, 34, 32, 8, 8192, tie_word_embeddings=False),
+    "1b": _shape(2048, 20, 16, 4, 4096, tie_word_embeddings=False),
+    "3b": _shape(2816, 36, 22, 2, 8192, tie_word_embeddings=False),
+    "8b": _shape(4096, 34, 32, 8, 8192, tie_word_embeddings=False, intermediate_size=14336),
 }
 
 
