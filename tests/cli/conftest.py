@@ -1,25 +1,15 @@
 """A tiny text and one tiny run of `hf-decoder pretrain`, shared by the tests of the commands."""
 
-import random
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from made_up import SHAPE, made_text
 
 from hf_decoder.cli.main import main
 
-SHAPE = "hidden_size=32,num_attention_heads=2,num_key_value_heads=1,num_hidden_layers=2,max_position_embeddings=128"
 STEPS = 6
-
-
-def made_text(seed: int, lines: int) -> str:
-    """Lines of a small made-up language, so that there is something to learn and nothing to download."""
-    words = random.Random(seed)
-    names, verbs = ["cat", "dog", "bird", "größe"], ["sees", "hears", "likes"]
-    return "".join(
-        f"the {words.choice(names)} {words.choice(verbs)} the {words.choice(names)}\n" for _ in range(lines)
-    )
 
 
 @pytest.fixture(scope="session", autouse=True)

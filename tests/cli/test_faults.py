@@ -5,81 +5,23 @@ import json
 import multiprocessing
 import os
 import random
-import resource
 import signal
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import SHAPE, made_text
+from made_up import SHAPE, child, kill_before_mark, kill_in_save, kill_late, made_text, starve
 from safetensors.torch import load_file
-from transformers import Trainer
 
 from hf_decoder import HfDecoderForCausalLM
 from hf_decoder.checkpoints import MARK, checkpoints, is_complete, last_complete
-from hf_decoder.cli.main import main
 
 STEPS, SAVE_STEPS = 40, 5
 
 # One process imports torch, the others fork from it.
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["hf_decoder.cli.main", "hf_decoder.cli.pretrain", "datasets"])
-
-
-def kill_in_save(number: int) -> None:
-    """Ends this process as nothing else does, when half of the `number`-th file that torch writes is written."""
-    save = torch.save
-    calls = [0]
-
-    def half(value, path, *args, **kwargs):
-        save(value, path, *args, **kwargs)
-        calls[0] += 1
-        if calls[0] == number:
-            os.truncate(path, os.path.getsize(path) // 2)
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    torch.save = half
-
-
-def kill_before_mark(number: int) -> None:
-    """Ends this process when the `number`-th checkpoint is written in full, but not yet marked."""
-    save = Trainer._save_checkpoint
-    calls = [0]
-
-    def last_words(self, *args, **kwargs):
-        save(self, *args, **kwargs)
-        calls[0] += 1
-        if calls[0] == number:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    Trainer._save_checkpoint = last_words
-
-
-def starve(number: int) -> None:
-    """From the `number`-th checkpoint on, no file may grow over 50 kB: the model fits no more."""
-    save = Trainer._save_checkpoint
-    calls = [0]
-
-    def starved(self, *args, **kwargs):
-        calls[0] += 1
-        if calls[0] == number:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
-        save(self, *args, **kwargs)
-
-    Trainer._save_checkpoint = starved
-
-
-def child(argv: list[str], cache: str, log: str, fault, number: int) -> None:
-    import datasets
-
-    datasets.config.HF_DATASETS_CACHE = cache
-    torch.set_num_threads(1)
-    for stream in (1, 2):
-        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
-    if fault is not None:
-        fault(number)
-    raise SystemExit(main(argv))
 
 
 @pytest.fixture(scope="module")
@@ -188,12 +130,6 @@ def test_killed_after_the_last_step_only_the_rest_is_done(job, undisturbed, tmp_
     assert last_complete(folder).name == f"checkpoint-{STEPS}"
     resumes_to(job, folder, undisturbed)
     assert (folder / "README.md").is_file()
-
-
-def kill_late(number: int) -> None:
-    from hf_decoder.cli import pretrain
-
-    pretrain.score_held_out = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_full_disk_leaves_the_checkpoint_before(job, undisturbed, tmp_path):
