@@ -1,0 +1,299 @@
+"""Checkpoints on disk, tensor by tensor: no more than one tensor is ever in memory.
+
+The format is safetensors: 8 bytes that hold the length of a JSON header, the header with type, shape and place of
+every tensor, and then their bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+INDEX_NAME = "model.safetensors.index.json"
+WEIGHTS_NAME = "model.safetensors"
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# Rotary frequencies that checkpoints of earlier years carry along; they follow from the config.
+IGNORED = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
+# What belongs to a checkpoint besides config and weights.
+SIDE_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template*",
+    "additional_chat_templates/*",
+    "generation_config.json",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor that is still on disk: its shape and type, and how to read it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    load: Callable[[], torch.Tensor]
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+Tensors = dict[str, LazyTensor]
+
+
+def locate(name: str, revision: str | None = None) -> Path:
+    """The folder that `name` is, or that the Hub's files for it are fetched into.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise ValueError(f"{name} is a file; give the folder that holds config.json and the weights")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or ("/" in name and folder.parent.is_dir()):
+        raise ValueError(f"folder {name} does not exist")
+    patterns = ["config.json", "*.safetensors", INDEX_NAME, *SIDE_FILES]
+    try:
+        # the root alone: some repositories hold the same weights once more in folders, in other formats
+        return Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*.safetensors", "*/*.json"]
+            )
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{name} is neither a folder here nor a model that the Hub gives us: {reason}") from None
+
+
+def read_tensors(folder: Path) -> Tensors:
+    """Every tensor of a folder's safetensors files, by name.
+
+    Raises:
+        ValueError: if there are none, the index names a file that is absent or lies outside the folder, the index
+            and the files disagree, or a file is damaged.
+    """
+    index_file, single = folder / INDEX_NAME, folder / WEIGHTS_NAME
+    if not index_file.is_file():
+        if not single.is_file():
+            raise ValueError(f"folder {folder} holds neither {WEIGHTS_NAME} nor {INDEX_NAME}")
+        return _read_file(single)
+    try:
+        weight_map = json.loads(index_file.read_text(encoding="utf-8"))["weight_map"]
+        files = sorted(set(weight_map.values()))
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index_file} is damaged: {error}") from None
+    tensors: Tensors = {}
+    for file in files:
+        if not isinstance(file, str) or not file or re.search(r"[/\\\0]", file) or file in (".", ".."):
+            raise ValueError(f"{index_file} names the shard {file!r}, which is not a file of its own folder")
+        if not (folder / file).is_file():
+            raise ValueError(f"shard {file} that {index_file} names is absent; copy or download it again")
+        for name, tensor in _read_file(folder / file).items():
+            if weight_map.get(name) != file:
+                place = weight_map.get(name)
+                raise ValueError(
+                    f"shard {file} holds {name!r}, which {index_file} "
+                    + (f"places in {place}" if place else "does not list")
+                )
+            tensors[name] = tensor
+    absent = sorted(set(weight_map) - set(tensors))
+    if absent:
+        raise ValueError(f"shard {weight_map[absent[0]]} lacks {absent[0]!r}, which {index_file} places there")
+    return tensors
+
+
+def _read_file(path: Path) -> Tensors:
+    tensors = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  (not a dictionary)
+                part = file.get_slice(name)
+                if part.get_dtype() not in DTYPES:
+                    raise ValueError(f"{name!r} in {path} is of type {part.get_dtype()}; held are {', '.join(DTYPES)}")
+                tensors[name] = LazyTensor(tuple(part.get_shape()), DTYPES[part.get_dtype()], _reader(path, name))
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or cut short ({error}); copy or download it again") from None
+    return tensors
+
+
+def _reader(path: Path, name: str) -> Callable[[], torch.Tensor]:
+    def load() -> torch.Tensor:
+        # opened for every tensor: pages that were read stay in memory for as long as the file is open
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor(name)
+
+    return load
+
+
+def split_rows(tensor: LazyTensor, sizes: list[int]) -> list[LazyTensor]:
+    """The blocks of `sizes` rows that `tensor` stacks."""
+
+    def rows(start: int, stop: int) -> Callable[[], torch.Tensor]:
+        return lambda: tensor.load()[start:stop]
+
+    parts, start = [], 0
+    for size in sizes:
+        parts.append(LazyTensor((size, *tensor.shape[1:]), tensor.dtype, rows(start, start + size)))
+        start += size
+    return parts
+
+
+def stack_rows(parts: list[LazyTensor]) -> LazyTensor:
+    """One tensor of all the parts' rows."""
+    shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
+    return LazyTensor(shape, parts[0].dtype, lambda: torch.cat([part.load() for part in parts]))
+
+
+def check(tensors: Tensors, expected: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """Raises ValueError where names or shapes of `tensors` are not the `expected` ones, and names the first."""
+    missing = [name for name in expected if name not in tensors]
+    if missing:
+        raise ValueError(
+            f"{where} lacks {missing[0]!r}, which its config.json asks for" + _and_more(len(missing), "absent")
+        )
+    surplus = [name for name in tensors if name not in expected]
+    if surplus:
+        raise ValueError(
+            f"{where} holds {surplus[0]!r}, which its config.json has no place for"
+            + _and_more(len(surplus), "surplus")
+        )
+    for name, shape in expected.items():
+        if tensors[name].shape != tuple(shape):
+            raise ValueError(
+                f"{name!r} in {where} is of shape {list(tensors[name].shape)}; its config.json asks for {list(shape)}"
+            )
+
+
+def _and_more(count: int, state: str) -> str:
+    return f" ({count} tensors are {state})" if count > 1 else ""
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `5GB`, `500MB`, `2GiB`.
+
+    Raises:
+        ValueError: if `text` is not of that form.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if match is None or not float(match[1]):
+        raise ValueError(f"max_shard_size {text!r} is no size; write it as 5GB, 500MB or 2GiB")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** ("", "K", "M", "G", "T").index(match[2].upper()))
+
+
+def check_disk(destination: Path, num_bytes: int) -> None:
+    """Raises ValueError unless the disk of `destination` has room for `num_bytes`."""
+    folder = destination.absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if num_bytes > free:
+        raise ValueError(
+            f"{destination} needs {num_bytes / 1e9:.2f} GB, but its disk has {free / 1e9:.2f} GB free; make room or "
+            "choose another disk"
+        )
+
+
+@contextmanager
+def written_aside(destination: Path, num_bytes: int) -> Iterator[Path]:
+    """A path beside `destination` to write to, which takes its name when all is done and is deleted if it fails.
+
+    Raises:
+        ValueError: if `destination` exists, or its disk has no room for `num_bytes`.
+    """
+    if destination.exists() or destination.is_symlink():
+        raise ValueError(f"{destination} exists; delete it or choose another name")
+    check_disk(destination, num_bytes)
+    destination.absolute().parent.mkdir(parents=True, exist_ok=True)
+    aside = destination.absolute().with_name(f".{destination.name}.{os.getpid()}.partial")
+    try:
+        yield aside
+        aside.rename(destination)
+    finally:
+        if aside.is_dir():
+            shutil.rmtree(aside)
+        else:
+            aside.unlink(missing_ok=True)
+
+
+def write_tensors(folder: Path, tensors: Tensors, max_shard_size: int, progress: Callable[[int], None]) -> None:
+    """Writes `tensors` as safetensors: one file, or shards of at most `max_shard_size` bytes with their index."""
+    shards: list[Tensors] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.num_bytes > max_shard_size:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.num_bytes
+    if len(shards) == 1:
+        _write_file(folder / WEIGHTS_NAME, tensors, progress)
+        return
+    weight_map = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        _write_file(folder / file, shard, progress)
+        weight_map |= dict.fromkeys(shard, file)
+    index = {"metadata": {"total_size": sum(tensor.num_bytes for tensor in tensors.values())}}
+    text = json.dumps(index | {"weight_map": weight_map}, indent=2, sort_keys=True)
+    (folder / INDEX_NAME).write_text(text + "\n", encoding="utf-8")
+
+
+def _write_file(path: Path, tensors: Tensors, progress: Callable[[int], None]) -> None:
+    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))  # so that all are aligned
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for name, tensor in tensors.items():
+        stop = start + tensor.num_bytes
+        header[name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, stop],
+        }
+        start = stop
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the bytes of the tensors start at a multiple of 8
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            file.write(memoryview(tensor.load().contiguous().view(torch.uint8).reshape(-1).numpy()))
+            progress(tensor.num_bytes)
+
+
+def side_files(folder: Path) -> list[Path]:
+    """Tokenizer, chat template, generation config and licence in `folder`, as paths relative to it."""
+    found = {path for pattern in SIDE_FILES for path in folder.glob(pattern) if path.is_file()}
+    return sorted(path.relative_to(folder) for path in found)
+
+
+def copy_side_files(source: Path, destination: Path) -> None:
+    """Copies the `side_files`."""
+    for path in side_files(source):
+        (destination / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / path, destination / path)

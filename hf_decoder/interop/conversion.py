@@ -1,0 +1,242 @@
+"""From a checkpoint of any held family to any other: read lazily under our names, written under theirs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import GenerationConfig
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
+from transformers.utils import logging
+
+from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM, HfDecoderPreTrainedModel
+from hf_decoder.interop import checkpoint, gguf_read, gguf_write, verification
+from hf_decoder.interop.checkpoint import LazyTensor, Tensors
+from hf_decoder.interop.families import FAMILIES, OURS, Family, fused_names, read_config, to_stock
+from hf_decoder.model.registry_hf_decoder import AUTO_MAP
+
+GGUF = "gguf"
+TARGETS = ("auto", OURS, *FAMILIES, GGUF)
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# Room for configs, code and index, besides the tensors and the copied files, in bytes.
+SMALL_FILES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint under our names, whatever family it is of; `family` is `None` for ours and for GGUF."""
+
+    path: Path
+    config: HfDecoderConfig
+    family: Family | None
+    tensors: Tensors
+    write_tokenizer: Callable[[Path], None]
+
+    @property
+    def is_gguf(self) -> bool:
+        return self.path.is_file()
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.num_bytes for tensor in self.tensors.values())
+
+
+def open_source(name: str, revision: str | None = None) -> Source:
+    """Reads config and tensor table of a folder, a Hub name or a .gguf file; no weights yet.
+
+    Raises:
+        ValueError: if anything about it is wrong or not held here, in one line.
+    """
+    file = Path(name).expanduser()
+    if file.suffix == ".gguf" and file.is_file():
+        config, tensors, write_tokenizer = gguf_read.read(file)
+        source = Source(file, config, None, tensors, write_tokenizer)
+    else:
+        folder = checkpoint.locate(name, revision)
+        config, family = read_config(folder)
+        stored = {n: t for n, t in checkpoint.read_tensors(folder).items() if not checkpoint.IGNORED.fullmatch(n)}
+        tensors = stored if family is None else _under_our_names(family, config, stored, str(folder))
+
+        def copy(destination: Path) -> None:
+            checkpoint.copy_side_files(folder, destination)
+            if family is not None:
+                _name_tokenizer_class(destination, family)
+
+        source = Source(folder, config, family, tensors, copy)
+    tensors = _without_tied_head(source)
+    checkpoint.check(tensors, _shapes(HfDecoderForCausalLM, config), str(source.path))
+    if config.dtype is None:
+        config.dtype = tensors[EMBEDDING].dtype
+    return Source(source.path, config, source.family, tensors, source.write_tokenizer)
+
+
+def convert(
+    name: str,
+    destination: Path,
+    *,
+    to: str = "auto",
+    outtype: str = "f16",
+    max_shard_size: str = "5GB",
+    verify: bool = True,
+    revision: str | None = None,
+    progress: Callable[[str, int], Any] = verification.no_progress,
+) -> str:
+    """Converts the checkpoint `name` into the new folder, or .gguf file, `destination`; returns what it became.
+
+    `to="auto"` brings other families in as ours, and ours out as the stock class that expresses it. What leaves as a
+    stock class is loaded beside its source and their logits compared, unless `verify` is off. `progress(title, total)`
+    makes the object whose `update(bytes)` is called as tensors are written.
+
+    Raises:
+        ValueError: if the source is damaged or not held here, the target cannot express it, or there is no room.
+        verification.VerificationError: if the result computes something else. No destination is left.
+    """
+    if to not in TARGETS:
+        raise ValueError(f"--to {to!r} is unknown; choose one of: {', '.join(TARGETS)}")
+    if (to == GGUF) != (destination.suffix == ".gguf"):
+        raise ValueError(
+            f"{destination} does not fit --to {to}: a name that ends in .gguf is a GGUF file, any other a folder"
+        )
+    if to == GGUF:
+        gguf_write.require_package()
+    max_bytes = checkpoint.parse_size(max_shard_size)
+    source = open_source(name, revision)
+    is_ours = source.family is None and not source.is_gguf
+    if to == "auto":
+        to = "auto" if is_ours else OURS
+    elif to == (OURS if is_ours else source.family and source.family.model_type):
+        raise ValueError(f"{name} is a {to} checkpoint already; there is nothing to convert")
+    if to == GGUF:
+        return _write_gguf(source, destination, outtype, progress)
+    if to == OURS:
+        _write_folder(source, destination, None, source.config, max_bytes, progress, verify=False)
+        return HfDecoderForCausalLM.__name__
+    family, stock_config = to_stock(source.config, to)
+    _write_folder(source, destination, family, stock_config, max_bytes, progress, verify=verify)
+    return family.model_class
+
+
+def _write_gguf(source: Source, destination: Path, outtype: str, progress: Callable[[str, int], Any]) -> str:
+    plan = gguf_write.plan(source.config, source.tensors, outtype)
+    vocabulary = gguf_write.read_vocabulary(source.path, source.config)
+    with checkpoint.written_aside(destination, plan.num_bytes + SMALL_FILES + vocabulary.num_bytes) as aside:
+        bar = progress("writing", plan.num_bytes)
+        gguf_write.write(aside, destination.stem, plan, vocabulary, bar.update)
+        bar.close()
+    return f"{plan.architecture} in GGUF, {outtype}"
+
+
+def _write_folder(
+    source: Source,
+    destination: Path,
+    family: Family | None,
+    config: Any,
+    max_bytes: int,
+    progress: Callable[[str, int], Any],
+    *,
+    verify: bool,
+) -> None:
+    tensors = source.tensors if family is None else _under_their_names(family, source.tensors)
+    if family is not None:
+        model_class = getattr(transformers, family.model_class)
+        checkpoint.check(tensors, _shapes(model_class, config), family.model_class)
+    side = sum((source.path / path).stat().st_size for path in checkpoint.side_files(source.path))
+    with checkpoint.written_aside(destination, source.num_bytes + side + SMALL_FILES) as aside:
+        aside.mkdir()
+        bar = progress("writing", source.num_bytes)
+        checkpoint.write_tensors(aside, tensors, max_bytes, bar.update)
+        bar.close()
+        source.write_tokenizer(aside)
+        if not (aside / "generation_config.json").is_file():
+            GenerationConfig.from_model_config(config).save_pretrained(aside)
+        if family is None:
+            _save_our_config(config, aside)
+        else:
+            config.save_pretrained(aside)
+        if verify:
+            verification.verify(source.path, aside)
+
+
+def _save_our_config(config: HfDecoderConfig, folder: Path) -> None:
+    """Config and code as `save_pretrained` of the model writes them."""
+    config.architectures = [HfDecoderForCausalLM.__name__]
+    config.auto_map = dict(AUTO_MAP)
+    custom_object_save(HfDecoderPreTrainedModel, folder)
+    config.save_pretrained(folder)
+
+
+def _under_our_names(family: Family, config: HfDecoderConfig, stored: Tensors, where: str) -> Tensors:
+    """Splits what the family fuses; anything that is out of place keeps its name, to be reported."""
+    shapes = _shapes(HfDecoderForCausalLM, config)
+    tensors = dict(stored)
+    for whole, parts in fused_names(family, list(shapes)).items():
+        if len(parts) == 1:
+            continue
+        if whole not in tensors:
+            raise ValueError(f"{where} lacks {whole!r}, which its config.json asks for")
+        tensor, sizes = tensors.pop(whole), [shapes[part][0] for part in parts]
+        wanted = [sum(sizes), *shapes[parts[0]][1:]]
+        if list(tensor.shape) != wanted:
+            raise ValueError(
+                f"{whole!r} in {where} is of shape {list(tensor.shape)}; its config.json asks for {wanted}"
+            )
+        tensors |= zip(parts, checkpoint.split_rows(tensor, sizes), strict=True)
+    return tensors
+
+
+def _under_their_names(family: Family, tensors: Tensors) -> Tensors:
+    def stacked(names: list[str]) -> LazyTensor:
+        parts = [tensors[name] for name in names]
+        return parts[0] if len(parts) == 1 else checkpoint.stack_rows(parts)
+
+    return {whole: stacked(names) for whole, names in fused_names(family, list(tensors)).items()}
+
+
+def _without_tied_head(source: Source) -> Tensors:
+    """Leaves the copy of a tied head out."""
+    tensors = dict(source.tensors)
+    if source.config.tie_word_embeddings and {HEAD, EMBEDDING} <= set(tensors):
+        if not torch.equal(tensors[HEAD].load(), tensors[EMBEDDING].load()):
+            raise ValueError(
+                f"{source.path} has tie_word_embeddings=true, but {HEAD} differs from {EMBEDDING}; if the head is "
+                "meant to be separate, set tie_word_embeddings to false in config.json"
+            )
+        del tensors[HEAD]
+    return tensors
+
+
+@contextmanager
+def _quiet():
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _shapes(model_class: Any, config: Any) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors that a checkpoint of this model holds."""
+    with torch.device("meta"), _quiet():
+        model = model_class(config)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        del shapes[HEAD]
+    return shapes
+
+
+def _name_tokenizer_class(folder: Path, family: Family) -> None:
+    """Older checkpoints leave the tokenizer's class to the model type; it is written down when the type changes."""
+    path = folder / "tokenizer_config.json"
+    if path.is_file():
+        values = json.loads(path.read_text(encoding="utf-8"))
+        name = TOKENIZER_MAPPING_NAMES.get(family.model_type)
+        if not values.get("tokenizer_class") and isinstance(name, str):
+            path.write_text(json.dumps(values | {"tokenizer_class": name}, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,109 @@
+"""What GGUF and we call the same things: architectures, tensors, pre-tokenizers; read in both directions."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hf_decoder.model.configuration_hf_decoder import HfDecoderConfig
+from hf_decoder.tokenization import LLAMA_CPP_PRE_TOKENIZER, QWEN2_SPLIT
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A graph of llama.cpp. `permuted`: it rotates neighbouring dimensions, where we rotate halves."""
+
+    qk_norm: bool
+    attention_biases: tuple[bool | str, ...]
+    permuted: bool = False
+
+
+ARCHITECTURES = {
+    "llama": Architecture(qk_norm=False, attention_biases=(False, True), permuted=True),
+    "qwen2": Architecture(qk_norm=False, attention_biases=("qkv",)),
+    "qwen3": Architecture(qk_norm=True, attention_biases=(False,)),
+}
+# Fields that all three graphs fix.
+FIXED: dict[str, Any] = {"hidden_act": "silu", "mlp_bias": False, "final_logit_softcapping": None}
+# RoPE types, with the parameters besides theta that llama.cpp is told.
+ROPE_TYPES = {
+    "default": (),
+    "linear": ("factor",),
+    "yarn": ("factor", "original_max_position_embeddings"),
+    "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
+}
+# llama3's frequencies travel as factors in a tensor; the parameters behind them under a key of our own.
+ROPE_FREQUENCIES = "rope_freqs.weight"
+ROPE_KEY = "hf_decoder.rope_parameters"
+
+MODULES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+}
+LAYER_MODULES = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+QWEN2_OWN_SPLIT = LLAMA3_SPLIT.replace("{1,3}", "")
+# llama.cpp's names of byte-level pre-tokenizers, with the expressions that split the text in that way; the first is
+# the one to rebuild a tokenizer with.
+SPLITS = {LLAMA_CPP_PRE_TOKENIZER: (QWEN2_SPLIT, QWEN2_OWN_SPLIT), "llama-bpe": (LLAMA3_SPLIT,)}
+GPT2, SMOLLM = "gpt-2", "smollm"  # ByteLevel's own expression, alone and after single digits
+
+# Token types of GGUF.
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
+
+
+def to_gguf(name: str) -> str:
+    """`model.layers.3.mlp.up_proj.weight` -> `blk.3.ffn_up.weight`."""
+    module, _, kind = name.rpartition(".")
+    match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", module)
+    if match is None:
+        return f"{MODULES[module]}.{kind}"
+    return f"blk.{match[1]}.{LAYER_MODULES[match[2]]}.{kind}"
+
+
+def to_ours(name: str) -> str | None:
+    """`blk.3.ffn_up.weight` -> `model.layers.3.mlp.up_proj.weight`; `None` for a name that we have nothing for."""
+    module, _, kind = name.rpartition(".")
+    match = re.fullmatch(r"blk\.(\d+)\.(.+)", module)
+    prefix, table, leaf = (
+        ("", MODULES, module) if match is None else (f"model.layers.{match[1]}.", LAYER_MODULES, match[2])
+    )
+    ours = {theirs: own for own, theirs in table.items()}.get(leaf)
+    return None if ours is None else f"{prefix}{ours}.{kind}"
+
+
+def permuted_heads(name: str, config: HfDecoderConfig) -> int | None:
+    """Number of heads in the rows of a query or key projection; `None` for any other tensor."""
+    if ".q_proj." in name:
+        return config.num_attention_heads
+    return config.num_key_value_heads if ".k_proj." in name else None
+
+
+def interleave(rows: torch.Tensor, heads: int) -> torch.Tensor:
+    """Within each head, (a0 .. an, b0 .. bn) -> (a0, b0, .. an, bn): pairs that RoPE turns become neighbours."""
+    return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(rows.shape)
+
+
+def separate(rows: torch.Tensor, heads: int) -> torch.Tensor:
+    """The inverse of `interleave`."""
+    return rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(rows.shape)

@@ -1,0 +1,85 @@
+"""The proof after a conversion: both checkpoints are loaded, one after the other, and must compute the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+# Largest difference of two logits, relative to the largest logit, that the order of additions in fp32 explains.
+TOLERANCE = 1e-5
+MIN_TOKENS = 64
+MAX_TOKENS = 1024
+TEXT = (
+    "The quick brown fox jumps over the lazy dog. Größe, naïve, 東京, привет, 🙂\n"
+    "def main(argv):\n    return 0 if len(argv) == 1 else 2  # 3.14159\n"
+)
+
+
+class VerificationError(RuntimeError):
+    """The converted model computes something else than its source."""
+
+
+class _NoProgress:
+    def update(self, _: int) -> None:
+        """Says nothing."""
+
+    def close(self) -> None:
+        """Says nothing."""
+
+
+def no_progress(_title: str, _total: int) -> _NoProgress:
+    """In place of a progress bar."""
+    return _NoProgress()
+
+
+def verify(source: Path, result: Path) -> None:
+    """Compares token ids and fp32 logits of two checkpoint folders on random ids and on text.
+
+    One model is in memory at a time. The random rows reach past a sliding window and past RoPE's original context,
+    if those are short enough.
+
+    Raises:
+        VerificationError: if a logit differs by more than `TOLERANCE` of the largest, or a token id differs.
+    """
+    text_ids = [_text_ids(folder) for folder in (source, result)]
+    if text_ids[0] != text_ids[1]:
+        raise VerificationError("the tokenizer of the result gives other ids than that of the source")
+    first, second = (_logits(folder, text_ids[0]) for folder in (source, result))
+    for kind in first:
+        difference = (first[kind] - second[kind]).abs().max().item()
+        limit = TOLERANCE * max(1.0, first[kind].abs().max().item())
+        if not difference <= limit:  # also when it is not a number
+            raise VerificationError(
+                f"logits of the result differ from the source's by {difference:.2e} on {kind}; rounding explains "
+                f"{limit:.2e}"
+            )
+
+
+def _text_ids(folder: Path) -> list[int] | None:
+    """Ids of the sample text, if there is a tokenizer."""
+    if not (folder / "tokenizer_config.json").is_file():
+        return None
+    return AutoTokenizer.from_pretrained(folder)(TEXT)["input_ids"]
+
+
+@torch.inference_mode()
+def _logits(folder: Path, text_ids: list[int] | None) -> dict[str, torch.Tensor]:
+    logging.disable_progress_bar()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    config = model.config
+    borders = [
+        getattr(config, "sliding_window", None),
+        config.rope_parameters.get("original_max_position_embeddings"),
+    ]
+    lengths = [border + 16 for border in borders if border is not None and border + 16 <= MAX_TOKENS]
+    limit = config.max_position_embeddings
+    length = min(max(MIN_TOKENS, *lengths, 0), limit)
+    generator = torch.Generator().manual_seed(0)
+    inputs = {"random ids": torch.randint(0, config.vocab_size, (2, length), generator=generator)}
+    if text_ids and max(text_ids) < config.vocab_size:
+        inputs["text"] = torch.tensor([text_ids[:limit]])
+    return {kind: model(ids).logits for kind, ids in inputs.items()}
