@@ -11,6 +11,7 @@ VERBS = {
     "pretrain": "train a tokenizer and a language model from raw text",
     "eval": "measure a model: perplexity, bits per byte, BLEU, chrF, accuracy, F1, exact match",
     "generate": "continue a prompt, or chat, with a saved model",
+    "convert": "bring a checkpoint of another family in, or let ours out: a stock class, GGUF",
     "presets": "list the named model shapes and what each costs to train and serve",
 }
 TRACEBACK_VARIABLE = "HF_DECODER_TRACEBACK"
