@@ -125,6 +125,103 @@ def update_model_index(folder: str | Path, results: Mapping[str, float], *, data
     return card
 
 
+FINETUNING_TEMPLATE = """---
+{{ card_data }}
+---
+
+# {{ title }}
+
+{{ kind }} of `{{ base }}`, fine-tuned with hf_decoder: {{ task }}.
+
+## Training
+
+| | |
+|---|---|
+| rows | {{ dataset }}: {{ train_rows }} trained on, {{ eval_rows }} held out, {{ skipped_rows }} skipped |
+| held-out rows that also stand in the training rows | {{ overlapping_rows }} |
+| method | {{ method }} |
+| parameters trained | {{ trainable_parameters }} of {{ parameters }} |
+| training time | {{ train_time }} |
+| peak memory (resident) | {{ peak_memory }} |
+| hardware | {{ hardware }} |
+
+![Loss](loss_curve.png)
+
+## Results on the held-out rows
+
+{{ results }}
+
+## Limits
+
+What holds for the base holds here. Bias, safety and factual accuracy: not measured.
+"""
+TASK_WORDS = {
+    "sft": "supervised fine-tuning",
+    "classification": "sequence classification",
+    "preference": "preference optimisation (DPO)",
+}
+# metric of all_results.json -> (metric id of the Hub, name shown)
+FINETUNING_METRICS = {
+    "eval_loss": ("loss", "Loss"),
+    "perplexity": ("perplexity", "Perplexity (per token)"),
+    "eval_accuracy": ("accuracy", "Accuracy"),
+    "eval_f1": ("f1", "F1 (macro)"),
+    "eval_rewards/margins": ("reward_margin", "Reward margin"),
+    "eval_rewards/accuracies": ("reward_accuracy", "Share of pairs with the chosen answer ahead"),
+}
+
+
+def write_finetuning_card(
+    folder: str | Path, results: Mapping[str, Any], words: Mapping[str, str], *, is_adapter: bool
+) -> ModelCard:
+    """Writes README.md of a fine-tuned model or adapter from the metrics in `results` (all_results.json).
+
+    `words` holds `task`, `base` (name of the base model), `dataset`, `method`, and where they are known `base_model`
+    (its Hub name) and `license`.
+    """
+    folder = Path(folder)
+    name = folder.resolve().name
+    kind = "text-classification" if words["task"] == "classification" else "text-generation"
+    found = {key: shown for key, shown in FINETUNING_METRICS.items() if key in results}
+    card_data = ModelCardData(
+        model_name=name,
+        license=words.get("license"),
+        base_model=words.get("base_model"),
+        library_name="peft" if is_adapter else "transformers",
+        pipeline_tag=kind,
+        tags=["hf_decoder", words["task"]],
+        eval_results=[
+            EvalResult(
+                task_type=kind,
+                dataset_type=Path(words["dataset"]).stem,
+                dataset_name=f"{words['dataset']}, held-out rows",
+                metric_type=metric,
+                metric_name=shown,
+                metric_value=results[key],
+            )
+            for key, (metric, shown) in found.items()
+        ]
+        or None,
+    )
+    rows = [f"| {shown} | {results[key]:.4g} |" for key, (_, shown) in found.items()]
+    counts = ("train_rows", "eval_rows", "skipped_rows", "overlapping_rows", "trainable_parameters", "parameters")
+    fields = {key: f"{results[key]:,}" if key in results else NOT_MEASURED for key in counts}
+    measured = _measured(results)
+    fields |= {key: measured[key] for key in ("train_time", "peak_memory", "hardware")}
+    card = ModelCard.from_template(
+        card_data,
+        template_str=FINETUNING_TEMPLATE,
+        title=name,
+        kind="An adapter" if is_adapter else "A version",
+        task=TASK_WORDS[words["task"]],
+        results="\n".join(["| measure | value |", "|---|---:|", *rows]) if rows else NOT_MEASURED,
+        **{key: words[key] for key in ("base", "dataset", "method")},
+        **fields,
+    )
+    card.save(folder / "README.md")
+    return card
+
+
 def _same_measure(one: EvalResult, other: EvalResult) -> bool:
     keys = ("task_type", "dataset_name", "metric_type")
     return all(getattr(one, key) == getattr(other, key) for key in keys)

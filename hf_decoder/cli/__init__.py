@@ -70,6 +70,18 @@ def name_positionals(argv: Sequence[str], flags: Sequence[str]) -> list[str]:
     return named + rest
 
 
+def find_value(argv: Sequence[str], name: str) -> str | None:
+    """The value of `--name` in flags or config file, before the flags are parsed: it decides which flags there are."""
+    config_file, flags = _split_config_file(list(argv))
+    value = None if config_file is None else _read_config_file(config_file).get(name)
+    for number, flag in enumerate(flags):
+        if flag == f"--{name}" and number + 1 < len(flags):
+            value = flags[number + 1]
+        elif flag.startswith(f"--{name}="):
+            value = flag.partition("=")[2]
+    return None if value is None else str(value)
+
+
 def select_device(name: str | None) -> torch.device:
     """The device called `name`; None: the accelerator if there is one, else the CPU.
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 VERBS = {
     "pretrain": "train a tokenizer and a language model from raw text",
     "eval": "measure a model: perplexity, bits per byte, BLEU, chrF, accuracy, F1, exact match",
+    "finetune": "adapt a model to text, prompts, chats, labels or preferences; full, LoRA, DoRA or QLoRA",
     "generate": "continue a prompt, or chat, with a saved model",
     "convert": "bring a checkpoint of another family in, or let ours out: a stock class, GGUF",
     "presets": "list the named model shapes and what each costs to train and serve",

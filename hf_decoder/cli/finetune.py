@@ -1,0 +1,428 @@
+"""`hf-decoder finetune`: full, LoRA, DoRA or QLoRA training on text, prompts, chats, labels or preferences."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, make_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
+
+from hf_decoder import accounting, evaluation, finetuning, training
+from hf_decoder.adapters import is_adapter, load_adapter
+from hf_decoder.classification import label_map
+from hf_decoder.cli import (
+    check_choice,
+    find_value,
+    load_classifier,
+    load_config,
+    load_model,
+    load_tokenizer,
+    name_positionals,
+    parse_arguments,
+)
+from hf_decoder.modelcard import write_finetuning_card
+
+OUTPUT_DIR = "runs/finetune"
+DESCRIPTION = (
+    "Fine-tunes a model with TRL and PEFT. --task sft: rows of text, of prompt and completion (the loss is on the "
+    "completion), or of messages (on the assistant's turns). classification: text and label. preference: prompt, "
+    "chosen and rejected, by DPO. The flags of TRL's ModelConfig and of SFTConfig, TrainingArguments or DPOConfig go."
+)
+
+
+@dataclass
+class TaskArguments:
+    """What is learned, and from which rows."""
+
+    task: str = field(default="sft", metadata={"help": f"What is learned: {', '.join(finetuning.TASKS)}."})
+    train_file: str | None = field(
+        default=None,
+        metadata={"help": "Rows to learn from: .jsonl, .json, .csv, .tsv, .parquet; or text, a row a line."},
+    )
+    validation_file: str | None = field(default=None, metadata={"help": "Rows to measure on, of the same kind."})
+    train_completion_file: str | None = field(
+        default=None, metadata={"help": "Completions, one a line, of a --train_file that holds a prompt a line."}
+    )
+    validation_completion_file: str | None = field(default=None, metadata={"help": "The same of --validation_file."})
+    validation_split_percentage: float = field(
+        default=5.0, metadata={"help": "Share of the rows to hold out when there is no --validation_file."}
+    )
+    text_column: str | None = field(default=None, metadata={"help": "The column that holds the text."})
+    prompt_column: str | None = field(default=None, metadata={"help": "The column that holds the prompt."})
+    completion_column: str | None = field(default=None, metadata={"help": "The column that holds the completion."})
+    messages_column: str | None = field(default=None, metadata={"help": "The column that holds the messages."})
+    label_column: str | None = field(default=None, metadata={"help": "The column that holds the label."})
+    chosen_column: str | None = field(default=None, metadata={"help": "The column that holds the better answer."})
+    rejected_column: str | None = field(default=None, metadata={"help": "The column that holds the worse answer."})
+    class_names: list[str] | None = field(
+        default=None, metadata={"help": "The classes, in the order of their ids; those of the rows if unset."}
+    )
+    prompt_template: str = field(
+        default="{prompt}", metadata={"help": r"What the model reads; {prompt} is the prompt and \n a new line."}
+    )
+    adapter_name_or_path: str | None = field(
+        default=None, metadata={"help": "Adapter of this base to go on training, in place of a new one."}
+    )
+    merge: bool = field(default=False, metadata={"help": "Save the base with the adapter merged, not the adapter."})
+    license: str | None = field(default=None, metadata={"help": "Licence id for the model card, e.g. apache-2.0."})
+
+
+COLUMNS = ("text", "prompt", "completion", "messages", "label", "chosen", "rejected")
+
+
+# Trainer pickles its arguments beside every checkpoint, so their classes have names here; `__getattr__` makes them.
+ARGUMENT_CLASSES = {
+    "sft": "SftArguments",
+    "classification": "ClassificationArguments",
+    "preference": "PreferenceArguments",
+}
+
+
+def __getattr__(name: str) -> type:
+    for task, class_name in ARGUMENT_CLASSES.items():
+        if name == class_name:
+            globals()[name] = training_arguments(task)
+            return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+@functools.cache
+def training_arguments(task: str) -> type:
+    """The trainer's own arguments for `task`, with our defaults; made when asked for, because TRL is heavy."""
+    trl = _trl()
+    bases = {"sft": trl.SFTConfig, "classification": TrainingArguments, "preference": trl.DPOConfig}
+    changed: list[Any] = [
+        ("output_dir", str, field(default=OUTPUT_DIR, metadata={"help": "Folder for everything that is written."})),
+        (
+            "overwrite_output_dir",
+            bool,
+            field(default=False, metadata={"help": "Replace the run that --output_dir holds."}),
+        ),
+        ("bf16", bool, field(default=training.bf16_supported(), metadata={"help": "bf16 autocast."})),
+        (
+            "gradient_checkpointing",
+            bool | None,
+            field(default=None, metadata={"help": "Save memory by running the forward pass twice."}),
+        ),
+        (
+            "resume_from_checkpoint",
+            str | None,
+            field(
+                default=None,
+                metadata={
+                    "nargs": "?",
+                    "const": "true",
+                    "help": "Go on from this checkpoint; `true`: the last of the folder.",
+                },
+            ),
+        ),
+        ("save_total_limit", int | None, field(default=1, metadata={"help": "Checkpoints kept."})),
+    ]
+    if task == "sft":
+        changed += [
+            (
+                "packing",
+                bool | None,
+                field(default=None, metadata={"help": "Several rows in one; on for rows of text if unset."}),
+            ),
+            (
+                "packing_strategy",
+                str | None,
+                field(
+                    default=None, metadata={"help": "bfd, bfd_split or wrapped; text is split, other rows are not."}
+                ),
+            ),
+            (
+                "assistant_only_loss",
+                bool | None,
+                field(default=None, metadata={"help": "Loss on the assistant's turns of messages; on if unset."}),
+            ),
+        ]
+    if task == "classification":
+        changed.append(
+            ("max_length", int | None, field(default=None, metadata={"help": "Tokens of a text; its last ones stay."}))
+        )
+
+    def prepare(self: Any) -> None:
+        if not torch.accelerator.is_available():
+            self.use_cpu = True
+        if self.fp16:
+            self.bf16 = False
+        if task == "sft":
+            self.packing_was = self.packing
+            self.packing = bool(self.packing)
+        bases[task].__post_init__(self)
+
+    namespace = {"__post_init__": prepare, "__module__": __name__}
+    return make_dataclass(ARGUMENT_CLASSES[task], changed, bases=(bases[task],), namespace=namespace)
+
+
+def _trl() -> Any:
+    try:
+        import trl
+    except ModuleNotFoundError:
+        raise ValueError("fine-tuning needs trl: pip install 'hf-decoder[finetune]'") from None
+    return trl
+
+
+def main(argv: Sequence[str]) -> int:
+    """Parses the flags and runs `finetune`."""
+    argv = name_positionals(argv, ("--model_name_or_path",))
+    task = find_value(argv, "task") or "sft"
+    check_choice("--task", task, finetuning.TASKS)
+    types = (TaskArguments, _trl().ModelConfig, training_arguments(task))
+    task_args, model_args, args = parse_arguments("finetune", types, argv, DESCRIPTION)
+    finetune(task_args, model_args, args)
+    return 0
+
+
+def finetune(task_args: TaskArguments, model_args: Any, args: Any) -> None:
+    """The whole job: rows, model, training, measures, and a folder with model or adapter, curve and card.
+
+    Raises:
+        ValueError: for what the user can get wrong, before anything of an earlier run is touched.
+    """
+    _check(task_args, model_args)
+    checkpoint = _checkpoint(args)
+    resumes_here = checkpoint is not None and Path(checkpoint).resolve().parent == Path(args.output_dir).resolve()
+    training.check_output_dir(args.output_dir, overwrite=args.overwrite_output_dir, resume=resumes_here)
+    config = load_config(model_args.model_name_or_path)
+    data = finetuning.load_task(
+        task_args.task,
+        str(task_args.train_file),
+        task_args.validation_file,
+        {role: getattr(task_args, f"{role}_column") for role in COLUMNS},
+        completion_files=(task_args.train_completion_file, task_args.validation_completion_file),
+        validation_fraction=task_args.validation_split_percentage / 100,
+        seed=args.seed,
+    )
+    for line in data.warnings():
+        print(f"warning: {line}")
+    print(f"{len(data.train):,} rows to train on, {len(data.validation):,} held out")
+    set_seed(args.seed)
+    if args.use_cpu:
+        training.keep_freed_memory()
+    logging.disable_progress_bar()
+    tokenizer = load_tokenizer(model_args.model_name_or_path)
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None:
+        args.max_length = min(args.max_length or limit, limit)
+    if args.eval_strategy == "no" and data.validation:
+        args.eval_strategy = "epoch"
+    if not data.validation:
+        args.eval_strategy = "no"
+
+    trainer = _trainer(task_args, model_args, args, data, tokenizer)
+    model = trainer.model
+    results: dict[str, Any] = {**finetuning.count_parameters(model)}
+    results |= {"train_rows": len(data.train), "eval_rows": len(data.validation)}
+    results["skipped_rows"] = sum(sum(skipped.reasons.values()) for skipped in data.skipped.values())
+    results["overlapping_rows"] = data.overlap
+    print(f"{results['trainable_parameters']:,} of {results['parameters']:,} parameters are trained")
+    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    if data.validation:
+        metrics |= trainer.evaluate()
+        if task_args.task == "sft":
+            metrics["perplexity"] = evaluation.perplexity(metrics["eval_loss"])
+    results |= {**metrics, "peak_memory_bytes": accounting.peak_memory_bytes(), **accounting.hardware()}
+    _save(trainer, tokenizer, task_args, model_args, data)
+    if trainer.is_world_process_zero():
+        trainer.save_state()
+        _write_outputs(trainer, task_args, model_args, results)
+
+
+def _check(task_args: TaskArguments, model_args: Any) -> None:
+    if not model_args.model_name_or_path:
+        raise ValueError("name the model to fine-tune: hf-decoder finetune MODEL --train_file FILE")
+    if not task_args.train_file:
+        raise ValueError("name the rows to learn from with --train_file")
+    if is_adapter(model_args.model_name_or_path):
+        raise ValueError(
+            f"{model_args.model_name_or_path} holds an adapter; name its base, and the adapter with "
+            "--adapter_name_or_path to go on training it"
+        )
+    if "{prompt}" not in task_args.prompt_template:
+        raise ValueError(f"--prompt_template {task_args.prompt_template!r} must hold {{prompt}}")
+    if not 0 <= task_args.validation_split_percentage < 100:
+        raise ValueError(
+            f"--validation_split_percentage {task_args.validation_split_percentage} must lie between 0 and 100"
+        )
+    adapts = model_args.use_peft or task_args.adapter_name_or_path
+    for flag in ("load_in_4bit", "load_in_8bit", "use_dora"):
+        if getattr(model_args, flag) and not adapts:
+            raise ValueError(f"--{flag} goes with an adapter; add --use_peft")
+    if task_args.merge and not adapts:
+        raise ValueError("--merge needs an adapter to merge; add --use_peft")
+    quantizes = model_args.load_in_4bit or model_args.load_in_8bit
+    if quantizes and importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError("--load_in_4bit and --load_in_8bit need bitsandbytes: pip install bitsandbytes")
+
+
+def _checkpoint(args: Any) -> str | None:
+    """The checkpoint folder that --resume_from_checkpoint asks for, or None."""
+    wanted = args.resume_from_checkpoint
+    if wanted is None or wanted.lower() == "false":
+        return None
+    if wanted.lower() != "true":
+        if not (Path(wanted) / "trainer_state.json").is_file():
+            raise ValueError(f"--resume_from_checkpoint {wanted} is not a checkpoint: it holds no trainer_state.json")
+        return wanted
+    last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    if last is None:
+        raise ValueError(f"there is no checkpoint to resume in --output_dir {args.output_dir}")
+    return last
+
+
+def _trainer(task_args: TaskArguments, model_args: Any, args: Any, data: finetuning.TaskData, tokenizer: Any) -> Any:
+    """The trainer of the task, with model, adapter and rows."""
+    if task_args.task == "classification":
+        return _classification_trainer(task_args, model_args, args, data, tokenizer)
+    if finetuning.is_conversational(data.train) and tokenizer.chat_template is None:
+        raise ValueError(
+            f"the rows hold messages, and the tokenizer of {model_args.model_name_or_path} has no chat template"
+        )
+    model = _load(load_model, task_args, model_args)
+    template = task_args.prompt_template.replace("\\n", "\n")
+    kwargs: dict[str, Any] = {
+        "model": model,
+        "args": args,
+        "train_dataset": finetuning.text_rows(data.train, template),
+        "eval_dataset": finetuning.text_rows(data.validation, template) if data.validation else None,
+        "processing_class": tokenizer,
+        "peft_config": _peft_config(task_args, model_args, "CAUSAL_LM"),
+    }
+    if task_args.task == "preference":
+        return _trl().DPOTrainer(**kwargs)
+    is_text = data.roles == ("text",)
+    if args.packing_was is None:
+        args.packing = is_text
+    if args.packing_strategy is None:
+        args.packing_strategy = "bfd_split" if is_text else "bfd"
+    if args.assistant_only_loss is None:
+        args.assistant_only_loss = data.roles == ("messages",)
+    return _trl().SFTTrainer(**kwargs)
+
+
+def _classification_trainer(
+    task_args: TaskArguments, model_args: Any, args: Any, data: finetuning.TaskData, tokenizer: Any
+) -> Trainer:
+    label2id = label_map([row["label"] for row in data.train], task_args.class_names)
+    if data.validation:
+        label_map([row["label"] for row in data.validation], list(label2id))
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    names = {index: name for name, index in label2id.items()}
+    model = _load(load_classifier, task_args, model_args, id2label=names, label2id=label2id)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    peft_config = _peft_config(task_args, model_args, "SEQ_CLS")
+    if peft_config is not None:
+        from peft import get_peft_model
+
+        model = get_peft_model(model, peft_config)
+    validation = (
+        finetuning.class_rows(data.validation, tokenizer, label2id, args.max_length) if data.validation else None
+    )
+    return Trainer(
+        model=model,
+        args=args,
+        train_dataset=finetuning.class_rows(data.train, tokenizer, label2id, args.max_length),
+        eval_dataset=validation,
+        processing_class=tokenizer,
+        data_collator=DataCollatorWithPadding(tokenizer),
+        compute_metrics=finetuning.class_metrics,
+    )
+
+
+def _load(loader: Any, task_args: TaskArguments, model_args: Any, **kwargs: Any) -> Any:
+    """The base model, quantized if asked, with the adapter to go on with if there is one."""
+    from trl import get_quantization_config
+
+    if model_args.attn_implementation:
+        kwargs["attn_implementation"] = model_args.attn_implementation
+    quantization = get_quantization_config(model_args)
+    if quantization is not None:
+        kwargs["quantization_config"] = quantization
+    model = loader(model_args.model_name_or_path, dtype=model_args.dtype or "float32", **kwargs)
+    if task_args.adapter_name_or_path:
+        model = load_adapter(model, task_args.adapter_name_or_path, is_trainable=True)
+    return model
+
+
+def _peft_config(task_args: TaskArguments, model_args: Any, task_type: str) -> Any:
+    """The LoRA that the flags describe, or None: no adapter, or one that is there already."""
+    from trl import get_peft_config
+
+    if task_args.adapter_name_or_path:
+        return None
+    model_args.lora_task_type = task_type
+    return get_peft_config(model_args)
+
+
+def _save(trainer: Any, tokenizer: Any, task_args: TaskArguments, model_args: Any, data: finetuning.TaskData) -> None:
+    """Model or adapter into the output folder, ready to load."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if task_args.task != "classification" and finetuning.is_conversational(data.train):
+        finetuning.end_turns(model, tokenizer)
+    if not task_args.merge:
+        trainer.save_model()
+        return
+    if not trainer.is_world_process_zero():
+        return
+    if model_args.load_in_4bit or model_args.load_in_8bit:
+        # Into the weights as they were before they were quantized: nothing is rounded twice.
+        folder = Path(trainer.args.output_dir) / "adapter"
+        trainer.save_model(str(folder))
+        loader = load_classifier if task_args.task == "classification" else load_model
+        kwargs = {"id2label": model.config.id2label} if task_args.task == "classification" else {}
+        ends = model.generation_config.eos_token_id if model.generation_config is not None else None
+        model = loader(model_args.model_name_or_path, adapter=str(folder), dtype=model_args.dtype, **kwargs)
+        if ends is not None:
+            model.generation_config.eos_token_id = ends
+    finetuning.merge(model).save_pretrained(trainer.args.output_dir)
+    tokenizer.save_pretrained(trainer.args.output_dir)
+
+
+def _write_outputs(trainer: Any, task_args: TaskArguments, model_args: Any, results: dict[str, Any]) -> None:
+    folder = Path(trainer.args.output_dir)
+    for name in ("train", "eval"):
+        part = {key: value for key, value in results.items() if key.startswith("eval_") == (name == "eval")}
+        trainer.save_metrics(name, part, combined=False)
+    text = json.dumps(results, indent=4, sort_keys=True) + "\n"
+    (folder / "all_results.json").write_text(text, encoding="utf-8")
+    base = Path(model_args.model_name_or_path).name
+    data = finetuning.data_name(str(task_args.train_file))
+    training.plot_loss_curve(trainer.state.log_history, folder / "loss_curve.png", title=f"{base} on {data}")
+    words = {"task": task_args.task, "base": base, "dataset": data, "method": _method(task_args, model_args)}
+    if not Path(model_args.model_name_or_path).exists():
+        words["base_model"] = model_args.model_name_or_path
+    if task_args.license:
+        words["license"] = task_args.license
+    is_peft = (folder / "adapter_config.json").is_file()
+    write_finetuning_card(folder, results, words, is_adapter=is_peft)
+    kind = "adapter" if is_peft else "model"
+    for key in ("eval_loss", "perplexity", "eval_accuracy", "eval_f1", "eval_rewards/margins"):
+        if key in results:
+            print(f"{key} {results[key]:.4f}")
+    print(f"{folder} holds the {kind}")
+
+
+def _method(task_args: TaskArguments, model_args: Any) -> str:
+    """What is trained, in a few words."""
+    if task_args.adapter_name_or_path:
+        return "an adapter, continued"
+    if not model_args.use_peft:
+        return "all parameters"
+    kind = "DoRA" if model_args.use_dora else "LoRA"
+    quantized = (
+        " on a 4-bit base" if model_args.load_in_4bit else " on an 8-bit base" if model_args.load_in_8bit else ""
+    )
+    merged = ", merged" if task_args.merge else ""
+    return f"{kind} of rank {model_args.lora_r}, alpha {model_args.lora_alpha}{quantized}{merged}"

@@ -1,0 +1,174 @@
+"""What fine-tuning adds to the trainers of TRL and transformers: rows of a task, classes, ends of turns, merging.
+
+TRL's SFTTrainer puts the loss on completions when rows have a `completion`, and on the assistant's turns when asked by
+`assistant_only_loss`; which tokens those are, the chat template's generation block says.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .classification import encode_texts, label_map
+from .completion import end_ids
+from .evaluation import accuracy, macro_f1
+from .examples import Row, Skipped, count_overlap, drop_unusable, read_lines, read_rows, select_columns
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+TASKS = ("sft", "classification", "preference")
+
+
+@dataclass
+class TaskData:
+    """The usable rows of a task: what is trained on, what is held out, and what was left out of either."""
+
+    train: list[Row]
+    validation: list[Row]
+    skipped: dict[str, Skipped]
+    overlap: int
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The columns of the rows, by their roles."""
+        return tuple(self.train[0])
+
+    def warnings(self) -> list[str]:
+        """One line for each thing about the rows that the user should know."""
+        lines = [f"{name}: {skipped}" for name, skipped in self.skipped.items() if skipped.reasons]
+        if self.overlap:
+            lines.append(
+                f"{self.overlap:,} of {len(self.validation):,} held-out rows also stand in the training rows; "
+                "what is measured on them is too good"
+            )
+        return lines
+
+
+def load_task(
+    task: str,
+    train_file: str,
+    validation_file: str | None,
+    columns: Mapping[str, str | None],
+    *,
+    completion_files: tuple[str | None, str | None] = (None, None),
+    validation_fraction: float = 0.0,
+    seed: int = 0,
+) -> TaskData:
+    """Reads the rows of `task` and leaves out those that it cannot use.
+
+    Args:
+        columns: role -> column, where the user named it (`examples.select_columns`).
+        completion_files: for sft, files of completions that run in parallel with the lines of the two files.
+        validation_fraction: share of the training rows to hold out where there is no validation file.
+
+    Raises:
+        ValueError: for files or columns that do not fit the task, or without one usable row.
+    """
+    files = [train_file] if validation_file is None else [train_file, validation_file]
+    parts: list[list[Row]] = []
+    skipped: dict[str, Skipped] = {}
+    for path, completions in zip(files, completion_files, strict=False):
+        rows = _with_completions(path, completions) if completions else read_rows(path)
+        selected, skipped[path] = drop_unusable(select_columns(rows, task, columns, path))
+        if not selected:
+            raise ValueError(f"{path} has no usable row: {skipped[path]}")
+        parts.append(selected)
+    train, validation = parts if len(parts) == 2 else _hold_out(parts[0], validation_fraction, seed)
+    if tuple(train[0]) != (roles := tuple((validation or train)[0])):
+        raise ValueError(f"{train_file} has {', '.join(train[0])} and {validation_file} has {', '.join(roles)}")
+    return TaskData(train, validation, skipped, count_overlap(train, validation))
+
+
+def _with_completions(path: str, completion_file: str) -> list[Row]:
+    prompts, completions = read_lines(path), read_lines(completion_file)
+    if len(prompts) != len(completions):
+        raise ValueError(
+            f"{path} has {len(prompts):,} lines but {completion_file} has {len(completions):,}; "
+            "they must run in parallel"
+        )
+    return [{"prompt": p, "completion": c} for p, c in zip(prompts, completions, strict=True)]
+
+
+def _hold_out(rows: list[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
+    count = round(fraction * len(rows))
+    if count == 0:
+        return rows, []
+    if count >= len(rows):
+        raise ValueError(f"{len(rows)} rows are too few to hold out {count} of them; give a validation file")
+    chosen = set(random.Random(seed).sample(range(len(rows)), count))
+    return [row for i, row in enumerate(rows) if i not in chosen], [rows[i] for i in sorted(chosen)]
+
+
+def text_rows(rows: Sequence[Row], prompt_template: str = "{prompt}") -> Dataset:
+    """Rows for TRL's trainers; a prompt that is text is put into `prompt_template`."""
+    from datasets import Dataset
+
+    def fill(row: Row) -> Row:
+        if isinstance(row.get("prompt"), str):
+            return {**row, "prompt": prompt_template.replace("{prompt}", row["prompt"])}
+        return row
+
+    return Dataset.from_list([fill(row) for row in rows])
+
+
+def class_rows(rows: Sequence[Row], tokenizer: Any, label2id: Mapping[str, int], max_length: int | None) -> Dataset:
+    """Rows for a classifier: `input_ids` of the text and `labels`, the class id.
+
+    Raises:
+        ValueError: counting the labels outside `label2id`.
+    """
+    from datasets import Dataset
+
+    names = [str(row["label"]) for row in rows]
+    label_map(names, list(label2id))
+    ids = encode_texts(tokenizer, [row["text"] for row in rows], max_length)
+    return Dataset.from_dict({"input_ids": ids, "labels": [label2id[name] for name in names]})
+
+
+def class_metrics(prediction: Any) -> dict[str, float]:
+    """Accuracy and macro F1 of a transformers `EvalPrediction`."""
+    guesses = prediction.predictions.argmax(-1).tolist()
+    labels = prediction.label_ids.tolist()
+    return {"accuracy": accuracy(guesses, labels), "f1": macro_f1(guesses, labels)}
+
+
+def is_conversational(rows: Sequence[Row]) -> bool:
+    """Whether rows hold lists of messages in place of text."""
+    return any(isinstance(value, list) for value in rows[0].values())
+
+
+def end_turns(model: Any, tokenizer: Any) -> None:
+    """Lets `generate` stop where a chat turn ends, wherever the model is loaded."""
+    model.generation_config.eos_token_id = end_ids(model, tokenizer, chat=True)
+
+
+def count_parameters(model: Any) -> dict[str, int | float]:
+    """Parameters in all and trained, and the share of them that is trained."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = model.num_parameters()
+    return {"parameters": total, "trainable_parameters": trained, "trainable_share": trained / total}
+
+
+def merge(model: Any) -> Any:
+    """The base model with the adapter's change added to its weights; the same logits up to rounding.
+
+    Raises:
+        ValueError: if a merged weight is not finite.
+    """
+    try:
+        merged = model.merge_and_unload(safe_merge=True)
+    except ValueError as error:
+        raise ValueError(f"the adapter cannot be merged: {error}") from None
+    # Not a PEFT model any more: what it saves is a model of its own.
+    if hasattr(merged, "_hf_peft_config_loaded"):
+        merged._hf_peft_config_loaded = False
+    return merged
+
+
+def data_name(path: str) -> str:
+    """How a model card calls a file: its name, without the folder, which means nothing elsewhere."""
+    return Path(path).name

@@ -1,0 +1,299 @@
+"""`hf-decoder finetune`: the tokens that carry loss are counted by hand, and what comes out loads and works."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from hf_decoder.cli import finetune, parse_arguments
+from hf_decoder.cli.main import main
+from hf_decoder.finetuning import load_task
+
+pytest.importorskip("trl")
+QUICK = ["--max_steps", "2", "--per_device_train_batch_size", "4", "--report_to", "none", "--disable_tqdm", "true"]
+QUICK += ["--logging_steps", "1", "--bf16", "false"]
+PAIRS = [
+    {"prompt": f"the {a} sees", "completion": f" the {b}"} for a in ("cat", "dog", "bird") for b in ("cat", "dog")
+]
+CHATS = [
+    {
+        "messages": [
+            {"role": "system", "content": "be kind"},
+            {"role": "user", "content": "the cat" * n},
+            {"role": "assistant", "content": "sees the dog"},
+            {"role": "user", "content": "the bird"},
+            {"role": "assistant", "content": "hears" * n},
+        ]
+    }
+    for n in (1, 2, 3, 4)
+]
+TEXTS = [{"text": "the cat sees the dog. " * n} for n in (1, 3, 5, 20)]
+LABELS = [
+    {"text": f"{word} {n}", "label": label} for n in range(6) for word, label in (("good", "pos"), ("bad", "neg"))
+]
+PREFERENCES = [{"prompt": "the cat", "chosen": " sees the dog", "rejected": " xx"} for _ in range(8)]
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def build(folder, tmp_path, rows, *flags, task="sft"):
+    """The trainer that the command would run."""
+    train = write(tmp_path / "train.jsonl", rows)
+    argv = ["--task", task, "--model_name_or_path", str(folder), "--train_file", train, *QUICK, *flags]
+    argv += ["--validation_split_percentage", "0", "--output_dir", str(tmp_path / "out")]
+    types = (finetune.TaskArguments, finetune._trl().ModelConfig, finetune.training_arguments(task))
+    task_args, model_args, args = parse_arguments("finetune", types, argv, "")
+    args.max_length = 128
+    data = load_task(task, train, None, {})
+    return finetune._trainer(task_args, model_args, args, data, AutoTokenizer.from_pretrained(folder))
+
+
+def learned(trainer) -> list[list[int]]:
+    """The tokens with a label, row by row of the batches."""
+    rows = []
+    for batch in trainer.get_train_dataloader():
+        rows += [row[row != -100].tolist() for row in batch["labels"]]
+    return rows
+
+
+def run_task(folder, tmp_path, rows, *flags, task="sft"):
+    out = tmp_path / "out"
+    train = write(tmp_path / "train.jsonl", rows)
+    assert (
+        main(
+            ["finetune", str(folder), "--task", task, "--train_file", train, "--output_dir", str(out), *QUICK, *flags]
+        )
+        == 0
+    )
+    return out
+
+
+def test_loss_is_on_the_completion_and_its_end(run, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(run.folder)
+    trainer = build(run.folder, tmp_path, PAIRS)
+    expected = [tokenizer(row["completion"])["input_ids"] + [tokenizer.eos_token_id] for row in PAIRS]
+    assert sorted(learned(trainer)) == sorted(expected)
+
+
+def test_loss_is_on_the_assistant_and_the_end_of_its_turns(run, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(run.folder)
+    trainer = build(run.folder, tmp_path, CHATS)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    expected = []
+    for row in CHATS:
+        said = [turn["content"] for turn in row["messages"] if turn["role"] == "assistant"]
+        expected.append([i for text in said for i in [*tokenizer(text)["input_ids"], end]])
+    assert sorted(learned(trainer)) == sorted(expected)
+
+
+def test_packed_text_keeps_every_token(run, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(run.folder)
+    trainer = build(run.folder, tmp_path, TEXTS)
+    assert trainer.args.packing
+    tokens = sum(len(tokenizer(row["text"])["input_ids"]) + 1 for row in TEXTS)
+    assert sum(len(row["input_ids"]) for row in trainer.train_dataset) == tokens
+
+
+@pytest.mark.parametrize("kind", ["ours", "llama"])
+@pytest.mark.parametrize("flags", [[], ["--packing", "true"]], ids=["padded", "packed"])
+def test_the_trainers_loss_is_the_mean_over_completion_tokens(run, tmp_path, kind, flags):
+    folder = run.folder
+    if kind == "llama":
+        folder = tmp_path / "llama"
+        tokenizer = AutoTokenizer.from_pretrained(run.folder)
+        shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    trainer = build(folder, tmp_path, PAIRS, "--per_device_train_batch_size", "6", *flags)
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.model.train()
+    loss = float(trainer.compute_loss(trainer.model, dict(batch)).detach())
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    nats, count = 0.0, 0
+    for row in PAIRS:
+        prompt, answer = tokenizer(row["prompt"])["input_ids"], tokenizer(row["completion"])["input_ids"]
+        ids = prompt + answer + [tokenizer.eos_token_id]
+        with torch.no_grad():
+            log_probs = torch.log_softmax(model(torch.tensor([ids])).logits[0].double(), -1)
+        nats -= sum(float(log_probs[i - 1, ids[i]]) for i in range(len(prompt), len(ids)))
+        count += len(ids) - len(prompt)
+    assert loss == pytest.approx(nats / count, rel=1e-4)
+    for name in ("entropy", "mean_token_accuracy"):
+        assert trainer._metrics["train"][name]
+
+
+def test_full_fine_tuning_learns_its_rows(run, tmp_path, capsys):
+    rows = [*PAIRS, {"prompt": "", "completion": "x"}, {"prompt": "x", "completion": " "}]
+    flags = [
+        "--validation_file",
+        write(tmp_path / "held.jsonl", PAIRS[:2]),
+        "--max_steps",
+        "150",
+        "--learning_rate",
+        "1e-2",
+    ]
+    out = run_task(run.folder, tmp_path, rows, *flags)
+    printed = capsys.readouterr().out
+    assert "1 of 8 rows skipped: empty prompt; 1 of 8 rows skipped: empty completion" in printed
+    assert "2 of 2 held-out rows also stand in the training rows" in printed
+    results = json.loads((out / "all_results.json").read_text())
+    assert results["trainable_share"] == 1
+    assert results["skipped_rows"] == results["overlapping_rows"] == 2
+    assert results["perplexity"] == pytest.approx(torch.tensor(results["eval_loss"]).exp().item(), rel=1e-5)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    ids = tokenizer("the cat sees", return_tensors="pt")
+    answer = tokenizer.decode(model.generate(**ids, max_new_tokens=10, do_sample=False)[0])
+    assert answer in ("the cat sees the cat<|endoftext|>", "the cat sees the dog<|endoftext|>")
+    card = ModelCard.load(out / "README.md")
+    assert {r.metric_type for r in card.data.eval_results} == {"loss", "perplexity"}
+    assert "2 skipped" in card.text and "{{" not in card.content
+    assert str(tmp_path) not in card.content
+    assert (out / "loss_curve.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("kind", [[], ["--use_dora", "true"]], ids=["lora", "dora"])
+def test_merged_is_the_base_with_its_adapter(run, tmp_path, kind):
+    flags = ["--use_peft", "true", "--lora_r", "4", "--lora_alpha", "8", "--learning_rate", "1e-2", *kind]
+    adapter = run_task(run.folder, tmp_path, PAIRS, *flags)
+    assert not (adapter / "model.safetensors").exists()
+    assert json.loads((adapter / "adapter_config.json").read_text())["r"] == 4
+    merged = tmp_path / "merged"
+    assert main(["finetune", str(run.folder), "--train_file", str(tmp_path / "train.jsonl"), "--output_dir", str(merged), *QUICK, *flags, "--merge"]) == 0  # fmt: skip # noqa: E501
+    ids = torch.arange(5, 60)[None]
+    base = AutoModelForCausalLM.from_pretrained(run.folder).eval()
+    with torch.no_grad():
+        plain = base(ids).logits
+        unmerged = PeftModel.from_pretrained(base, adapter).eval()(ids).logits
+        found = AutoModelForCausalLM.from_pretrained(merged).eval()(ids).logits
+    torch.testing.assert_close(found, unmerged, rtol=1e-4, atol=1e-4)
+    assert (found - plain).abs().max() > 1e-2
+    results = json.loads((adapter / "all_results.json").read_text())
+    assert 0 < results["trainable_share"] < 0.5
+
+
+def test_resumed_is_uninterrupted(run, tmp_path):
+    flags = ["--use_peft", "true", "--max_steps", "4", "--save_steps", "2", "--save_total_limit", "5"]
+    whole = run_task(run.folder, tmp_path, PAIRS, *flags)
+    resumed = tmp_path / "resumed"
+    shutil.copytree(whole / "checkpoint-2", resumed / "checkpoint-2")
+    argv = ["finetune", str(run.folder), "--train_file", str(tmp_path / "train.jsonl"), *QUICK, *flags]
+    assert main([*argv, "--output_dir", str(resumed), "--resume_from_checkpoint"]) == 0
+    one, other = load_file(whole / "adapter_model.safetensors"), load_file(resumed / "adapter_model.safetensors")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_classification_learns_and_is_measured_by_eval(run, tmp_path, capsys):
+    flags = [
+        "--max_steps",
+        "30",
+        "--learning_rate",
+        "1e-2",
+        "--validation_file",
+        write(tmp_path / "held.jsonl", LABELS),
+    ]
+    out = run_task(run.folder, tmp_path, LABELS, *flags, task="classification")
+    results = json.loads((out / "all_results.json").read_text())
+    assert results["eval_accuracy"] == results["eval_f1"] == 1
+    model = AutoModelForSequenceClassification.from_pretrained(out)
+    assert model.config.id2label == {0: "neg", 1: "pos"}
+    capsys.readouterr()
+    argv = ["eval", str(out), "--metrics", "accuracy", "f1", "--eval_file", str(tmp_path / "held.jsonl")]
+    assert main([*argv, "--output_dir", str(tmp_path / "eval"), "--batch_size", "5"]) == 0
+    assert "accuracy         1.0000" in capsys.readouterr().out
+
+
+def test_classification_with_an_adapter(run, tmp_path):
+    out = run_task(run.folder, tmp_path, LABELS, "--use_peft", "true", "--merge", task="classification")
+    assert AutoModelForSequenceClassification.from_pretrained(out).config.id2label == {0: "neg", 1: "pos"}
+
+
+@pytest.mark.parametrize("peft", [[], ["--use_peft", "true"]], ids=["full", "lora"])
+def test_preferences_move_the_margin(run, tmp_path, peft):
+    flags = ["--validation_file", write(tmp_path / "held.jsonl", PREFERENCES[:4]), "--max_steps", "12"]
+    out = run_task(run.folder, tmp_path, PREFERENCES, *flags, "--learning_rate", "1e-2", *peft, task="preference")
+    results = json.loads((out / "all_results.json").read_text())
+    assert results["eval_rewards/margins"] > 0.1
+    assert results["eval_rewards/accuracies"] == 1
+    # the margin by hand: beta times the change of the log ratio
+    model = AutoModelForCausalLM.from_pretrained(out) if not peft else PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(run.folder), out)  # fmt: skip # noqa: E501
+    tokenizer = AutoTokenizer.from_pretrained(run.folder)
+
+    def ratio(model) -> float:
+        nats = []
+        for answer in (" sees the dog", " xx"):
+            prompt = tokenizer("the cat")["input_ids"]
+            ids = tokenizer("the cat" + answer)["input_ids"] + [tokenizer.eos_token_id]
+            with torch.no_grad():
+                log_probs = torch.log_softmax(model.eval()(torch.tensor([ids])).logits[0].double(), -1)
+            nats.append(sum(float(log_probs[i - 1, ids[i]]) for i in range(len(prompt), len(ids))))
+        return nats[0] - nats[1]
+
+    moved = ratio(model) - ratio(AutoModelForCausalLM.from_pretrained(run.folder))
+    assert results["eval_rewards/margins"] == pytest.approx(0.1 * moved, rel=1e-2)
+
+
+def test_chat_model_stops_at_the_end_of_its_turn(run, tmp_path):
+    out = run_task(run.folder, tmp_path, CHATS)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    ends = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")}
+    assert set(model.generation_config.eos_token_id) == ends
+
+
+def test_adapter_of_another_base_is_refused(fails, run, tmp_path):
+    adapter = run_task(run.folder, tmp_path, PAIRS, "--use_peft", "true", "--max_steps", "1")
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    tokenizer = AutoTokenizer.from_pretrained(run.folder)
+    other = tmp_path / "other"
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(other)
+    tokenizer.save_pretrained(other)
+    argv = [
+        "finetune",
+        str(other),
+        "--train_file",
+        str(tmp_path / "train.jsonl"),
+        "--output_dir",
+        str(tmp_path / "new"),
+    ]
+    line = fails(*argv, "--adapter_name_or_path", str(adapter))
+    assert "another base" in line and "16" in line and "32" in line
+    assert str(run.folder) in line
+
+
+@pytest.mark.parametrize(
+    "rows, flags, reason",
+    [
+        ([{"a": 1}], [], "columns a"),
+        ([{"prompt": "", "completion": ""}], [], "no usable row"),
+        ([{"messages": [{"role": "user", "content": "x"}]}], [], "no assistant turn"),
+        (PAIRS, ["--load_in_4bit", "true"], "--use_peft"),
+        (PAIRS, ["--merge"], "--use_peft"),
+        (PAIRS, ["--task", "translate"], "translate"),
+        (PAIRS, ["--prompt_template", "x"], "--prompt_template"),
+        (PAIRS, ["--resume_from_checkpoint"], "no checkpoint"),
+        (PAIRS, ["--validation_file", "nowhere"], "nowhere"),
+        (LABELS, ["--task", "classification", "--class_names", "pos", "other"], "6 of 11 labels are outside"),
+        (LABELS[::2], ["--task", "classification"], "two classes"),
+        (PAIRS, ["--completion_column", "answr"], "answr"),
+    ],
+)  # fmt: skip
+def test_what_a_user_can_get_wrong(fails, run, tmp_path, rows, flags, reason):
+    train = write(tmp_path / "train.jsonl", rows)
+    out = tmp_path / "out"
+    assert reason in fails(
+        "finetune", str(run.folder), "--train_file", train, "--output_dir", str(out), *QUICK, *flags
+    )
+    assert not out.exists()
