@@ -1,0 +1,243 @@
+"""GGUF: read by transformers' own loader and by llama.cpp, and back in."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from stock_models import LLAMA3, SHAPE, YARN, assert_identical, ids, longrope, randomise, rope, stored
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM
+from hf_decoder.interop.conversion import convert
+from hf_decoder.tokenization import train_tokenizer
+
+gguf = pytest.importorskip("gguf", reason="the package gguf is not installed: pip install 'hf-decoder[gguf]'")
+
+TOLERANCE = {"rtol": 0.0, "atol": 1e-5}
+TEXT = "def größe(argv):\n\treturn 0 if len(argv) == 12345 else 'the end'  # 東京 привет 🙂  \n\n"
+# Rows of 32 and more, which blocks of quantized types divide.
+WIDE = {"hidden_size": 96, "intermediate_size": 128, "num_hidden_layers": 2, "bos_token_id": None, "head_dim": 16}
+CASES = {
+    "llama": {},
+    "llama-tied": {"tie_word_embeddings": True},
+    "llama-multi-query": {"num_key_value_heads": 1},
+    "llama-theta": rope("default"),
+    "qwen2": {"attention_bias": "qkv"},
+    "qwen3": {"qk_norm": True, "head_dim": 128},
+    "qwen3-tied": {"qk_norm": True, "head_dim": 128, "tie_word_embeddings": True},
+}
+# What llama.cpp reads, but transformers' loader leaves out.
+LLAMA_CPP_CASES = CASES | {
+    "llama-bias": {"attention_bias": True},
+    "llama-linear": rope("linear", factor=3.0),
+    "llama-llama3": LLAMA3,
+    "llama-yarn": YARN,
+    "qwen3-head-dim": {"qk_norm": True, "head_dim": 24},
+}
+
+
+@pytest.fixture(scope="module")
+def text_tokenizer():
+    return train_tokenizer([TEXT, "the quick brown fox jumps over the lazy dog\n"] * 4, vocab_size=340)
+
+
+def save(folder, tokenizer, **fields) -> HfDecoderForCausalLM:
+    """A random model of ours with its tokenizer, and rows of the embedding table that no token uses."""
+    shape = {**SHAPE, "pad_token_id": 1, "eos_token_id": 0, **WIDE, "vocab_size": len(tokenizer) + 4, **fields}
+    model = randomise(HfDecoderForCausalLM(HfDecoderConfig(**shape)))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", CASES)
+def test_transformers_loads_the_file_with_the_same_logits(case: str, tmp_path, text_tokenizer):
+    model = save(tmp_path / "ours", text_tokenizer, **CASES[case])
+    convert(str(tmp_path / "ours"), tmp_path / "model.gguf", to="gguf", outtype="f32")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.float32).eval()
+    assert theirs.config.model_type == case.partition("-")[0]
+    sample = ids(2, 24, vocab_size=344)
+    torch.testing.assert_close(theirs(sample).logits, model(sample).logits, **TOLERANCE)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")
+    assert tokenizer(TEXT)["input_ids"] == text_tokenizer(TEXT)["input_ids"]
+    assert tokenizer.chat_template == text_tokenizer.chat_template
+
+
+@pytest.mark.parametrize("case", LLAMA_CPP_CASES)
+def test_back_in_every_tensor_is_identical(case: str, tmp_path, text_tokenizer):
+    model = save(tmp_path / "ours", text_tokenizer, **LLAMA_CPP_CASES[case])
+    convert(str(tmp_path / "ours"), tmp_path / "model.gguf", to="gguf", outtype="f32")
+    assert convert(str(tmp_path / "model.gguf"), tmp_path / "back") == "HfDecoderForCausalLM"
+    assert_identical(stored(tmp_path / "back"), stored(tmp_path / "ours"))
+    back = AutoModelForCausalLM.from_pretrained(tmp_path / "back").eval()
+    sample = ids(2, 24, vocab_size=344)
+    with torch.no_grad():
+        torch.testing.assert_close(back(sample).logits, model(sample).logits, **TOLERANCE)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "back")
+    chat = text_tokenizer.apply_chat_template([{"role": "user", "content": TEXT}], tokenize=False)
+    for text in (TEXT, chat, "<|endoftext|> <|im_end|>"):
+        assert tokenizer(text)["input_ids"] == text_tokenizer(text)["input_ids"]
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert (tokenizer.eos_token, tokenizer.pad_token, tokenizer.bos_token) == ("<|endoftext|>", "<|pad|>", None)
+
+
+# Largest error of a value, relative to the largest value of its block: half a step of rounding.
+ERRORS = {"f32": 0.0, "f16": 2.0**-11, "bf16": 2.0**-8, "q8_0": 0.5 / 127 + 2.0**-10, "q4_0": 1 / 8 + 2.0**-10}
+
+
+@pytest.mark.parametrize("outtype", ERRORS)
+def test_every_type_holds_the_values_within_its_rounding(outtype: str, tmp_path, text_tokenizer):
+    save(tmp_path / "ours", text_tokenizer)
+    convert(str(tmp_path / "ours"), tmp_path / "model.gguf", to="gguf", outtype=outtype)
+    convert(str(tmp_path / "model.gguf"), tmp_path / "back")
+    before, after = stored(tmp_path / "ours"), stored(tmp_path / "back")
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        kind = "f32" if tensor.ndim == 1 else outtype
+        if outtype in ("f16", "bf16"):
+            kind = outtype  # a file's tensors come back in the type of its embedding table
+        if outtype == "q4_0" and name in ("model.embed_tokens.weight", "lm_head.weight"):
+            kind = "q8_0"
+        if outtype == "f16" or outtype == "bf16":
+            assert after[name].dtype == {"f16": torch.float16, "bf16": torch.bfloat16}[outtype]
+        blocks = tensor.reshape(-1, 32)
+        error = (after[name].float().reshape(-1, 32) - blocks).abs().amax(-1) / blocks.abs().amax(-1)
+        assert error.max() <= ERRORS[kind], name
+    sizes = {"f32": 4, "f16": 2, "bf16": 2, "q8_0": 34 / 32, "q4_0": 18 / 32}
+    matrices = sum(t.numel() for n, t in before.items() if t.ndim == 2 and "layers" in n)
+    reader = gguf.GGUFReader(tmp_path / "model.gguf")
+    held = sum(int(t.n_bytes) for t in reader.tensors if t.name.startswith("blk.") and len(t.shape) == 2)
+    assert held == matrices * sizes[outtype]
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"sliding_window": 7}, "sliding_window=7"),
+        ({"no_rope_layers": [1, 0]}, "no_rope_layers=[1, 0]"),
+        ({"mlp_bias": True}, "mlp_bias=True"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0"),
+        ({"qk_norm": True, "attention_bias": True}, "attention_bias=True with qk_norm=True"),
+        (rope("default", partial_rotary_factor=0.5), "partial_rotary_factor=0.5"),
+        (rope("dynamic", factor=2.0), "rope_type='dynamic'"),
+        (longrope(8), "rope_type='longrope'"),
+        (rope("yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=16.0), "beta_fast"),
+    ],
+)
+def test_what_no_graph_computes_is_refused_with_the_field(fields: dict, field: str, tmp_path, text_tokenizer):
+    save(tmp_path / "ours", text_tokenizer, **fields)
+    with pytest.raises(ValueError) as error:
+        convert(str(tmp_path / "ours"), tmp_path / "model.gguf", to="gguf")
+    assert field in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["ours"]
+
+
+def test_a_window_as_long_as_the_context_is_no_obstacle(tmp_path, text_tokenizer):
+    save(tmp_path / "ours", text_tokenizer, sliding_window=64)
+    convert(str(tmp_path / "ours"), tmp_path / "model.gguf", to="gguf")
+
+
+def test_a_tokenizer_that_llama_cpp_does_not_know_is_refused(tmp_path):
+    save(tmp_path / "ours", train_tokenizer([TEXT], tokenizer_type="char"))
+    with pytest.raises(ValueError, match="byte-level BPE"):
+        convert(str(tmp_path / "ours"), tmp_path / "model.gguf", to="gguf")
+    (tmp_path / "ours" / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match=r"no tokenizer\.json"):
+        convert(str(tmp_path / "ours"), tmp_path / "model.gguf", to="gguf")
+
+
+@pytest.mark.parametrize("name", ["llama-bpe", "gpt-2", "smollm", "qwen2"])
+def test_other_byte_level_tokenizers_come_back(name: str, tmp_path):
+    from tokenizers import Regex, pre_tokenizers
+
+    from hf_decoder.interop.gguf_names import LLAMA3_SPLIT, QWEN2_OWN_SPLIT
+
+    tokenizer = train_tokenizer([TEXT * 3], vocab_size=320)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=name in ("gpt-2", "smollm"))
+    split = {"llama-bpe": LLAMA3_SPLIT, "qwen2": QWEN2_OWN_SPLIT}
+    if name in split:
+        steps = [pre_tokenizers.Split(Regex(split[name]), behavior="isolated"), byte_level]
+    else:
+        steps = [pre_tokenizers.Digits(individual_digits=True), byte_level] if name == "smollm" else [byte_level]
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    save(tmp_path / "ours", tokenizer)
+    convert(str(tmp_path / "ours"), tmp_path / "model.gguf", to="gguf")
+    reader = gguf.GGUFReader(tmp_path / "model.gguf")
+    assert reader.fields["tokenizer.ggml.pre"].contents() == name
+    convert(str(tmp_path / "model.gguf"), tmp_path / "back")
+    assert AutoTokenizer.from_pretrained(tmp_path / "back")(TEXT)["input_ids"] == tokenizer(TEXT)["input_ids"]
+
+
+def test_a_damaged_or_foreign_file_is_one_line(tmp_path, text_tokenizer):
+    save(tmp_path / "ours", text_tokenizer)
+    convert(str(tmp_path / "ours"), tmp_path / "model.gguf", to="gguf")
+    whole = (tmp_path / "model.gguf").read_bytes()
+    for name, content in (("short", whole[: len(whole) // 2]), ("empty", b""), ("text", b"no such thing" * 9)):
+        (tmp_path / f"{name}.gguf").write_bytes(content)
+        with pytest.raises(ValueError, match="is no GGUF file, or is cut short"):
+            convert(str(tmp_path / f"{name}.gguf"), tmp_path / "back")
+    writer = gguf.GGUFWriter(tmp_path / "other.gguf", "gpt2")
+    writer.add_block_count(1)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ValueError, match=r"general\.architecture='gpt2'"):
+        convert(str(tmp_path / "other.gguf"), tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
+def python_lines(count: int) -> list[str]:
+    """Lines of code from the standard library, among lines in several languages."""
+    lines = [line for line in TEXT.splitlines() if line] + [
+        "Größe und Maß",
+        "où êtes-vous ?",
+        "これは本です。",
+        "안녕하세요",
+    ]
+    lines += ["नमस्ते दुनिया", "Привет, мир!", "مرحبا بالعالم", "123 4567  89", " \t indented", "I'LL we'Ve ſ 'ſ"]
+    code = json.__file__.replace("__init__", "decoder"), math, np
+    with open(code[0], encoding="utf-8") as file:
+        source = [line.rstrip("\n") for line in file if line.strip()]
+    return (lines + source * (count // len(source) + 1))[:count]
+
+
+@pytest.mark.parametrize("case", LLAMA_CPP_CASES)
+def test_llama_cpp_gives_the_same_text_and_log_probabilities(case: str, tmp_path, text_tokenizer):
+    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: it is built from source")
+    model = save(tmp_path / "ours", text_tokenizer, **LLAMA_CPP_CASES[case] | {"max_position_embeddings": 256})
+    convert(str(tmp_path / "ours"), tmp_path / "model.gguf", to="gguf", outtype="f32")
+    fp32 = llama_cpp.GGML_TYPE_F32  # of the cache, which is of half precision otherwise
+    llama = llama_cpp.Llama(
+        str(tmp_path / "model.gguf"), n_ctx=256, logits_all=True, type_k=fp32, type_v=fp32, verbose=False, n_threads=1
+    )
+    prompt = text_tokenizer("def größe(argv):")["input_ids"]
+    with torch.no_grad():
+        ours = model.generate(torch.tensor([prompt]), max_new_tokens=200, min_new_tokens=200, do_sample=False)[0]
+        log_probabilities = model(ours[None, :-1]).logits[0].log_softmax(-1)
+    llama.reset()
+    llama.eval(ours[:-1].tolist())
+    theirs = torch.from_numpy(np.array(llama.scores[: len(ours) - 1])).log_softmax(-1)
+    torch.testing.assert_close(theirs, log_probabilities, rtol=0.0, atol=1e-3)
+    # min_new_tokens forbids the end of text in ours alone
+    allowed = theirs.clone()
+    allowed[:, text_tokenizer.eos_token_id] = -math.inf
+    assert torch.equal(allowed[len(prompt) - 1 :].argmax(-1), ours[len(prompt) :])
+
+
+def test_llama_cpp_splits_text_as_the_tokenizer_does(tmp_path, text_tokenizer):
+    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: it is built from source")
+    save(tmp_path / "ours", text_tokenizer)
+    convert(str(tmp_path / "ours"), tmp_path / "model.gguf", to="gguf", outtype="f16")
+    llama = llama_cpp.Llama(str(tmp_path / "model.gguf"), vocab_only=True, verbose=False)
+    lines = python_lines(1000)
+    assert len(lines) == 1000
+    for line in lines:
+        theirs = llama.tokenize(line.encode(), add_bos=False, special=False)
+        assert theirs == text_tokenizer(line, split_special_tokens=True)["input_ids"], line
+    chat = text_tokenizer.apply_chat_template([{"role": "user", "content": "größe?"}], tokenize=False)
+    assert llama.tokenize(chat.encode(), add_bos=False, special=True) == text_tokenizer(chat)["input_ids"]
