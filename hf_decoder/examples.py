@@ -36,7 +36,7 @@ KINDS = {
     "classification": (("text", "label"),),
     "preference": (("prompt", "chosen", "rejected"), ("chosen", "rejected")),
     "reference": (("prompt", "reference"),),
-    "prompt": (("prompt",), ("text",)),
+    "prompt": (("prompt",), ("messages",), ("text",)),
 }
 
 

@@ -297,3 +297,16 @@ def test_what_a_user_can_get_wrong(fails, run, tmp_path, rows, flags, reason):
         "finetune", str(run.folder), "--train_file", train, "--output_dir", str(out), *QUICK, *flags
     )
     assert not out.exists()
+
+
+def test_four_bit_base_trains_and_merges_into_the_full_weights(run, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    flags = ["--use_peft", "true", "--load_in_4bit", "true", "--learning_rate", "1e-2", "--merge"]
+    out = run_task(run.folder, tmp_path, PAIRS, *flags)
+    ids = torch.arange(5, 60)[None]
+    base = AutoModelForCausalLM.from_pretrained(run.folder).eval()
+    with torch.no_grad():
+        unmerged = PeftModel.from_pretrained(base, out / "adapter").eval()(ids).logits
+        merged = AutoModelForCausalLM.from_pretrained(out).eval()(ids).logits
+    torch.testing.assert_close(merged, unmerged, rtol=1e-4, atol=1e-4)
+    assert "4-bit base, merged" in ModelCard.load(out / "README.md").text

@@ -1,6 +1,7 @@
 """Completions and chats on the command line against `generate` called by hand."""
 
 import io
+import json
 
 import pytest
 import torch
@@ -88,3 +89,112 @@ def test_chat_forgets_its_oldest_turns_when_the_context_is_full(run, capsys, mon
 def test_chat_with_a_turn_that_is_too_long(fails, run, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("the cat sees the dog " * 100))
     assert "max_position_embeddings" in fails("generate", str(run.folder), "--chat")
+
+
+SAMPLING = {"min_p": 0.05, "top_k": 20, "top_p": 0.9, "temperature": 0.7, "repetition_penalty": 1.3}
+
+
+BEAMS = {"num_beams": 2, "length_penalty": 2.0, "early_stopping": True, "do_sample": False}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{**SAMPLING, "do_sample": True}, {"no_repeat_ngram_size": 2, "do_sample": False}, BEAMS],
+    ids=["sampling", "no-repeat", "beams"],
+)
+def test_every_setting_reaches_generate(run, capsys, settings):
+    flags = [f"--{name}={value}" for name, value in settings.items()]
+    assert main(["generate", str(run.folder), PROMPT, "--max_new_tokens", "12", "--seed", "3", *flags]) == 0
+    torch.manual_seed(3)
+    assert capsys.readouterr().out == by_hand(run.folder, PROMPT, max_new_tokens=12, **settings) + "\n"
+
+
+def test_stop_string_ends_the_answer_and_is_not_shown(run, capsys):
+    whole = by_hand(run.folder, PROMPT, max_new_tokens=20, do_sample=False)
+    stop = whole.removeprefix(PROMPT)[6:9]
+    flags = ["--max_new_tokens", "20", "--do_sample", "false", "--stop_strings", stop]
+    assert main(["generate", str(run.folder), PROMPT, *flags]) == 0
+    added = whole.removeprefix(PROMPT)
+    assert capsys.readouterr().out == PROMPT + added[: added.index(stop)] + "\n"
+
+
+def test_defaults_are_those_of_generation_config(run, model_copy, capsys):
+    model = AutoModelForCausalLM.from_pretrained(model_copy)
+    model.generation_config.do_sample = False
+    model.generation_config.num_beams = 2
+    model.generation_config.max_new_tokens = 7
+    model.generation_config.temperature = model.generation_config.top_p = None
+    model.generation_config.save_pretrained(model_copy)
+    assert main(["generate", str(model_copy), PROMPT]) == 0
+    assert (
+        capsys.readouterr().out == by_hand(run.folder, PROMPT, num_beams=2, max_new_tokens=7, do_sample=False) + "\n"
+    )
+
+
+def file_flags(run, tmp_path, *flags) -> list[str]:
+    path = tmp_path / "prompts.jsonl"
+    rows = [{"id": n, "prompt": prompt} for n, prompt in enumerate(["the cat", "the dog sees the bird", "a", "the"])]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    output = ["--input_file", str(path), "--output_file", str(tmp_path / "answers.jsonl")]
+    return ["generate", str(run.folder), *output, "--max_new_tokens", "6", "--do_sample", "false", *flags]
+
+
+@pytest.mark.parametrize("batch_size", ["1", "3"])
+def test_file_of_prompts_is_answered_row_by_row(run, tmp_path, capsys, batch_size):
+    assert main(file_flags(run, tmp_path, "--batch_size", batch_size)) == 0
+    rows = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text("utf-8").splitlines()]
+    assert [row["id"] for row in rows] == [0, 1, 2, 3]
+    for row in rows:
+        whole = by_hand(run.folder, row["prompt"], max_new_tokens=6, do_sample=False)
+        assert row["completion"] == whole.removeprefix(row["prompt"])
+    assert "4/4" in capsys.readouterr().err
+
+
+def test_interrupted_file_is_gone_on_with(run, tmp_path, fails):
+    argv = file_flags(run, tmp_path, "--batch_size", "2")
+    assert main(argv) == 0
+    path = tmp_path / "answers.jsonl"
+    whole = path.read_bytes()
+    lines = whole.split(b"\n")
+    path.write_bytes(lines[0].replace(b'"id": 0', b'"id": 9') + b"\n" + lines[1][:10])
+    assert main(argv) == 0
+    assert path.read_bytes() == whole.replace(b'"id": 0', b'"id": 9')
+    path.write_bytes(lines[1] + b"\n")
+    assert "other prompts (line 1)" in fails(*argv)
+
+
+def test_chats_of_a_file_end_with_their_turn(run, tmp_path, monkeypatch):
+    tokenizer = AutoTokenizer.from_pretrained(run.folder)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    model = AutoModelForCausalLM.from_pretrained(run.folder)
+    seen = {}
+    generate = type(model).generate
+
+    def spy(self, inputs, **kwargs):
+        seen["prompt"], seen["ends"] = tokenizer.decode(inputs[0]), kwargs["eos_token_id"]
+        return generate(self, inputs, **kwargs)
+
+    monkeypatch.setattr(type(model), "generate", spy)
+    assert main(file_flags(run, tmp_path, "--chat", "--system", "Be kind.", "--batch_size", "1")) == 0
+    assert seen["ends"] == sorted({tokenizer.eos_token_id, end})
+    assert seen["prompt"] == (
+        "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nthe<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "flags, reason",
+    [
+        (["--input_file", "prompts.txt"], "--output_file"),
+        (["a prompt", "--input_file", "prompts.txt", "--output_file", "o"], "not both"),
+        (["--input_file", "nowhere.txt", "--output_file", "o"], "nowhere.txt"),
+        (["--input_file", "empty.txt", "--output_file", "o"], "1 of 2 prompts are empty, first row 2"),
+        (["--input_file", "prompts.txt", "--output_file", "o", "--prompt_column", "ask"], "'ask'"),
+    ],
+)
+def test_batch_flags(fails, run, tmp_path, monkeypatch, flags, reason):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_text("one\ntwo\n", encoding="utf-8")
+    (tmp_path / "empty.txt").write_text("one\n\n", encoding="utf-8")
+    assert reason in fails("generate", str(run.folder), *flags)
+    assert not (tmp_path / "o").exists()
