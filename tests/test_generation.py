@@ -1,6 +1,5 @@
 """`generate` gives Llama's tokens on the same weights, whatever the search, the cache and the padding."""
 
-import importlib.util
 
 import pytest
 import torch
@@ -185,12 +184,9 @@ def test_sliding_window_generation_equals_the_forward_pass(cache):
     assert torch.equal(tokens, expected)
 
 
-@pytest.mark.parametrize("backend", ["quanto", "hqq"])
-def test_quantized_cache(pair, backend):
-    package = {"quanto": "optimum.quanto", "hqq": "hqq"}[backend]
-    if importlib.util.find_spec(package.partition(".")[0]) is None:
-        pytest.skip(f"{package} is not installed")
-    settings = {"cache_implementation": "quantized", "cache_config": {"backend": backend, "nbits": 4}}
+def test_quantized_cache(pair):
+    config = {"backend": "quanto", "nbits": 4, "q_group_size": 16}  # the tiny rows of this model hold no group of 64
+    settings = {"cache_implementation": "quantized", "cache_config": config}
     assert torch.equal(*(generate(model, **settings) for model in pair))
 
 

@@ -1,6 +1,5 @@
 """Every cache gives what one pass over the whole text gives."""
 
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -116,13 +115,9 @@ def test_base_model_and_head_share_the_cache():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("backend", ["quanto", "hqq"])
-def test_quantized_cache(backend: str):
-    package = {"quanto": "optimum.quanto", "hqq": "hqq"}[backend]
-    if importlib.util.find_spec(package.partition(".")[0]) is None:
-        pytest.skip(f"{package} is not installed")
+def test_quantized_cache():
     model = tiny_model(head_dim=64)
-    past = QuantizedCache(backend, config=model.config, nbits=4, residual_length=4)
+    past = QuantizedCache("quanto", config=model.config, nbits=4, residual_length=4)
     ids = random_ids(1, 12)
     logits = [model(ids[:, i : i + 1], past_key_values=past).logits for i in range(12)]
     expected = model(ids).logits
