@@ -1,6 +1,8 @@
 """GGUF: read by transformers' own loader and by llama.cpp, and back in."""
 
-import json
+import argparse
+import inspect
+import json.decoder
 import math
 
 import numpy as np
@@ -191,19 +193,14 @@ def test_a_damaged_or_foreign_file_is_one_line(tmp_path, text_tokenizer):
     assert not (tmp_path / "back").exists()
 
 
-def python_lines(count: int) -> list[str]:
-    """Lines of code from the standard library, among lines in several languages."""
-    lines = [line for line in TEXT.splitlines() if line] + [
-        "Größe und Maß",
-        "où êtes-vous ?",
-        "これは本です。",
-        "안녕하세요",
-    ]
-    lines += ["नमस्ते दुनिया", "Привет, мир!", "مرحبا بالعالم", "123 4567  89", " \t indented", "I'LL we'Ve ſ 'ſ"]
-    code = json.__file__.replace("__init__", "decoder"), math, np
-    with open(code[0], encoding="utf-8") as file:
-        source = [line.rstrip("\n") for line in file if line.strip()]
-    return (lines + source * (count // len(source) + 1))[:count]
+def real_lines(count: int) -> list[str]:
+    """Lines of code from the standard library, after lines in several languages."""
+    lines = [line for line in TEXT.splitlines() if line]
+    lines += ["Größe und Maß", "où êtes-vous ?", "これは本です。", "안녕하세요", "नमस्ते दुनिया", "Привет, мир!"]
+    lines += ["مرحبا بالعالم", "123 4567  89", " \t indented", "I'LL we'Ve \u017f '\u017f"]
+    for module in (json.decoder, argparse):
+        lines += [line for line in inspect.getsource(module).splitlines() if line.strip()]
+    return lines[:count]
 
 
 @pytest.mark.parametrize("case", LLAMA_CPP_CASES)
@@ -234,7 +231,7 @@ def test_llama_cpp_splits_text_as_the_tokenizer_does(tmp_path, text_tokenizer):
     save(tmp_path / "ours", text_tokenizer)
     convert(str(tmp_path / "ours"), tmp_path / "model.gguf", to="gguf", outtype="f16")
     llama = llama_cpp.Llama(str(tmp_path / "model.gguf"), vocab_only=True, verbose=False)
-    lines = python_lines(1000)
+    lines = real_lines(1000)
     assert len(lines) == 1000
     for line in lines:
         theirs = llama.tokenize(line.encode(), add_bos=False, special=False)
