@@ -20,11 +20,14 @@ from transformers import (
     PreTrainedTokenizerBase,
     ProgressCallback,
     Trainer,
+    TrainerCallback,
     TrainerState,
     TrainingArguments,
     default_data_collator,
 )
 from transformers.trainer import TRAINER_STATE_NAME
+
+from hf_decoder.pace import steps_planned
 
 
 def bf16_supported() -> bool:
@@ -123,9 +126,10 @@ def is_checkpoint(folder: str | Path) -> bool:
     return (Path(folder) / TRAINER_STATE_NAME).is_file()
 
 
-def steps_done(checkpoint: str | Path) -> int:
-    """Optimizer steps that a checkpoint has behind it."""
-    return TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).global_step
+def is_finished(checkpoint: str | Path, steps: int) -> bool:
+    """Whether a checkpoint is that of the last step, of `steps` or of those that its time limit left."""
+    state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+    return state.global_step >= steps_planned(state.stateful_callbacks, steps)
 
 
 def train(trainer: Trainer, checkpoint: str | None, *, finished: bool = False) -> dict[str, Any]:
@@ -261,6 +265,36 @@ def complete(
             samples.append((prompt, str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))))
     model.train(was_training)
     return samples
+
+
+class SampleText(TrainerCallback):
+    """Every `steps` steps, appends completions of `prompts` to `samples_in_training.md` of the output folder."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], steps: int, seed: int = 0):
+        self._tokenizer, self._prompts, self._steps, self._seed = tokenizer, prompts, steps, seed
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step % self._steps or not state.is_world_process_zero:
+            return
+        completions = complete(model, self._tokenizer, self._prompts, seed=self._seed)
+        lines = [f"# Step {state.global_step}", ""]
+        for prompt, completion in completions:
+            lines += ["Prompt:", "", fenced(prompt), "", "Completion:", "", fenced(completion), ""]
+        path = Path(args.output_dir) / "samples_in_training.md"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write("\n".join([*lines, ""]))
+
+
+class CurveAtSave(TrainerCallback):
+    """Draws the loss curve so far at every save. What it draws with is `plot_loss_curve`'s."""
+
+    def __init__(self, **drawing: Any):
+        self._drawing = drawing
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            plot_loss_curve(state.log_history, Path(args.output_dir) / "loss_curve.png", **self._drawing)
 
 
 def write_samples(path: str | Path, samples: Sequence[tuple[str, str]]) -> None:

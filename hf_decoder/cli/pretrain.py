@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -40,6 +41,7 @@ from hf_decoder.checkpoints import (
 from hf_decoder.cli import did_you_mean, load_config, load_model, load_tokenizer, parse_arguments
 from hf_decoder.guards import StopOnNan, StopOnSignal, WarnOfSpikes
 from hf_decoder.modelcard import load_lines
+from hf_decoder.pace import MeasuringTrainer, StepMetrics, TimeLimit, parse_duration
 from hf_decoder.packing import CorpusReport, pack, pack_for_evaluation, tokenize
 from hf_decoder.presets import get_preset
 from hf_decoder.recipe import grouped_optimizer, muon_adamw, wsd_kwargs
@@ -140,6 +142,13 @@ class PretrainingArguments(TrainingArguments):
             "help": "Go on from this checkpoint; `true`: the last of the folder.",
         },
     )
+    time_limit: str | None = field(
+        default=None,
+        metadata={"help": "End in this time, the learning rate brought down: 30m, 1h30m. The measures follow."},
+    )
+    sample_steps: int | None = field(
+        default=None, metadata={"help": "Steps between two samples of text, appended to samples_in_training.md."}
+    )
     prediction_loss_only: bool = field(default=True, metadata={"help": "Evaluation keeps no logits."})
     include_num_input_tokens_seen: bool = field(default=True, metadata={"help": "Count tokens, to tell the speed."})
 
@@ -149,6 +158,8 @@ class PretrainingArguments(TrainingArguments):
             self.optim = OptimizerNames.ADAMW_TORCH
         if not torch.accelerator.is_available():
             self.use_cpu = True
+        if self.sample_steps is not None and self.sample_steps < 1:
+            raise ValueError(f"--sample_steps {self.sample_steps} must be at least 1")
         if self.fp16:
             self.bf16 = False
         super().__post_init__()
@@ -171,6 +182,8 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, args: Pretrai
         OSError: if a checkpoint cannot be written.
     """
     seconds: dict[str, float] = {}
+    started = time.monotonic()
+    time_limit = parse_duration(args.time_limit) if args.time_limit else None
     checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
     resumes_here = checkpoint is not None and Path(checkpoint).resolve().parent == Path(args.output_dir).resolve()
     training.check_output_dir(args.output_dir, overwrite=args.overwrite_output_dir, resume=resumes_here)
@@ -211,13 +224,13 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, args: Pretrai
         check_same_run(checkpoint, run)
 
     steps = _count_steps(args, len(train_rows))
-    finished = checkpoint is not None and training.steps_done(checkpoint) >= steps
+    finished = checkpoint is not None and training.is_finished(checkpoint, steps)
     model = _model(checkpoint if finished else model_args.model_name_or_path, config, new=checkpoint is None)
     if args.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY and not args.lr_scheduler_kwargs:
         args.lr_scheduler_kwargs = wsd_kwargs(steps)
     keeper, stop = CheckpointKeeper(run, args.save_total_limit), StopOnSignal()
     args.save_total_limit = None  # the keeper's
-    trainer = Trainer(
+    trainer = MeasuringTrainer(
         model=model,
         args=args,
         train_dataset=train_rows,
@@ -228,9 +241,9 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, args: Pretrai
         optimizer_cls_and_kwargs=muon_adamw(args) if args.uses_muon else grouped_optimizer(args),
         callbacks=[keeper, stop, StopOnNan(tokenizer), WarnOfSpikes()],
     )
-    if not args.disable_tqdm:
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(training.SpeedBar())
+    _add_callbacks(trainer, args, tokenizer, data_args.block_size, texts["validation"]["text"], eval_report)
+    if time_limit is not None:
+        trainer.add_callback(TimeLimit(time_limit, started))
     if checkpoint is None and trainer.is_world_process_zero():
         _clear_earlier_run(Path(args.output_dir))
     with keeper.explain_failed_save(args.output_dir), stop:
@@ -256,6 +269,28 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, args: Pretrai
             f"\n{args.output_dir} holds the model. These lines load it and generate:\n\n{load_lines(args.output_dir)}"
         )
     return 0
+
+
+def _add_callbacks(
+    trainer: MeasuringTrainer,
+    args: PretrainingArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    block_size: int,
+    texts: Sequence[str],
+    report: CorpusReport,
+) -> None:
+    """What a training shows of itself: speed, curve and samples."""
+    model: Any = trainer.model
+    if isinstance(model, HfDecoderForCausalLM):
+        trainer.callback_handler.callbacks.insert(0, StepMetrics(trainer, block_size))
+    title = f"{model.num_parameters() / 1e6:.1f}M parameters"
+    trainer.add_callback(training.CurveAtSave(title=title, bytes_per_token=report.bytes_per_token))
+    if args.sample_steps is not None:
+        prompts = training.held_out_prompts(texts)
+        trainer.add_callback(training.SampleText(tokenizer, prompts, args.sample_steps, args.seed))
+    if not args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(training.SpeedBar())
 
 
 def _say_stopped(number: signal.Signals, trainer: Trainer) -> None:

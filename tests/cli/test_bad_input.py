@@ -87,6 +87,8 @@ def test_a_checkpoint_of_elsewhere_does_not_open_the_folder_of_another_run(fails
         (["--model_name_or_path", "x", "--config_overrides", "qk_norm=true"], "--config_overrides"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
         (["--dataset_name", "some/name"], "dataset_name"),
+        (["--time_limit", "soon"], "'soon'"),
+        (["--sample_steps", "0"], "--sample_steps 0"),
     ],
 )
 def test_flags(fails, run, tmp_path, monkeypatch, flags, reason):

@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hf_decoder import training
 from hf_decoder.cli.main import main
 
 FILES = [
@@ -131,6 +132,26 @@ def test_resumed_is_uninterrupted_bit_for_bit(run, tmp_path):
     assert resumed.keys() == whole.keys()
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
     assert results(folder)["num_input_tokens_seen"] == results(run.folder)["num_input_tokens_seen"]
+
+
+def test_watching_a_run_changes_nothing_of_it(run, tmp_path, monkeypatch):
+    drawn = []
+    draw = training.plot_loss_curve
+    monkeypatch.setattr(training, "plot_loss_curve", lambda log, *a, **k: (drawn.append(len(log)), draw(log, *a, **k)))
+    folder = tmp_path / "watched"
+    assert (
+        main(["pretrain", *run.flags, "--output_dir", str(folder), "--sample_steps", "2", "--time_limit", "1h"]) == 0
+    )
+    watched, whole = load_file(folder / "model.safetensors"), load_file(run.folder / "model.safetensors")
+    assert all(torch.equal(watched[name], whole[name]) for name in whole)
+    samples = (folder / "samples_in_training.md").read_text(encoding="utf-8")
+    assert [line for line in samples.splitlines() if line.startswith("# ")] == ["# Step 2", "# Step 4", "# Step 6"]
+    assert len(drawn) == 3 and drawn[0] < drawn[1]  # at both saves, and at the end
+    state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+    logged = [entry for entry in state["log_history"] if "loss" in entry]
+    assert all(
+        0 <= entry["data_wait"] <= 1 and entry["mfu"] > 0 and entry["tokens_per_second"] > 0 for entry in logged
+    )
 
 
 def test_overwriting_leaves_nothing_of_the_old_run_and_goes_on_from_a_model(run, model_copy, tmp_path):

@@ -1,0 +1,181 @@
+"""How fast a training goes, and how it ends in time: `--time_limit`, and speed, utilisation and waiting in the log."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import SchedulerType
+
+from hf_decoder.accounting import flops_per_token, mfu
+from hf_decoder.recipe import DECAY_SHARE
+
+_UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0}
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of `30m`, `1h30m`, `90s`, `1.5h`.
+
+    Raises:
+        ValueError: for anything else, and for no time at all.
+    """
+    if not re.fullmatch(r"(\d+(\.\d+)?[hms])+", text.strip()):
+        raise ValueError(f"{text!r} is no duration; write it as 30m, 1h30m or 90s")
+    seconds = sum(float(number) * _UNITS[unit] for number, _, unit in re.findall(r"(\d+(\.\d+)?)([hms])", text))
+    if seconds <= 0:
+        raise ValueError(f"{text!r} is no time at all; write 30m, say")
+    return seconds
+
+
+class TimeLimit(TrainerCallback, ExportableState):
+    """Ends the training within `seconds`, its learning rate brought down to zero.
+
+    When the steps that still fit are as many as the decay is to take (`DECAY_SHARE` of all steps), the plateau ends
+    and the rate falls in a line to zero over them; should steps become slower on the way, the line gets steeper. A
+    schedule that fits as it is stays as it is. What earlier parts of a resumed run took counts too.
+
+    Args:
+        seconds: the limit; the clock runs from `started`.
+        started: a reading of `clock`; now, if None.
+        clock: seconds that only grow.
+    """
+
+    def __init__(self, seconds: float, started: float | None = None, clock: Callable[[], float] = time.monotonic):
+        self.seconds = seconds
+        self._clock = clock
+        self._started = clock() if started is None else started
+        self._earlier = 0.0
+        self.decay: tuple[int, float, int] | None = None  # first step, factor of the rate there, last step
+        self._first_step, self._first_time = 0, 0.0
+
+    def elapsed(self) -> float:
+        return self._earlier + self._clock() - self._started
+
+    def state(self) -> dict:
+        """What a checkpoint remembers."""
+        return {"args": {"seconds": self.seconds}, "attributes": {"elapsed": self.elapsed(), "decay": self.decay}}
+
+    def on_train_begin(self, args, state, control, lr_scheduler=None, **kwargs):
+        if not hasattr(lr_scheduler, "lr_lambdas"):
+            schedule = SchedulerType(args.lr_scheduler_type).value
+            raise ValueError(
+                f"--time_limit cannot bring down the rate of lr_scheduler_type {schedule}; take one that is a "
+                "function of the step, such as warmup_stable_decay"
+            )
+        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        if state.global_step:
+            self._earlier = saved["attributes"]["elapsed"]
+            decay = saved["attributes"]["decay"]
+            if decay is not None:
+                self._fall(state, lr_scheduler, *decay)
+        self._first_step, self._first_time = state.global_step, self.elapsed()
+
+    def on_step_end(self, args, state, control, lr_scheduler=None, **kwargs):
+        step, now = state.global_step, self.elapsed()
+        per_step = (now - self._first_time) / (step - self._first_step)
+        fit = max(0, math.floor((self.seconds - now) / max(per_step, 1e-9)))
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            agreed = torch.tensor(fit, device=args.device)
+            torch.distributed.all_reduce(agreed, op=torch.distributed.ReduceOp.MIN)
+            fit = int(agreed)
+        if step + fit >= state.max_steps:
+            return
+        if self.decay is None and fit > DECAY_SHARE * (step + fit):
+            return
+        factor = lr_scheduler.lr_lambdas[0](step)
+        self._fall(state, lr_scheduler, step, factor, step + fit)
+        if fit == 0:
+            control.should_training_stop = control.should_save = True
+
+    def _fall(self, state: Any, lr_scheduler: Any, first: int, factor: float, last: int) -> None:
+        """From now on the rate is the peak times `factor` at step `first`, and falls in a line to 0 at step `last`."""
+        self.decay = first, factor, last
+        state.max_steps = last
+
+        def falling(step: int) -> float:
+            return factor * max(0, last - step) / max(1, last - first)
+
+        lr_scheduler.lr_lambdas = [falling] * len(lr_scheduler.lr_lambdas)
+
+
+def steps_planned(callbacks: dict[str, Any], steps: int) -> int:
+    """The last step of a run by the state of its callbacks in a checkpoint: `steps`, or where a time limit ends it."""
+    decay = callbacks.get(TimeLimit.__name__, {}).get("attributes", {}).get("decay")
+    return min(steps, decay[2]) if decay else steps
+
+
+class MeasuringTrainer(Trainer):
+    """Trainer that adds up the seconds its steps wait for their data, in `data_seconds`."""
+
+    data_seconds = 0.0
+
+    def get_batch_samples(self, *args, **kwargs):
+        start = time.perf_counter()
+        batches = super().get_batch_samples(*args, **kwargs)
+        self.data_seconds += time.perf_counter() - start
+        return batches
+
+
+class StepMetrics(TrainerCallback):
+    """Adds to every log of the training loss: tokens per second, MFU, and the share of time spent waiting for data.
+
+    `mfu` is measured against `peak`, FLOP/s of one device; without one, against `matmul_peak` of this device. What
+    evaluating and saving take does not count. Goes first among the callbacks, so that all reporters see the figures.
+    """
+
+    def __init__(self, trainer: MeasuringTrainer, block_size: int, peak: float | None = None):
+        self._trainer = trainer
+        model: Any = trainer.model
+        self._flops = flops_per_token(model.config, block_size)
+        self._peak = peak
+        self._clock, self._tokens, self._waited = 0.0, 0, 0.0
+
+    def _restart(self, state: Any) -> None:
+        self._clock, self._tokens = time.perf_counter(), state.num_input_tokens_seen
+        self._waited = self._trainer.data_seconds
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self._peak is None:
+            self._peak = matmul_peak(args.device, torch.bfloat16 if args.bf16 else torch.float32)
+        self._restart(state)
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self._restart(state)
+
+    def on_save(self, args, state, control, **kwargs):
+        self._restart(state)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not logs or "loss" not in logs:
+            return
+        seconds = max(time.perf_counter() - self._clock, 1e-9)
+        speed = (state.num_input_tokens_seen - self._tokens) / seconds
+        measured = {
+            "tokens_per_second": round(speed, 1),
+            "mfu": round(mfu(speed / args.world_size, self._flops, self._peak or 1.0), 4),
+            "data_wait": round((self._trainer.data_seconds - self._waited) / seconds, 5),
+        }
+        logs.update(measured)
+        if state.log_history:
+            state.log_history[-1].update(measured)
+        self._restart(state)
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:
+    """FLOP/s of a large square matrix product on `device`, the best of a few."""
+    size = size or (1024 if device.type == "cpu" else 8192)
+    a = torch.ones(size, size, device=device, dtype=dtype)
+    best = 0.0
+    for _ in range(4):
+        start = time.perf_counter()
+        a @ a
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        best = max(best, 2 * size**3 / (time.perf_counter() - start))
+    return best
