@@ -255,7 +255,7 @@ def write_tensors(folder: Path, tensors: Tensors, max_shard_size: int, progress:
     if len(shards) == 1:
         _write_file(folder / WEIGHTS_NAME, tensors, progress)
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         _write_file(folder / file, shard, progress)
@@ -282,7 +282,7 @@ def _write_file(path: Path, tensors: Tensors, progress: Callable[[int], None]) -
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
-            file.write(memoryview(tensor.load().contiguous().view(torch.uint8).reshape(-1).numpy()))
+            tensor.load().contiguous().reshape(-1).view(torch.uint8).numpy().tofile(file)
             progress(tensor.num_bytes)
 
 

@@ -16,10 +16,10 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 from transformers.utils import logging
 
-from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM, HfDecoderPreTrainedModel
+from hf_decoder import HfDecoderForCausalLM, HfDecoderPreTrainedModel
 from hf_decoder.interop import checkpoint, gguf_read, gguf_write, verification
 from hf_decoder.interop.checkpoint import LazyTensor, Tensors
-from hf_decoder.interop.families import FAMILIES, OURS, Family, fused_names, read_config, to_stock
+from hf_decoder.interop.families import FAMILIES, OURS, BuiltConfig, Family, fused_names, read_config, to_stock
 from hf_decoder.model.registry_hf_decoder import AUTO_MAP
 
 GGUF = "gguf"
@@ -34,7 +34,7 @@ class Source:
     """A checkpoint under our names, whatever family it is of; `family` is `None` for ours and for GGUF."""
 
     path: Path
-    config: HfDecoderConfig
+    config: BuiltConfig
     family: Family | None
     tensors: Tensors
     write_tokenizer: Callable[[Path], None]
@@ -164,7 +164,7 @@ def _write_folder(
             verification.verify(source.path, aside)
 
 
-def _save_our_config(config: HfDecoderConfig, folder: Path) -> None:
+def _save_our_config(config: BuiltConfig, folder: Path) -> None:
     """Config and code as `save_pretrained` of the model writes them."""
     config.architectures = [HfDecoderForCausalLM.__name__]
     config.auto_map = dict(AUTO_MAP)
@@ -172,7 +172,7 @@ def _save_our_config(config: HfDecoderConfig, folder: Path) -> None:
     config.save_pretrained(folder)
 
 
-def _under_our_names(family: Family, config: HfDecoderConfig, stored: Tensors, where: str) -> Tensors:
+def _under_our_names(family: Family, config: BuiltConfig, stored: Tensors, where: str) -> Tensors:
     """Splits what the family fuses; anything that is out of place keeps its name, to be reported."""
     shapes = _shapes(HfDecoderForCausalLM, config)
     tensors = dict(stored)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import (
@@ -26,6 +26,8 @@ from transformers import (
 from hf_decoder.model.configuration_hf_decoder import ROPE_TYPES, HfDecoderConfig
 
 OURS = HfDecoderConfig.model_type
+# An `HfDecoderConfig` once built: fields that are optional to give have their values then, which its annotations lack.
+BuiltConfig: TypeAlias = Any
 
 # Fields of ours that every stock class holds under the same name.
 COMMON_FIELDS = (
@@ -162,7 +164,7 @@ FOREIGN_FIELDS = {
 }
 
 
-def read_config(folder: Path) -> tuple[HfDecoderConfig, Family | None]:
+def read_config(folder: Path) -> tuple[BuiltConfig, Family | None]:
     """The config of a checkpoint folder as ours, and the family that it is of; `None` for our own.
 
     Raises:
@@ -197,7 +199,7 @@ def read_config(folder: Path) -> tuple[HfDecoderConfig, Family | None]:
     return to_ours(FAMILIES[model_type], config), FAMILIES[model_type]
 
 
-def to_ours(family: Family, stock: PreTrainedConfig) -> HfDecoderConfig:
+def to_ours(family: Family, stock: PreTrainedConfig) -> BuiltConfig:
     """Our config of what `stock`, a config of `family`, computes.
 
     Raises:
@@ -221,7 +223,7 @@ def to_ours(family: Family, stock: PreTrainedConfig) -> HfDecoderConfig:
     return HfDecoderConfig(**values, rope_parameters=rope, dtype=stock.dtype)
 
 
-def obstacle(family: Family, config: HfDecoderConfig) -> str | None:
+def obstacle(family: Family, config: BuiltConfig) -> str | None:
     """The first field of `config`, as `name=value`, that a class of `family` cannot express; `None` if it can all."""
     for name, value in family.fixes.items():
         if _value(config, name) != value:
@@ -249,7 +251,7 @@ def obstacle(family: Family, config: HfDecoderConfig) -> str | None:
     return None
 
 
-def to_stock(config: HfDecoderConfig, to: str = "auto") -> tuple[Family, PreTrainedConfig]:
+def to_stock(config: BuiltConfig, to: str = "auto") -> tuple[Family, PreTrainedConfig]:
     """The family `to`, or the first that expresses `config` exactly, and its config.
 
     `z_loss_coef` stays behind: it is a part of training, and no stock class has it.
@@ -271,7 +273,7 @@ def to_stock(config: HfDecoderConfig, to: str = "auto") -> tuple[Family, PreTrai
     raise ValueError(f"no stock class expresses this config; what stands in the way is, for {'; '.join(reasons)}")
 
 
-def _stock_config(family: Family, config: HfDecoderConfig) -> PreTrainedConfig:
+def _stock_config(family: Family, config: BuiltConfig) -> PreTrainedConfig:
     slides = "sliding_attention" in config.layer_types
     rope = dict(config.rope_parameters)
     values = {name: getattr(config, name) for name in (*COMMON_FIELDS, *family.holds)}
@@ -317,7 +319,7 @@ def _split_layer(module: str) -> tuple[str, str, str]:
     return "", "", module
 
 
-def _value(config: HfDecoderConfig, name: str) -> Any:
+def _value(config: BuiltConfig, name: str) -> Any:
     value = getattr(config, name)
     return None if name == "no_rope_layers" and value is not None and all(value) else value
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from hf_decoder.model.configuration_hf_decoder import HfDecoderConfig
+from hf_decoder.interop.families import BuiltConfig
 from hf_decoder.tokenization import LLAMA_CPP_PRE_TOKENIZER, QWEN2_SPLIT
 
 
@@ -92,7 +92,7 @@ def to_ours(name: str) -> str | None:
     return None if ours is None else f"{prefix}{ours}.{kind}"
 
 
-def permuted_heads(name: str, config: HfDecoderConfig) -> int | None:
+def permuted_heads(name: str, config: BuiltConfig) -> int | None:
     """Number of heads in the rows of a query or key projection; `None` for any other tensor."""
     if ".q_proj." in name:
         return config.num_attention_heads

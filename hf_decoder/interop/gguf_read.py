@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from hf_decoder.interop import gguf_names as names
 from hf_decoder.interop.checkpoint import LazyTensor, Tensors
+from hf_decoder.interop.families import BuiltConfig
 from hf_decoder.interop.gguf_write import require_package
 from hf_decoder.model.configuration_hf_decoder import HfDecoderConfig
 
@@ -31,7 +32,7 @@ KEYS = {
 EMBEDDING = "token_embd.weight"
 
 
-def read(path: Path) -> tuple[HfDecoderConfig, Tensors, Callable[[Path], None]]:
+def read(path: Path) -> tuple[BuiltConfig, Tensors, Callable[[Path], None]]:
     """Config, tensors under our names, and what writes the tokenizer into a folder.
 
     Raises:
@@ -53,7 +54,7 @@ def read(path: Path) -> tuple[HfDecoderConfig, Tensors, Callable[[Path], None]]:
     return config, _tensors(gguf, path, architecture, config, stored), _tokenizer_writer(path, metadata)
 
 
-def _config(path: Path, architecture: str, metadata: dict[str, Any], stored: dict[str, Any]) -> HfDecoderConfig:
+def _config(path: Path, architecture: str, metadata: dict[str, Any], stored: dict[str, Any]) -> BuiltConfig:
     graph = names.ARCHITECTURES[architecture]
     if metadata.get(f"{architecture}.expert_count"):
         count = metadata[f"{architecture}.expert_count"]
@@ -62,7 +63,7 @@ def _config(path: Path, architecture: str, metadata: dict[str, Any], stored: dic
     absent = [key for key in absent if key != "attention.head_count_kv"]
     if absent or EMBEDDING not in stored:
         raise ValueError(f"{path} lacks {f'{architecture}.{absent[0]}' if absent else EMBEDDING}")
-    values = {name: metadata.get(f"{architecture}.{key}") for name, key in KEYS.items()}
+    values: dict[str, Any] = {name: metadata.get(f"{architecture}.{key}") for name, key in KEYS.items()}
     bias = "blk.0.attn_q.bias" in stored
     attention_bias = bias and ("qkv" if "blk.0.attn_output.bias" not in stored else True)
     ids = {kind: metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("bos", "eos", "padding")}
@@ -101,7 +102,7 @@ def _rope(path: Path, architecture: str, metadata: dict[str, Any], stored: dict[
     return rope
 
 
-def _tensors(gguf: Any, path: Path, architecture: str, config: HfDecoderConfig, stored: dict[str, Any]) -> Tensors:
+def _tensors(gguf: Any, path: Path, architecture: str, config: BuiltConfig, stored: dict[str, Any]) -> Tensors:
     permuted = names.ARCHITECTURES[architecture].permuted
 
     def loader(name: str, theirs: Any) -> Callable[[], torch.Tensor]:
@@ -138,7 +139,11 @@ def _tokenizer_writer(path: Path, metadata: dict[str, Any]) -> Callable[[Path], 
     if metadata.get("tokenizer.ggml.model") != "gpt2" or pre_tokenizer not in known:
         kind = f"{metadata.get('tokenizer.ggml.model')!r} with pre-tokenizer {pre_tokenizer!r}"
         raise ValueError(f"{path} has a tokenizer of type {kind}; held are 'gpt2' with {', '.join(known)}")
-    return lambda folder: _tokenizer(metadata, pre_tokenizer).save_pretrained(folder) and None
+
+    def write(folder: Path) -> None:
+        _tokenizer(metadata, pre_tokenizer).save_pretrained(folder)
+
+    return write
 
 
 def _tokenizer(metadata: dict[str, Any], pre_tokenizer: str) -> PreTrainedTokenizerFast:
@@ -156,7 +161,7 @@ def _tokenizer(metadata: dict[str, Any], pre_tokenizer: str) -> PreTrainedTokeni
     backend.decoder = decoders.ByteLevel()
     ids = {kind: metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("bos", "eos", "padding")}
     special = {kind: tokens[i] for kind, i in ids.items() if i is not None}
-    ends = [processors.ByteLevel(trim_offsets=False)]
+    ends: list[Any] = [processors.ByteLevel(trim_offsets=False)]
     front = special.get("bos") if metadata.get("tokenizer.ggml.add_bos_token") else None
     back = special.get("eos") if metadata.get("tokenizer.ggml.add_eos_token") else None
     if front or back:

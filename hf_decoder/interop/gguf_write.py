@@ -15,7 +15,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from hf_decoder.interop import gguf_names as names
 from hf_decoder.interop.checkpoint import LazyTensor, Tensors
-from hf_decoder.model.configuration_hf_decoder import HfDecoderConfig
+from hf_decoder.interop.families import BuiltConfig
 
 OUTTYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
 # The embedding table and the head keep 8 bits where the rest has 4: their errors reach every token.
@@ -26,7 +26,7 @@ KEPT = {"q4_0": "q8_0"}
 class Plan:
     """What a file will hold; `types` are names of GGML types."""
 
-    config: HfDecoderConfig
+    config: BuiltConfig
     architecture: str
     outtype: str
     tensors: Tensors
@@ -65,7 +65,7 @@ def require_package() -> Any:
     return gguf
 
 
-def plan(config: HfDecoderConfig, tensors: Tensors, outtype: str) -> Plan:
+def plan(config: BuiltConfig, tensors: Tensors, outtype: str) -> Plan:
     """Names, shapes and types of the file's tensors.
 
     Raises:
@@ -89,7 +89,7 @@ def plan(config: HfDecoderConfig, tensors: Tensors, outtype: str) -> Plan:
     return Plan(config, architecture, outtype, renamed, types, num_bytes)
 
 
-def _architecture(config: HfDecoderConfig) -> str:
+def _architecture(config: BuiltConfig) -> str:
     reason = _obstacle(config)
     if reason is not None:
         raise ValueError(f"llama.cpp has no graph for {reason}")
@@ -101,7 +101,7 @@ def _architecture(config: HfDecoderConfig) -> str:
     )
 
 
-def _obstacle(config: HfDecoderConfig) -> str | None:
+def _obstacle(config: BuiltConfig) -> str | None:
     for name, value in names.FIXED.items():
         if getattr(config, name) != value:
             return f"{name}={getattr(config, name)!r}"
@@ -127,7 +127,7 @@ def _permute(tensor: LazyTensor, heads: int | None) -> LazyTensor:
     return LazyTensor(tensor.shape, tensor.dtype, lambda: names.interleave(tensor.load(), heads))
 
 
-def _llama3_factors(config: HfDecoderConfig) -> torch.Tensor:
+def _llama3_factors(config: BuiltConfig) -> torch.Tensor:
     """What llama.cpp divides each plain frequency by."""
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config)
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
@@ -143,7 +143,7 @@ def _type(gguf: Any, name: str, shape: tuple[int, ...], outtype: str) -> str:
     return outtype.upper() if shape[-1] % block == 0 else "F16"
 
 
-def read_vocabulary(folder: Path, config: HfDecoderConfig) -> Vocabulary:
+def read_vocabulary(folder: Path, config: BuiltConfig) -> Vocabulary:
     """The tokenizer in `folder`, with a filler for every row of the embedding table that has no token.
 
     Raises:
