@@ -9,10 +9,13 @@ from collections.abc import Sequence
 
 VERBS = {
     "pretrain": "train a tokenizer and a language model from raw text",
+    "tokenizer": "train a tokenizer from raw text and measure how well it fits",
     "eval": "measure a model: perplexity, bits per byte, BLEU, chrF, accuracy, F1, exact match",
     "finetune": "adapt a model to text, prompts, chats, labels or preferences; full, LoRA, DoRA or QLoRA",
-    "generate": "continue a prompt, or chat, with a saved model",
+    "generate": "continue a prompt, chat, or answer a file of prompts, with a saved model",
+    "compare": "judge two models' answers blind, in the terminal or on a local page",
     "convert": "bring a checkpoint of another family in, or let ours out: a stock class, GGUF",
+    "benchmark": "measure speed against the stock class of the same shape and weights",
     "presets": "list the named model shapes and what each costs to train and serve",
 }
 TRACEBACK_VARIABLE = "HF_DECODER_TRACEBACK"

@@ -1,0 +1,201 @@
+"""`hf-decoder compare A B`: a person judges two models' answers, blind, in the terminal or on a local page."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import shutil
+import sys
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from transformers import set_seed
+
+from hf_decoder.cli import (
+    DTYPES,
+    check_choice,
+    load_model,
+    load_tokenizer,
+    name_positionals,
+    parse_arguments,
+    select_device,
+    show_progress,
+)
+from hf_decoder.completion import Prompt, complete
+from hf_decoder.examples import read_prompts, read_rows
+from hf_decoder.judgment import JudgmentFile, Pair, blind_pairs
+from hf_decoder.judgment_page import JudgmentServer
+
+KEYS = {"1": "left", "l": "left", "2": "right", "r": "right", "t": "tie", "0": "tie"}
+NARROWEST = 60
+
+
+@dataclass
+class CompareArguments:
+    """Which two models, on which prompts, and how they answer."""
+
+    model_a: str = field(
+        metadata={"help": "Folder or Hub name of a model; or a .jsonl of its answers, as generate writes it."}
+    )
+    model_b: str = field(metadata={"help": "The other one."})
+    prompts: str = field(metadata={"help": "File of prompts: .jsonl, .csv, .parquet, or text, one a line."})
+    prompt_column: str | None = field(default=None, metadata={"help": "The column that holds the prompt."})
+    chat: bool = field(default=False, metadata={"help": "Put each prompt to the models as a user's turn."})
+    web: bool = field(default=False, metadata={"help": "Judge on a web page of this machine, not in the terminal."})
+    port: int = field(default=0, metadata={"help": "Port of the page; 0 takes any that is free."})
+    output_dir: str = field(default="runs/compare", metadata={"help": "Folder for answers, judgments and results."})
+    max_new_tokens: int | None = field(default=None, metadata={"help": "Longest answer, in tokens."})
+    do_sample: bool | None = field(default=None, metadata={"help": "Draw (true) or take the likeliest (false)."})
+    temperature: float | None = field(default=None, metadata={"help": "Sharpness of the draw; below 1 is sharper."})
+    stop_strings: list[str] | None = field(default=None, metadata={"help": "Texts that end an answer."})
+    batch_size: int = field(default=8, metadata={"help": "Prompts that run together."})
+    seed: int = field(default=0, metadata={"help": "Seed of the draws, of the order and of the sides."})
+    dtype: str = field(default="auto", metadata={"help": f"Type of the weights: {', '.join(DTYPES)}."})
+    device: str | None = field(default=None, metadata={"help": "cpu, cuda, ...; the accelerator if there is one."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run the model code of the Hub repository."})
+
+
+def main(argv: Sequence[str]) -> int:
+    """Parses the flags, has both models answer, and asks for judgments until there are no more pairs."""
+    (args,) = parse_arguments(
+        "compare",
+        (CompareArguments,),
+        name_positionals(argv, ("--model_a", "--model_b")),
+        "Has two models answer the same prompts and asks, blind, which answer is better.",
+    )
+    check_choice("--dtype", args.dtype, DTYPES)
+    if args.batch_size < 1:
+        raise ValueError(f"--batch_size {args.batch_size} must be at least 1")
+    names = _names(args.model_a, args.model_b)
+    prompts = [row["prompt"] for row in read_prompts(args.prompts, args.prompt_column)]
+    file = JudgmentFile(Path(args.output_dir) / "judgments.jsonl", names)
+    answers = [_answers(args, side, prompts) for side in ("a", "b")]
+    pairs = blind_pairs([_shown(prompt) for prompt in prompts], *answers, seed=args.seed)
+    if not pairs:
+        raise ValueError(f"{names[0]} and {names[1]} give the same answer to every prompt: there is nothing to judge")
+    if len(pairs) < len(prompts):
+        left_out = len(prompts) - len(pairs)
+        print(f"{left_out} of {len(prompts)} prompts are left out: the same answer from both, or asked before")
+    if done := len(pairs) - len(file.remaining(pairs)):
+        print(f"{done} of {len(pairs)} pairs are judged already")
+    try:
+        if not file.remaining(pairs):
+            pass
+        elif args.web:
+            JudgmentServer(file, pairs, args.port).serve()
+        else:
+            judge_in_terminal(file, pairs)
+    except KeyboardInterrupt:
+        print()
+    results = {"model_a": names[0], "model_b": names[1], **file.tally().results()}
+    path = Path(args.output_dir) / "compare_results.json"
+    path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    print("\n".join(file.tally().lines(names)))
+    return 0
+
+
+def _names(a: str, b: str) -> tuple[str, str]:
+    """Short names of the two, as long as they need to be to differ."""
+    if a == b:
+        raise ValueError(f"A and B are the same, {a}; name two models")
+    one, other = Path(a).name, Path(b).name
+    return (one, other) if one != other else (a, b)
+
+
+def _shown(prompt: Prompt) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
+
+
+def _answers(args: CompareArguments, side: str, prompts: Sequence[Prompt]) -> list[str]:
+    """The answers of one model: from its file, from an earlier session with the same settings, or asked for now."""
+    name = getattr(args, f"model_{side}")
+    if name.endswith(".jsonl"):
+        return _read_answers(name, prompts)
+    settings = {key: getattr(args, key) for key in ("max_new_tokens", "do_sample", "temperature", "stop_strings")}
+    kept = Path(args.output_dir) / f"answers_{side}.jsonl"
+    mark = hashlib.sha256(
+        json.dumps([name, list(prompts), settings, args.chat, args.seed, args.dtype]).encode()
+    ).hexdigest()
+    if kept.is_file() and read_rows(kept)[0].get("settings") == mark:
+        return _read_answers(str(kept), prompts)
+    answers = _ask(args, name, prompts, settings)
+    rows = [{"settings": mark, "prompt": p, "completion": c} for p, c in zip(prompts, answers, strict=True)]
+    part = kept.with_suffix(".part")
+    part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    part.replace(kept)
+    return answers
+
+
+def _read_answers(path: str, prompts: Sequence[Prompt]) -> list[str]:
+    rows = read_rows(path)
+    if len(rows) != len(prompts):
+        raise ValueError(f"{path} has {len(rows):,} answers for {len(prompts):,} prompts; they must be as many")
+    for number, (row, prompt) in enumerate(zip(rows, prompts, strict=True), 1):
+        if "completion" not in row or row.get("prompt", prompt) != prompt:
+            raise ValueError(f"{path}, row {number} is not the completion of prompt {number}")
+    return [str(row["completion"]) for row in rows]
+
+
+def _ask(args: CompareArguments, name: str, prompts: Sequence[Prompt], settings: Mapping[str, Any]) -> list[str]:
+    model = load_model(name, trust_remote_code=args.trust_remote_code, dtype=args.dtype)
+    model = model.to(select_device(args.device)).eval()
+    tokenizer = load_tokenizer(name, trust_remote_code=args.trust_remote_code)
+    set_seed(args.seed)
+    if args.chat:
+        prompts = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
+    answers = complete(model, tokenizer, prompts, settings, args.batch_size)
+    found = list(show_progress(answers, len(prompts), f"answers of {Path(name).name}"))
+    del model
+    gc.collect()  # only one of the two at a time
+    return found
+
+
+def judge_in_terminal(file: JudgmentFile, pairs: Sequence[Pair]) -> None:
+    """Shows the pairs that are left, one at a time, and reads judgments until `q` or the end of input."""
+    print("1: left is better   2: right is better   t: tie   q: stop (nothing judged is lost)")
+    for pair in file.remaining(pairs):
+        print("\n" + "\n".join(side_by_side(pair, shutil.get_terminal_size().columns)))
+        choice = _read_choice()
+        if choice is None:
+            return
+        file.add(pair, choice)
+
+
+def _read_choice() -> str | None:
+    """The next valid key's choice; None to stop."""
+    while True:
+        try:
+            said = input("better? [1/2/t/q] " if sys.stdin.isatty() else "").strip().lower()
+        except EOFError:
+            return None
+        if said == "q":
+            return None
+        if said in KEYS:
+            return KEYS[said]
+        print(f"{said!r} is none of 1, 2, t, q")
+
+
+def side_by_side(pair: Pair, width: int) -> list[str]:
+    """The prompt over its two answers in columns, or one under the other where the terminal is narrow."""
+    head = ["=" * width, *_wrap(pair.prompt, width), "-" * width]
+    if width < NARROWEST:
+        return [*head, "[1]", *_wrap(pair.left, width), "-" * width, "[2]", *_wrap(pair.right, width)]
+    half = (width - 3) // 2
+    columns = zip_longest(["[1]", *_wrap(pair.left, half)], ["[2]", *_wrap(pair.right, half)], fillvalue="")
+    return [*head, *(f"{left:<{half}} | {right}".rstrip() for left, right in columns)]
+
+
+def _wrap(text: str, width: int) -> list[str]:
+    """Lines of at most `width` characters; the text's own line ends stay, control characters do not."""
+    lines: list[str] = []
+    for line in text.expandtabs(4).split("\n"):
+        shown = "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in line)
+        lines += textwrap.wrap(shown, width, drop_whitespace=False, replace_whitespace=False) or [""]
+    return lines

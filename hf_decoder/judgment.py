@@ -1,0 +1,198 @@
+"""Blind comparison of two models' answers by a person: pairs, judgments that outlive an interrupt, what they prove.
+
+A person sees two answers to a prompt, left and right, and never which model wrote which. The order of the pairs and
+the sides come from a seed, so an interrupted session goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Z95 = 1.959963984540054  # 97.5% quantile of the normal distribution: two-sided 95%
+CHOICES = ("left", "right", "tie")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two answers to one prompt, as they are shown. `left_is_a` is what the person must not know."""
+
+    prompt: str
+    left: str
+    right: str
+    left_is_a: bool
+
+    @property
+    def key(self) -> str:
+        """Names the pair by its texts, whichever side they are on."""
+        a, b = (self.left, self.right) if self.left_is_a else (self.right, self.left)
+        return hashlib.sha256(json.dumps([self.prompt, a, b]).encode()).hexdigest()[:16]
+
+    def winner(self, choice: str) -> str:
+        """`A`, `B` or `tie`. Raises ValueError for a choice that is none of `CHOICES`."""
+        if choice not in CHOICES:
+            raise ValueError(f"choice {choice!r} is unknown; choose one of: {', '.join(CHOICES)}")
+        if choice == "tie":
+            return "tie"
+        return "A" if (choice == "left") == self.left_is_a else "B"
+
+
+def blind_pairs(prompts: Sequence[str], a: Sequence[str], b: Sequence[str], *, seed: int = 0) -> list[Pair]:
+    """The pairs in a shuffled order, each with its sides drawn; equal answers and repeated pairs are left out.
+
+    Each model is on the left in half of the pairs, one more or less, so that a liking for a side favours neither.
+    """
+    rows = dict.fromkeys(zip(prompts, a, b, strict=True))
+    pairs = [(prompt, x, y) for prompt, x, y in rows if x.strip() != y.strip()]
+    draw = random.Random(seed)
+    draw.shuffle(pairs)
+    sides = [i % 2 == 0 for i in range(len(pairs))]
+    draw.shuffle(sides)
+    return [Pair(p, x, y, True) if s else Pair(p, y, x, False) for (p, x, y), s in zip(pairs, sides, strict=True)]
+
+
+class JudgmentFile:
+    """Judgments as JSONL; each is on the disk before the next pair is shown.
+
+    What an interrupt left of a line is cut off when the file is opened again.
+
+    Raises:
+        ValueError: on opening, if a line is not a judgment, or one of two other models.
+    """
+
+    def __init__(self, path: str | Path, names: tuple[str, str]):
+        self.path = Path(path)
+        self.names = names
+        self.judged: dict[str, str] = {}
+        self.lefts = 0
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        data = self.path.read_bytes() if self.path.exists() else b""
+        whole = data[: data.rfind(b"\n") + 1]
+        for number, line in enumerate(whole.splitlines(), 1):
+            self._remember(line, number)
+        if len(whole) < len(data):
+            with self.path.open("r+b") as file:
+                file.truncate(len(whole))
+
+    def _remember(self, line: bytes, number: int) -> None:
+        try:
+            row = json.loads(line)
+            key, winner, models = row["key"], row["winner"], (row["model_a"], row["model_b"])
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{self.path}, line {number} is not a judgment; name another --output_dir") from None
+        if models != self.names:
+            raise ValueError(
+                f"{self.path} holds judgments of {' and '.join(models)}, not of {' and '.join(self.names)}; "
+                "name another --output_dir"
+            )
+        self.judged[key] = winner
+        self.lefts += row.get("choice") == "left"
+
+    def add(self, pair: Pair, choice: str) -> bool:
+        """Appends a judgment and waits until the disk has it; False if the pair was judged before."""
+        winner = pair.winner(choice)
+        if pair.key in self.judged:
+            return False
+        a, b = (pair.left, pair.right) if pair.left_is_a else (pair.right, pair.left)
+        row: dict[str, Any] = {"key": pair.key, "winner": winner, "choice": choice}
+        row |= {
+            "model_a": self.names[0],
+            "model_b": self.names[1],
+            "prompt": pair.prompt,
+            "answer_a": a,
+            "answer_b": b,
+        }
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.judged[pair.key] = winner
+        self.lefts += choice == "left"
+        return True
+
+    def remaining(self, pairs: Sequence[Pair]) -> list[Pair]:
+        """The pairs that are not judged yet, in their order."""
+        return [pair for pair in pairs if pair.key not in self.judged]
+
+    def tally(self) -> Tally:
+        winners = list(self.judged.values())
+        return Tally(winners.count("A"), winners.count("B"), winners.count("tie"), self.lefts)
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Judgments counted: for A, for B, ties, and how many chose the left answer."""
+
+    wins_a: int
+    wins_b: int
+    ties: int
+    lefts: int = 0
+
+    @property
+    def decided(self) -> int:
+        return self.wins_a + self.wins_b
+
+    def results(self) -> dict[str, Any]:
+        """Win rate of A among the decided judgments, its 95% interval, and the judgments still needed."""
+        low, high = wilson_interval(self.wins_a, self.decided)
+        return {
+            "judgments": self.decided + self.ties,
+            "wins_a": self.wins_a,
+            "wins_b": self.wins_b,
+            "ties": self.ties,
+            "win_rate_a": self.wins_a / self.decided if self.decided else None,
+            "interval_low": low,
+            "interval_high": high,
+            "judgments_needed": judgments_needed(self.wins_a, self.decided),
+            "left_chosen": self.lefts / self.decided if self.decided else None,
+        }
+
+    def lines(self, names: tuple[str, str]) -> list[str]:
+        """The results for a person to read."""
+        found = self.results()
+        counts = f"{names[0]} {self.wins_a}, {names[1]} {self.wins_b}, ties {self.ties}"
+        if not self.decided:
+            return [counts, "no judgment prefers a side yet"]
+        rate = (
+            f"{names[0]} is preferred in {100 * found['win_rate_a']:.1f}% of {self.decided} decided judgments "
+            f"(95% interval {100 * found['interval_low']:.1f}% to {100 * found['interval_high']:.1f}%)"
+        )
+        needed = found["judgments_needed"]
+        if needed is None:
+            verdict = "as many for either: at this rate no number of judgments would tell them apart"
+        elif needed == 0:
+            better = names[0] if self.wins_a > self.wins_b else names[1]
+            verdict = f"the interval excludes 50%: {better} is preferred"
+        else:
+            verdict = f"undecided: about {needed} more decided judgments at this rate would exclude 50%"
+        return [counts, rate, verdict, f"the left answer was chosen in {100 * found['left_chosen']:.0f}%"]
+
+
+def wilson_interval(wins: int, count: int, z: float = Z95) -> tuple[float, float]:
+    """Wilson's score interval (1927) for a share of `wins` in `count`; 0 to 1 where nothing was counted."""
+    if count == 0:
+        return 0.0, 1.0
+    share = wins / count
+    centre = share + z * z / (2 * count)
+    spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    scale = 1 + z * z / count
+    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+
+
+def judgments_needed(wins: int, count: int, z: float = Z95) -> int | None:
+    """How many more decided judgments bring the interval off 50% if the share of wins stays as it is.
+
+    Wilson's interval leaves 1/2 out exactly when |share - 1/2| > z / (2 sqrt(n)). None at a share of one half, and
+    where nothing was counted.
+    """
+    if count == 0 or 2 * wins == count:
+        return None
+    total = math.floor((z / (2 * abs(wins / count - 0.5))) ** 2) + 1
+    return max(0, total - count)

@@ -1,0 +1,147 @@
+"""Intervals against their definition, pairs that do not tell who is who, and judgments that survive."""
+
+import http.client
+import json
+import math
+import threading
+from urllib.parse import urlencode
+
+import pytest
+
+from hf_decoder.judgment import Z95, JudgmentFile, Pair, Tally, blind_pairs, judgments_needed, wilson_interval
+from hf_decoder.judgment_page import JudgmentServer
+
+NAMES = ("one", "two")
+PROMPTS = [f"prompt {n} <b>&" for n in range(20)]
+A, B = [f"from one {n}" for n in range(20)], [f"from two {n} </pre><script>" for n in range(20)]
+
+
+@pytest.mark.parametrize("wins, count", [(0, 5), (3, 7), (50, 100), (99, 100), (4, 4)])
+def test_wilson_interval_solves_the_score_equation(wins, count):
+    # the shares p at which |wins/count - p| is exactly z standard errors, found by bisection
+    def too_far(p: float) -> bool:
+        return abs(wins / count - p) > Z95 * math.sqrt(p * (1 - p) / count)
+
+    def edge(outside: float, inside: float) -> float:
+        for _ in range(200):
+            middle = (outside + inside) / 2
+            outside, inside = (middle, inside) if too_far(middle) else (outside, middle)
+        return inside
+
+    low, high = wilson_interval(wins, count)
+    assert low == pytest.approx(edge(0.0, wins / count) if wins else 0.0, abs=1e-9)
+    assert high == pytest.approx(edge(1.0, wins / count) if wins < count else 1.0, abs=1e-9)
+
+
+def test_no_judgment_tells_nothing():
+    assert wilson_interval(0, 0) == (0.0, 1.0)
+    assert judgments_needed(0, 0) is None and judgments_needed(3, 6) is None
+
+
+@pytest.mark.parametrize("wins, count", [(3, 5), (6, 10), (2, 10), (11, 20)])
+def test_judgments_needed_is_the_first_number_that_decides(wins, count):
+    share, total = wins / count, count + judgments_needed(wins, count)
+
+    def decides(number: int) -> bool:
+        low, high = wilson_interval(share * number, number)
+        return not low <= 0.5 <= high
+
+    assert decides(total)
+    assert total == count or not decides(total - 1)
+
+
+def test_pairs_are_shuffled_and_balanced_and_repeatable():
+    pairs = blind_pairs(PROMPTS, A, B, seed=1)
+    assert sum(pair.left_is_a for pair in pairs) == 10
+    assert [pair.prompt for pair in pairs] != PROMPTS
+    assert sorted(pair.prompt for pair in pairs) == sorted(PROMPTS)
+    for pair in pairs:
+        assert ("from one" in pair.left) == pair.left_is_a
+        assert pair.winner("left") == ("A" if pair.left_is_a else "B") != pair.winner("right")
+    assert blind_pairs(PROMPTS, A, B, seed=1) == pairs != blind_pairs(PROMPTS, A, B, seed=2)
+    assert blind_pairs(["a", "b", "b"], ["x", "y", "y"], ["x ", "z", "z"]) in ([Pair("b", "y", "z", True)], [Pair("b", "z", "y", False)])  # fmt: skip # noqa: E501
+
+
+def test_judgments_survive_an_interrupt_in_the_middle_of_a_line(tmp_path):
+    pairs = blind_pairs(PROMPTS, A, B)
+    path = tmp_path / "judgments.jsonl"
+    file = JudgmentFile(path, NAMES)
+    for pair in pairs[:5]:
+        assert file.add(pair, "left")
+    assert not file.add(pairs[0], "right")  # once only
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"key": "abc", "winn')
+    again = JudgmentFile(path, NAMES)
+    assert path.read_bytes() == whole
+    assert again.remaining(pairs) == pairs[5:]
+    again.add(pairs[5], "tie")
+    for line in path.read_text("utf-8").splitlines():
+        json.loads(line)
+    wins_a = sum(pair.left_is_a for pair in pairs[:5])
+    assert JudgmentFile(path, NAMES).tally() == again.tally() == Tally(wins_a, 5 - wins_a, 1, 5)
+
+
+def test_judgments_of_others_are_refused(tmp_path):
+    path = tmp_path / "judgments.jsonl"
+    JudgmentFile(path, NAMES).add(blind_pairs(PROMPTS, A, B)[0], "tie")
+    with pytest.raises(ValueError, match="of one and two, not of one and three"):
+        JudgmentFile(path, ("one", "three"))
+    path.write_text("hello\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="line 1 is not a judgment"):
+        JudgmentFile(path, NAMES)
+
+
+def test_the_words_of_a_result():
+    assert "excludes 50%: one is preferred" in Tally(60, 20, 3).lines(NAMES)[2]
+    assert "excludes 50%: two is preferred" in Tally(20, 60, 3).lines(NAMES)[2]
+    assert "more decided judgments" in Tally(6, 4, 0).lines(NAMES)[2]
+    assert Tally(0, 0, 2).results()["win_rate_a"] is None
+
+
+@pytest.fixture
+def page(tmp_path):
+    file = JudgmentFile(tmp_path / "judgments.jsonl", NAMES)
+    server = JudgmentServer(file, blind_pairs(PROMPTS[:3], A[:3], B[:3]))
+    thread = threading.Thread(target=server.serve, kwargs={"said": lambda line: None})
+    thread.start()
+    yield server
+    server.finished.set()
+    thread.join(timeout=10)
+    assert not thread.is_alive()
+
+
+def ask(server, method="GET", form=None, host=None, path="/") -> tuple[int, str]:
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_address[1], timeout=10)
+    headers = {"Content-Type": "application/x-www-form-urlencoded"} | ({"Host": host} if host else {})
+    connection.request(method, path, urlencode(form) if form else None, headers)
+    answer = connection.getresponse()
+    return answer.status, answer.read().decode()
+
+
+def test_page_judges_blind_until_all_are_judged(page):
+    assert page.server_address[0] == "127.0.0.1"
+    for number, pair in enumerate(page.pairs):
+        status, text = ask(page)
+        assert status == 200 and f"{number + 1} of 3" in text
+        assert "&lt;b&gt;" in text and "</pre><script>" not in text.split("<form")[0]
+        assert not any(word in text for word in ("model_a", "left_is_a", '"A"', '"B"'))
+        assert text.index(pair.left[:8]) < text.rindex(pair.right[:8])
+        form = {"token": page.token, "key": pair.key, "choice": "left"}
+        assert ask(page, "POST", form)[0] == 303
+        assert ask(page, "POST", form)[0] == 303  # pressed twice
+        assert page.file.judged[pair.key] == pair.winner("left")
+        assert len(page.file.judged) == number + 1
+    assert "Every pair is judged" in ask(page)[1]
+    assert page.finished.wait(5)
+
+
+def test_page_takes_judgments_from_itself_only(page):
+    form = {"token": page.token, "key": page.pairs[0].key, "choice": "left"}
+    assert ask(page, "POST", {**form, "token": "guess"})[0] == 403
+    assert ask(page, "POST", form, host="evil.example")[0] == 403
+    assert ask(page, host="evil.example:80")[0] == 403
+    assert ask(page, "POST", {**form, "choice": "both"})[0] == 400
+    assert ask(page, "POST", {**form, "key": "other"})[0] == 400
+    assert ask(page, "POST", {**form, "padding": "x" * 20_000})[0] == 400
+    assert ask(page, path="/etc/passwd")[0] == 404
+    assert not page.file.judged
