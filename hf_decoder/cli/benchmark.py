@@ -1,0 +1,95 @@
+"""`hf-decoder benchmark`: our model against the stock class of the same shape and weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from transformers.utils import logging
+
+from hf_decoder import accounting
+from hf_decoder.benchmarking import SUITES, Row, Setting
+from hf_decoder.cli import parse_arguments
+from hf_decoder.presets import get_preset
+
+DESCRIPTION = (
+    "Measures our model against transformers' Llama of the same shape with the same weights, in one process, "
+    "alternating, medians. Results are compared before anything is timed. Let nothing else run meanwhile."
+)
+
+
+@dataclass
+class BenchmarkArguments:
+    """What is measured, and where the results go."""
+
+    suites: list[str] = field(
+        default_factory=lambda: list(SUITES), metadata={"help": f"Which of {', '.join(SUITES)}; all by default."}
+    )
+    preset: str = field(default="30m", metadata={"help": "Named model shape; `hf-decoder presets` lists them."})
+    vocab_size: int = field(default=32000, metadata={"help": "Vocabulary of the models."})
+    dtype: str = field(default="bfloat16", metadata={"help": "bfloat16, float16 or float32."})
+    device: str = field(default="auto", metadata={"help": "cpu, cuda, or auto: an accelerator if there is one."})
+    repeats: int = field(default=5, metadata={"help": "Timed calls of each side."})
+    json: str | None = field(default=None, metadata={"help": "File for the results as JSON."})
+    plot: str | None = field(default=None, metadata={"help": "File for a bar chart of the ratios, PNG."})
+
+
+def main(argv: Sequence[str]) -> int:
+    """Prints one line a comparison as soon as it is measured."""
+    (args,) = parse_arguments("benchmark", (BenchmarkArguments,), argv, DESCRIPTION)
+    setting = _setting(args)
+    facts = accounting.hardware()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    print(", ".join(f"{name} {value}" for name, value in facts.items()))
+    print(f"preset {args.preset}, vocabulary {args.vocab_size:,}, {args.dtype} on {setting.device}")
+    print(f"{'suite':9}{'case':26}{'ours ms':>10}{'stock ms':>10}{'ratio':>7}{'of matmul':>11}{'memory':>8}")
+    rows = []
+    for suite in args.suites:
+        for row in SUITES[suite](setting):
+            rows.append(row)
+            share = "" if row.share is None else f"{row.share:.0%}"
+            memory = f"{row.ours_bytes / row.stock_bytes:.2f}x" if row.ours_bytes and row.stock_bytes else ""
+            times = f"{row.ours * 1e3:>10.1f}{row.stock * 1e3:>10.1f}"
+            print(f"{row.suite:9}{row.case:26}{times}{row.ratio:>6.2f}x{share:>11}{memory:>8}", flush=True)
+    if args.json:
+        content = {"facts": facts, "arguments": asdict(args), "rows": [asdict(row) for row in rows]}
+        Path(args.json).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    if args.plot:
+        plot(rows, args.plot)
+    return 0
+
+
+def _setting(args: BenchmarkArguments) -> Setting:
+    unknown = [suite for suite in args.suites if suite not in SUITES]
+    if unknown:
+        raise ValueError(f"suite {unknown[0]!r} is unknown; choose among {', '.join(SUITES)}")
+    dtype = getattr(torch, args.dtype, None)
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(f"--dtype {args.dtype} is unknown; choose bfloat16, float16 or float32")
+    if args.repeats < 1:
+        raise ValueError(f"--repeats {args.repeats} must be at least 1")
+    device = args.device
+    if device == "auto":
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        device = accelerator.type if accelerator is not None else "cpu"
+    shape = {name: value for name, value in get_preset(args.preset).items() if name != "qk_norm"}  # Llama has none
+    return Setting({"vocab_size": args.vocab_size, **shape}, device=device, dtype=dtype, repeats=args.repeats)
+
+
+def plot(rows: Sequence[Row], path: str) -> None:
+    """Bar chart of stock's time over ours, one bar a comparison."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 0.45 * len(rows) + 1.2), layout="constrained")
+    axes = figure.subplots()
+    bars = axes.barh([f"{row.suite}, {row.case}" for row in rows], [row.ratio for row in rows])
+    axes.bar_label(bars, fmt="%.2fx", padding=3)
+    axes.axvline(1.0, color="grey", linestyle="--")
+    axes.invert_yaxis()
+    axes.set_xlabel("times as fast as the stock class")
+    axes.margins(x=0.12)
+    figure.savefig(path, dpi=100)
