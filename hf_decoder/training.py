@@ -158,8 +158,10 @@ def train(trainer: Trainer, checkpoint: str | None, *, finished: bool = False) -
     return metrics
 
 
-def check_output_dir(output_dir: str | Path, *, overwrite: bool, resume: bool) -> None:
+def check_output_dir(output_dir: str | Path, *, overwrite: bool, resume: bool | None = None) -> None:
     """Refuses a folder that already holds something, unless the user asks to overwrite it or to resume in it.
+
+    `resume` is None for what cannot be resumed.
 
     Raises:
         ValueError: naming the folder and the two ways out.
@@ -169,9 +171,10 @@ def check_output_dir(output_dir: str | Path, *, overwrite: bool, resume: bool) -
         raise ValueError(f"--output_dir {folder} is a file; name a folder")
     if overwrite or resume or not folder.is_dir() or not any(folder.iterdir()):
         return
+    go_on = "" if resume is None else " --resume_from_checkpoint to go on with it,"
     raise ValueError(
-        f"--output_dir {folder} already holds another run; give --overwrite_output_dir to replace it, "
-        "--resume_from_checkpoint to go on with it, or another --output_dir"
+        f"--output_dir {folder} already holds another run; give --overwrite_output_dir to replace it,{go_on} or "
+        "another --output_dir"
     )
 
 

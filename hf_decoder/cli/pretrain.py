@@ -46,10 +46,11 @@ from hf_decoder.packing import CorpusReport, pack, pack_for_evaluation, tokenize
 from hf_decoder.presets import get_preset
 from hf_decoder.recipe import grouped_optimizer, muon_adamw, wsd_kwargs
 from hf_decoder.results import procedure, score_held_out, sizes_and_machine, summary, write_outputs
+from hf_decoder.sources import TextArguments, load_texts, names_of
 from hf_decoder.tokenization import TOKENIZER_TYPES, check_tokenizer_fits, train_tokenizer
 
 if TYPE_CHECKING:
-    from datasets import Dataset, DatasetDict
+    from datasets import Dataset
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 QUICKSTART = "runs/quickstart"
@@ -83,20 +84,9 @@ class ModelArguments:
 
 
 @dataclass
-class DataArguments:
+class DataArguments(TextArguments):
     """Which text it is trained and measured on."""
 
-    train_file: str | None = field(
-        default=None,
-        metadata={"help": "Text to train on: .txt, .jsonl, .parquet, each also .gz, or a folder of them."},
-    )
-    validation_file: str | None = field(default=None, metadata={"help": "Held-out text, of the same kinds."})
-    dataset_name: str | None = field(default=None, metadata={"help": "Data set of the Hub, in place of --train_file."})
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
-    text_column: str = field(default="text", metadata={"help": "The column or key that holds the text."})
-    validation_split_percentage: float = field(
-        default=5.0, metadata={"help": "Share of the documents to hold out when there is no validation set."}
-    )
     max_eval_samples: int | None = field(
         default=64,
         metadata={"help": "Held-out rows that are measured during training; the measurement at the end takes all."},
@@ -200,7 +190,7 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, args: Pretrai
 
     with args.main_process_first(desc="text"):
         with training.stage("corpus", seconds):
-            texts = _load_texts(data_args)
+            texts = load_texts(data_args)
         with training.stage("tokenizer", seconds):
             tokenizer = _tokenizer(model_args, checkpoint, texts["train"])
         _fit_to_tokenizer(config, tokenizer, resize=source is None and "vocab_size" not in overrides)
@@ -358,27 +348,6 @@ def _model(name: str | None, config: PretrainedConfig, *, new: bool) -> Any:
     return model
 
 
-def _load_texts(data_args: DataArguments) -> DatasetDict:
-    """The documents: `train` and `validation`, columns `text` and `source`."""
-    if data_args.train_file is None and data_args.dataset_name is None:
-        if data_args.validation_file is not None:
-            raise ValueError(f"--validation_file {data_args.validation_file} needs a --train_file beside it")
-        return corpus.load_standard_library()
-    if not 0 < data_args.validation_split_percentage < 100:
-        raise ValueError(
-            f"--validation_split_percentage {data_args.validation_split_percentage} must lie between 0 and 100; "
-            "without held-out text there is nothing to measure"
-        )
-    return corpus.load_text(
-        train_file=data_args.train_file,
-        validation_file=data_args.validation_file,
-        dataset_name=data_args.dataset_name,
-        dataset_config_name=data_args.dataset_config_name,
-        text_column=data_args.text_column,
-        validation_fraction=data_args.validation_split_percentage / 100,
-    )
-
-
 def _tokenizer(model_args: ModelArguments, checkpoint: str | None, train: Dataset) -> PreTrainedTokenizerBase:
     """The tokenizer that is given by name or belongs to a checkpoint or model; else one trained on the text."""
     name = model_args.tokenizer_name or checkpoint or model_args.model_name_or_path
@@ -422,10 +391,10 @@ def _spread(rows: Dataset, count: int | None) -> Dataset:
 
 def _words(args: PretrainingArguments, model_args: ModelArguments, data_args: DataArguments) -> dict[str, str]:
     """What the model card says in words: of the text, what was held out of it, the tokenizer and the training."""
-    own_text = data_args.train_file or data_args.dataset_name
+    own_text = names_of(data_args)
     if data_args.validation_file is not None:
         held_out = f"text of its own, {Path(data_args.validation_file).name}"
-    elif own_text is None:
+    elif not own_text:
         held_out = "whole files, chosen by a hash of their path"
     elif data_args.dataset_name is not None:
         held_out = "the validation split, or where there is none, whole documents chosen by their hash"
@@ -435,7 +404,7 @@ def _words(args: PretrainingArguments, model_args: ModelArguments, data_args: Da
     origin = model_args.tokenizer_name or model_args.model_name_or_path
     optimizer = MUON_ADAMW if args.uses_muon else OptimizerNames(args.optim).value
     return {
-        "dataset": Path(own_text).name if own_text else f"the standard library of Python {platform.python_version()}",
+        "dataset": ", ".join(own_text) if own_text else f"the standard library of Python {platform.python_version()}",
         "held_out": held_out,
         "tokenizer": f"taken from {origin}"
         if origin

@@ -1,0 +1,84 @@
+"""The tokenizer command: what it saves and what it says, counted again by hand."""
+
+import json
+
+import pytest
+from made_up import made_text
+from tokenizers import ByteLevelBPETokenizer
+from transformers import AutoTokenizer
+
+from hf_decoder.cli.main import main
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    base = tmp_path_factory.mktemp("tokenizer")
+    train, held_out = base / "train.txt", base / "held_out.txt"
+    train.write_text(made_text(1, 800) + "12345 don't\n" * 20, encoding="utf-8")
+    held_out.write_text(made_text(2, 50) + "a ÿ 99\n", encoding="utf-8")
+    return base, train, held_out
+
+
+def trained(files, kind: str, capsys, *more: str):
+    base, train, held_out = files
+    folder = base / kind
+    flags = ["--train_file", str(train), "--validation_file", str(held_out), "--type", kind, *more]
+    assert main(["tokenizer", *flags, "--output_dir", str(folder)]) == 0
+    report = json.loads((folder / "tokenizer_report.json").read_text(encoding="utf-8"))
+    return AutoTokenizer.from_pretrained(folder), report, capsys.readouterr().out, held_out.read_bytes().decode()
+
+
+def test_bpe(files, capsys):
+    tokenizer, report, said, text = trained(files, "bpe", capsys, "--vocab_size", "285")
+    assert len(tokenizer) == report["tokens"] == 285
+    ids = tokenizer(text)["input_ids"]
+    assert report["bytes_per_token"] == pytest.approx(len(text.encode()) / len(ids))
+    assert report["vocabulary_used"] == pytest.approx(len(set(ids)) / 281)
+    assert report["coverage"] == 1.0 and report["exact"]
+    assert f"{report['bytes_per_token']:.3f}" in said
+    # GPT-2's own recipe, as the library's class has it
+    theirs = ByteLevelBPETokenizer()
+    specials = ["<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"]
+    theirs.train_from_iterator([files[1].read_text("utf-8")], 285, special_tokens=specials, show_progress=False)
+    expected = len(text.encode()) / len(theirs.encode(text).ids)
+    assert report["gpt2_bytes_per_token"] == pytest.approx(expected, rel=0.02)  # ties between pairs may differ
+    lengths = [len(token) for token in report["longest"]]
+    assert lengths == sorted(lengths, reverse=True)
+    assert max(len(tokenizer.decode([i])) for i in range(4, 285)) == lengths[0]
+
+
+def test_char(files, capsys):
+    tokenizer, report, _, text = trained(files, "char", capsys)
+    known = set(files[1].read_text("utf-8"))
+    assert len(tokenizer) == len(known) + 5
+    assert report["coverage"] == pytest.approx(sum(c in known for c in text) / len(text)) and report["coverage"] < 1
+    assert report["bytes_per_token"] == pytest.approx(len(text.encode()) / len(text))
+    assert not report["exact"]
+
+
+def test_the_tokenizer_trains_a_model(files, capsys, run, tmp_path):
+    trained(files, "bpe", capsys, "--vocab_size", "290", "--overwrite_output_dir", "true")
+    flags = [*run.flags, "--tokenizer_name", str(files[0] / "bpe"), "--max_steps", "1"]
+    assert main(["pretrain", *flags, "--output_dir", str(tmp_path / "model")]) == 0
+    assert (tmp_path / "model" / "tokenizer.json").read_bytes() == (files[0] / "bpe" / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "flags, reason",
+    [
+        (["--type", "words"], "'words'"),
+        (["--vocab_size", "10"], "vocab_size 10"),
+        (["--train_file", "nowhere.txt"], "nowhere.txt"),
+        (["--train_file", "a.txt:0.5", "b.txt"], "b.txt has no weight"),
+    ],
+)
+def test_bad_flags(fails, files, tmp_path, flags, reason):
+    line = fails("tokenizer", "--train_file", str(files[1]), "--output_dir", str(tmp_path / "out"), *flags)
+    assert reason in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_holds_something_is_left_alone(fails, files, tmp_path):
+    (tmp_path / "mine.txt").touch()
+    line = fails("tokenizer", "--train_file", str(files[1]), "--output_dir", str(tmp_path))
+    assert "--overwrite_output_dir" in line and "--resume" not in line
