@@ -106,7 +106,7 @@ def twins(setting: Setting, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTra
     ours = HfDecoderForCausalLM(config)
     stock = LlamaForCausalLM(LlamaConfig(**{**setting.shape, "intermediate_size": config.intermediate_size}))
     stock.load_state_dict(ours.state_dict())
-    return ours.to(setting.device, dtype), stock.to(setting.device, dtype)
+    return ours.to(device=setting.device, dtype=dtype), stock.to(device=setting.device, dtype=dtype)
 
 
 def check(ours: torch.Tensor, stock: torch.Tensor, tolerance: float, what: str) -> None:
