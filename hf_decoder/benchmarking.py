@@ -106,7 +106,9 @@ def twins(setting: Setting, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTra
     ours = HfDecoderForCausalLM(config)
     stock = LlamaForCausalLM(LlamaConfig(**{**setting.shape, "intermediate_size": config.intermediate_size}))
     stock.load_state_dict(ours.state_dict())
-    return ours.to(device=setting.device, dtype=dtype), stock.to(device=setting.device, dtype=dtype)
+    for model in (ours, stock):
+        nn.Module.to(model, device=setting.device, dtype=dtype)
+    return ours, stock
 
 
 def check(ours: torch.Tensor, stock: torch.Tensor, tolerance: float, what: str) -> None:
