@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny_models import random_ids, tiny_config, tiny_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_decoder.model import attention_hf_decoder
 from hf_decoder.model.attention_hf_decoder import MIN_TILED_TOKENS, plan_tiles, tiled_attention_forward
@@ -340,15 +341,40 @@ def test_rms_norm_statistics_are_fp32(dtype: torch.dtype):
     torch.testing.assert_close(found.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-6)
 
 
+class SoftmaxTypes(TorchDispatchMode):
+    """Records the type in which every softmax works."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._softmax.default:
+            self.seen.add(result.dtype)
+        return result
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_softmax_is_fp32_in_eager_attention(dtype: torch.dtype):
-    """300 equal scores: in half precision a sum of exponentials cannot tell 1/300 from its neighbours."""
-    generator = torch.Generator().manual_seed(0)
-    query, key = torch.zeros(1, 1, 1, 8, dtype=dtype), torch.randn(1, 1, 300, 8, generator=generator).to(dtype)
-    value = torch.randn(1, 1, 300, 8, generator=generator).to(dtype)
-    _, weights = eager_attention_forward(Groups(1), query, key, value, None, 1.0)
-    assert weights.dtype == dtype
-    torch.testing.assert_close(weights, torch.full_like(weights, 1 / 300), rtol=torch.finfo(dtype).eps / 2, atol=0)
+    model = tiny_model().to(dtype)
+    with SoftmaxTypes() as types:
+        output = model(random_ids(1, 9), output_attentions=True)
+    assert types.seen == {torch.float32}
+    assert output.attentions[0].dtype == output.logits.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("length", [100, 300])
+def test_tiles_sum_their_weights_in_fp32(dtype: torch.dtype, length: int):
+    """Equal scores: summed in half precision, 300 weights of 1/300 would be off by far more than one rounding."""
+    query, key = torch.zeros(1, 2, length, 8, dtype=dtype), torch.ones(1, 1, length, 8, dtype=dtype)
+    value = torch.ones(1, 1, length, 8, dtype=dtype)
+    plan = plan_tiles(torch.arange(length)[None], dtype)
+    found, _ = tiled_attention_forward(Groups(2), query, key, value, plan, 1.0)
+    # every weight may be rounded once, and the roundings of equal weights add up to one unit at most
+    torch.testing.assert_close(found, torch.ones_like(found), rtol=0, atol=torch.finfo(dtype).eps)
 
 
 def rotary_model(tmp_path: Any, how: str) -> Any:
