@@ -292,7 +292,8 @@ def _stock_config(family: Family, config: BuiltConfig) -> PreTrainedConfig:
         values["original_max_position_embeddings"] = original
     else:
         rope.pop("partial_rotary_factor", None)
-    return family.config_class(**values, rope_parameters=rope, dtype=config.dtype, architectures=[family.model_class])
+    config_class: Any = family.config_class
+    return config_class(**values, rope_parameters=rope, dtype=config.dtype, architectures=[family.model_class])
 
 
 def fused_names(family: Family, names: list[str]) -> dict[str, list[str]]:
