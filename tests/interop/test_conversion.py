@@ -1,6 +1,7 @@
 """Every family goes in with the logits of the stock class, and comes out bit for bit."""
 
 import json
+import weakref
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from stock_models import CASES, LLAMA3, MIXED, assert_identical, build, ids, lon
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM
+from hf_decoder.interop import checkpoint
 from hf_decoder.interop.conversion import convert
 from hf_decoder.interop.verification import VerificationError, verify
 
@@ -224,3 +226,32 @@ def test_from_one_stock_class_to_another(tmp_path):
     stock.save_pretrained(tmp_path / "mistral")
     assert convert(str(tmp_path / "mistral"), tmp_path / "llama", to="llama") == "LlamaForCausalLM"
     assert_identical(stored(tmp_path / "llama"), stored(tmp_path / "mistral"))
+
+
+@pytest.mark.parametrize(("case", "limit"), [("llama", 1), ("phi3", 1), ("phi3-out", 3)])
+def test_only_what_is_being_written_is_in_memory(case: str, limit: int, tmp_path, monkeypatch):
+    build(case.removesuffix("-out")).save_pretrained(tmp_path / "stock", max_shard_size="20KB")
+    source, to = "stock", "auto"
+    if case == "phi3-out":  # three matrices are stacked into one
+        convert(str(tmp_path / "stock"), tmp_path / "ours")
+        source, to = "ours", "phi3"
+    alive: set[int] = set()
+    most = []
+    make = checkpoint._reader
+
+    def counted(path, name):
+        load = make(path, name)
+
+        def load_and_count():
+            tensor = load()
+            alive.add(id(tensor))
+            weakref.finalize(tensor, alive.discard, id(tensor))
+            most.append(len(alive))
+            return tensor
+
+        return load_and_count
+
+    monkeypatch.setattr(checkpoint, "_reader", counted)
+    convert(str(tmp_path / source), tmp_path / "result", to=to, verify=False)
+    assert len(most) >= len(stored(tmp_path / "stock"))
+    assert max(most) == limit
