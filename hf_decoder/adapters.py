@@ -1,10 +1,13 @@
-"""PEFT adapters beside a base model: found, checked against the base, and put on it."""
+"""PEFT adapters beside a base model: found, checked against the base, put on it, and merged into it."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 from typing import Any
+
+import torch
+from safetensors import SafetensorError
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -42,7 +45,7 @@ def load_adapter(model: Any, name: str, *, is_trainable: bool = False) -> Any:
     try:
         config = PeftConfig.from_pretrained(name)
         weights = load_peft_weights(name, device="cpu")
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise ValueError(f"{name} holds no adapter that PEFT can read: {str(error).splitlines()[0]}") from None
     _check_fits(model, weights, name, config.base_model_name_or_path)
     try:
@@ -52,6 +55,44 @@ def load_adapter(model: Any, name: str, *, is_trainable: bool = False) -> Any:
             f"adapter {name} does not fit the base model (it was made for {config.base_model_name_or_path}): "
             f"{str(error).splitlines()[0]}"
         ) from None
+
+
+def merge(model: Any) -> Any:
+    """The base model with the adapter's change added to its weights: the same logits, up to rounding.
+
+    An adapter on an embedding that is tied to the head would be added to both; so the two are untied first, and tied
+    again where they come out equal.
+
+    Raises:
+        ValueError: if a merged weight is not finite.
+    """
+    base = model.get_base_model()
+    untied = _untie_adapted(base)
+    try:
+        merged = model.merge_and_unload(safe_merge=True)
+    except ValueError as error:
+        raise ValueError(f"the adapter cannot be merged: {error}") from None
+    if untied:
+        embedding, head = merged.get_input_embeddings().weight, merged.get_output_embeddings().weight
+        if torch.allclose(embedding, head, rtol=1e-5, atol=1e-7):
+            merged.config.tie_word_embeddings = True
+            merged.tie_weights()
+    return merged
+
+
+def _untie_adapted(base: Any) -> bool:
+    """Gives the head weights of its own where it shares them with an embedding and either has an adapter."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers: list[Any] = [base.get_input_embeddings(), base.get_output_embeddings()]
+    if None in layers or not any(isinstance(layer, BaseTunerLayer) for layer in layers):
+        return False
+    embedding, head = (layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer for layer in layers)
+    if embedding.weight is not head.weight:
+        return False
+    head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    base.config.tie_word_embeddings = False
+    return True
 
 
 def _check_fits(model: Any, weights: dict[str, Any], name: str, base: str | None) -> None:

@@ -153,22 +153,6 @@ def count_parameters(model: Any) -> dict[str, int | float]:
     return {"parameters": total, "trainable_parameters": trained, "trainable_share": trained / total}
 
 
-def merge(model: Any) -> Any:
-    """The base model with the adapter's change added to its weights; the same logits up to rounding.
-
-    Raises:
-        ValueError: if a merged weight is not finite.
-    """
-    try:
-        merged = model.merge_and_unload(safe_merge=True)
-    except ValueError as error:
-        raise ValueError(f"the adapter cannot be merged: {error}") from None
-    # Not a PEFT model any more: what it saves is a model of its own.
-    if hasattr(merged, "_hf_peft_config_loaded"):
-        merged._hf_peft_config_loaded = False
-    return merged
-
-
 def data_name(path: str) -> str:
     """How a model card calls a file: its name, without the folder, which means nothing elsewhere."""
     return Path(path).name

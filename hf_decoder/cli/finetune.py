@@ -16,7 +16,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from hf_decoder import accounting, evaluation, finetuning, training
-from hf_decoder.adapters import is_adapter, load_adapter
+from hf_decoder.adapters import is_adapter, load_adapter, merge
 from hf_decoder.classification import label_map
 from hf_decoder.cli import (
     check_choice,
@@ -386,7 +386,7 @@ def _save(trainer: Any, tokenizer: Any, task_args: TaskArguments, model_args: An
         model = loader(model_args.model_name_or_path, adapter=str(folder), dtype=model_args.dtype, **kwargs)
         if ends is not None:
             model.generation_config.eos_token_id = ends
-    finetuning.merge(model).save_pretrained(trainer.args.output_dir)
+    merge(model).save_pretrained(trainer.args.output_dir)
     tokenizer.save_pretrained(trainer.args.output_dir)
 
 
