@@ -356,6 +356,29 @@ def test_a_scaled_loss_keeps_small_gradients_in_fp16(small_chunks):
         assert (found.grad.double() / scale - truth.grad).norm() < 5e-3 * truth.grad.norm()
 
 
+def test_a_small_factor_is_applied_in_fp32():
+    """1e-7 has no bits left in fp16, though what it multiplies is large enough for the product to have all."""
+    rows, weight = torch.full((4096, 8), 4.0, dtype=torch.float16), torch.zeros(VOCAB, 8, dtype=torch.float16)
+    weight.requires_grad_()
+    (linear_cross_entropy(rows, weight, torch.zeros(4096, dtype=torch.long)) * 1e-7).backward()
+    expected = 4096 * 4.0 * (1 / VOCAB - 1) * 1e-7
+    torch.testing.assert_close(weight.grad[0].float(), torch.full((8,), expected), rtol=2e-3, atol=0)
+
+
+def test_many_chunks_add_up_in_fp32(monkeypatch):
+    """In bf16 a running sum stops growing after 256 equal terms."""
+    monkeypatch.setattr(loss_hf_decoder, "CHUNK_ELEMENTS", VOCAB)
+    monkeypatch.setattr(loss_hf_decoder, "MIN_CHUNK_ROWS", 1)
+    rows, weight = torch.ones(2000, 8, dtype=torch.bfloat16), torch.zeros(VOCAB, 8, dtype=torch.bfloat16)
+    bias = torch.zeros(VOCAB, dtype=torch.bfloat16)
+    for leaf in (weight, bias):
+        leaf.requires_grad_()
+    linear_cross_entropy(rows, weight, torch.zeros(2000, dtype=torch.long), bias).backward()
+    expected = torch.full((9,), 2000 * (1 / VOCAB - 1))
+    found = torch.cat([weight.grad[0], bias.grad[:1]]).float()
+    torch.testing.assert_close(found, expected, rtol=2**-7, atol=0)
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 @SKIP
 def test_gradient_checkpointing_changes_nothing(reentrant: bool, skip_logits: bool):
