@@ -84,10 +84,10 @@ def _untie_adapted(base: Any) -> bool:
     """Gives the head weights of its own where it shares them with an embedding and either has an adapter."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    layers: list[Any] = [base.get_input_embeddings(), base.get_output_embeddings()]
+    layers = [base.get_input_embeddings(), base.get_output_embeddings()]
     if None in layers or not any(isinstance(layer, BaseTunerLayer) for layer in layers):
         return False
-    embedding, head = (layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer for layer in layers)
+    embedding, head = (getattr(layer, "base_layer", layer) for layer in layers)
     if embedding.weight is not head.weight:
         return False
     head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
