@@ -3,11 +3,13 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
+from tiny_models import SHAPE
 from transformers import masking_utils
 from transformers.utils import logging
 
+from hf_decoder.model import loss_hf_decoder
+
 logging.disable_progress_bar()
-logging.set_verbosity_error()
 
 
 @pytest.fixture(autouse=True)
@@ -17,3 +19,10 @@ def block_masks_without_compiler(monkeypatch):
     monkeypatch.setattr(
         masking_utils, "create_block_mask", lambda *args, **kwargs: create(*args, **kwargs | {"_compile": False})
     )
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Five rows a chunk, so that tiny inputs take several and the last one is cut short."""
+    monkeypatch.setattr(loss_hf_decoder, "CHUNK_ELEMENTS", 5 * SHAPE["vocab_size"])
+    monkeypatch.setattr(loss_hf_decoder, "MIN_CHUNK_ROWS", 1)

@@ -13,17 +13,9 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from hf_decoder import HfDecoderForCausalLM
 from hf_decoder.model import loss_hf_decoder
-from hf_decoder.model.loss_hf_decoder import linear_cross_entropy
 
 VOCAB = SHAPE["vocab_size"]
 SKIP = pytest.mark.parametrize("skip_logits", [True, False], ids=["without_logits", "with_logits"])
-
-
-@pytest.fixture
-def small_chunks(monkeypatch):
-    """Five rows a chunk, so that tiny inputs take several and the last one is cut short."""
-    monkeypatch.setattr(loss_hf_decoder, "CHUNK_ELEMENTS", 5 * VOCAB)
-    monkeypatch.setattr(loss_hf_decoder, "MIN_CHUNK_ROWS", 1)
 
 
 def ragged(*shape: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -141,109 +133,6 @@ def test_without_a_single_label_the_loss_is_zero_and_finite(skip_logits: bool, i
     )  # one token predicts nothing
 
 
-def written_out(
-    rows: torch.Tensor,
-    weight: torch.Tensor,
-    targets: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    z_loss_coef: float = 0.0,
-    final_logit_softcapping: float | None = None,
-    label_smoothing: float = 0.0,
-) -> torch.Tensor:
-    logits = functional.linear(rows, weight, bias)
-    if final_logit_softcapping is not None:
-        logits = final_logit_softcapping * torch.tanh(logits / final_logit_softcapping)
-    loss = functional.cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing)
-    z = torch.logsumexp(logits, -1)[targets != -100]
-    return loss + z_loss_coef * (z**2).sum()
-
-
-OPTIONS = [
-    {},
-    {"final_logit_softcapping": 3.0},
-    {"z_loss_coef": 0.01},
-    {"label_smoothing": 0.1},
-    {"z_loss_coef": 0.02, "final_logit_softcapping": 2.0, "label_smoothing": 0.3},
-]
-
-
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("rows", [1, 5, 23])
-def test_linear_cross_entropy_equals_the_formula(options: dict, bias: bool, rows: int, small_chunks):
-    """Against fp64, forward and backward, and no further from it than the stock operations in fp32 are."""
-    generator = torch.Generator().manual_seed(rows)
-
-    def leaf(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).float()
-
-    inputs = [leaf(rows, 32), leaf(VOCAB, 32) * 0.5, *([leaf(VOCAB)] if bias else [])]
-    targets = torch.randint(0, VOCAB, (rows,), generator=generator)
-    targets[1::4] = -100
-
-    def run(function: Any, dtype: torch.dtype) -> list[torch.Tensor]:
-        leaves = [tensor.to(dtype).requires_grad_() for tensor in inputs]
-        value = function(*leaves[:2], targets, *leaves[2:], **options)
-        return [value.detach(), *torch.autograd.grad(value * 0.37, leaves)]
-
-    truth = run(written_out, torch.float64)
-    found, stock_operations = (run(function, torch.float32) for function in (linear_cross_entropy, written_out))
-    for index, expected in enumerate(truth):
-        assert found[index].dtype == torch.float32
-        ours, theirs = (
-            (values[index].double() - expected).abs().max() / expected.abs().max()
-            for values in (found, stock_operations)
-        )
-        assert ours < max(1e-6, 2 * theirs)  # a saturated cap cancels digits in either
-
-
-def test_linear_cross_entropy_passes_gradcheck_to_its_inputs(small_chunks):
-    """Finite differences, in fp64 for the inputs; the softmax itself is fp32, hence the tolerance."""
-    torch.manual_seed(0)
-    rows, weight, bias = torch.randn(7, 4), torch.randn(VOCAB, 4), torch.randn(VOCAB)
-    targets = torch.randint(0, VOCAB, (7,))
-    leaves = [tensor.requires_grad_() for tensor in (rows, weight, bias)]
-
-    def value(*tensors: torch.Tensor) -> torch.Tensor:
-        return linear_cross_entropy(
-            *tensors[:2], targets, tensors[2], z_loss_coef=0.1, final_logit_softcapping=2.0, label_smoothing=0.2
-        )
-
-    found = torch.autograd.grad(value(*leaves), leaves)
-    for index, gradient in enumerate(found):
-        direction = torch.randn_like(leaves[index])
-        step = 1e-2
-        ahead, behind = ([t + s * direction if i == index else t for i, t in enumerate(leaves)] for s in (step, -step))
-        slope = (value(*ahead) - value(*behind)).item() / (2 * step)
-        assert (gradient * direction).sum().item() == pytest.approx(slope, rel=1e-2)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("seed", range(4))
-def test_half_precision_is_at_least_as_close_to_the_truth_as_stock(dtype: torch.dtype, seed: int, monkeypatch):
-    monkeypatch.setattr(loss_hf_decoder, "CHUNK_ELEMENTS", 64 * 509)
-    monkeypatch.setattr(loss_hf_decoder, "MIN_CHUNK_ROWS", 1)
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.randn(200, 64, generator=generator).to(dtype)
-    weight = (torch.randn(509, 64, generator=generator) * 0.3).to(dtype)
-    targets = torch.randint(0, 509, (200,), generator=generator)
-
-    def run(function: Any, kind: torch.dtype) -> list[torch.Tensor]:
-        leaves = [tensor.to(kind).requires_grad_() for tensor in (rows, weight)]
-        value = function(*leaves, targets) / 200
-        return [value.detach().double(), *(g.double() for g in torch.autograd.grad(value, leaves))]
-
-    def stock_path(rows: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return functional.cross_entropy((rows @ weight.T).float(), targets, reduction="sum")
-
-    truth = run(written_out, torch.float64)
-    ours, theirs = run(linear_cross_entropy, dtype), run(stock_path, dtype)
-    for index, slack in enumerate((1e-4, 1e-3, 1e-3)):
-        errors = [(found[index] - truth[index]).norm() / truth[index].norm() for found in (ours, theirs)]
-        assert errors[0] < errors[1] * 1.05 + slack
-    assert errors[1] > 1e-4  # stock is not exact, or the comparison would be empty
-
-
 @SKIP
 @pytest.mark.parametrize("frozen", ["head", "body"])
 def test_frozen_parts_get_no_gradient(skip_logits: bool, frozen: str, small_chunks):
@@ -336,47 +225,6 @@ def test_autocast_and_stock_agree(cap: float | None, small_chunks):
     for name, gradient in exact[1].items():
         assert found[name].dtype == torch.float32
         assert (found[name] - gradient).norm() < 0.15 * gradient.norm() + 1e-4, name
-
-
-def test_a_scaled_loss_keeps_small_gradients_in_fp16(small_chunks):
-    """What GradScaler does: multiply the loss, divide the gradients."""
-    torch.manual_seed(0)
-    rows = torch.randn(64, 32, dtype=torch.float16)
-    weight = torch.randn(VOCAB, 32).mul(0.5).half()
-    targets = torch.randint(0, VOCAB, (64,))
-    tokens = 2.0**16  # the loss's denominator on a large batch: unscaled gradients would underflow
-    scale = 2.0**14
-    leaves = [rows.clone().requires_grad_(), weight.clone().requires_grad_()]
-    loss = linear_cross_entropy(*leaves, targets) / tokens
-    (loss * scale).backward()
-    exact = [rows.double().requires_grad_(), weight.double().requires_grad_()]
-    (written_out(*exact, targets) / tokens).backward()
-    for found, truth in zip(leaves, exact, strict=True):
-        assert found.grad.dtype == torch.float16 and found.grad.isfinite().all()
-        assert (found.grad.double() / scale - truth.grad).norm() < 5e-3 * truth.grad.norm()
-
-
-def test_a_small_factor_is_applied_in_fp32():
-    """1e-7 has no bits left in fp16, though what it multiplies is large enough for the product to have all."""
-    rows, weight = torch.full((4096, 8), 4.0, dtype=torch.float16), torch.zeros(VOCAB, 8, dtype=torch.float16)
-    weight.requires_grad_()
-    (linear_cross_entropy(rows, weight, torch.zeros(4096, dtype=torch.long)) * 1e-7).backward()
-    expected = 4096 * 4.0 * (1 / VOCAB - 1) * 1e-7
-    torch.testing.assert_close(weight.grad[0].float(), torch.full((8,), expected), rtol=2e-3, atol=0)
-
-
-def test_many_chunks_add_up_in_fp32(monkeypatch):
-    """In bf16 a running sum stops growing after 256 equal terms."""
-    monkeypatch.setattr(loss_hf_decoder, "CHUNK_ELEMENTS", VOCAB)
-    monkeypatch.setattr(loss_hf_decoder, "MIN_CHUNK_ROWS", 1)
-    rows, weight = torch.ones(2000, 8, dtype=torch.bfloat16), torch.zeros(VOCAB, 8, dtype=torch.bfloat16)
-    bias = torch.zeros(VOCAB, dtype=torch.bfloat16)
-    for leaf in (weight, bias):
-        leaf.requires_grad_()
-    linear_cross_entropy(rows, weight, torch.zeros(2000, dtype=torch.long), bias).backward()
-    expected = torch.full((9,), 2000 * (1 / VOCAB - 1))
-    found = torch.cat([weight.grad[0], bias.grad[:1]]).float()
-    torch.testing.assert_close(found, expected, rtol=2**-7, atol=0)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
