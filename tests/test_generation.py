@@ -1,6 +1,5 @@
 """`generate` gives Llama's tokens on the same weights, whatever the search, the cache and the padding."""
 
-
 import pytest
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, TextIteratorStreamer
