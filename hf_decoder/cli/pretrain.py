@@ -54,10 +54,12 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 QUICKSTART = "runs/quickstart"
+# Without arguments the job ends within five minutes also where the machine is too slow for all its steps.
+QUICKSTART_TIME_LIMIT = "4m"
 MUON_ADAMW = "muon_adamw"
 DESCRIPTION = (
     "Trains a language model from raw text. With no arguments: the Python standard library as text, a vocabulary of "
-    f"4096, the nano preset, everything written to {QUICKSTART}."
+    f"4096, the nano preset, at most {QUICKSTART_TIME_LIMIT} of training, everything written to {QUICKSTART}."
 )
 
 
@@ -160,6 +162,8 @@ def main(argv: Sequence[str]) -> int:
     model_args, data_args, args = parse_arguments(
         "pretrain", (ModelArguments, DataArguments, PretrainingArguments), argv, DESCRIPTION
     )
+    if not argv:
+        args.time_limit = QUICKSTART_TIME_LIMIT
     with training.quiet_but_for_main_process(args):
         return pretrain(model_args, data_args, args)
 

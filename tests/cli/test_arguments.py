@@ -4,7 +4,7 @@ import importlib
 
 import pytest
 
-from hf_decoder.cli import parse_arguments
+from hf_decoder.cli import parse_arguments, pretrain
 from hf_decoder.cli.main import VERBS, main
 from hf_decoder.cli.pretrain import DataArguments, ModelArguments, PretrainingArguments, parse_overrides
 
@@ -120,3 +120,12 @@ def test_presets_prints_a_row_each(capsys):
     assert main(["presets", "--vocab_size", "4096"]) == 0
     rows = capsys.readouterr().out.splitlines()
     assert [row.split()[0] for row in rows[1 : 1 + len(PRESETS)]] == list(PRESETS)
+
+
+def test_only_the_run_without_arguments_has_a_time_limit(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(pretrain, "pretrain", lambda model_args, data_args, args: seen.append(args.time_limit) or 0)
+    monkeypatch.chdir(tmp_path)
+    assert main(["pretrain"]) == 0
+    assert main(["pretrain", "--output_dir", str(tmp_path / "other")]) == 0
+    assert seen == [pretrain.QUICKSTART_TIME_LIMIT, None]
