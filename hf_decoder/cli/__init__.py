@@ -6,7 +6,6 @@ Nothing heavy is imported here: `hf-decoder --help` should not wait for torch.
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -151,10 +150,11 @@ def load_config(name: str, *, trust_remote_code: bool = False) -> PretrainedConf
     from transformers import AutoConfig, AutoModelForCausalLM
 
     import hf_decoder  # noqa: F401  (registers the model type)
+    from hf_decoder.interop.checkpoint import read_config_values
 
     folder = Path(name).expanduser()
     if folder.is_dir():
-        _check_folder(folder)
+        read_config_values(folder)
     elif folder.exists():
         raise ValueError(f"{name} is a file; give the folder that holds config.json and the weights")
     elif name.startswith((".", "/", "~")) or name.count("/") > 1 or ("/" in name and folder.parent.is_dir()):
@@ -175,18 +175,6 @@ def load_config(name: str, *, trust_remote_code: bool = False) -> PretrainedConf
     if type(config) not in AutoModelForCausalLM._model_mapping and not remote:
         raise ValueError(f"{name} holds a {config.model_type!r} model, which is not a causal language model")
     return config
-
-
-def _check_folder(folder: Path) -> None:
-    config_file = folder / "config.json"
-    if not config_file.is_file():
-        raise ValueError(f"folder {folder} holds no model: it has no config.json")
-    try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{config_file} is damaged: {error}") from None
-    if not isinstance(config, dict) or not config.get("model_type"):
-        raise ValueError(f"{config_file} names no model_type")
 
 
 def _first_line(error: BaseException) -> str:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -45,6 +46,24 @@ SIDE_FILES = (
     "USE_POLICY*",
 )
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", re.IGNORECASE)
+
+
+def read_config_values(folder: Path) -> dict[str, Any]:
+    """What config.json of a checkpoint folder says, a `model_type` among it.
+
+    Raises:
+        ValueError: if the folder holds no config.json, or one that cannot be read or names no model type.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"folder {folder} holds no model: it has no config.json")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    if not isinstance(values, dict) or not values.get("model_type"):
+        raise ValueError(f"{path} names no model_type")
+    return values
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ except where a family fuses projections.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -23,6 +22,7 @@ from transformers import (
     SmolLM3Config,
 )
 
+from hf_decoder.interop.checkpoint import read_config_values
 from hf_decoder.model.configuration_hf_decoder import ROPE_TYPES, HfDecoderConfig
 
 OURS = HfDecoderConfig.model_type
@@ -170,16 +170,8 @@ def read_config(folder: Path) -> tuple[BuiltConfig, Family | None]:
     Raises:
         ValueError: if there is no readable config.json, or it says something that we have no field for.
     """
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ValueError(f"folder {folder} holds no model: it has no config.json")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
-    model_type = values.get("model_type") if isinstance(values, dict) else None
-    if not model_type:
-        raise ValueError(f"{path} names no model_type")
+    path, values = folder / "config.json", read_config_values(folder)
+    model_type = values["model_type"]
     for name, meaning in FOREIGN_FIELDS.items():
         if values.get(name):
             raise ValueError(
