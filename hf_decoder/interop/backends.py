@@ -1,0 +1,303 @@
+"""What vLLM and SGLang ask of a model before they run it themselves (their "transformers backend").
+
+Both load the base model through `auto_map`, put an attention of their own in place of ours and keep keys and values
+outside of the model. The conditions are those of vLLM's page on custom models and of the two loaders
+(vllm/model_executor/models/transformers, sglang/srt/models/transformers.py); here they are tried, not read: a small
+engine with such an attention runs the model, and its hidden states are compared with the model's own.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from torch import nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import logging
+
+ENGINE = "hf_decoder_engine"
+# Sizes under which a class is tried when no model is given; the names are the canonical ones of transformers.
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+# How each matrix of a decoder layer is split over devices: by its outputs, or by its inputs.
+SPLITS = {"colwise": ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), "rowwise": ("o_proj", "down_proj")}
+
+
+class Condition(NamedTuple):
+    """One thing an engine asks for: whether it holds, and what was seen."""
+
+    name: str
+    ok: bool
+    why: str
+
+
+def backend_conditions(model: PreTrainedModel | type[PreTrainedModel]) -> list[Condition]:
+    """What vLLM and SGLang need of a causal model, each condition tried on it; nothing about it is changed.
+
+    A class is tried in a small shape with random weights. The engine runs two requests, 9 tokens long or just past the
+    sliding window, flattened into one row, and one more token of each; so it costs the forward passes of about
+    40 tokens.
+    """
+    if isinstance(model, type):
+        torch_state = torch.random.get_rng_state()
+        small: dict[str, Any] = dict(SMALL)
+        model = model(model.config_class(**small))  # type: ignore[misc]
+        torch.random.set_rng_state(torch_state)
+    training = model.training
+    model.eval()
+    try:
+        run = _try(model)
+        return [
+            _auto_map(model),
+            Condition(
+                "is_backend_compatible",
+                bool(model.is_backend_compatible()),
+                f"{type(model).__name__}._supports_attention_backend={model.is_backend_compatible()}",
+            ),
+            _arguments(model),
+            *run,
+            _tp_plan(model),
+            _pp_plan(model),
+            _head(model),
+        ]
+    finally:
+        model.train(training)
+
+
+def _auto_map(model: PreTrainedModel) -> Condition:
+    """The engines take the base model's class from the config.json of the folder, unless transformers has it."""
+    name = "auto_map"
+    if hasattr(transformers, type(model).__name__):
+        return Condition(name, True, "the class is part of transformers")
+    with tempfile.TemporaryDirectory() as folder, _no_progress_bar():
+        with torch.device("meta"):
+            skeleton = type(model)(deepcopy(model.config))
+        skeleton.save_pretrained(folder, state_dict={})
+        auto_map = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")).get("auto_map", {})
+        reference = auto_map.get("AutoModel")
+        if not reference:
+            return Condition(name, False, "config.json of a saved folder names no class under auto_map.AutoModel")
+        file = Path(folder) / f"{reference.rpartition('--')[2].partition('.')[0]}.py"
+        if not file.is_file():
+            return Condition(name, False, f"auto_map.AutoModel={reference}, but {file.name} is not saved beside it")
+    return Condition(name, True, f"auto_map.AutoModel={reference}")
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()
+
+
+def _arguments(model: PreTrainedModel) -> Condition:
+    """vLLM marks these arguments' lengths as dynamic by their names when it compiles the base model."""
+    base: Any = model.base_model
+    parameters = inspect.signature(type(base).forward).parameters
+    lacking = [name for name in ("input_ids", "inputs_embeds", "position_ids") if name not in parameters]
+    if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+        lacking.append("**kwargs")
+    where = f"{type(base).__name__}.forward"
+    return Condition("arguments", not lacking, f"{where} lacks {', '.join(lacking)}" if lacking else f"of {where}")
+
+
+class _Held:
+    """Keys and values of one layer, request by request, as an engine holds them: (G, K, E) each."""
+
+    def __init__(self, window: int | None):
+        self.window = window
+        self.keys: dict[int, torch.Tensor] = {}
+        self.values: dict[int, torch.Tensor] = {}
+        self.calls = 0
+        self.masked = False
+
+    def attend(self, request: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float):
+        """query (H, S, E), key and value (G, S, E) of the newest S tokens -> (S, H, E)."""
+        if request in self.keys:
+            key = torch.cat([self.keys[request], key], dim=1)
+            value = torch.cat([self.values[request], value], dim=1)
+        self.keys[request], self.values[request] = key, value
+        past = key.shape[1] - query.shape[1]
+        rows = torch.arange(query.shape[1], device=query.device)[:, None] + past
+        columns = torch.arange(key.shape[1], device=query.device)
+        allowed = columns <= rows
+        if self.window is not None:
+            allowed &= columns > rows - self.window
+        groups = query.shape[0] // key.shape[0]
+        key, value = key.repeat_interleave(groups, 0), value.repeat_interleave(groups, 0)
+        return functional.scaled_dot_product_attention(query, key, value, allowed, scale=scale).transpose(0, 1)
+
+
+def _engine_attention(
+    module: nn.Module,
+    query: torch.Tensor,  # (1, H, S, E)
+    key: torch.Tensor,  # (1, G, S, E)
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    attention_instances: dict[int, _Held] | None = None,
+    requests: dict[int, slice] | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    if attention_instances is None or requests is None:
+        raise LookupError("keyword arguments of the base model do not reach the attention function")
+    held = attention_instances[module.layer_idx]  # type: ignore[index]
+    held.calls += 1
+    held.masked |= attention_mask is not None
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    rows = [held.attend(r, query[0, :, s], key[0, :, s], value[0, :, s], scale) for r, s in requests.items()]
+    return torch.cat(rows)[None], None
+
+
+@contextmanager
+def _engine(config: Any) -> Iterator[None]:
+    """Puts the engine's attention in place of the config's own."""
+    before = config._attn_implementation
+    ALL_ATTENTION_FUNCTIONS[ENGINE] = _engine_attention
+    config._attn_implementation = ENGINE
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+        del ALL_ATTENTION_FUNCTIONS[ENGINE]
+
+
+@torch.no_grad()
+def _try(model: PreTrainedModel) -> list[Condition]:
+    """Two requests through the engine, first together and then one token of each, against the model by itself."""
+    base: Any = model.base_model
+    config: Any = base.config
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    window = getattr(config, "sliding_window", None)
+    instances = {i: _Held(window if kind == "sliding_attention" else None) for i, kind in enumerate(kinds)}
+    length = min(9 if window is None or window > 500 else max(9, window + 4), config.max_position_embeddings - 1)
+    lengths = {0: length, 1: max(1, length // 2)}
+    ids = {r: torch.arange(3 + r, 4 + r + n, device=model.device) % config.vocab_size for r, n in lengths.items()}
+    alone = {r: base(input_ids=row[None], use_cache=False).last_hidden_state[0] for r, row in ids.items()}
+
+    def step(tokens: dict[int, torch.Tensor], positions: list[torch.Tensor]) -> torch.Tensor:
+        requests, start = {}, 0
+        for request, row in tokens.items():
+            requests[request] = slice(start, start + len(row))
+            start += len(row)
+        return base(
+            input_ids=torch.cat(list(tokens.values()))[None],
+            position_ids=torch.cat(positions)[None].to(model.device),
+            use_cache=False,
+            return_dict=False,
+            attention_instances=instances,
+            requests=requests,
+        )[0][0]
+
+    interface, kwargs = "attention interface", "keyword arguments"
+    try:
+        with _engine(config):
+            first = step({r: row[:-1] for r, row in ids.items()}, [torch.arange(n) for n in lengths.values()])
+            second = step({r: row[-1:] for r, row in ids.items()}, [torch.tensor([n]) for n in lengths.values()])
+    except LookupError as error:
+        return [Condition(interface, True, "used"), Condition(kwargs, False, str(error))]
+    except Exception as error:  # whatever a foreign model says
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return [Condition(interface, False, f"a forward pass fails: {reason}")]
+    calls = [held.calls for held in instances.values()]
+    if calls != [2] * len(calls):
+        why = f"layers called it {calls} times in two passes; each must look it up in ALL_ATTENTION_FUNCTIONS"
+        return [Condition(interface, False, why)]
+    masked = [i for i, held in instances.items() if held.masked]
+    used = "every layer calls the attention function of the engine once"
+    if masked:
+        used = f"layer {masked[0]} passes a mask to the engine, which has its own"
+    ours = torch.cat([torch.cat([alone[r][:-1] for r in ids]), torch.stack([alone[r][-1] for r in ids])]).float()
+    difference = (torch.cat([first, second]).float() - ours).abs().max().item()
+    limit = max(1e-4, 32 * torch.finfo(model.dtype).eps) * max(1.0, ours.abs().max().item())
+    return [
+        Condition(interface, not masked, used),
+        Condition(kwargs, True, "they reach every attention function"),
+        Condition(
+            "hidden states",
+            difference <= limit,
+            f"flattened requests with keys and values outside of the model differ by {difference:.1e} of at most "
+            f"{limit:.1e}",
+        ),
+    ]
+
+
+def _tp_plan(model: PreTrainedModel) -> Condition:
+    """Every matrix of a layer must be split, heads by outputs first, and every pattern must mean a module."""
+    name = "tensor parallel plan"
+    base: Any = model.base_model
+    plan = {pattern.removeprefix("model."): style for pattern, style in (base.config.base_model_tp_plan or {}).items()}
+    if not plan:
+        return Condition(name, False, f"{type(base.config).__name__}.base_model_tp_plan is empty")
+    modules = dict(base.named_modules())
+    for pattern in plan:
+        if not any(re.fullmatch(pattern, module) for module in modules):
+            return Condition(name, False, f"{pattern!r} matches no module")
+    for module_name, module in modules.items():
+        if not isinstance(module, nn.Linear):
+            continue
+        style = next((plan[pattern] for pattern in plan if re.match(pattern, module_name)), "none")
+        wanted = next((s for s, ends in SPLITS.items() if module_name.endswith(ends)), None)
+        if wanted is not None and style != wanted:
+            return Condition(name, False, f"{module_name} is {style}; must be {wanted}")
+    return Condition(name, True, f"{len(plan)} patterns split every matrix of the layers")
+
+
+def _pp_plan(model: PreTrainedModel) -> Condition:
+    """The plan names direct children of the base model, in the order of their calls, one list of layers among them."""
+    name = "pipeline parallel plan"
+    base: Any = model.base_model
+    plan = base.config.base_model_pp_plan or {}
+    children = dict(base.named_children())
+    foreign = [part for part in plan if part not in children]
+    lists = [part for part in plan if isinstance(children.get(part), nn.ModuleList)]
+    if not plan or foreign or len(lists) != 1:
+        reason = f"{foreign[0]!r} is no child of {type(base).__name__}" if foreign else f"lists of layers: {lists}"
+        return Condition(name, False, reason if plan else f"{type(base.config).__name__}.base_model_pp_plan is empty")
+    parameters = {part for part, child in children.items() if any(True for _ in child.parameters())}
+    if parameters - set(plan):
+        return Condition(name, False, f"it leaves {sorted(parameters - set(plan))[0]!r} out, which has weights")
+    return Condition(name, True, ", ".join(plan))
+
+
+@torch.no_grad()
+def _head(model: PreTrainedModel) -> Condition:
+    """The engines form logits by themselves: output embeddings, `logit_scale`, `final_logit_softcapping`."""
+    name = "head"
+    config: Any = model.config
+    head = model.get_output_embeddings()
+    if head is None:
+        return Condition(name, False, f"{type(model).__name__} has no output embeddings")
+    ids = torch.arange(3, 8, device=model.device)[None] % config.vocab_size
+    expected = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state).float()
+    expected = expected * (getattr(config, "logit_scale", None) or 1.0)
+    cap = getattr(config, "final_logit_softcapping", None)
+    if cap:
+        expected = torch.tanh(expected / cap) * cap
+    difference = (model(input_ids=ids, use_cache=False).logits.float() - expected).abs().max().item()
+    limit = max(1e-4, 32 * torch.finfo(model.dtype).eps) * max(1.0, expected.abs().max().item())
+    return Condition(name, difference <= limit, f"logits formed outside of the model differ by {difference:.1e}")
