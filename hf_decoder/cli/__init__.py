@@ -6,7 +6,10 @@ Nothing heavy is imported here: `hf-decoder --help` should not wait for torch.
 from __future__ import annotations
 
 import difflib
+import json
+import re
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -109,6 +112,29 @@ def check_choice(flag: str, value: str, choices: Sequence[str]) -> None:
 def did_you_mean(name: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {close[0]!r}?" if close else "; --help lists them all"
+
+
+def parse_overrides(text: str | None) -> dict[str, Any]:
+    """Reads `name=value,name=value`; a value is JSON, or else a string.
+
+    Raises:
+        ValueError: for a part without `=`, or a name that `HfDecoderConfig` does not have.
+    """
+    from hf_decoder import HfDecoderConfig
+
+    known = [*(f.name for f in fields(HfDecoderConfig)), "rope_theta", "rope_scaling", "partial_rotary_factor"]
+    overrides = {}
+    for part in re.split(r",\s*(?=\w+=)", text) if text else []:
+        name, equals, value = part.strip().partition("=")
+        if not equals:
+            raise ValueError(f"--config_overrides {part!r} is not of the form name=value")
+        if name not in known:
+            raise ValueError(f"--config_overrides names {name!r}, no field of the config{did_you_mean(name, known)}")
+        try:
+            overrides[name] = json.loads({"True": "true", "False": "false", "None": "null"}.get(value, value))
+        except json.JSONDecodeError:
+            overrides[name] = value
+    return overrides
 
 
 def _split_config_file(argv: list[str]) -> tuple[Path | None, list[str]]:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import math
 import platform
-import re
 import shutil
 import signal
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +37,7 @@ from hf_decoder.checkpoints import (
     describe_data,
     describe_run,
 )
-from hf_decoder.cli import did_you_mean, load_config, load_model, load_tokenizer, parse_arguments
+from hf_decoder.cli import load_config, load_model, load_tokenizer, parse_arguments, parse_overrides
 from hf_decoder.guards import StopOnNan, StopOnSignal, WarnOfSpikes
 from hf_decoder.modelcard import load_lines
 from hf_decoder.pace import MeasuringTrainer, StepMetrics, TimeLimit, parse_duration
@@ -303,27 +302,6 @@ def _count_steps(args: PretrainingArguments, rows: int) -> int:
         return args.max_steps
     batches = math.ceil(rows / (args.train_batch_size * args.world_size))
     return math.ceil(args.num_train_epochs * math.ceil(batches / args.gradient_accumulation_steps))
-
-
-def parse_overrides(text: str | None) -> dict[str, Any]:
-    """Reads `name=value,name=value`; a value is JSON, or else a string.
-
-    Raises:
-        ValueError: for a part without `=`, or a name that `HfDecoderConfig` does not have.
-    """
-    known = [*(f.name for f in fields(HfDecoderConfig)), "rope_theta", "rope_scaling", "partial_rotary_factor"]
-    overrides = {}
-    for part in re.split(r",\s*(?=\w+=)", text) if text else []:
-        name, equals, value = part.strip().partition("=")
-        if not equals:
-            raise ValueError(f"--config_overrides {part!r} is not of the form name=value")
-        if name not in known:
-            raise ValueError(f"--config_overrides names {name!r}, no field of the config{did_you_mean(name, known)}")
-        try:
-            overrides[name] = json.loads({"True": "true", "False": "false", "None": "null"}.get(value, value))
-        except json.JSONDecodeError:
-            overrides[name] = value
-    return overrides
 
 
 def _config(preset: str, overrides: dict[str, Any], source: str | None, block_size: int) -> PretrainedConfig:

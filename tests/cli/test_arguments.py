@@ -6,7 +6,8 @@ import pytest
 
 from hf_decoder.cli import parse_arguments, pretrain
 from hf_decoder.cli.main import VERBS, main
-from hf_decoder.cli.pretrain import DataArguments, ModelArguments, PretrainingArguments, parse_overrides
+from hf_decoder.cli import parse_overrides
+from hf_decoder.cli.pretrain import DataArguments, ModelArguments, PretrainingArguments
 
 CONFIG = """
 preset: tiny
