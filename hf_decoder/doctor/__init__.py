@@ -1,0 +1,83 @@
+"""`run_doctor`: proves a checkpoint row by row, for any causal language model, ours or a stock class.
+
+Every row states a claim, and a row that fails says what that means to a user and how to mend it. The checkpoint is
+only read.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from hf_decoder.doctor import files
+from hf_decoder.doctor.report import FAIL, LEVELS, PASS, SKIP, WARN, Check, DoctorReport, Finding, Row, failed, skipped
+from hf_decoder.doctor.subject import Subject, Unloadable, first_line
+
+CHECKS: tuple[Check, ...] = (*files.CHECKS,)
+
+
+def run_doctor(
+    checkpoint: str | Path,
+    *,
+    level: str = "default",
+    rows: Sequence[str] | None = None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> DoctorReport:
+    """Examines a folder or Hub name.
+
+    Args:
+        level: "quick", "default" or "deep"; each includes the rows of those before it.
+        rows: names of the rows to run, whatever their level; None: all of the level.
+        trust_remote_code: run code that lies in the folder. Without it, only the classes of transformers and of this
+            package are used, and code of the folder only where it is the package's to the byte.
+        revision: branch, tag or commit of a Hub name.
+        progress: called with the claim of each row before it is run.
+
+    Raises:
+        ValueError: if there is no such checkpoint, level or row.
+    """
+    if level not in LEVELS:
+        raise ValueError(f"level {level!r} is unknown; choose one of: {', '.join(LEVELS)}")
+    names = [check.name for check in CHECKS]
+    for name in rows or ():
+        if name not in names:
+            raise ValueError(f"row {name!r} is unknown; choose among: {', '.join(names)}")
+    if rows is not None:
+        checks = [check for check in CHECKS if check.name in rows]
+    else:
+        checks = [check for check in CHECKS if LEVELS.index(check.level) <= LEVELS.index(level)]
+    subject = Subject(checkpoint, trust_remote_code=trust_remote_code, revision=revision)
+    done = []
+    for check in checks:
+        if progress is not None:
+            progress(check.claim)
+        done.append(_run(check, subject))
+    model_type = str(subject.values.get("model_type", "unknown"))
+    return DoctorReport(str(checkpoint), model_type, level, tuple(done))
+
+
+def _run(check: Check, subject: Subject) -> Row:
+    start = time.perf_counter()
+    try:
+        finding = check.run(subject)
+    except Unloadable as error:
+        finding = skipped(f"needs a {check.needs} that loads: {error}")
+    except Exception as error:  # a foreign model may raise anything, and that is a finding
+        finding = failed(f"{type(error).__name__}: {first_line(error)}")
+    seconds = time.perf_counter() - start
+    amiss = finding.status in (FAIL, WARN)
+    return Row(
+        name=check.name,
+        status=finding.status,
+        detail=finding.detail,
+        remedy=(finding.remedy or check.remedy) if amiss else "",
+        claim=check.claim,
+        means=check.means if finding.status == FAIL else "",
+        seconds=round(seconds, 2),
+    )
+
+
+__all__ = ["CHECKS", "FAIL", "LEVELS", "PASS", "SKIP", "WARN", "DoctorReport", "Finding", "Row", "run_doctor"]

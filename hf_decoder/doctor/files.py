@@ -1,0 +1,194 @@
+"""Rows about the files of a checkpoint: formats, code, whole weights, model card."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path, PurePosixPath
+
+from hf_decoder.doctor.report import Check, Finding, failed, passed, skipped, warned
+from hf_decoder.doctor.subject import Subject, package_code_files
+from hf_decoder.interop.checkpoint import INDEX_NAME, WEIGHTS_NAME, read_tensors
+
+PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz", ".dill"}
+OTHER_WEIGHTS = {".h5", ".msgpack", ".onnx", ".tflite", ".ot"}
+RUNNABLE_SUFFIXES = {".py", ".pyc", ".so", ".dll", ".dylib", ".exe", ".sh", ".bat", ".ps1", ".ipynb", ".js", ".jar"}
+# A pickle of protocol 2 or later starts with these; torch.save wraps one into a zip.
+PICKLE_START = re.compile(rb"\x80[\x02-\x05]")
+ZIP_START = b"PK\x03\x04"
+PLACEHOLDERS = ("[More Information Needed]", "{{", "TODO")
+
+
+def check_formats(subject: Subject) -> Finding:
+    """No file that unpickles, by its name and by its first bytes; weights in safetensors."""
+    pickles = [file for file in subject.files if _is_pickle(subject.folder / file)]
+    if pickles:
+        remedy = None
+        if not any(PurePosixPath(file).suffix == ".bin" and "model" in file for file in pickles):
+            remedy = f"delete {' '.join(pickles)}: loading the model needs none of them"
+        return failed(f"reading them can run code: {', '.join(pickles)}", remedy)
+    weights = [file for file in subject.files if file.endswith(".safetensors")]
+    if not weights:
+        return failed("the folder holds no safetensors file")
+    others = [file for file in subject.files if PurePosixPath(file).suffix in OTHER_WEIGHTS]
+    if others:
+        return warned(
+            f"the same weights once more in another format: {', '.join(others)}", "delete them if not needed"
+        )
+    return passed(f"{len(weights)} safetensors file{'s' if len(weights) > 1 else ''}, no pickle")
+
+
+def _is_pickle(path: Path) -> bool:
+    if path.suffix in PICKLE_SUFFIXES:
+        return True
+    if not path.is_file() or path.suffix in (".safetensors", ".json", ".md", ".txt", ".py"):
+        return False
+    with path.open("rb") as file:
+        start = file.read(4)
+    return bool(PICKLE_START.match(start)) or start == ZIP_START
+
+
+def check_code(subject: Subject) -> Finding:
+    """No code but the model's own, unchanged; nothing in the JSON files that fetches code from elsewhere."""
+    elsewhere = _code_from_elsewhere(subject)
+    if elsewhere:
+        return failed(elsewhere)
+    runnable = [file for file in subject.files if PurePosixPath(file).suffix in RUNNABLE_SUFFIXES]
+    if not subject.is_ours:
+        if not runnable:
+            return passed("no code: the class is part of transformers")
+        listed = ", ".join(runnable)
+        if subject.trust_remote_code:
+            return warned(f"trusted by --trust_remote_code: {listed}", "read these files before every new revision")
+        return failed(f"code of its own: {listed}")
+    own = package_code_files()
+    strange = [file for file in runnable if file not in own]
+    changed = [file for file in runnable if file in own and (subject.folder / file).read_bytes() != own[file]]
+    if strange:
+        return failed(f"files that no checkpoint of this model has: {', '.join(strange)}")
+    if changed:
+        detail = f"differs from the installed package's: {', '.join(changed)}"
+        remedy = "load and save it again with this version of hf_decoder, or install the version that wrote it"
+        return warned(detail, remedy) if subject.trust_remote_code else failed(detail, remedy)
+    if not runnable:
+        return warned(
+            "no code: a receiver needs the hf_decoder package",
+            "load it and save_pretrained it into a new folder, which writes the code beside the weights",
+        )
+    return passed(f"{len(runnable)} files, each as in the installed package")
+
+
+def _code_from_elsewhere(subject: Subject) -> str | None:
+    """What the JSON files ask to run that is no file of this folder; None if nothing."""
+    for file in ("config.json", "tokenizer_config.json", "generation_config.json", "adapter_config.json"):
+        values = subject.read_json(file)
+        for auto_class, references in (values.get("auto_map") or {}).items():
+            for reference in references if isinstance(references, list) else [references]:
+                if not reference:
+                    continue
+                if "--" in str(reference):
+                    return f"{file} takes {auto_class} from another repository: {reference}"
+                if f"{str(reference).partition('.')[0]}.py" not in subject.files:
+                    return f"{file} names {reference} for {auto_class}, and that file is absent"
+        for field in ("attn_implementation", "_attn_implementation", "_attn_implementation_internal"):
+            value = values.get(field)
+            if isinstance(value, str) and "/" in value:
+                return f"{file} asks for a kernel from the Hub: {field}={value!r}"
+        if values.get("custom_generate"):
+            return f"{file} asks for code of its own in generate(): custom_generate={values['custom_generate']!r}"
+    return None
+
+
+def check_weights(subject: Subject) -> Finding:
+    """Every file that the index names is there, readable, and holds what the index places in it."""
+    if subject.values.get("quantization_config"):
+        return skipped("quantized weights: the loader of their method checks them")
+    shards = [file for file in subject.files if file.endswith(".safetensors") and "/" not in file]
+    index = (subject.folder / INDEX_NAME).is_file()
+    named = {WEIGHTS_NAME}
+    if index:
+        named = set(map(str, (subject.read_json(INDEX_NAME).get("weight_map") or {}).values()))
+    try:
+        tensors = read_tensors(subject.folder)
+    except ValueError as error:
+        return failed(str(error).replace(f"{subject.folder}/", ""))
+    surplus = sorted(set(shards) - named)
+    if surplus:
+        return failed(f"weights that nothing refers to: {', '.join(surplus)}", f"delete {' '.join(surplus)}")
+    for name, tensor in tensors.items():
+        if not bool(tensor.load().isfinite().all()):
+            return failed(
+                f"{name} holds values that are not finite",
+                "training diverged or a file is damaged: go back to an earlier checkpoint",
+            )
+    size = sum(tensor.num_bytes for tensor in tensors.values())
+    return passed(f"{len(tensors)} tensors, {size / 1e6:,.1f} MB, all values finite")
+
+
+def check_card(subject: Subject) -> Finding:
+    """README.md has metadata that can be read, names licence, library and task, says how to load, and is filled."""
+    from huggingface_hub import ModelCard
+
+    path = subject.folder / "README.md"
+    if not path.is_file():
+        return failed("there is no README.md")
+    try:
+        card = ModelCard.load(path)
+    except Exception as error:  # YAML errors and those of the card's own checks
+        return failed(f"the metadata at the top of README.md cannot be read: {' '.join(str(error).split())}")
+    text, data = card.text, card.data.to_dict()
+    lacking = [field for field in ("library_name", "pipeline_tag") if not data.get(field)]
+    if lacking:
+        return failed(f"its metadata lacks {', '.join(lacking)}")
+    for placeholder in PLACEHOLDERS:
+        if placeholder in text:
+            return failed(f"it still holds the placeholder {placeholder!r}")
+    if "from_pretrained(" not in text and "pipeline(" not in text:
+        return failed("it does not show how to load the model")
+    absent = [link for link in _local_links(text) if link not in subject.files]
+    if absent:
+        return failed(f"it refers to {absent[0]}, which is not in the folder")
+    if not data.get("license"):
+        return warned("it names no licence: nobody may use the model", "set `license:` in its metadata")
+    measured = len(data.get("model-index") or [])
+    return passed(f"licence {data['license']}, " + ("with measured results" if measured else "no measured results"))
+
+
+def _local_links(text: str) -> list[str]:
+    links = re.findall(r"\]\(([^)\s]+)\)", text)
+    return [link.partition("#")[0] for link in links if not re.match(r"[a-z]+:|#|/", link)]
+
+
+CHECKS = (
+    Check(
+        "formats",
+        "safetensors only, no pickle",
+        "a pickle runs whatever its author wrote, on everybody who loads it",
+        "load it once where you trust it and save_pretrained it: that writes safetensors",
+        check_formats,
+        needs="",
+    ),
+    Check(
+        "code",
+        "no code but the model's own",
+        "with trust_remote_code=True a receiver would run it",
+        "read it; then delete it, or pass --trust_remote_code if you trust it",
+        check_code,
+        needs="",
+    ),
+    Check(
+        "weights",
+        "weights whole and finite",
+        "the model does not load, or computes with damaged weights",
+        "copy or download the weights again",
+        check_weights,
+        needs="",
+    ),
+    Check(
+        "card",
+        "model card complete",
+        "a reader does not learn what the model is, may be used for, or how to load it",
+        "write README.md: hf-decoder pretrain and finetune do; the Hub's guide is at https://hf.co/docs/hub/model-cards",
+        check_card,
+        needs="",
+    ),
+)

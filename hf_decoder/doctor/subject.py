@@ -1,0 +1,243 @@
+"""The checkpoint under examination: its files, and its model and tokenizer once somebody asks for them.
+
+Nothing here writes into the checkpoint. Weights are read as safetensors only, and code of the folder is run only if
+the caller trusts it.
+"""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.utils import logging
+
+import hf_decoder
+from hf_decoder.adapters import is_adapter
+from hf_decoder.interop.checkpoint import read_config_values
+from hf_decoder.interop.families import OURS
+
+# Weights in formats other than safetensors are reported by name, not downloaded.
+NOT_DOWNLOADED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.tflite")
+# Folders of a run that are no part of what a receiver gets.
+IGNORED_FOLDERS = ("checkpoint-", ".git", ".cache", "__pycache__")
+PROBE_TOKENS = 40
+LONGEST_WINDOW = 496
+
+
+class Unloadable(Exception):
+    """The model or the tokenizer cannot be had; the text says why."""
+
+
+class Subject:
+    """A folder or Hub name, opened for examination.
+
+    Raises:
+        ValueError: if there is no such folder or name, or it is no checkpoint of a model.
+    """
+
+    def __init__(self, name: str | Path, *, trust_remote_code: bool = False, revision: str | None = None):
+        self.name = str(name)
+        self.trust_remote_code = trust_remote_code
+        self.folder, self.files = _open(self.name, revision)
+        if is_adapter(self.folder):
+            raise ValueError(f"{name} is an adapter, no model; merge it into its base and examine the result")
+        if not (self.folder / "config.json").is_file():
+            raise ValueError(f"folder {name} holds no model: it has no config.json")
+
+    @cached_property
+    def values(self) -> dict[str, Any]:
+        """What config.json says; empty where it is damaged."""
+        try:
+            return read_config_values(self.folder)
+        except ValueError:
+            return {}
+
+    @property
+    def is_ours(self) -> bool:
+        return self.values.get("model_type") == OURS
+
+    @property
+    def code_files(self) -> list[str]:
+        return [file for file in self.files if file.endswith(".py")]
+
+    @cached_property
+    def code_is_the_package_s(self) -> bool:
+        """Whether the code in the folder is, file by file and byte for byte, that of the installed package."""
+        own = package_code_files()
+        return self.is_ours and {f: (self.folder / f).read_bytes() for f in self.code_files} == own
+
+    @property
+    def may_run_code(self) -> bool:
+        """Whether the code in the folder may be run: it is ours to the byte, or the caller trusts it."""
+        return self.trust_remote_code or self.code_is_the_package_s
+
+    @cached_property
+    def config(self) -> Any:
+        try:
+            read_config_values(self.folder)
+            return AutoConfig.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
+        except Exception as error:  # whatever a stranger's config makes of itself
+            raise Unloadable(f"config.json cannot be read: {first_line(error)}") from None
+
+    def load(self, dtype: torch.dtype = torch.float32, folder: Path | None = None) -> tuple[Any, dict[str, Any]]:
+        """A new instance of the model on the CPU, in evaluation mode, and transformers' report on its tensors.
+
+        Raises:
+            Unloadable: if transformers cannot load it.
+        """
+        kwargs: dict[str, Any] = {"dtype": dtype, "trust_remote_code": self.trust_remote_code}
+        kwargs |= {"use_safetensors": True, "output_loading_info": True}
+        if not self.trust_remote_code and type(self.config) not in AutoModelForCausalLM._model_mapping:
+            raise Unloadable(f"a {self.config.model_type!r} model is no causal language model known to transformers")
+        auto_class: Any = AutoModelForCausalLM
+        with quiet():
+            try:
+                try:  # not whatever the config asks for
+                    model, info = auto_class.from_pretrained(
+                        folder or self.folder, attn_implementation="sdpa", **kwargs
+                    )
+                except ValueError as error:
+                    if "scaled_dot_product_attention" not in str(error):
+                        raise
+                    model, info = auto_class.from_pretrained(
+                        folder or self.folder, attn_implementation="eager", **kwargs
+                    )
+            except Exception as error:  # damaged weights, missing code, a class that fails: all of it is a finding
+                raise Unloadable(first_line(error)) from None
+        return model.eval(), info
+
+    @cached_property
+    def _loaded(self) -> tuple[Any, dict[str, Any]]:
+        return self.load()
+
+    @property
+    def model(self) -> Any:
+        """The model in fp32; checks leave it as they found it."""
+        return self._loaded[0]
+
+    @property
+    def loading_info(self) -> dict[str, Any]:
+        return self._loaded[1]
+
+    def release_model(self) -> None:
+        """Frees the memory of the model; the next use loads it again."""
+        self.__dict__.pop("_loaded", None)
+        gc.collect()
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer, or None where there is none.
+
+        Raises:
+            Unloadable: if its files are damaged.
+        """
+        if not any(Path(file).name in ("tokenizer_config.json", "tokenizer.json") for file in self.files):
+            return None
+        with quiet():
+            try:
+                return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
+            except Exception as error:  # tokenizers raises bare Exception for a damaged file
+                raise Unloadable(first_line(error)) from None
+
+    @cached_property
+    def generation_config(self) -> GenerationConfig:
+        """What `generate` takes when nothing is said: generation_config.json, else what follows from the config."""
+        if (self.folder / "generation_config.json").is_file():
+            with quiet():
+                return GenerationConfig.from_pretrained(self.folder)
+        return GenerationConfig.from_model_config(self.config)
+
+    def read_json(self, file: str) -> dict[str, Any]:
+        """A JSON file of the folder; empty where it is absent or damaged."""
+        try:
+            values = json.loads((self.folder / file).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return values if isinstance(values, dict) else {}
+
+    # ------------------------------------------------------------------------------------------ inputs
+
+    @property
+    def probe_tokens(self) -> int:
+        """Length of the rows that the model is tried on: past a sliding window, where that is short."""
+        config = self.config.get_text_config()
+        window = getattr(config, "sliding_window", None)
+        length = PROBE_TOKENS
+        if isinstance(window, int) and window <= LONGEST_WINDOW:
+            length = max(length, window + 16)
+        return min(length, getattr(config, "max_position_embeddings", None) or length)
+
+    def ids(self, rows: int, length: int | None = None, seed: int = 0) -> torch.Tensor:
+        """Random token ids (rows, length) that are no special tokens."""
+        config = self.config.get_text_config()
+        special = set()
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            value = getattr(config, name, None)
+            special |= set(value if isinstance(value, list | tuple) else [value])
+        allowed = torch.tensor([i for i in range(config.vocab_size) if i not in special])
+        generator = torch.Generator().manual_seed(seed)
+        return allowed[torch.randint(len(allowed), (rows, length or self.probe_tokens), generator=generator)]
+
+    def accepts(self, argument: str) -> bool:
+        """Whether the model's forward has this argument by name."""
+        return argument in inspect.signature(type(self.model).forward).parameters
+
+
+def package_code_files() -> dict[str, bytes]:
+    """Name -> content of the files that travel with a checkpoint of ours."""
+    folder = Path(hf_decoder.__file__).parent / "model"
+    return {path.name: path.read_bytes() for path in folder.glob("*.py") if path.name != "__init__.py"}
+
+
+def _open(name: str, revision: str | None) -> tuple[Path, list[str]]:
+    """The local folder and the names of all files that the checkpoint has, by posix path."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        found = (path for path in folder.rglob("*") if not path.is_dir())
+        names = [path.relative_to(folder).as_posix() for path in found]
+        return folder, sorted(file for file in names if not file.startswith(IGNORED_FOLDERS))
+    if folder.exists():
+        raise ValueError(f"{name} is a file; give the folder that holds config.json and the weights")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or ("/" in name and folder.parent.is_dir()):
+        raise ValueError(f"folder {name} does not exist")
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        files = HfApi().list_repo_files(name, revision=revision)
+        path = snapshot_download(name, revision=revision, ignore_patterns=list(NOT_DOWNLOADED))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        raise ValueError(
+            f"{name} is neither a folder here nor a model that the Hub gives us: {first_line(error)}"
+        ) from None
+    return Path(path), sorted(files)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what went wrong first."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps transformers' warnings and bars off the screen: the report says what matters."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
