@@ -16,12 +16,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from transformers import Trainer, TrainingArguments
 
 # Coefficients of the quintic iteration (Jordan et al. 2024): steep at zero, so that few iterations are enough.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
+NEWTON_SCHULZ_DTYPE = torch.bfloat16
+# Elements of the matrices that go through the iteration together on one device: enough to fill it, little to hold.
+CHUNK_ELEMENTS = 2**26
 # Root mean square of AdamW's updates, which Muon's are scaled to (Liu et al. 2025, equation 4).
 UPDATE_RMS = 0.2
 # Share of the steps over which the learning rate falls.
@@ -59,12 +62,12 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 @torch.no_grad()
 def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
-    """(N, rows, columns) -> the same shape, the singular values of each matrix brought near 1, in bf16.
+    """(N, rows, columns) -> the same, with the singular values of each matrix near 1, in `NEWTON_SCHULZ_DTYPE`.
 
     All matrices of one shape go through the Newton-Schulz iteration together.
     """
     tall = matrices.shape[-2] > matrices.shape[-1]
-    x = matrices.bfloat16()
+    x = matrices.to(NEWTON_SCHULZ_DTYPE)
     if tall:
         x = x.mT
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
@@ -73,6 +76,37 @@ def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
         gram = torch.bmm(x, x.mT)
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
+
+
+def _devices_that_share(matrix: torch.Tensor) -> int:
+    """How many devices share the work of `orthogonalise_any`: those of a mesh that splits matrices evenly, else 1."""
+    if isinstance(matrix, DTensor) and all(type(placement) in (Shard, Replicate) for placement in matrix.placements):
+        return matrix.device_mesh.size()
+    return 1
+
+
+@torch.no_grad()
+def orthogonalise_any(matrices: list[torch.Tensor]) -> list[torch.Tensor]:
+    """`orthogonalise` of matrices of one shape and layout, which may be sharded; the results have that layout.
+
+    The iteration needs whole matrices. Of sharded ones every device gathers a few, a share of its own, and scatters
+    the results: one all-to-all there and one back, and no matrix is worked on twice. Layouts that cut one
+    dimension twice (FSDP2 over tensor parallelism) are gathered by every device instead.
+    """
+    first = matrices[0]
+    if not isinstance(first, DTensor):
+        return list(orthogonalise(torch.stack(matrices)).unbind())
+    mesh, placements = first.device_mesh, first.placements
+    if _devices_that_share(first) == 1:
+        results = orthogonalise(torch.stack([matrix.full_tensor() for matrix in matrices]))  # type: ignore[attr-defined]
+        return [distribute_tensor(result, mesh, placements, src_data_rank=None) for result in results]
+    stack = torch.stack(matrices).to(NEWTON_SCHULZ_DTYPE)
+    inside, across = stack.placements, [Shard(0)] * mesh.ndim  # type: ignore[attr-defined]
+    whole = stack.redistribute(mesh, across)  # type: ignore[attr-defined]
+    results = DTensor.from_local(
+        orthogonalise(whole.to_local()), mesh, across, run_check=False, shape=stack.shape, stride=stack.stride()
+    )
+    return list(results.redistribute(mesh, inside).unbind())
 
 
 class MuonAdamW(torch.optim.AdamW):
@@ -123,7 +157,7 @@ class MuonAdamW(torch.optim.AdamW):
 
     def _muon_step(self, group: dict[str, Any]) -> None:
         lr, momentum = group["lr"], group["momentum"]
-        by_shape: dict[tuple, list[tuple[nn.Parameter, torch.Tensor]]] = defaultdict(list)
+        alike: dict[tuple, list[tuple[nn.Parameter, torch.Tensor]]] = defaultdict(list)
         for parameter in group["params"]:
             if parameter.grad is None:
                 continue
@@ -135,18 +169,18 @@ class MuonAdamW(torch.optim.AdamW):
             buffer = state["momentum_buffer"]
             buffer.lerp_(parameter.grad, 1 - momentum)
             update = parameter.grad.lerp(buffer, momentum)
-            if isinstance(update, DTensor):  # sharded: the iteration needs the whole matrix
-                update = update.full_tensor()
-            by_shape[(*update.shape, update.device)].append((parameter, update))
-        for members in by_shape.values():
-            updates = orthogonalise(torch.stack([update for _, update in members]))
-            rows, columns = updates.shape[-2:]
-            for (parameter, _), update in zip(members, updates, strict=True):
-                if isinstance(parameter, DTensor):
-                    mesh, placements = parameter.device_mesh, parameter.placements
-                    update = distribute_tensor(update, mesh, placements, src_data_rank=None)
-                parameter.mul_(1 - lr * group["weight_decay"])
-                parameter.add_(update.to(parameter.dtype), alpha=-lr * UPDATE_RMS * max(rows, columns) ** 0.5)
+            layout = (update.device_mesh, update.placements) if isinstance(update, DTensor) else ()
+            alike[(*update.shape, update.device, *layout)].append((parameter, update))
+        for members in alike.values():
+            first = members[0][1]
+            count = max(1, _devices_that_share(first) * CHUNK_ELEMENTS // first.numel())
+            for start in range(0, len(members), count):
+                chunk = members[start : start + count]
+                updates = orthogonalise_any([update for _, update in chunk])
+                for (parameter, _), update in zip(chunk, updates, strict=True):
+                    parameter.mul_(1 - lr * group["weight_decay"])
+                    scale = UPDATE_RMS * max(parameter.shape) ** 0.5
+                    parameter.add_(update.to(parameter.dtype), alpha=-lr * scale)
 
 
 class OptimizerFactory:

@@ -1,0 +1,173 @@
+"""Checkpoints that move between layouts: one process, DDP and FSDP2, with full or sharded state.
+
+Trainer writes what its layout has at hand, and reads nothing else: one process and DDP number the optimizer's states
+(`optimizer.pt`), FSDP2 names them, whole (`optimizer.bin`, `pytorch_model_fsdp.bin`) or in shards (two folders).
+`resumable` gives a training the checkpoint in the form it reads. The checkpoint itself is left as it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save, torch_save_to_dcp
+from transformers import PreTrainedModel, Trainer
+
+from hf_decoder.recipe import parameter_groups
+
+# What a checkpoint of each form holds besides the files that all forms share: of the weights, of the optimizer.
+FORMS = {
+    "plain": ("model.safetensors", "optimizer.pt"),
+    "full": ("pytorch_model_fsdp.bin", "optimizer.bin"),
+    "sharded": ("pytorch_model_fsdp_0", "optimizer_0"),
+}
+
+
+def form_of(checkpoint: str | Path) -> str | None:
+    """The form of a checkpoint of Trainer by its files: plain, full, sharded; None for another (DeepSpeed's, say)."""
+    return next((form for form, (_, state) in FORMS.items() if (Path(checkpoint) / state).exists()), None)
+
+
+def form_read_by(trainer: Trainer) -> str:
+    """The form that a Trainer reads and writes."""
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if plugin is None:
+        return "plain"
+    return "full" if "FULL_STATE_DICT" in str(plugin.state_dict_type) else "sharded"
+
+
+def save_in_full(trainer: Trainer, folder: str | Path) -> None:
+    """`trainer.save_model(folder)`, also where FSDP2 keeps its checkpoints in shards: a plain model folder."""
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if plugin is not None:
+        plugin.set_state_dict_type("FULL_STATE_DICT")
+    trainer.save_model(str(folder))
+
+
+@contextlib.contextmanager
+def resumable(checkpoint: str | Path, trainer: Trainer) -> Iterator[str]:
+    """The folder to resume `trainer` from: the checkpoint, or a converted copy beside it, deleted afterwards.
+
+    The optimizer must be one of `hf_decoder.recipe`, and the model not yet wrapped. All processes must enter.
+
+    Raises:
+        ValueError: if the checkpoint holds no state of an optimizer that Trainer wrote for one process, DDP or FSDP.
+    """
+    form, wanted = form_of(checkpoint), form_read_by(trainer)
+    if form == wanted or trainer.is_deepspeed_enabled:
+        yield str(checkpoint)
+        return
+    if form is None:
+        raise ValueError(
+            f"{checkpoint} holds no optimizer state of one process, DDP or FSDP; train from its weights instead: "
+            f"--model_name_or_path {checkpoint}"
+        )
+    source = Path(checkpoint)
+    folder = source.with_name(f"{source.name}-as-{wanted}")
+    model: Any = trainer.model
+    try:
+        with trainer.args.main_process_first(local=False, desc="converting the checkpoint"):
+            if trainer.is_world_process_zero():
+                convert_checkpoint(source, folder, model, wanted)
+        yield str(folder)
+    finally:
+        if trainer.is_world_process_zero():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def convert_checkpoint(source: Path, folder: Path, model: PreTrainedModel, wanted: str) -> None:
+    """Writes the checkpoint `source` to `folder` in the form `wanted`; `model` has its shape, in one piece."""
+    form = form_of(source)
+    if form is None:
+        raise ValueError(f"{source} is no checkpoint of one process, DDP or FSDP")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    own = {name for names in FORMS.values() for name in names}
+    for path in source.iterdir():
+        if path.name not in own and path.is_file():
+            shutil.copy2(path, folder)
+    weights = _read_weights(source, form, folder)
+    states = _read(source / FORMS[form][1], "optimizer", folder)
+    states = _numbered(states, model) if wanted == "plain" else _named(states, model)
+    if wanted == "plain":
+        model.save_pretrained(folder, state_dict=weights)
+        torch.save(states, folder / "optimizer.pt")
+        return
+    _write(_with_tied_names(weights, model), folder / FORMS[wanted][0], "model")
+    _write(states, folder / FORMS[wanted][1], "optimizer")
+
+
+def _read_weights(source: Path, form: str, scratch: Path) -> dict[str, torch.Tensor]:
+    if form != "plain":
+        return _read(source / FORMS[form][0], "model", scratch)
+    from safetensors.torch import load_file
+
+    weights: dict[str, torch.Tensor] = {}
+    for file in sorted(source.glob("model*.safetensors")):
+        weights |= load_file(file)
+    return weights
+
+
+def _read(path: Path, part: str, scratch: Path) -> Any:
+    """What FSDP2 saved in a file, or in a folder of shards under the name `part`."""
+    if path.is_file():
+        return torch.load(path, map_location="cpu", weights_only=True)
+    joined = scratch / "joined.bin"
+    dcp_to_torch_save(path, joined)
+    whole = torch.load(joined, map_location="cpu", weights_only=True)[part]
+    joined.unlink()
+    return whole
+
+
+def _write(values: Any, path: Path, part: str) -> None:
+    """The counterpart of `_read`: a folder of shards where the name has no suffix."""
+    if path.suffix:
+        torch.save(values, path)
+        return
+    joined = path.with_suffix(".bin")
+    torch.save({part: values}, joined)
+    torch_save_to_dcp(joined, path)
+    os.remove(joined)
+
+
+def _with_tied_names(weights: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+    """All names of a model's weights, those that share a tensor too, which are saved once."""
+    names: dict[int, list[str]] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        names.setdefault(id(value), []).append(name)
+    found: dict[str, torch.Tensor] = {}
+    for alike in names.values():
+        value = next(weights[name] for name in alike if name in weights)
+        found |= dict.fromkeys(alike, value)
+    return found
+
+
+def _names_in_order(model: nn.Module) -> list[str]:
+    """The names of the optimizer's parameters, in the order that it numbers them by."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [names[id(parameter)] for group in parameter_groups(model, 0.0) for parameter in group["params"]]
+
+
+def _named(states: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """The optimizer's state with its parameters by name."""
+    if any(isinstance(name, str) for name in states["state"]):
+        return states
+    names = _names_in_order(model)
+    groups = [{**group, "params": [names[i] for i in group["params"]]} for group in states["param_groups"]]
+    return {"state": {names[i]: state for i, state in states["state"].items()}, "param_groups": groups}
+
+
+def _numbered(states: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """The optimizer's state with its parameters by number."""
+    numbers = {name: i for i, name in enumerate(_names_in_order(model))}
+    groups = [
+        {**group, "params": sorted(numbers[name] for name in group["params"])} for group in states["param_groups"]
+    ]
+    groups.sort(key=lambda group: group["params"])
+    return {"state": {numbers[name]: state for name, state in states["state"].items()}, "param_groups": groups}

@@ -1,0 +1,199 @@
+"""What the ranks of the distributed tests do: small trainings through Trainer, laid out over the processes."""
+
+import os
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.utils import logging
+
+from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM, recipe
+from hf_decoder.layouts import resumable, save_in_full
+from hf_decoder.recipe import grouped_optimizer, muon_adamw
+
+VOCAB_SIZE = 96
+SHAPE = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 70,  # not the same share for every rank when there are four
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.1,
+    "qk_norm": True,
+}
+ROWS = 48
+
+
+def new_model(seed: int = 0, **overrides: Any) -> HfDecoderForCausalLM:
+    torch.manual_seed(seed)
+    return HfDecoderForCausalLM(HfDecoderConfig(**SHAPE | overrides))
+
+
+def rows(number: int = ROWS, length: int = 24) -> list[dict[str, torch.Tensor]]:
+    """Rows of one length, between 3 and all of whose labels count: the ranks do not have the same number of tokens."""
+    generator = torch.Generator().manual_seed(5)
+    made = []
+    for _ in range(number):
+        ids = torch.randint(2, VOCAB_SIZE, (length,), generator=generator)
+        ids[1::2] = (ids[::2] * 7 + 3) % VOCAB_SIZE  # something to learn
+        labels = ids.clone()
+        labels[: int(torch.randint(0, length - 3, (1,), generator=generator))] = -100
+        made.append({"input_ids": ids, "labels": labels})
+    return made
+
+
+@dataclass
+class Run:
+    """One training; `batch` rows make one optimizer step, over all ranks and accumulation steps."""
+
+    layout: str = "one"  # one, ddp, fsdp2
+    optim: str = "muon"
+    batch: int = 8
+    accumulation: int = 1
+    max_grad_norm: float = 1.0
+    steps: int = 6
+    stop: int | None = None  # ends after this step, as if it had been told to
+    tied: bool = True
+    newton_schulz: torch.dtype = torch.float32  # bf16 turns what differs in the last bit of fp32 into 4e-3
+    folder: str = ""
+    resume: str | None = None
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+class Record(TrainerCallback):
+    """Keeps what is logged, and ends a run early."""
+
+    def __init__(self, stop: int | None) -> None:
+        self.stop = stop
+        self.losses: list[float] = []
+        self.grad_norms: list[float] = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop |= state.global_step == self.stop
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in logs:
+            self.losses.append(logs["loss"])
+            self.grad_norms.append(float(logs["grad_norm"]))
+
+
+def fsdp2_on_cpu() -> None:
+    """Lets accelerate take FSDP2 on a machine without an accelerator, where it would train replicas instead.
+
+    It offers FSDP on accelerators alone: of what it knows about them, only the backend and the device change here.
+    """
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    PartialState._prepare_backend = staticmethod(lambda *args: ("gloo", DistributedType.MULTI_GPU))
+
+
+def trainer_for(run: Run, trainer_class: type[Trainer] = Trainer) -> Trainer:
+    logging.set_verbosity_error()
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    settings: dict[str, Any] = {"use_cpu": True}
+    if run.layout == "fsdp2":
+        fsdp2_on_cpu()
+        wrap = {"version": 2, "transformer_layer_cls_to_wrap": ["HfDecoderLayer"]}
+        settings = {"fsdp": True, "fsdp_config": wrap}
+    settings |= {
+        "max_steps": run.steps,
+        "per_device_train_batch_size": run.batch // (world_size * run.accumulation),
+        "gradient_accumulation_steps": run.accumulation,
+        "max_grad_norm": run.max_grad_norm,
+        "learning_rate": 0.01,
+        "weight_decay": 0.1,
+        "lr_scheduler_type": "linear",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "logging_nan_inf_filter": False,
+        "dataloader_pin_memory": False,
+        "bf16": False,
+        "ddp_find_unused_parameters": False,
+    }
+    args = TrainingArguments(run.folder, **settings | run.arguments)
+    set_seed(3)
+    recipe.NEWTON_SCHULZ_DTYPE = run.newton_schulz
+    make = muon_adamw if run.optim == "muon" else grouped_optimizer
+    record = Record(run.stop)
+    trainer = trainer_class(
+        new_model(tie_word_embeddings=run.tied),
+        args,
+        train_dataset=rows(),
+        optimizer_cls_and_kwargs=make(args),
+        callbacks=[record],
+    )
+    trainer.record = record
+    return trainer
+
+
+def weights_of(trainer: Trainer) -> dict[str, torch.Tensor]:
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    return {name: value.detach().cpu().clone() for name, value in state.items()}
+
+
+def train(runs: list[Run]) -> list[dict[str, Any]]:
+    """The runs, one after the other: losses, gradient norms, whole weights and how the first matrix is laid out."""
+    results = []
+    for run in runs:
+        trainer = trainer_for(run)
+        with resumable(run.resume, trainer) if run.resume else nullcontext() as folder:
+            trainer.train(resume_from_checkpoint=folder)
+        first = trainer.model.model.layers[0].mlp.up_proj.weight
+        results.append(
+            {
+                "losses": trainer.record.losses,
+                "grad_norms": trainer.record.grad_norms,
+                "weights": weights_of(trainer),
+                "weight_type": type(first).__name__,
+                "wrapper": type(trainer.model_wrapped).__name__,
+                "momentum_type": type(trainer.optimizer.state[first].get("momentum_buffer")).__name__
+                if run.optim == "muon"
+                else None,
+            }
+        )
+        if run.arguments.get("save_strategy", "no") != "no":
+            save_in_full(trainer, Path(run.folder) / "final")
+    return results
+
+
+def orthogonalise_in_layouts(names: list[str]) -> dict[str, list[torch.Tensor]]:
+    """Five sharded matrices through `orthogonalise_any`; the whole results, and the layout that they came in."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    dist.init_process_group("gloo")
+    flat = init_device_mesh("cpu", (4,))
+    square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
+    layouts = {
+        "rows": (flat, [Shard(0)]),
+        "columns": (flat, [Shard(1)]),
+        "replicas": (flat, [Replicate()]),
+        "shards of replicas": (square, [Replicate(), Shard(0)]),
+        "rows and columns": (square, [Shard(0), Shard(1)]),
+        "rows twice": (square, [Shard(0), Shard(0)]),
+    }
+    recipe.NEWTON_SCHULZ_DTYPE = torch.float32
+    found = {}
+    for name in names:
+        mesh, placements = layouts[name]
+        matrices = [distribute_tensor(matrix, mesh, placements) for matrix in some_matrices()]
+        results = recipe.orthogonalise_any(matrices)
+        assert all(result.placements == tuple(placements) for result in results)
+        assert all(a.to_local().shape == b.to_local().shape for a, b in zip(results, matrices, strict=True))
+        found[name] = [result.full_tensor() for result in results]
+    return found
+
+
+def some_matrices() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(22, 12, generator=generator) for _ in range(5)]
