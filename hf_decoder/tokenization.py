@@ -79,9 +79,11 @@ CHAT_TEMPLATE = (
     "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
 )
 
-# No match of QWEN2_SPLIT reaches across these places, so a text cut there keeps its tokens.
-_CUT = re.compile(r"(?<=\n)(?=\S)|(?<=\S)(?= )")
+# No match of QWEN2_SPLIT reaches across these places, so a text cut there keeps its tokens; the second kind, behind a
+# digit, is safe for that rule alone, and is where encoded data without spaces or lines can be cut.
+_CUTS = (re.compile(r"(?<=\n)(?=\S)|(?<=\S)(?= )"), re.compile(r"(?<=[0-9])"))
 _PIECE_CHARACTERS = 1 << 20
+_LONGEST_PIECE = 1 << 21
 
 
 def train_tokenizer(
@@ -145,18 +147,29 @@ def split_text(text: str, size: int = _PIECE_CHARACTERS) -> Iterator[str]:
     """Cut `text` into pieces of about `size` characters whose tokens, joined, are the tokens of the whole text.
 
     A tokenizer holds some hundred bytes per token while it works, so a text of many megabytes is better fed in
-    pieces. The cuts fall at line starts or before a space; where a text has neither, a piece grows until one comes.
+    pieces. The cuts fall at line starts or before a space; where a text has neither, behind a digit; and where it has
+    none of them for two million characters, there: the one place where tokens may differ from those of the whole text.
     Exact for the types of `train_tokenizer`; a tokenizer that marks the start of every text it is given
     (SentencePiece's leading space) marks each piece.
     """
     start = 0
     while len(text) - start > size:
-        cut = _CUT.search(text, start + size)
-        if cut is None:
+        stop = place_to_cut(text, start, size)
+        if stop is None:
             break
-        yield text[start : cut.start()]
-        start = cut.start()
+        yield text[start:stop]
+        start = stop
     yield text[start:]
+
+
+def place_to_cut(text: str, start: int, size: int) -> int | None:
+    """Where to cut the piece that begins at `start`, `size` characters on or later; None: it is whole as it is."""
+    longest = start + max(size, _LONGEST_PIECE)
+    for cut in _CUTS:
+        found = cut.search(text, start + size, longest)
+        if found is not None and found.start() < len(text):
+            return found.start()
+    return longest if longest < len(text) else None
 
 
 def _pieces(texts: Iterable[str]) -> Iterator[str]:

@@ -177,6 +177,23 @@ def test_split_text_keeps_the_tokens(kind, request):
     assert list(split_text("x" * 50, 10)) == ["x" * 50]
 
 
+@pytest.mark.parametrize("kind", ["bpe", "char"])
+def test_data_without_spaces_or_lines_is_cut_behind_digits(kind, request):
+    tokenizer = request.getfixturevalue(kind)
+    rng = random.Random(3)
+    for _ in range(300):
+        text = "".join(rng.choice("abé0123+/'s") for _ in range(60))
+        pieces = list(split_text(text, 7))
+        assert "".join(pieces) == text and all(piece[-1].isdigit() for piece in pieces[:-1])
+        ids = [index for piece in pieces for index in tokenizer(piece)["input_ids"]]
+        assert ids == tokenizer(text)["input_ids"]
+
+
+def test_a_text_without_any_place_to_cut_is_cut_all_the_same():
+    pieces = list(split_text("x" * 5_000_000, 1000))
+    assert [len(piece) for piece in pieces] == [1 << 21, 1 << 21, 5_000_000 - (1 << 22)]
+
+
 def test_chat_template_is_chatml(bpe):
     assert bpe.apply_chat_template(MESSAGES, tokenize=False) == CHATML
     prompt = bpe.apply_chat_template(MESSAGES[:2], tokenize=False, add_generation_prompt=True)
