@@ -17,6 +17,7 @@ How documents become tokens and blocks is the subject of `packing`, whose names 
 
 from __future__ import annotations
 
+import codecs
 import glob
 import gzip
 import hashlib
@@ -116,28 +117,30 @@ def load_text(
     dataset_config_name: str | None = None,
     text_column: str = "text",
     validation_fraction: float = VALIDATION_FRACTION,
+    encoding: str | None = None,
 ) -> DatasetDict:
     """Documents from files or folders (`train_file`), or from a dataset of the Hub (`dataset_name`).
 
     Returns `train` and `validation`: the validation file, or the dataset's own validation split, or else
     `validation_fraction` of the documents held out of the rest; with a fraction of 0, `train` alone. `text_column`
-    names the column of tables and datasets that holds the text.
+    names the column of tables and datasets that holds the text. `encoding` is that of the files that are not UTF-8.
 
     Raises FileNotFoundError for a path or dataset that does not exist, and ValueError for arguments that contradict
-    each other and for files without text: empty, binary, not UTF-8, not readable as their suffix says, or without the
-    column.
+    each other and for files without text: empty, binary, not UTF-8 and not in `encoding` either, not readable as their
+    suffix says, or without the column.
     """
     from datasets import DatasetDict
 
     if (train_file is None) == (dataset_name is None):
         raise ValueError("give either train_file or dataset_name, one of the two")
     _check_fraction(validation_fraction)
+    check_encoding(encoding)
     if train_file is not None:
-        splits = {"train": _load_files(train_file, "train_file", text_column)}
+        splits = {"train": load_files(train_file, "train_file", text_column, encoding)}
     else:
         splits = _load_hub(str(dataset_name), dataset_config_name, text_column)
     if validation_file is not None:
-        splits["validation"] = _load_files(validation_file, "validation_file", text_column)
+        splits["validation"] = load_files(validation_file, "validation_file", text_column, encoding)
     if "validation" in splits:
         return DatasetDict(train=splits["train"], validation=splits["validation"])
     return _hold_out(splits["train"], _texts(splits["train"]), validation_fraction)
@@ -158,37 +161,53 @@ def _check_fraction(validation_fraction: float) -> None:
 # ---------------------------------------------------------------------------------------------------- reading
 
 
-def _load_files(paths: PathLike | Sequence[PathLike], argument: str, text_column: str) -> Dataset:
+def load_files(
+    paths: PathLike | Sequence[PathLike], argument: str, text_column: str = "text", encoding: str | None = None
+) -> Dataset:
+    """The documents of files and folders; `argument` is the flag that named them. Raises as `load_text`."""
     from datasets import Dataset, concatenate_datasets
     from datasets.exceptions import DatasetGenerationError
 
-    given = [Path(path) for path in ([paths] if isinstance(paths, (str, os.PathLike)) else paths)]
-    if not given:
-        raise ValueError(f"{argument} is an empty list; name at least one file or folder")
-    texts: list[tuple[str, str, int, int]] = []
-    tables: dict[str, list[Path]] = {}
-    for path in given:
-        for file, source in _walk(path, argument):
-            builder = TABLE_SUFFIXES.get(_suffix(file))
-            if builder is None:
-                stat = file.stat()
-                # Size and time make the disk cache of `datasets` notice an edited file.
-                texts.append((str(file), source, stat.st_size, stat.st_mtime_ns))
-            else:
-                tables.setdefault(builder, []).append(file)
-    name = ", ".join(str(path) for path in given)
+    texts, tables, name = find_files(paths, argument)
     parts = []
     if texts:
+        # Size and time make the disk cache of `datasets` notice an edited file.
+        stamped = [(str(file), source, file.stat().st_size, file.stat().st_mtime_ns) for file, source in texts]
+        options: dict[str, Any] = {"files": stamped, "encoding": encoding}
         try:
-            parts.append(Dataset.from_generator(_read_documents, features=_features(), gen_kwargs={"files": texts}))
+            parts.append(Dataset.from_generator(_read_documents, features=_features(), gen_kwargs=options))
         except DatasetGenerationError as error:
             raise (error.__cause__ or error) from None
         except ValueError as error:
             # What `datasets` says when a generator yields nothing.
             raise ValueError(f"{argument} {name} is empty; it needs at least one character of text") from error
     for builder, files in tables.items():
-        parts.append(_load_table(builder, files, text_column))
+        table, table_name = load_table(builder, files, encoding)
+        source = files[0].name if len(files) == 1 else builder
+        try:
+            parts.append(_documents(table, text_column, table_name, source))
+        except UnicodeDecodeError as error:  # JSON is not looked at closely before
+            raise explain_table(builder, files, table_name, error) from None
     return _require_text(concatenate_datasets(parts), f"{argument} {name}")
+
+
+def find_files(
+    paths: PathLike | Sequence[PathLike], argument: str
+) -> tuple[list[tuple[Path, str]], dict[str, list[Path]], str]:
+    """The text files below `paths`, each with its `source`; the tables by their builder; and the paths in words."""
+    given = [Path(path) for path in ([paths] if isinstance(paths, (str, os.PathLike)) else paths)]
+    if not given:
+        raise ValueError(f"{argument} is an empty list; name at least one file or folder")
+    texts: list[tuple[Path, str]] = []
+    tables: dict[str, list[Path]] = {}
+    for path in given:
+        for file, source in _walk(path, argument):
+            builder = TABLE_SUFFIXES.get(_suffix(file))
+            if builder is None:
+                texts.append((file, source))
+            else:
+                tables.setdefault(builder, []).append(file)
+    return texts, tables, ", ".join(str(path) for path in given)
 
 
 def _walk(path: Path, argument: str) -> Iterator[tuple[Path, str]]:
@@ -215,27 +234,75 @@ def _suffix(path: Path) -> str:
     return Path(name.removesuffix(".gz")).suffix
 
 
-def _read_documents(files: list[tuple[str, str, int, int]]) -> Iterator[dict[str, str]]:
+def _read_documents(files: list[tuple[str, str, int, int]], encoding: str | None) -> Iterator[dict[str, str]]:
     for path, source, _, _ in files:
-        text = read_text(Path(path))
+        text = read_text(Path(path), encoding)
         if text:
             yield {"text": text, "source": source}
 
 
-def read_text(path: Path) -> str:
-    """The text of a UTF-8 file, gzipped if its name ends in `.gz`; ValueError for anything that is not such a file."""
+def read_text(path: Path, encoding: str | None = None) -> str:
+    """The text of a UTF-8 file, gzipped if its name ends in `.gz`; ValueError for anything that is not such a file.
+
+    What is not UTF-8 is read in `encoding`, if there is one.
+    """
     with _open(path) as file:
         data = file.read()
+    if encoding is not None and (b"\0" in data or not _is_utf8(data)):
+        try:
+            text = data.decode(encoding)
+        except UnicodeDecodeError as error:
+            at = f"byte 0x{data[error.start]:02x} at offset {error.start}"
+            raise ValueError(f"{path} is neither UTF-8 nor {encoding} ({at}); give another --encoding") from None
+        data = text.encode("utf-8", "surrogatepass")
     nul = data.find(b"\0")
     if nul >= 0:
         raise ValueError(f"{path} is binary, not text (a zero byte at offset {nul}); give UTF-8 text")
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} is not UTF-8 (byte 0x{data[error.start]:02x} at offset {error.start}); "
-            "convert it, for example with iconv -f ISO-8859-1 -t UTF-8"
-        ) from None
+        raise not_utf8(path, data[error.start], error.start) from None
+
+
+def not_utf8(path: Path, byte: int, offset: int) -> ValueError:
+    """What there is to say of a file with such a byte."""
+    return ValueError(
+        f"{path} is not UTF-8 (byte 0x{byte:02x} at offset {offset}); convert it with iconv -f cp1252 -t UTF-8, or "
+        "give pretrain its encoding: --encoding cp1252"
+    )
+
+
+def check_encoding(encoding: str | None) -> None:
+    """Raises ValueError for an encoding that Python does not know."""
+    try:
+        codecs.lookup(encoding or "utf-8")
+    except LookupError:
+        raise ValueError(f"--encoding {encoding!r} is unknown; give cp1252, latin-1, utf-16, ...") from None
+
+
+def _is_utf8(data: bytes) -> bool:
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def find_invalid_byte(path: Path) -> tuple[int, int] | None:
+    """Value and offset of the first byte of a file that is not UTF-8, read piece by piece; None if it is all UTF-8."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    done = 0
+    with _open(path) as file:
+        while True:
+            data = file.read(1 << 20)
+            waiting = decoder.getstate()[0]
+            try:
+                decoder.decode(data, final=not data)
+            except UnicodeDecodeError as error:
+                return (waiting + data)[error.start], done - len(waiting) + error.start
+            if not data:
+                return None
+            done += len(data)
 
 
 @contextmanager
@@ -251,28 +318,41 @@ def _open(path: Path) -> Iterator[BinaryIO]:
         raise ValueError(f"{path} is not a whole gzip file ({error}); compress it again") from None
 
 
-def _unpacked(path: Path) -> Path:
-    """`path`, or for a gzipped table its contents, as a file in the disk cache of `datasets`."""
+def plain_file(path: Path, encoding: str | None = None) -> Path:
+    """`path` if it is plain UTF-8; for one that is gzipped or in `encoding`, a copy in the cache of `datasets`.
+
+    Whether a file is UTF-8 is looked into only where there is an encoding to take instead.
+    """
     from datasets import config
 
-    if not path.name.lower().endswith(".gz"):
+    foreign = encoding is not None and find_invalid_byte(path) is not None
+    if not path.name.lower().endswith(".gz") and not foreign:
         return path
     stat = path.stat()
-    key = hashlib.md5(repr((str(path.resolve()), stat.st_size, stat.st_mtime_ns)).encode(), usedforsecurity=False)
+    key = hashlib.md5(
+        repr((str(path.resolve()), stat.st_size, stat.st_mtime_ns, foreign and encoding)).encode(),
+        usedforsecurity=False,
+    )
     target = Path(config.HF_DATASETS_CACHE) / "unpacked" / (key.hexdigest() + _suffix(path))
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         part = target.with_suffix(f".{os.getpid()}")
         try:
             with _open(path) as source, part.open("wb") as sink:
-                shutil.copyfileobj(source, sink, 1 << 20)
+                plain = codecs.EncodedFile(source, "utf-8", encoding) if foreign else source
+                shutil.copyfileobj(plain, sink, 1 << 20)
             part.replace(target)
+        except UnicodeDecodeError:
+            raise ValueError(f"{path} is neither UTF-8 nor {encoding}; give another --encoding") from None
         finally:
             part.unlink(missing_ok=True)
     return target
 
 
-def _load_table(builder: str, paths: list[Path], text_column: str) -> Dataset:
+def load_table(
+    builder: str, paths: list[Path], encoding: str | None = None, *, streaming: bool = False
+) -> tuple[Any, str]:
+    """The rows of tables of one kind, as `datasets` reads them, and the name to give the table in messages."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
     from datasets.utils import logging
@@ -281,19 +361,27 @@ def _load_table(builder: str, paths: list[Path], text_column: str) -> Dataset:
     # Escaped, because the builders take names for patterns.
     files = []
     for path in paths:
-        file = _unpacked(path)
+        file = plain_file(path, None if builder == "parquet" else encoding)
         if file.stat().st_size == 0:
             raise ValueError(f"{path} is empty; it needs at least one row")
         files.append(glob.escape(str(file)))
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)  # what it logs on the way to an error, the error says
     try:
-        table = load_dataset(builder, data_files=files, split="train")
+        return load_dataset(builder, data_files=files, split="train", streaming=streaming), name
     except (DatasetsError, ValueError, OSError) as error:
-        raise ValueError(f"{name} cannot be read as {builder}: {_reason(error)}") from error
+        raise explain_table(builder, paths, name, error) from error
     finally:
         logging.set_verbosity(verbosity)
-    return _documents(table, text_column, name, paths[0].name if len(paths) == 1 else builder)
+
+
+def explain_table(builder: str, paths: list[Path], name: str, error: BaseException) -> ValueError:
+    """What to say of tables that cannot be read: bytes that are not UTF-8, or the reader's own words."""
+    for path in paths if builder != "parquet" else []:
+        found = find_invalid_byte(path)
+        if found is not None:
+            return not_utf8(path, *found)
+    return ValueError(f"{name} cannot be read as {builder}: {_reason(error)}")
 
 
 def _load_hub(dataset_name: str, dataset_config_name: str | None, text_column: str) -> dict[str, Dataset]:

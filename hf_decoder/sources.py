@@ -32,6 +32,9 @@ class TextArguments:
     dataset_name: str | None = field(default=None, metadata={"help": "Data set of the Hub, in place of --train_file."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
     text_column: str = field(default="text", metadata={"help": "The column or key that holds the text."})
+    encoding: str | None = field(
+        default=None, metadata={"help": "Encoding of the text files that are not UTF-8, for example cp1252."}
+    )
     validation_split_percentage: float = field(
         default=5.0, metadata={"help": "Share of the documents to hold out when there is no validation set."}
     )
@@ -56,6 +59,7 @@ def load_texts(args: TextArguments) -> DatasetDict:
         "validation_file": args.validation_file,
         "text_column": args.text_column,
         "validation_fraction": args.validation_split_percentage / 100,
+        "encoding": args.encoding,
     }
     weighted = weighted_files(args.train_file or [])
     if any(weight is not None for _, weight in weighted):

@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, default_data_collator
 from hf_decoder import packing
 from hf_decoder.corpus import (
     CorpusReport,
+    find_invalid_byte,
     load_standard_library,
     load_text,
     pack,
@@ -229,6 +230,44 @@ def test_bad_files_are_one_clear_line(tmp_path, name, data, message):
     with pytest.raises(ValueError, match=message) as caught:
         load_text(tmp_path / name)
     assert "\n" not in str(caught.value)
+
+
+def test_mixed_encodings_are_named_with_the_byte_and_the_way_out(tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.txt").write_text("größe", encoding="utf-8")
+    (folder / "b.txt").write_text("größe", encoding="cp1252")
+    with pytest.raises(ValueError, match=r"b.txt is not UTF-8 .byte 0xf6 at offset 2.; .*--encoding cp1252"):
+        load_text(folder)
+    assert texts(load_text(folder, encoding="cp1252", validation_fraction=0)["train"]) == ["größe", "größe"]
+    (folder / "c.txt").write_bytes("größe ÿ".encode("utf-16"))
+    with pytest.raises(ValueError, match=r"c.txt is neither UTF-8 nor ascii .byte 0xff at offset 0"):
+        load_text(folder / "c.txt", encoding="ascii")
+    assert texts(load_text(folder / "c.txt", encoding="utf-16", validation_fraction=0)["train"]) == ["größe ÿ"]
+    with pytest.raises(ValueError, match="--encoding 'klingon' is unknown"):
+        load_text(folder, encoding="klingon")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+@pytest.mark.parametrize("gz", ["", ".gz"])
+def test_tables_in_another_encoding(tmp_path, kind, gz):
+    data = {"jsonl": '{"text": "größe"}\n{"text": "b"}\n', "csv": "text\ngröße\nb\n"}[kind].encode("cp1252")
+    path = tmp_path / f"a.{kind}{gz}"
+    path.write_bytes(gzip.compress(data) if gz else data)
+    offset = data.index(b"\xf6")
+    with pytest.raises(ValueError, match=rf"a.{kind}{gz} is not UTF-8 .byte 0xf6 at offset {offset}.;"):
+        load_text(path, validation_fraction=0)
+    assert texts(load_text(path, validation_fraction=0, encoding="cp1252")["train"]) == ["größe", "b"]
+
+
+def test_the_first_invalid_byte_is_found_wherever_it_stands(tmp_path):
+    path = tmp_path / "a.txt"
+    for size in (0, 1, (1 << 20) - 1, 1 << 20, (1 << 20) + 1, 2_500_000):
+        good = ("é" * (size // 2) + "a")[: max(0, size)].encode()
+        for tail, at in ((b"", None), (b"\xff", 0), (b"\xc3", 0), ("é".encode() + b"\xe2\x82x", 2)):
+            path.write_bytes(good + tail)
+            expected = None if at is None else ((good + tail)[len(good) + at], len(good) + at)
+            assert find_invalid_byte(path) == expected, (size, tail)
 
 
 def test_bad_arguments(tmp_path):
