@@ -10,11 +10,21 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from hf_decoder.doctor import files
+from hf_decoder.doctor import adapters, files, generation, numerics, parameters, portability, tokenizer, training
 from hf_decoder.doctor.report import FAIL, LEVELS, PASS, SKIP, WARN, Check, DoctorReport, Finding, Row, failed, skipped
 from hf_decoder.doctor.subject import Subject, Unloadable, first_line
 
-CHECKS: tuple[Check, ...] = (*files.CHECKS,)
+# In the order in which they run: files before the model, and rows that free the model's memory at the end.
+CHECKS: tuple[Check, ...] = (
+    *files.CHECKS,
+    *tokenizer.CHECKS,
+    *numerics.CHECKS,
+    *generation.CHECKS,
+    *parameters.CHECKS,
+    *portability.CHECKS,
+    *adapters.CHECKS,
+    *training.CHECKS,
+)
 
 
 def run_doctor(

@@ -28,7 +28,7 @@ from hf_decoder.interop.families import OURS
 NOT_DOWNLOADED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.tflite")
 # Folders of a run that are no part of what a receiver gets.
 IGNORED_FOLDERS = ("checkpoint-", ".git", ".cache", "__pycache__")
-PROBE_TOKENS = 40
+PROBE_TOKENS = 72
 LONGEST_WINDOW = 496
 
 
@@ -46,6 +46,7 @@ class Subject:
     def __init__(self, name: str | Path, *, trust_remote_code: bool = False, revision: str | None = None):
         self.name = str(name)
         self.trust_remote_code = trust_remote_code
+        self.context_effect: float | None = None  # measured by the first row that asks
         self.folder, self.files = _open(self.name, revision)
         if is_adapter(self.folder):
             raise ValueError(f"{name} is an adapter, no model; merge it into its base and examine the result")
@@ -173,7 +174,11 @@ class Subject:
         length = PROBE_TOKENS
         if isinstance(window, int) and window <= LONGEST_WINDOW:
             length = max(length, window + 16)
-        return min(length, getattr(config, "max_position_embeddings", None) or length)
+        rope = getattr(config, "rope_parameters", None) or {}
+        limits = [getattr(config, "max_position_embeddings", None)]
+        if rope.get("rope_type") in ("dynamic", "longrope"):  # past it, the frequencies depend on the row's length
+            limits.append(rope.get("original_max_position_embeddings"))
+        return min([length, *(limit for limit in limits if limit)])
 
     def ids(self, rows: int, length: int | None = None, seed: int = 0) -> torch.Tensor:
         """Random token ids (rows, length) that are no special tokens."""

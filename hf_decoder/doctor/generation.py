@@ -1,0 +1,148 @@
+"""Rows about generation: caches, greedy decoding, and the settings that `generate` starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import DynamicCache, GenerationConfig, StaticCache
+
+from hf_decoder.doctor.numerics import CLASS_REMEDY, TOLERANCE, difference, judge, left_padded, logits_of
+from hf_decoder.doctor.report import Check, Finding, failed, passed, skipped
+from hf_decoder.doctor.subject import Subject, first_line, quiet
+
+NEW_TOKENS = 12
+
+
+@torch.inference_mode()
+def _cached(subject: Subject, ids: torch.Tensor, cache: Any) -> torch.Tensor:
+    """Logits with a cache: a long first piece, single tokens, and a piece of several at the end."""
+    length = ids.shape[1]
+    logits, start = [], 0
+    for stop in (length - 8, *range(length - 7, length - 2), length):
+        outputs = subject.model(ids[:, start:stop], past_key_values=cache, use_cache=True)
+        logits.append(outputs.logits)
+        start = stop
+    return torch.cat(logits, dim=1)
+
+
+def check_dynamic_cache(subject: Subject) -> Finding:
+    """Keys and values kept from earlier calls give the logits of one call."""
+    if not subject.accepts("past_key_values"):
+        return skipped("the class keeps no keys and values")
+    ids = subject.ids(2)
+    found = _cached(subject, ids, DynamicCache(config=subject.model.config))
+    return judge(subject, difference(logits_of(subject, ids), found), "DynamicCache, in pieces of 64, 1 and 3 tokens")
+
+
+def check_static_cache(subject: Subject) -> Finding:
+    """The same with a cache of fixed size, which compiled decoding needs."""
+    if not subject.accepts("past_key_values"):
+        return skipped("the class keeps no keys and values")
+    if not getattr(type(subject.model), "_can_compile_fullgraph", False):
+        return skipped("the class does not declare that it can be compiled with a static cache")
+    ids = subject.ids(2)
+    cache = StaticCache(config=subject.model.config, max_cache_len=ids.shape[1] + 5)
+    return judge(subject, difference(logits_of(subject, ids), _cached(subject, ids, cache)), "StaticCache")
+
+
+@contextmanager
+def _settings(model: Any, generation_config: GenerationConfig) -> Iterator[None]:
+    before = model.generation_config
+    model.generation_config = generation_config
+    try:
+        with quiet():
+            yield
+    finally:
+        model.generation_config = before
+
+
+def check_generate(subject: Subject) -> Finding:
+    """Greedy `generate`, for prompts of two lengths at once, takes the likeliest token of a plain forward pass."""
+    model = subject.model
+    if not model.can_generate():
+        return failed(f"{type(model).__name__} has no generate()")
+    lengths = [subject.probe_tokens - NEW_TOKENS, subject.probe_tokens // 2 - NEW_TOKENS]
+    if lengths[1] < 2:
+        return skipped(f"a context of {subject.probe_tokens} tokens is too short to try it")
+    inputs = left_padded(subject, subject.ids(2), lengths)
+    del inputs["position_ids"]
+    pad = int(inputs["input_ids"][1, 0])
+    with _settings(model, GenerationConfig(pad_token_id=pad)):
+        rows = model.generate(**inputs, do_sample=False, max_new_tokens=NEW_TOKENS)
+    width = inputs["input_ids"].shape[1]
+    if rows.shape[1] != width + NEW_TOKENS or not torch.equal(rows[:, :width], inputs["input_ids"]):
+        return failed(f"asked for {NEW_TOKENS} tokens after a prompt of {width}, it returns {list(rows.shape)}")
+    behind = 0.0
+    for row, length in zip(rows, lengths, strict=True):
+        ids = row[None, width - length :]
+        logits = logits_of(subject, ids)[0, length - 1 : -1].float()
+        taken = logits.gather(1, ids[0, length:, None])[:, 0]
+        gaps = (logits.max(dim=1).values - taken) / logits.abs().max()
+        wrong = (~(gaps <= TOLERANCE)).nonzero().flatten()
+        if len(wrong):
+            step = int(wrong[0])
+            return failed(
+                f"token {step + 1} is {int(ids[0, length + step])}; a forward pass over the {length + step} tokens "
+                f"before it gives {int(logits[step].argmax())}"
+            )
+        behind = max(behind, float(gaps.max()))
+    return passed(f"2 rows of {NEW_TOKENS} tokens, left-padded, each the likeliest of a plain forward pass")
+
+
+def check_generation_config(subject: Subject) -> Finding:
+    """generation_config.json holds no contradiction, and `generate` runs with it."""
+    try:
+        with quiet():
+            config = subject.generation_config
+            config.validate(strict=True)
+    except Exception as error:
+        text = " ".join(str(error).split()).partition("If you're using")[0]
+        return failed(f"generation_config.json: {text.strip()}")
+    settings = config.to_diff_dict()
+    try:
+        with _settings(subject.model, config):
+            subject.model.generate(subject.ids(1, 4), max_new_tokens=2)
+    except Exception as error:
+        return failed(f"generate() fails with the checkpoint's own settings: {first_line(error)}")
+    shown = [
+        f"{key}={value}"
+        for key, value in settings.items()
+        if key not in ("transformers_version", "_from_model_config")
+    ]
+    return passed(", ".join(shown) or "greedy, nothing set")
+
+
+CHECKS = (
+    Check(
+        "dynamic_cache",
+        "cached is uncached, growing cache",
+        "what generate() writes is not what the model would say",
+        CLASS_REMEDY + "generate with use_cache=False",
+        check_dynamic_cache,
+    ),
+    Check(
+        "static_cache",
+        "cached is uncached, fixed cache",
+        "compiled decoding writes something else than the model would say",
+        CLASS_REMEDY + "generate without cache_implementation='static'",
+        check_static_cache,
+        level="default",
+    ),
+    Check(
+        "generate",
+        "generate is an argmax loop",
+        "greedy decoding does not take the likeliest token",
+        CLASS_REMEDY + "write the loop yourself",
+        check_generate,
+    ),
+    Check(
+        "generation_config",
+        "generation settings are valid",
+        "generate() warns or fails, and save_pretrained refuses a changed copy",
+        "mend generation_config.json until GenerationConfig.from_pretrained(folder).validate(strict=True) says nothing",
+        check_generation_config,
+    ),
+)

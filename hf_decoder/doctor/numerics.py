@@ -1,0 +1,250 @@
+"""Rows about one forward pass: what must not change the logits, and what must.
+
+The model runs in fp32. Two ways to compute the same logits differ by the order of additions; measured on shapes of 2M
+to 125M parameters that is at most 2e-6 of the largest logit, and a mask or a position that is wrong moves them by
+1e-2 and more. `TOLERANCE` lies between.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from hf_decoder.doctor.report import Check, Finding, failed, passed, skipped, warned
+from hf_decoder.doctor.subject import Subject, quiet
+
+TOLERANCE = 1e-4
+# A row proves nothing where the logits feel their context less than this, relative to the largest.
+MIN_EFFECT = 100 * TOLERANCE
+PADDING = 7
+
+
+def difference(expected: torch.Tensor, found: torch.Tensor) -> float:
+    """Largest difference of two logit tensors relative to the largest logit; infinite where one is not a number."""
+    gap = (expected.float() - found.float()).abs().max() / expected.float().abs().max().clamp(min=1e-30)
+    return float(gap) if bool(gap.isfinite()) else float("inf")
+
+
+@torch.inference_mode()
+def logits_of(subject: Subject, ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    """Logits (B, S, V) without a cache; arguments that the model's forward does not name are left out."""
+    wanted = {"use_cache": False, **kwargs}
+    return subject.model(ids, **{name: value for name, value in wanted.items() if subject.accepts(name)}).logits
+
+
+def judge(subject: Subject, gap: float, what: str) -> Finding:
+    """Passes a `gap` that rounding explains, if the model feels its context enough for a mistake to show."""
+    if not gap <= TOLERANCE:
+        return failed(f"{what}: logits differ by {gap:.1e} of the largest; rounding explains {TOLERANCE:.0e}")
+    effect = context_effect(subject)
+    if effect < MIN_EFFECT:
+        return warned(
+            f"{what}: logits differ by {gap:.1e}, but another context moves them by {effect:.1e} only: not proven",
+            "train the model: it does not use its context yet",
+        )
+    return passed(f"{what}: logits differ by {gap:.1e} of the largest")
+
+
+def context_effect(subject: Subject) -> float:
+    """By how much the last token's logits move, relative to the largest, when the first half of a row is another."""
+    if subject.context_effect is None:
+        ids = subject.ids(1)
+        other = ids.clone()
+        half = ids.shape[1] // 2
+        other[:, :half] = subject.ids(1, half, seed=1)
+        subject.context_effect = difference(logits_of(subject, ids)[:, -1], logits_of(subject, other)[:, -1])
+    return subject.context_effect
+
+
+def check_loads(subject: Subject) -> Finding:
+    """transformers finds a place for every tensor and a tensor for every place; the logits are numbers."""
+    info = subject.loading_info
+    for kind, said in (
+        ("missing_keys", "lacks {}; the model starts with random values there"),
+        ("mismatched_keys", "holds {} in another shape than config.json asks for"),
+        ("unexpected_keys", "holds {}, which the model has no place for"),
+    ):
+        names = sorted(str(name[0] if isinstance(name, tuple) else name) for name in info.get(kind) or ())
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            return failed("the checkpoint " + said.format(names[0] + more))
+    if not bool(logits_of(subject, subject.ids(1)).isfinite().all()):
+        return failed("the logits are not finite")
+    model = subject.model
+    return passed(f"{type(model).__name__}, {model.num_parameters():,} parameters")
+
+
+def check_causal(subject: Subject) -> Finding:
+    """A later token leaves the logits before it as they are."""
+    ids = subject.ids(1)
+    half = ids.shape[1] // 2
+    other = ids.clone()
+    other[:, half:] = subject.ids(1, ids.shape[1] - half, seed=1)
+    gap = difference(logits_of(subject, ids)[:, :half], logits_of(subject, other)[:, :half])
+    return judge(subject, gap, "other tokens after them")
+
+
+def check_batching(subject: Subject) -> Finding:
+    """Each row of a batch has the logits that it has alone."""
+    ids = subject.ids(3)
+    together = logits_of(subject, ids)
+    gap = max(difference(logits_of(subject, ids[i : i + 1]), together[i : i + 1]) for i in range(len(ids)))
+    return judge(subject, gap, "three rows together")
+
+
+def left_padded(subject: Subject, ids: torch.Tensor, lengths: list[int]) -> dict[str, torch.Tensor]:
+    """The first `lengths[i]` tokens of each row at the right end, as `generate` hands them to the model."""
+    width = max(lengths) + PADDING
+    pad = getattr(subject.config.get_text_config(), "pad_token_id", None)
+    padded = torch.full((len(ids), width), pad if isinstance(pad, int) and pad >= 0 else int(ids[0, 0]))
+    mask = torch.zeros_like(padded)
+    for row, length in enumerate(lengths):
+        padded[row, width - length :] = ids[row, :length]
+        mask[row, width - length :] = 1
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    return {"input_ids": padded, "attention_mask": mask, "position_ids": positions}
+
+
+def check_padding(subject: Subject) -> Finding:
+    """Rows of several lengths, padded on the left, have the logits that they have alone."""
+    if not subject.accepts("attention_mask"):
+        return failed("the model takes no attention_mask")
+    longest = subject.probe_tokens - PADDING
+    lengths = [longest, longest - 3, longest // 2]
+    ids = subject.ids(3, longest)
+    inputs = left_padded(subject, ids, lengths)
+    found = logits_of(subject, inputs.pop("input_ids"), **inputs)
+    gap = max(
+        difference(logits_of(subject, ids[i : i + 1, :length]), found[i : i + 1, -length:])
+        for i, length in enumerate(lengths)
+    )
+    return judge(subject, gap, f"up to {longest + PADDING - longest // 2} padding tokens in front")
+
+
+def check_packing(subject: Subject) -> Finding:
+    """Documents packed into one row, told apart by positions that restart, have the logits that they have alone."""
+    if not subject.accepts("position_ids"):
+        return failed("the model takes no position_ids", "do not pack: pad instead")
+    total = subject.probe_tokens
+    lengths = [total // 2, total // 3, total - total // 2 - total // 3]
+    documents = subject.ids(1).split(lengths, dim=1)
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    alone = torch.cat([logits_of(subject, ids) for ids in documents], dim=1)
+    ids = torch.cat(documents, dim=1)
+    finding = judge(
+        subject, difference(alone, logits_of(subject, ids, position_ids=positions)), "three documents in a row"
+    )
+    cached = difference(alone, logits_of(subject, ids, position_ids=positions, use_cache=True))
+    if finding.status == "pass" and not cached <= TOLERANCE:
+        return warned(
+            f"{finding.detail} with use_cache=False; with use_cache=True the documents see each other ({cached:.1e})",
+            "train packed rows with use_cache=False",
+        )
+    return finding
+
+
+def check_attention(subject: Subject) -> Finding:
+    """Attention written out (eager) gives the logits of the fused kernel (sdpa), with padding and without."""
+    model = subject.model
+    if model.config._attn_implementation != "sdpa":
+        return skipped("the class has no sdpa attention")
+    ids = subject.ids(2)
+    padded = left_padded(subject, ids, [ids.shape[1] - PADDING, ids.shape[1] // 2])
+    padded_ids = padded.pop("input_ids")
+    real = padded["attention_mask"].bool()
+
+    def both() -> list[torch.Tensor]:
+        return [logits_of(subject, ids), logits_of(subject, padded_ids, **padded)[real]]
+
+    sdpa = both()
+    try:
+        with quiet():
+            model.set_attn_implementation("eager")
+        gap = max(difference(one, other) for one, other in zip(sdpa, both(), strict=True))
+    finally:
+        model.set_attn_implementation("sdpa")
+    return judge(subject, gap, "eager")
+
+
+@torch.no_grad()
+def check_loss(subject: Subject) -> Finding:
+    """The loss is the cross-entropy of the next token, -100 left out, in evaluation and in training mode."""
+    model = subject.model
+    ids = subject.ids(2)
+    labels = ids.clone()
+    labels[0, : ids.shape[1] // 2] = -100
+    logits = logits_of(subject, ids).float()
+    expected = functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+    found = {"evaluation": model(ids, labels=labels).loss}
+    dropout = any(isinstance(module, torch.nn.Dropout) and module.p for module in model.modules())
+    config = subject.config.get_text_config()
+    regularised = [name for name in ("attention_dropout", "z_loss_coef") if getattr(config, name, 0)]
+    if not dropout and not regularised:
+        model.train()
+        try:
+            found["training"] = model(ids, labels=labels).loss
+        finally:
+            model.eval()
+    for mode, loss in found.items():
+        if loss is None:
+            return failed(f"no loss in {mode} mode although labels are given")
+        if not abs(float(loss) - float(expected)) <= TOLERANCE * float(expected):
+            return failed(f"the loss in {mode} mode is {float(loss):.5f}; that of the logits is {float(expected):.5f}")
+    return passed(f"{float(expected):.4f} in {' and '.join(found)} mode, as of the logits")
+
+
+CLASS_REMEDY = "the class is at fault, not the weights: report it to its author, and until then "
+
+CHECKS = (
+    Check(
+        "load",
+        "loads, and every tensor has its place",
+        "the model cannot be used, or computes with weights that nobody trained",
+        "save it again with save_pretrained, or copy the files again",
+        check_loads,
+    ),
+    Check(
+        "causal",
+        "no token sees a later one",
+        "training reads the answer, and its loss means nothing",
+        CLASS_REMEDY + "do not train or evaluate with it",
+        check_causal,
+    ),
+    Check(
+        "batching",
+        "a row in a batch is as alone",
+        "an answer depends on what else runs at the same time",
+        CLASS_REMEDY + "run one row at a time",
+        check_batching,
+    ),
+    Check(
+        "padding",
+        "left padding changes nothing",
+        "answers in a batch of prompts of several lengths are wrong",
+        CLASS_REMEDY + "batch rows of one length only",
+        check_padding,
+    ),
+    Check(
+        "packing",
+        "packed documents do not see each other",
+        "training on packed rows learns across documents",
+        CLASS_REMEDY + "do not pack: pad instead",
+        check_packing,
+    ),
+    Check(
+        "attention",
+        "eager attention is sdpa",
+        "a tool that picks another attention computes another model",
+        CLASS_REMEDY + "use the attention that it was trained with",
+        check_attention,
+    ),
+    Check(
+        "loss",
+        "loss is next-token cross-entropy",
+        "training optimises something else: labels shifted twice or not at all, or masked tokens counted",
+        CLASS_REMEDY + "form the loss yourself from the logits",
+        check_loss,
+    ),
+)

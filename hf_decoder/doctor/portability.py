@@ -1,0 +1,180 @@
+"""Rows about the checkpoint elsewhere: another process, another machine, another class, another engine."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+import hf_decoder
+from hf_decoder.doctor import child
+from hf_decoder.doctor.numerics import difference, logits_of
+from hf_decoder.doctor.report import Check, Finding, failed, passed, skipped, warned
+from hf_decoder.doctor.subject import Subject, quiet
+from hf_decoder.interop.backends import backend_conditions
+from hf_decoder.interop.families import FAMILIES, OURS, obstacle, read_config
+
+PACKAGE = "hf_decoder"
+MAX_SECONDS = 1800
+
+
+def _fresh_logits(subject: Subject, folder: Path, ids: torch.Tensor, *, hidden: bool) -> torch.Tensor:
+    """The logits that a new process computes from `folder`, with this package or where it cannot be found.
+
+    Raises:
+        RuntimeError: if the process fails, with its last line.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        task = Path(scratch, "task.json")
+        output = Path(scratch, "logits.safetensors")
+        task.write_text(
+            json.dumps(
+                {
+                    "folder": str(folder.absolute()),
+                    "ids": ids.tolist(),
+                    "threads": torch.get_num_threads(),
+                    "attention": subject.model.config._attn_implementation,
+                    "trust_remote_code": subject.trust_remote_code or (hidden and subject.may_run_code),
+                    "hide": PACKAGE if hidden else "",
+                    "register": PACKAGE if subject.is_ours and not hidden else "",
+                    "output": str(output),
+                }
+            ),
+            encoding="utf-8",
+        )
+        empty = Path(scratch, "empty")
+        empty.mkdir()
+        env = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        if hidden:
+            env["HF_MODULES_CACHE"] = str(Path(scratch, "modules"))
+        else:
+            found = [str(Path(hf_decoder.__file__).parent.parent), env.get("PYTHONPATH", "")]
+            env["PYTHONPATH"] = os.pathsep.join(filter(None, found))
+        process = subprocess.run(
+            [sys.executable, "-c", Path(child.__file__).read_text(encoding="utf-8"), str(task)],
+            cwd=empty,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=MAX_SECONDS,
+        )
+        if process.returncode:
+            lines = process.stderr.strip().splitlines() or [f"exit code {process.returncode}"]
+            raise RuntimeError(lines[-1])
+        return load_file(output)["logits"]
+
+
+def _compare(subject: Subject, folder: Path, where: str, *, hidden: bool = False) -> Finding:
+    ids = subject.ids(2)
+    here = logits_of(subject, ids)
+    if not torch.equal(here, logits_of(subject, ids)):
+        return failed("the same call gives other logits the second time, in this very process")
+    try:
+        there = _fresh_logits(subject, folder, ids, hidden=hidden)
+    except RuntimeError as error:
+        return failed(f"{where}: {error}")
+    if not torch.equal(here, there):
+        return failed(f"{where}: logits differ by {difference(here, there):.1e} of the largest")
+    return passed(f"{where}: identical to the bit")
+
+
+def check_reload(subject: Subject) -> Finding:
+    """A new process that loads the folder computes the same bits."""
+    return _compare(subject, subject.folder, "a fresh process")
+
+
+def check_remote_code(subject: Subject) -> Finding:
+    """A new process that has no hf_decoder package loads the folder with the code in it, and computes the same bits."""
+    if not subject.is_ours and not subject.code_files:
+        return skipped("the class is part of transformers: a receiver needs no code")
+    if not subject.code_files:
+        return failed("the folder holds no model code")
+    if not subject.may_run_code:
+        return skipped("the code in the folder is not the installed package's; --trust_remote_code runs it")
+    return _compare(subject, subject.folder, "a fresh process without the package", hidden=True)
+
+
+def check_save_again(subject: Subject) -> Finding:
+    """`save_pretrained` into another folder gives a checkpoint of the same bits."""
+    with tempfile.TemporaryDirectory() as folder:
+        with quiet():
+            subject.model.save_pretrained(folder)
+        return _compare(subject, Path(folder), "saved again")
+
+
+def check_export(subject: Subject) -> Finding:
+    """Which stock class computes the same, and what stands in the way of the others."""
+    try:
+        config, family = read_config(subject.folder)
+    except ValueError as error:
+        return warned(f"cannot be read as ours: {str(error).replace(f'{subject.folder}/', '')}")
+    if family is not None:
+        return passed(f"{family.model_class} already; hf-decoder convert makes it {OURS}")
+    reasons = {name: obstacle(target, config) for name, target in FAMILIES.items()}
+    open_to = [name for name, reason in reasons.items() if reason is None]
+    closed = {name: reason for name, reason in reasons.items() if reason is not None and name in ("llama", "qwen3")}
+    why = "; ".join(f"not {name}: {reason}" for name, reason in closed.items())
+    if not open_to:
+        return warned(f"no stock class computes this ({why})")
+    return passed(f"as {', '.join(open_to)}" + (f" ({why})" if why else ""))
+
+
+def check_backends(subject: Subject) -> Finding:
+    """What vLLM and SGLang ask of a model before they run it with their own attention and cache."""
+    with quiet():
+        conditions = backend_conditions(subject.model)
+    broken = [condition for condition in conditions if not condition.ok]
+    if broken:
+        return warned(
+            f"{len(broken)} of {len(conditions)} conditions fail: {broken[0].name}: {broken[0].why}",
+            "serve it with `transformers serve`, or convert it to a class that the engine has of its own",
+        )
+    return passed(f"{len(conditions)} conditions hold: {', '.join(condition.name for condition in conditions)}")
+
+
+CHECKS = (
+    Check(
+        "reload",
+        "same logits in a fresh process",
+        "what you measured here is not what anybody else gets",
+        "some weight or buffer is not in the files: find what is computed or drawn at loading, and save it",
+        check_reload,
+    ),
+    Check(
+        "remote_code",
+        "same logits without the package",
+        "a receiver who has only transformers cannot load it, or gets another model",
+        "load it here and save_pretrained it into a new folder, which writes the code beside the weights",
+        check_remote_code,
+        level="default",
+    ),
+    Check(
+        "save_again",
+        "saved again, the same logits",
+        "training further and saving loses something",
+        "compare the two folders' tensors; what is missing must be a parameter or a persistent buffer",
+        check_save_again,
+        level="default",
+    ),
+    Check(
+        "export",
+        "leaves for a stock class",
+        "tools that know only stock classes cannot take it",
+        "hf-decoder convert says more; GGUF or another shape may do",
+        check_export,
+    ),
+    Check(
+        "backends",
+        "vLLM and SGLang can run it",
+        "these engines refuse it",
+        "see which condition fails, and use another engine until it holds",
+        check_backends,
+    ),
+)
