@@ -7,6 +7,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from hf_decoder.noise import silence
+
 VERBS = {
     "pretrain": "train a tokenizer and a language model from raw text",
     "tokenizer": "train a tokenizer from raw text and measure how well it fits",
@@ -51,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if verb not in VERBS:
         print(f"hf-decoder: error: unknown verb {verb!r}; choose one of: {', '.join(VERBS)}", file=sys.stderr)
         return 2
+    silence()
     try:
         # Imported here: most verbs import torch, which the list of verbs should not wait for.
         return importlib.import_module(f"hf_decoder.cli.{verb}").main(rest)
