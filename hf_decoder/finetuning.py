@@ -6,12 +6,17 @@ TRL's SFTTrainer puts the loss on completions when rows have a `completion`, and
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from transformers import Trainer
+
+from . import HfDecoderForCausalLM
 from .classification import encode_texts, label_map
 from .completion import end_ids
 from .evaluation import accuracy, macro_f1
@@ -144,6 +149,59 @@ def is_conversational(rows: Sequence[Row]) -> bool:
 def end_turns(model: Any, tokenizer: Any) -> None:
     """Lets `generate` stop where a chat turn ends, wherever the model is loaded."""
     model.generation_config.eos_token_id = end_ids(model, tokenizer, chat=True)
+
+
+@functools.cache
+def sft_trainer() -> type:
+    """TRL's SFTTrainer, with the loss of our own models formed by themselves: they never hold the logits either.
+
+    TRL's fused head also gives the entropy and the accuracy of the tokens, at more than the cost of a small model's
+    whole step (measured on a CPU); they are not logged then. Any other model, and label smoothing, take TRL's way.
+    """
+    import trl
+
+    class OwnLossTrainer(trl.SFTTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            unwrapped = self.accelerator.unwrap_model(model)
+            base = getattr(unwrapped, "get_base_model", lambda: unwrapped)()
+            own = isinstance(base, HfDecoderForCausalLM) and self.args.loss_type == "nll"
+            if not own or return_outputs or self.label_smoother is not None or self.compute_loss_func is not None:
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            if self.model.training:
+                tokens = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
+                tokens = self.accelerator.gather_for_metrics(torch.as_tensor(tokens, device=self.args.device))
+                self._total_train_tokens += int(tokens.sum())
+                self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+            inputs = {**inputs, "use_cache": False, "skip_logits": True}
+            return Trainer.compute_loss(self, model, inputs, num_items_in_batch=num_items_in_batch)
+
+    return OwnLossTrainer
+
+
+def add_dropout(model: Any, probability: float) -> None:
+    """Drops parts of what embedding, attentions and MLPs write, in training mode alone (Vaswani et al. 2017, 5.4).
+
+    A matter of the training and not of the model: hooks on the modules that write, named as Llama's, hold it, and
+    nothing of it is saved.
+
+    Raises:
+        ValueError: for a model without such modules.
+    """
+    if not probability:
+        return
+    writers = [
+        module
+        for name, module in model.named_modules()
+        if name.rpartition(".")[2] in ("o_proj", "down_proj") or module is model.get_input_embeddings()
+    ]
+    if len(writers) < 3:
+        raise ValueError(f"--dropout does not know the layers of {type(model).__name__}; leave it out")
+
+    def drop(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.dropout(output, probability, module.training)
+
+    for module in writers:
+        module.register_forward_hook(drop)
 
 
 def count_parameters(model: Any) -> dict[str, int | float]:

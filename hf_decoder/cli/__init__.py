@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
+MUON_ADAMW = "muon_adamw"  # a value of --optim beside transformers' own names
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 

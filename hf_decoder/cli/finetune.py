@@ -5,20 +5,31 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
+import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    DataCollatorWithPadding,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import SchedulerType, get_last_checkpoint
+from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
-from hf_decoder import accounting, evaluation, finetuning, training
+from hf_decoder import HfDecoderConfig, accounting, evaluation, finetuning, training
 from hf_decoder.adapters import is_adapter, load_adapter, merge
 from hf_decoder.classification import label_map
 from hf_decoder.cli import (
+    MUON_ADAMW,
     check_choice,
     find_value,
     load_classifier,
@@ -27,8 +38,13 @@ from hf_decoder.cli import (
     load_tokenizer,
     name_positionals,
     parse_arguments,
+    parse_overrides,
 )
 from hf_decoder.modelcard import write_finetuning_card
+from hf_decoder.pace import TimeLimit, parse_duration
+from hf_decoder.presets import get_preset
+from hf_decoder.recipe import muon_adamw, wsd_kwargs
+from hf_decoder.tokenization import check_tokenizer_fits
 
 OUTPUT_DIR = "runs/finetune"
 DESCRIPTION = (
@@ -65,6 +81,19 @@ class TaskArguments:
     class_names: list[str] | None = field(
         default=None, metadata={"help": "The classes, in the order of their ids; those of the rows if unset."}
     )
+    preset: str | None = field(
+        default=None, metadata={"help": "Train a new model of this shape, from random weights, in place of a model."}
+    )
+    config_overrides: str | None = field(
+        default=None, metadata={"help": "Changes to the preset's config: hidden_size=256,num_hidden_layers=4,..."}
+    )
+    tokenizer_name: str | None = field(default=None, metadata={"help": "Tokenizer of the new model."})
+    dropout: float = field(
+        default=0.0, metadata={"help": "Dropout of what embedding, attention and MLP add, while training; not saved."}
+    )
+    time_limit: str | None = field(
+        default=None, metadata={"help": "End in this time, the learning rate brought down: 30m, 1h30m."}
+    )
     prompt_template: str = field(
         default="{prompt}", metadata={"help": r"What the model reads; {prompt} is the prompt and \n a new line."}
     )
@@ -77,6 +106,9 @@ class TaskArguments:
 
 COLUMNS = ("text", "prompt", "completion", "messages", "label", "chosen", "rejected")
 
+
+# what `--preset` makes where these functions load
+NEW_MODELS = {load_model: AutoModelForCausalLM, load_classifier: AutoModelForSequenceClassification}
 
 # Trainer pickles its arguments beside every checkpoint, so their classes have names here; `__getattr__` makes them.
 ARGUMENT_CLASSES = {
@@ -94,68 +126,55 @@ def __getattr__(name: str) -> type:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+def _flag(name: str, kind: Any, default: Any, help: str, **more: Any) -> tuple[str, Any, Any]:
+    """A field of `make_dataclass`."""
+    return name, kind, field(default=default, metadata={"help": help, **more})
+
+
 @functools.cache
 def training_arguments(task: str) -> type:
     """The trainer's own arguments for `task`, with our defaults; made when asked for, because TRL is heavy."""
     trl = _trl()
     bases = {"sft": trl.SFTConfig, "classification": TrainingArguments, "preference": trl.DPOConfig}
-    changed: list[Any] = [
-        ("output_dir", str, field(default=OUTPUT_DIR, metadata={"help": "Folder for everything that is written."})),
-        (
-            "overwrite_output_dir",
-            bool,
-            field(default=False, metadata={"help": "Replace the run that --output_dir holds."}),
-        ),
-        ("bf16", bool, field(default=training.bf16_supported(), metadata={"help": "bf16 autocast."})),
-        (
-            "gradient_checkpointing",
-            bool | None,
-            field(default=None, metadata={"help": "Save memory by running the forward pass twice."}),
-        ),
-        (
+    changed = [
+        _flag("output_dir", str, OUTPUT_DIR, "Folder for everything that is written."),
+        _flag("overwrite_output_dir", bool, False, "Replace the run that --output_dir holds."),
+        _flag("bf16", bool, training.bf16_supported(), "bf16 autocast."),
+        _flag("gradient_checkpointing", bool | None, None, "Save memory by running the forward pass twice."),
+        _flag(
             "resume_from_checkpoint",
             str | None,
-            field(
-                default=None,
-                metadata={
-                    "nargs": "?",
-                    "const": "true",
-                    "help": "Go on from this checkpoint; `true`: the last of the folder.",
-                },
-            ),
+            None,
+            "Go on from this checkpoint; `true`: the last of the folder.",
+            nargs="?",
+            const="true",
         ),
-        ("save_total_limit", int | None, field(default=1, metadata={"help": "Checkpoints kept."})),
+        _flag("save_total_limit", int | None, 1, "Checkpoints kept."),
+        _flag(
+            "optim",
+            str,
+            OptimizerNames.ADAMW_TORCH_FUSED.value,
+            f"{MUON_ADAMW}, the recipe of pretraining, or any name of transformers.",
+        ),
     ]
     if task == "sft":
+        packing = "bfd, bfd_split or wrapped; text is split, other rows are not."
         changed += [
-            (
-                "packing",
-                bool | None,
-                field(default=None, metadata={"help": "Several rows in one; on for rows of text if unset."}),
-            ),
-            (
-                "packing_strategy",
-                str | None,
-                field(
-                    default=None, metadata={"help": "bfd, bfd_split or wrapped; text is split, other rows are not."}
-                ),
-            ),
-            (
-                "assistant_only_loss",
-                bool | None,
-                field(default=None, metadata={"help": "Loss on the assistant's turns of messages; on if unset."}),
-            ),
+            _flag("packing", bool | None, None, "Several rows in one; on for rows of text if unset."),
+            _flag("packing_strategy", str | None, None, packing),
+            _flag("assistant_only_loss", bool | None, None, "Loss on the assistant's turns of messages; on if unset."),
         ]
     if task == "classification":
-        changed.append(
-            ("max_length", int | None, field(default=None, metadata={"help": "Tokens of a text; its last ones stay."}))
-        )
+        changed.append(_flag("max_length", int | None, None, "Tokens of a text; its last ones stay."))
 
     def prepare(self: Any) -> None:
         if not torch.accelerator.is_available():
             self.use_cpu = True
         if self.fp16:
             self.bf16 = False
+        self.uses_muon = self.optim == MUON_ADAMW
+        if self.uses_muon:  # transformers checks the name, which is not one of its own
+            self.optim = OptimizerNames.ADAMW_TORCH
         if task == "sft":
             self.packing_was = self.packing
             self.packing = bool(self.packing)
@@ -190,11 +209,18 @@ def finetune(task_args: TaskArguments, model_args: Any, args: Any) -> None:
     Raises:
         ValueError: for what the user can get wrong, before anything of an earlier run is touched.
     """
+    started = time.monotonic()
+    if not 0 <= task_args.dropout < 1:
+        raise ValueError(f"--dropout {task_args.dropout} must be at least 0 and below 1")
     _check(task_args, model_args)
+    if args.uses_muon and task_args.task == "preference":
+        raise ValueError(f"--optim {MUON_ADAMW} does not go with TRL's DPOTrainer; leave it out")
+    time_limit = parse_duration(task_args.time_limit) if task_args.time_limit else None
     checkpoint = _checkpoint(args)
     resumes_here = checkpoint is not None and Path(checkpoint).resolve().parent == Path(args.output_dir).resolve()
     training.check_output_dir(args.output_dir, overwrite=args.overwrite_output_dir, resume=resumes_here)
-    config = load_config(model_args.model_name_or_path)
+    tokenizer = load_tokenizer(str(model_args.model_name_or_path or task_args.tokenizer_name))
+    config = _config(task_args, model_args, tokenizer)
     data = finetuning.load_task(
         task_args.task,
         str(task_args.train_file),
@@ -211,7 +237,6 @@ def finetune(task_args: TaskArguments, model_args: Any, args: Any) -> None:
     if args.use_cpu:
         training.keep_freed_memory()
     logging.disable_progress_bar()
-    tokenizer = load_tokenizer(model_args.model_name_or_path)
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None:
         args.max_length = min(args.max_length or limit, limit)
@@ -221,6 +246,10 @@ def finetune(task_args: TaskArguments, model_args: Any, args: Any) -> None:
         args.eval_strategy = "no"
 
     trainer = _trainer(task_args, model_args, args, data, tokenizer)
+    if args.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY and not args.lr_scheduler_kwargs:
+        args.lr_scheduler_kwargs = wsd_kwargs(_count_steps(trainer))
+    if time_limit is not None:
+        trainer.add_callback(TimeLimit(time_limit, started))
     model = trainer.model
     results: dict[str, Any] = {**finetuning.count_parameters(model)}
     results |= {"train_rows": len(data.train), "eval_rows": len(data.validation)}
@@ -239,12 +268,35 @@ def finetune(task_args: TaskArguments, model_args: Any, args: Any) -> None:
         _write_outputs(trainer, task_args, model_args, results)
 
 
+def _count_steps(trainer: Any) -> int:
+    """Optimizer steps of the whole run."""
+    args = trainer.args
+    batches = len(trainer.get_train_dataloader())
+    steps = math.ceil(args.num_train_epochs * math.ceil(batches / args.gradient_accumulation_steps))
+    return args.max_steps if args.max_steps > 0 else steps
+
+
+def _config(task_args: TaskArguments, model_args: Any, tokenizer: Any) -> Any:
+    """The config of the model to fine-tune, or of a new one that --preset and the tokenizer shape."""
+    if task_args.preset is None:
+        return load_config(model_args.model_name_or_path)
+    special_tokens = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    shape = {**get_preset(task_args.preset), "vocab_size": len(tokenizer), **special_tokens}
+    config = HfDecoderConfig(**{**shape, **parse_overrides(task_args.config_overrides)})
+    check_tokenizer_fits(tokenizer, config)
+    return config
+
+
 def _check(task_args: TaskArguments, model_args: Any) -> None:
-    if not model_args.model_name_or_path:
+    if task_args.preset is not None:
+        _check_new_model(task_args, model_args)
+    elif not model_args.model_name_or_path:
         raise ValueError("name the model to fine-tune: hf-decoder finetune MODEL --train_file FILE")
+    elif task_args.config_overrides or task_args.tokenizer_name:
+        raise ValueError("--config_overrides and --tokenizer_name shape a new model; they go with --preset")
     if not task_args.train_file:
         raise ValueError("name the rows to learn from with --train_file")
-    if is_adapter(model_args.model_name_or_path):
+    if task_args.preset is None and is_adapter(model_args.model_name_or_path):
         raise ValueError(
             f"{model_args.model_name_or_path} holds an adapter; name its base, and the adapter with "
             "--adapter_name_or_path to go on training it"
@@ -264,6 +316,15 @@ def _check(task_args: TaskArguments, model_args: Any) -> None:
     quantizes = model_args.load_in_4bit or model_args.load_in_8bit
     if quantizes and importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError("--load_in_4bit and --load_in_8bit need bitsandbytes: pip install bitsandbytes")
+
+
+def _check_new_model(task_args: TaskArguments, model_args: Any) -> None:
+    if model_args.model_name_or_path:
+        raise ValueError(f"--preset starts a new model; leave out {model_args.model_name_or_path} or the preset")
+    if not task_args.tokenizer_name:
+        raise ValueError("a new model needs a tokenizer: train one with hf-decoder tokenizer, and --tokenizer_name it")
+    if model_args.use_peft or task_args.adapter_name_or_path:
+        raise ValueError("an adapter needs a trained model, and --preset starts a new one; leave one of them out")
 
 
 def _checkpoint(args: Any) -> str | None:
@@ -287,9 +348,10 @@ def _trainer(task_args: TaskArguments, model_args: Any, args: Any, data: finetun
         return _classification_trainer(task_args, model_args, args, data, tokenizer)
     if finetuning.is_conversational(data.train) and tokenizer.chat_template is None:
         raise ValueError(
-            f"the rows hold messages, and the tokenizer of {model_args.model_name_or_path} has no chat template"
+            f"the rows hold messages, and the tokenizer of "
+            f"{model_args.model_name_or_path or task_args.tokenizer_name} has no chat template"
         )
-    model = _load(load_model, task_args, model_args)
+    model = _load(load_model, task_args, model_args, tokenizer)
     template = task_args.prompt_template.replace("\\n", "\n")
     kwargs: dict[str, Any] = {
         "model": model,
@@ -308,7 +370,7 @@ def _trainer(task_args: TaskArguments, model_args: Any, args: Any, data: finetun
         args.packing_strategy = "bfd_split" if is_text else "bfd"
     if args.assistant_only_loss is None:
         args.assistant_only_loss = data.roles == ("messages",)
-    return _trl().SFTTrainer(**kwargs)
+    return finetuning.sft_trainer()(**kwargs, optimizer_cls_and_kwargs=muon_adamw(args) if args.uses_muon else None)
 
 
 def _classification_trainer(
@@ -320,7 +382,7 @@ def _classification_trainer(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     names = {index: name for name, index in label2id.items()}
-    model = _load(load_classifier, task_args, model_args, id2label=names, label2id=label2id)
+    model = _load(load_classifier, task_args, model_args, tokenizer, id2label=names, label2id=label2id)
     model.config.pad_token_id = tokenizer.pad_token_id
     peft_config = _peft_config(task_args, model_args, "SEQ_CLS")
     if peft_config is not None:
@@ -338,19 +400,28 @@ def _classification_trainer(
         processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer),
         compute_metrics=finetuning.class_metrics,
+        optimizer_cls_and_kwargs=muon_adamw(args) if args.uses_muon else None,
     )
 
 
-def _load(loader: Any, task_args: TaskArguments, model_args: Any, **kwargs: Any) -> Any:
-    """The base model, quantized if asked, with the adapter to go on with if there is one."""
+def _load(loader: Any, task_args: TaskArguments, model_args: Any, tokenizer: Any, **kwargs: Any) -> Any:
+    """The base model, quantized if asked, with the adapter to go on with if there is one; or a new model."""
     from trl import get_quantization_config
 
+    if task_args.preset is not None:
+        config = _config(task_args, model_args, tokenizer)
+        for name, value in kwargs.items():
+            setattr(config, name, value)
+        model = NEW_MODELS[loader].from_config(config, dtype=torch.float32)
+        finetuning.add_dropout(model, task_args.dropout)
+        return model
     if model_args.attn_implementation:
         kwargs["attn_implementation"] = model_args.attn_implementation
     quantization = get_quantization_config(model_args)
     if quantization is not None:
         kwargs["quantization_config"] = quantization
     model = loader(model_args.model_name_or_path, dtype=model_args.dtype or "float32", **kwargs)
+    finetuning.add_dropout(model, task_args.dropout)
     if task_args.adapter_name_or_path:
         model = load_adapter(model, task_args.adapter_name_or_path, is_trainable=True)
     return model
@@ -397,11 +468,11 @@ def _write_outputs(trainer: Any, task_args: TaskArguments, model_args: Any, resu
         trainer.save_metrics(name, part, combined=False)
     text = json.dumps(results, indent=4, sort_keys=True) + "\n"
     (folder / "all_results.json").write_text(text, encoding="utf-8")
-    base = Path(model_args.model_name_or_path).name
+    base = Path(model_args.model_name_or_path or f"a new {task_args.preset} model").name
     data = finetuning.data_name(str(task_args.train_file))
     training.plot_loss_curve(trainer.state.log_history, folder / "loss_curve.png", title=f"{base} on {data}")
     words = {"task": task_args.task, "base": base, "dataset": data, "method": _method(task_args, model_args)}
-    if not Path(model_args.model_name_or_path).exists():
+    if model_args.model_name_or_path and not Path(model_args.model_name_or_path).exists():
         words["base_model"] = model_args.model_name_or_path
     if task_args.license:
         words["license"] = task_args.license

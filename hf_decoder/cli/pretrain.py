@@ -37,8 +37,10 @@ from hf_decoder.checkpoints import (
     describe_data,
     describe_run,
 )
-from hf_decoder.cli import load_config, load_model, load_tokenizer, parse_arguments, parse_overrides
+from hf_decoder.cli import MUON_ADAMW, load_config, load_model, load_tokenizer, parse_arguments, parse_overrides
 from hf_decoder.guards import StopOnNan, StopOnSignal, WarnOfSpikes
+from hf_decoder.launch import check_launch
+from hf_decoder.layouts import save_in_full, whole_model
 from hf_decoder.modelcard import load_lines
 from hf_decoder.pace import MeasuringTrainer, StepMetrics, TimeLimit, parse_duration
 from hf_decoder.packing import CorpusReport, pack, pack_for_evaluation, tokenize
@@ -55,7 +57,6 @@ if TYPE_CHECKING:
 QUICKSTART = "runs/quickstart"
 # Without arguments the job ends within five minutes also where the machine is too slow for all its steps.
 QUICKSTART_TIME_LIMIT = "4m"
-MUON_ADAMW = "muon_adamw"
 DESCRIPTION = (
     "Trains a language model from raw text. With no arguments: the Python standard library as text, a vocabulary of "
     f"4096, the nano preset, at most {QUICKSTART_TIME_LIMIT} of training, everything written to {QUICKSTART}."
@@ -142,6 +143,9 @@ class PretrainingArguments(TrainingArguments):
     )
     prediction_loss_only: bool = field(default=True, metadata={"help": "Evaluation keeps no logits."})
     include_num_input_tokens_seen: bool = field(default=True, metadata={"help": "Count tokens, to tell the speed."})
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Look for parameters without a gradient; there are none."}
+    )
 
     def __post_init__(self) -> None:
         self.uses_muon = self.optim == MUON_ADAMW
@@ -149,6 +153,7 @@ class PretrainingArguments(TrainingArguments):
             self.optim = OptimizerNames.ADAMW_TORCH
         if not torch.accelerator.is_available():
             self.use_cpu = True
+        check_launch(use_cpu=self.use_cpu, uses_muon=self.uses_muon)
         if self.sample_steps is not None and self.sample_steps < 1:
             raise ValueError(f"--sample_steps {self.sample_steps} must be at least 1")
         if self.fp16:
@@ -244,9 +249,10 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, args: Pretrai
     if stop.received is not None:
         _say_stopped(stop.received, trainer)
         return 128 + stop.received
-    trainer.save_model()
+    save_in_full(trainer, args.output_dir)
 
     if trainer.is_world_process_zero():
+        model = whole_model(trainer, args.output_dir)
         held_out = texts["validation"]["text"]
         with training.stage("evaluate", seconds):
             eval_metrics = score_held_out(model, args, eval_rows, eval_report, held_out)

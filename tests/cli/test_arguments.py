@@ -4,9 +4,8 @@ import importlib
 
 import pytest
 
-from hf_decoder.cli import parse_arguments, pretrain
+from hf_decoder.cli import parse_arguments, parse_overrides, pretrain
 from hf_decoder.cli.main import VERBS, main
-from hf_decoder.cli import parse_overrides
 from hf_decoder.cli.pretrain import DataArguments, ModelArguments, PretrainingArguments
 
 CONFIG = """

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from made_up import SHAPE
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import (
@@ -16,9 +17,10 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM
 from hf_decoder.cli import finetune, parse_arguments
 from hf_decoder.cli.main import main
-from hf_decoder.finetuning import load_task
+from hf_decoder.finetuning import add_dropout, load_task
 
 pytest.importorskip("trl")
 QUICK = ["--max_steps", "2", "--per_device_train_batch_size", "4", "--report_to", "none", "--disable_tqdm", "true"]
@@ -132,8 +134,9 @@ def test_the_trainers_loss_is_the_mean_over_completion_tokens(run, tmp_path, kin
         nats -= sum(float(log_probs[i - 1, ids[i]]) for i in range(len(prompt), len(ids)))
         count += len(ids) - len(prompt)
     assert loss == pytest.approx(nats / count, rel=1e-4)
-    for name in ("entropy", "mean_token_accuracy"):
-        assert trainer._metrics["train"][name]
+    if kind == "llama":
+        assert trainer._metrics["train"]["entropy"] and trainer._metrics["train"]["mean_token_accuracy"]
+    assert trainer._metrics["train"]["num_tokens"] == [sum(len(row["input_ids"]) for row in trainer.train_dataset)]
 
 
 def test_full_fine_tuning_learns_its_rows(run, tmp_path, capsys):
@@ -183,6 +186,60 @@ def test_merged_is_the_base_with_its_adapter(run, tmp_path, kind):
     assert (found - plain).abs().max() > 1e-2
     results = json.loads((adapter / "all_results.json").read_text())
     assert 0 < results["trainable_share"] < 0.5
+
+
+def test_a_new_model_of_a_preset_learns_its_rows(run, tmp_path):
+    flags = ["--preset", "nano", "--tokenizer_name", str(run.folder), "--config_overrides", SHAPE, "--dropout", "0.01"]
+    flags += ["--optim", "muon_adamw", "--lr_scheduler_type", "warmup_stable_decay", "--max_steps", "60"]
+    train, out = write(tmp_path / "train.jsonl", PAIRS), tmp_path / "out"
+    argv = ["finetune", "--train_file", train, "--output_dir", str(out), *QUICK, *flags, "--learning_rate", "1e-2"]
+    assert main([*argv, "--warmup_steps", "5"]) == 0
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    assert model.config.vocab_size == len(tokenizer) and model.config.hidden_size == 32
+    assert model.config.eos_token_id == tokenizer.eos_token_id
+    ids = tokenizer("the dog sees", return_tensors="pt")
+    answer = tokenizer.decode(model.generate(**ids, max_new_tokens=10, do_sample=False)[0])
+    assert answer in ("the dog sees the cat<|endoftext|>", "the dog sees the dog<|endoftext|>")
+    assert "a new nano model" in ModelCard.load(out / "README.md").text
+    rates = [log["learning_rate"] for log in json.loads((out / "trainer_state.json").read_text())["log_history"][:-1]]
+    assert max(rates) == rates[30] == 1e-2 and rates[-1] < 1e-3
+
+
+def test_time_limit_ends_the_training_with_the_rate_brought_down(run, tmp_path):
+    out = run_task(run.folder, tmp_path, PAIRS, "--max_steps", "100000", "--time_limit", "4s")
+    state = json.loads((out / "trainer_state.json").read_text())
+    assert 0 < state["global_step"] < 100_000
+    rates = [log["learning_rate"] for log in state["log_history"] if "learning_rate" in log]
+    assert rates[-1] < 0.1 * max(rates)
+
+
+@pytest.mark.parametrize("family", [HfDecoderForCausalLM, LlamaForCausalLM])
+def test_dropout_is_that_of_what_each_part_writes(family):
+    config = LlamaConfig if family is LlamaForCausalLM else HfDecoderConfig
+    shape = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    model = family(config(**shape, num_attention_heads=2, num_key_value_heads=2)).eval()
+    written = {}
+    for name, module in model.named_modules():
+        if name.endswith(("o_proj", "down_proj", "embed_tokens")):
+            module.register_forward_hook(lambda _, inputs, output, name=name: written.setdefault(name, output))
+    ids = torch.arange(32).view(2, 16)
+    plain = model(ids).logits
+    assert len(written) == 5
+    before = dict(written)
+    add_dropout(model, 0.25)
+    torch.testing.assert_close(model(ids).logits, plain, rtol=0, atol=0)
+    for name, module in model.named_modules():
+        if name in written:
+            module.register_forward_hook(lambda _, inputs, output, name=name: before.__setitem__(name, output))
+    model.train()
+    assert (model(ids, use_cache=False).logits - plain).abs().max() > 1e-3
+    for name, output in before.items():
+        share = (output == 0).double().mean()
+        assert 0.15 < share < 0.35, name
+    embedded = written["model.embed_tokens"]
+    kept = before["model.embed_tokens"] != 0
+    torch.testing.assert_close(before["model.embed_tokens"][kept], embedded[kept] / 0.75)
+    assert "dropout" not in str(model.state_dict().keys())
 
 
 def test_resumed_is_uninterrupted(run, tmp_path):
@@ -274,6 +331,24 @@ def test_adapter_of_another_base_is_refused(fails, run, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "flags, reason",
+    [
+        (["--preset", "nano"], "needs a tokenizer"),
+        (["--preset", "nano", "--tokenizer_name", "TOKENIZER", "--use_peft", "true"], "needs a trained model"),
+        (["--preset", "nano", "--tokenizer_name", "TOKENIZER", "--config_overrides", "hidden=3"], "hidden"),
+        (["--preset", "nanno", "--tokenizer_name", "TOKENIZER"], "nanno"),
+        (["--preset", "nano", "--tokenizer_name", "TOKENIZER", "--config_overrides", "vocab_size=50"], "vocab_size"),
+        ([], "name the model"),
+    ],
+)
+def test_what_a_user_can_get_wrong_about_a_new_model(fails, run, tmp_path, flags, reason):
+    train, out = write(tmp_path / "train.jsonl", PAIRS), tmp_path / "out"
+    flags = [str(run.folder) if flag == "TOKENIZER" else flag for flag in flags]
+    assert reason in fails("finetune", "--train_file", train, "--output_dir", str(out), *QUICK, *flags)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
     "rows, flags, reason",
     [
         ([{"a": 1}], [], "columns a"),
@@ -288,6 +363,11 @@ def test_adapter_of_another_base_is_refused(fails, run, tmp_path):
         (LABELS, ["--task", "classification", "--class_names", "pos", "other"], "6 of 11 labels are outside"),
         (LABELS[::2], ["--task", "classification"], "two classes"),
         (PAIRS, ["--completion_column", "answr"], "answr"),
+        (PAIRS, ["--preset", "nano"], "leave out"),
+        (PAIRS, ["--tokenizer_name", "x"], "--preset"),
+        (PAIRS, ["--dropout", "1"], "--dropout 1.0"),
+        (PAIRS, ["--time_limit", "soon"], "soon"),
+        (PREFERENCES, ["--task", "preference", "--optim", "muon_adamw"], "muon_adamw"),
     ],
 )  # fmt: skip
 def test_what_a_user_can_get_wrong(fails, run, tmp_path, rows, flags, reason):
