@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 import sysconfig
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from safetensors import safe_open
 
 NOT_MEASURED = "not measured"
 TEMPLATE_NAME = "model_card.md"
+LOAD_BLOCK = re.compile(r"(## How to load it\n+```python\n)(.*?\n)(```)", re.DOTALL)
+_NAME = re.compile(r'(model=|from_pretrained\()"(?:[^"\\]|\\.)*"(?:, revision="[0-9a-f]{40}")?')
 
 # metric of all_results.json -> (metric id of the Hub, name shown)
 METRICS = {
@@ -37,6 +41,37 @@ def load_lines(folder: str) -> str:
             'print(generate("def main(", max_new_tokens=64)[0]["generated_text"])',
         ]
     )
+
+
+def adapter_load_lines(folder: str, task: str, num_labels: int | None = None) -> str:
+    """Lines of Python that load an adapter together with its base, and the tokenizer that lies beside it."""
+    head = "SequenceClassification" if task == "classification" else "CausalLM"
+    labels = f", num_labels={num_labels}" if num_labels is not None else ""
+    name = json.dumps(folder)
+    return "\n".join(
+        [
+            f"from peft import AutoPeftModelFor{head}",
+            "from transformers import AutoTokenizer",
+            f"model = AutoPeftModelFor{head}.from_pretrained({name}, trust_remote_code=True{labels})",
+            f"tokenizer = AutoTokenizer.from_pretrained({name})",
+        ]
+    )
+
+
+def pin_load_lines(text: str, repo_id: str, revision: str) -> str:
+    """The card `text` with lines that load `repo_id` at the commit `revision`; unchanged where it has no such lines."""
+
+    def pin(found: re.Match[str]) -> str:
+        return found[1] + _NAME.sub(rf'\1"{repo_id}", revision="{revision}"', found[2]) + found[3]
+
+    return LOAD_BLOCK.sub(pin, text, count=1)
+
+
+def pinned_revision(text: str, repo_id: str) -> str | None:
+    """The commit that the card's lines load `repo_id` at, or None."""
+    lines = LOAD_BLOCK.search(text)
+    found = re.search(rf'"{re.escape(repo_id)}", revision="([0-9a-f]{{40}})"', lines[2]) if lines else None
+    return found[1] if found else None
 
 
 def write_model_card(
@@ -66,9 +101,7 @@ def write_model_card(
         tags=["hf_decoder", "causal-lm", "custom_code"],
         eval_results=_eval_results(results, words.get("dataset", "text")) or None,
     )
-    # An absolute path says where the folder lies on this machine only.
-    address = folder.name if folder.is_absolute() else folder.as_posix()
-    fields = {"title": name, "load_lines": load_lines(address), **_measured(results), **_stated(words)}
+    fields = {"title": name, "load_lines": load_lines(_address(folder)), **_measured(results), **_stated(words)}
     card = ModelCard.from_template(card_data, template_path=str(template_path()), **fields)
     card.save(folder / "README.md")
     return card
@@ -132,6 +165,15 @@ FINETUNING_TEMPLATE = """---
 # {{ title }}
 
 {{ kind }} of `{{ base }}`, fine-tuned with hf_decoder: {{ task }}.
+
+## How to load it
+
+```python
+{{ load_lines }}
+```
+
+`trust_remote_code=True` runs the model code that lies beside the weights of the base model; without such code it does
+nothing. Read it before you trust it, and load it from the Hub at the commit that you have read (`revision="..."`).
 
 ## Training
 
@@ -214,12 +256,43 @@ def write_finetuning_card(
         title=name,
         kind="An adapter" if is_adapter else "A version",
         task=TASK_WORDS[words["task"]],
+        load_lines=_finetuned_load_lines(folder, words["task"], is_adapter),
         results="\n".join(["| measure | value |", "|---|---:|", *rows]) if rows else NOT_MEASURED,
         **{key: words[key] for key in ("base", "dataset", "method")},
         **fields,
     )
     card.save(folder / "README.md")
     return card
+
+
+def _address(folder: Path) -> str:
+    """How a card names its folder: an absolute path says where it lies on this machine only."""
+    return folder.name if folder.is_absolute() else folder.as_posix()
+
+
+def _finetuned_load_lines(folder: Path, task: str, is_adapter: bool) -> str:
+    if is_adapter:
+        return adapter_load_lines(_address(folder), task, _label_count(folder) if task == "classification" else None)
+    if task == "classification":
+        name = json.dumps(_address(folder))
+        return "\n".join(
+            [
+                "from transformers import pipeline",
+                f'classify = pipeline("text-classification", model={name}, trust_remote_code=True)',
+                'print(classify("a text"))',
+            ]
+        )
+    return load_lines(_address(folder))
+
+
+def _label_count(folder: Path) -> int | None:
+    """Rows of the classification head that was trained with an adapter, which its config does not tell."""
+    path = folder / "adapter_model.safetensors"
+    if not path.is_file():
+        return None
+    with safe_open(path, "pt") as file:
+        heads = [name for name in file.keys() if name.endswith("score.weight")]  # noqa: SIM118
+        return file.get_slice(heads[0]).get_shape()[0] if heads else None
 
 
 def _same_measure(one: EvalResult, other: EvalResult) -> bool:

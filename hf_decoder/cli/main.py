@@ -16,6 +16,8 @@ VERBS = {
     "finetune": "adapt a model to text, prompts, chats, labels or preferences; full, LoRA, DoRA or QLoRA",
     "generate": "continue a prompt, chat, or answer a file of prompts, with a saved model",
     "compare": "judge two models' answers blind, in the terminal or on a local page",
+    "doctor": "prove a checkpoint row by row: padding, caches, tying, reload, tokenizer, files, export",
+    "push": "check a model, upload it to the Hub, and prove that a stranger can load it",
     "convert": "bring a checkpoint of another family in, or let ours out: a stock class, GGUF",
     "benchmark": "measure speed against the stock class of the same shape and weights",
     "presets": "list the named model shapes and what each costs to train and serve",
