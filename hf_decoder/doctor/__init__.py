@@ -82,12 +82,17 @@ def _run(check: Check, subject: Subject) -> Row:
     return Row(
         name=check.name,
         status=finding.status,
-        detail=finding.detail,
+        detail=_printable(finding.detail),
         remedy=(finding.remedy or check.remedy) if amiss else "",
         claim=check.claim,
         means=check.means if finding.status == FAIL else "",
         seconds=round(seconds, 2),
     )
+
+
+def _printable(text: str) -> str:
+    """What a stranger's file says, on one line and without control characters."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split()))
 
 
 __all__ = ["CHECKS", "FAIL", "LEVELS", "PASS", "SKIP", "WARN", "DoctorReport", "Finding", "Row", "run_doctor"]

@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional
 
 from hf_decoder.doctor.report import Check, Finding, failed, passed, skipped, warned
-from hf_decoder.doctor.subject import Subject, quiet
+from hf_decoder.doctor.subject import Subject, Unloadable, quiet
 
 TOLERANCE = 1e-4
 # A row proves nothing where the logits feel their context less than this, relative to the largest.
@@ -60,7 +60,10 @@ def context_effect(subject: Subject) -> float:
 
 def check_loads(subject: Subject) -> Finding:
     """transformers finds a place for every tensor and a tensor for every place; the logits are numbers."""
-    info = subject.loading_info
+    try:
+        info = subject.loading_info
+    except Unloadable as error:
+        return failed(str(error))
     for kind, said in (
         ("missing_keys", "lacks {}; the model starts with random values there"),
         ("mismatched_keys", "holds {} in another shape than config.json asks for"),

@@ -91,7 +91,7 @@ def check_reload(subject: Subject) -> Finding:
 
 
 def check_remote_code(subject: Subject) -> Finding:
-    """A new process that has no hf_decoder package loads the folder with the code in it, and computes the same bits."""
+    """A new process that cannot find hf_decoder loads the folder with the code in it, and computes the same bits."""
     if not subject.is_ours and not subject.code_files:
         return skipped("the class is part of transformers: a receiver needs no code")
     if not subject.code_files:

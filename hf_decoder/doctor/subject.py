@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import inspect
 import json
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -116,16 +117,23 @@ class Subject:
         return model.eval(), info
 
     @cached_property
-    def _loaded(self) -> tuple[Any, dict[str, Any]]:
-        return self.load()
+    def _loaded(self) -> tuple[Any, dict[str, Any]] | Unloadable:
+        try:
+            return self.load()
+        except Unloadable as error:  # kept, so that it is not tried again for every row
+            return error
 
     @property
     def model(self) -> Any:
         """The model in fp32; checks leave it as they found it."""
+        if isinstance(self._loaded, Unloadable):
+            raise self._loaded
         return self._loaded[0]
 
     @property
     def loading_info(self) -> dict[str, Any]:
+        if isinstance(self._loaded, Unloadable):
+            raise self._loaded
         return self._loaded[1]
 
     def release_model(self) -> None:
@@ -206,9 +214,7 @@ def _open(name: str, revision: str | None) -> tuple[Path, list[str]]:
     """The local folder and the names of all files that the checkpoint has, by posix path."""
     folder = Path(name).expanduser()
     if folder.is_dir():
-        found = (path for path in folder.rglob("*") if not path.is_dir())
-        names = [path.relative_to(folder).as_posix() for path in found]
-        return folder, sorted(file for file in names if not file.startswith(IGNORED_FOLDERS))
+        return folder, _files_in(folder)
     if folder.exists():
         raise ValueError(f"{name} is a file; give the folder that holds config.json and the weights")
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or ("/" in name and folder.parent.is_dir()):
@@ -217,13 +223,20 @@ def _open(name: str, revision: str | None) -> tuple[Path, list[str]]:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
-        files = HfApi().list_repo_files(name, revision=revision)
         path = snapshot_download(name, revision=revision, ignore_patterns=list(NOT_DOWNLOADED))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         raise ValueError(
             f"{name} is neither a folder here nor a model that the Hub gives us: {first_line(error)}"
         ) from None
-    return Path(path), sorted(files)
+    try:
+        return Path(path), sorted(HfApi().list_repo_files(name, revision=revision))
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError):  # offline: what is in the cache
+        return Path(path), _files_in(Path(path))
+
+
+def _files_in(folder: Path) -> list[str]:
+    found = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()]
+    return sorted(file for file in found if not file.startswith(IGNORED_FOLDERS))
 
 
 def first_line(error: BaseException) -> str:
@@ -236,12 +249,14 @@ def first_line(error: BaseException) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps transformers' warnings and bars off the screen: the report says what matters."""
+    """Keeps warnings and bars off the screen: the report says what matters."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         logging.set_verbosity(verbosity)
         if bars:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hf_decoder.doctor.report import Check, Finding, failed, passed, skipped, warned
-from hf_decoder.doctor.subject import Subject, quiet
+from hf_decoder.doctor.subject import Subject, Unloadable, quiet
 
 SAMPLES = (
     "The quick brown fox jumps over the lazy dog.",
@@ -28,7 +28,10 @@ def _ids(value: Any) -> set[int]:
 
 def check_round_trip(subject: Subject) -> Finding:
     """Decoding the ids of a text gives the text, and every id has an embedding."""
-    tokenizer = subject.tokenizer
+    try:
+        tokenizer = subject.tokenizer
+    except Unloadable as error:
+        return failed(f"it cannot be loaded: {error}")
     if tokenizer is None:
         return failed("the folder holds no tokenizer", "save the tokenizer beside the model: save_pretrained(folder)")
     held = subject.config.get_text_config().vocab_size

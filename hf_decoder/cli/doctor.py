@@ -1,0 +1,124 @@
+"""`hf-decoder doctor CHECKPOINT ...`: proves checkpoints row by row; several of them side by side."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import takewhile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hf_decoder.cli import parse_arguments
+from hf_decoder.doctor import FAIL, PASS, SKIP, WARN, DoctorReport, run_doctor
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+STYLES = {PASS: "green", FAIL: "bold red", WARN: "yellow", SKIP: "dim"}
+# Where the output goes to a file or a pipe.
+WIDTH = 120
+
+
+@dataclass
+class DoctorArguments:
+    """What is examined, and how deeply."""
+
+    checkpoints: list[str] = field(metadata={"help": "Folder or Hub name of a model; several are set side by side."})
+    quick: bool = field(default=False, metadata={"help": "Only the rows that take little time."})
+    deep: bool = field(default=False, metadata={"help": "Rows about training too; it needs several times the memory."})
+    rows: list[str] | None = field(default=None, metadata={"help": "Run only the rows of these names."})
+    json: str | None = field(default=None, metadata={"help": "File to write every row to, with details and remedies."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that lies in the folder."})
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub name."})
+
+
+def main(argv: Sequence[str]) -> int:
+    """Parses the flags, runs the rows and prints them; exit code 1 if a row of any checkpoint fails."""
+    names = list(takewhile(lambda word: not word.startswith("-"), argv))
+    flags = [*(["--checkpoints", *names] if names else []), *argv[len(names) :]]
+    (args,) = parse_arguments("doctor", (DoctorArguments,), flags, "Proves checkpoints row by row.")
+    if args.quick and args.deep:
+        raise ValueError("--quick and --deep exclude each other; choose one")
+    if args.json is not None and not Path(args.json).absolute().parent.is_dir():
+        raise ValueError(f"--json {args.json}: folder {Path(args.json).parent} does not exist")
+    level = "quick" if args.quick else "deep" if args.deep else "default"
+    reports = [_examine(name, level, args) for name in args.checkpoints]
+    ok = all(report.ok for report in reports)
+    if args.json is not None:
+        values = {"ok": ok, "reports": [report.to_dict() for report in reports]}
+        Path(args.json).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    _print(reports)
+    return 0 if ok else 1
+
+
+def _examine(name: str, level: str, args: DoctorArguments) -> DoctorReport:
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    with console.status(name) as status:
+        return run_doctor(
+            name,
+            level=level,
+            rows=args.rows,
+            trust_remote_code=args.trust_remote_code,
+            revision=args.revision,
+            progress=lambda claim: status.update(f"{name}: {claim}"),
+        )
+
+
+def _print(reports: Sequence[DoctorReport]) -> None:
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
+    if len(reports) == 1:
+        _print_one(console, reports[0])
+    else:
+        _print_side_by_side(console, reports)
+    for report in reports:
+        for row in report.failures:
+            console.print(f"\n{report.checkpoint}: {row.name}: {row.claim}", style=STYLES[FAIL], markup=False)
+            console.print(f"  seen:  {row.detail}\n  means: {row.means}\n  mend:  {row.remedy}", markup=False)
+    console.print()
+    for report in reports:
+        counts = {status: sum(row.status == status for row in report.rows) for status in (PASS, FAIL, WARN, SKIP)}
+        seconds = sum(row.seconds for row in report.rows)
+        console.print(
+            f"{report.checkpoint}: {counts[PASS]} passed, {counts[FAIL]} failed, {counts[WARN]} warned, "
+            f"{counts[SKIP]} skipped ({report.level}, {seconds:.0f} s)",
+            markup=False,
+        )
+
+
+def _print_one(console: Console, report: DoctorReport) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(f"{report.checkpoint} ({report.model_type})"), title_justify="left")
+    for heading in ("row", "claim", "", "seen"):
+        table.add_column(heading, no_wrap=heading != "seen", overflow="fold")
+    for row in report.rows:
+        seen = row.detail if row.status != WARN else f"{row.detail}. To mend: {row.remedy}"
+        table.add_row(row.name, Text(row.claim), Text(row.status, STYLES[row.status]), Text(seen))
+    console.print(table)
+
+
+def _print_side_by_side(console: Console, reports: Sequence[DoctorReport]) -> None:
+    """One column a checkpoint; below, what the warnings and skips are about."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table()
+    table.add_column("row", no_wrap=True)
+    table.add_column("claim", no_wrap=True)
+    for report in reports:
+        table.add_column(Text(f"{Path(report.checkpoint).name}\n({report.model_type})"))
+    for rows in zip(*(report.rows for report in reports), strict=True):
+        table.add_row(rows[0].name, rows[0].claim, *(Text(row.status, STYLES[row.status]) for row in rows))
+    console.print(table)
+    for report in reports:
+        for row in report.rows:
+            if row.status == WARN:
+                seen = f"{report.checkpoint}: {row.name}: {row.detail}. To mend: {row.remedy}"
+                console.print(seen, style=STYLES[WARN], markup=False)
