@@ -17,20 +17,23 @@ How documents become tokens and blocks is the subject of `packing`, whose names 
 
 from __future__ import annotations
 
-import codecs
-import glob
-import gzip
 import hashlib
-import os
-import shutil
 import sysconfig
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, cast
+from typing import TYPE_CHECKING, Any
 
 from .packing import CorpusReport, batch_rows, pack, pack_for_evaluation, tokenize
+from .reading import (
+    PathLike,
+    check_encoding,
+    check_text_column,
+    explain_table,
+    find_files,
+    load_hub,
+    load_table,
+    read_text,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict, Features
@@ -41,6 +44,7 @@ __all__ = [
     "load_text",
     "pack",
     "pack_for_evaluation",
+    "read_text",
     "standard_library_files",
     "tokenize",
 ]
@@ -50,23 +54,9 @@ __all__ = [
 VALIDATION_FRACTION = 0.05
 MIN_DOCUMENTS_TO_SPLIT = 20
 
-# Suffix -> builder of `datasets`.
-TABLE_SUFFIXES = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-_FOLDER_TABLE_SUFFIXES = {".jsonl", ".ndjson", ".parquet"}
-# fmt: off
-TEXT_SUFFIXES = frozenset({
-    ".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".org", ".adoc", ".html", ".htm", ".xml", ".log", ".srt",
-    ".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".java", ".kt", ".scala", ".go", ".rs", ".swift",
-    ".cs", ".js", ".jsx", ".ts", ".tsx", ".vue", ".css", ".scss", ".php", ".rb", ".pl", ".lua", ".sh", ".sql",
-    ".r", ".jl", ".hs", ".ml", ".ex", ".erl", ".clj", ".lisp", ".scm", ".f90",
-})
-# fmt: on
-
 # Test packages and what is installed or generated on one machine only.
 _LEFT_OUT_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 _LEFT_OUT_MODULES = ("_sysconfigdata", "sitecustomize", "usercustomize")
-
-PathLike = str | os.PathLike[str]
 
 
 def standard_library_files() -> list[Path]:
@@ -191,49 +181,6 @@ def load_files(
     return _require_text(concatenate_datasets(parts), f"{argument} {name}")
 
 
-def find_files(
-    paths: PathLike | Sequence[PathLike], argument: str
-) -> tuple[list[tuple[Path, str]], dict[str, list[Path]], str]:
-    """The text files below `paths`, each with its `source`; the tables by their builder; and the paths in words."""
-    given = [Path(path) for path in ([paths] if isinstance(paths, (str, os.PathLike)) else paths)]
-    if not given:
-        raise ValueError(f"{argument} is an empty list; name at least one file or folder")
-    texts: list[tuple[Path, str]] = []
-    tables: dict[str, list[Path]] = {}
-    for path in given:
-        for file, source in _walk(path, argument):
-            builder = TABLE_SUFFIXES.get(_suffix(file))
-            if builder is None:
-                texts.append((file, source))
-            else:
-                tables.setdefault(builder, []).append(file)
-    return texts, tables, ", ".join(str(path) for path in given)
-
-
-def _walk(path: Path, argument: str) -> Iterator[tuple[Path, str]]:
-    """The files that `path` stands for, each with its `source`: the name of a file, the path inside a folder."""
-    if path.is_file():
-        yield path, path.name
-        return
-    if not path.is_dir():
-        raise FileNotFoundError(f"{argument} {path} does not exist; a dataset of the Hub is named with dataset_name")
-    found = False
-    for file in sorted(path.rglob("*"), key=lambda file: file.relative_to(path).as_posix()):
-        relative = file.relative_to(path)
-        known = _suffix(file) in TEXT_SUFFIXES or _suffix(file) in _FOLDER_TABLE_SUFFIXES
-        if known and file.is_file() and not any(part.startswith(".") for part in relative.parts):
-            found = True
-            yield file, relative.as_posix()
-    if not found:
-        raise ValueError(f"{argument} {path} has no text files; it needs .txt, .md, .py, .jsonl, .parquet ...")
-
-
-def _suffix(path: Path) -> str:
-    """The suffix that tells the format: `.gz` is looked through."""
-    name = path.name.lower()
-    return Path(name.removesuffix(".gz")).suffix
-
-
 def _read_documents(files: list[tuple[str, str, int, int]], encoding: str | None) -> Iterator[dict[str, str]]:
     for path, source, _, _ in files:
         text = read_text(Path(path), encoding)
@@ -241,162 +188,8 @@ def _read_documents(files: list[tuple[str, str, int, int]], encoding: str | None
             yield {"text": text, "source": source}
 
 
-def read_text(path: Path, encoding: str | None = None) -> str:
-    """The text of a UTF-8 file, gzipped if its name ends in `.gz`; ValueError for anything that is not such a file.
-
-    What is not UTF-8 is read in `encoding`, if there is one.
-    """
-    with _open(path) as file:
-        data = file.read()
-    if encoding is not None and (b"\0" in data or not _is_utf8(data)):
-        try:
-            text = data.decode(encoding)
-        except UnicodeDecodeError as error:
-            at = f"byte 0x{data[error.start]:02x} at offset {error.start}"
-            raise ValueError(f"{path} is neither UTF-8 nor {encoding} ({at}); give another --encoding") from None
-        data = text.encode("utf-8", "surrogatepass")
-    nul = data.find(b"\0")
-    if nul >= 0:
-        raise ValueError(f"{path} is binary, not text (a zero byte at offset {nul}); give UTF-8 text")
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise not_utf8(path, data[error.start], error.start) from None
-
-
-def not_utf8(path: Path, byte: int, offset: int) -> ValueError:
-    """What there is to say of a file with such a byte."""
-    return ValueError(
-        f"{path} is not UTF-8 (byte 0x{byte:02x} at offset {offset}); convert it with iconv -f cp1252 -t UTF-8, or "
-        "give pretrain its encoding: --encoding cp1252"
-    )
-
-
-def check_encoding(encoding: str | None) -> None:
-    """Raises ValueError for an encoding that Python does not know."""
-    try:
-        codecs.lookup(encoding or "utf-8")
-    except LookupError:
-        raise ValueError(f"--encoding {encoding!r} is unknown; give cp1252, latin-1, utf-16, ...") from None
-
-
-def _is_utf8(data: bytes) -> bool:
-    try:
-        data.decode("utf-8")
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
-def find_invalid_byte(path: Path) -> tuple[int, int] | None:
-    """Value and offset of the first byte of a file that is not UTF-8, read piece by piece; None if it is all UTF-8."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    done = 0
-    with _open(path) as file:
-        while True:
-            data = file.read(1 << 20)
-            waiting = decoder.getstate()[0]
-            try:
-                decoder.decode(data, final=not data)
-            except UnicodeDecodeError as error:
-                return (waiting + data)[error.start], done - len(waiting) + error.start
-            if not data:
-                return None
-            done += len(data)
-
-
-@contextmanager
-def _open(path: Path) -> Iterator[BinaryIO]:
-    if not path.name.lower().endswith(".gz"):
-        with path.open("rb") as file:
-            yield file
-        return
-    try:
-        with gzip.open(path) as unpacked:
-            yield cast(BinaryIO, unpacked)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} is not a whole gzip file ({error}); compress it again") from None
-
-
-def plain_file(path: Path, encoding: str | None = None) -> Path:
-    """`path` if it is plain UTF-8; for one that is gzipped or in `encoding`, a copy in the cache of `datasets`.
-
-    Whether a file is UTF-8 is looked into only where there is an encoding to take instead.
-    """
-    from datasets import config
-
-    foreign = encoding is not None and find_invalid_byte(path) is not None
-    if not path.name.lower().endswith(".gz") and not foreign:
-        return path
-    stat = path.stat()
-    key = hashlib.md5(
-        repr((str(path.resolve()), stat.st_size, stat.st_mtime_ns, foreign and encoding)).encode(),
-        usedforsecurity=False,
-    )
-    target = Path(config.HF_DATASETS_CACHE) / "unpacked" / (key.hexdigest() + _suffix(path))
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_suffix(f".{os.getpid()}")
-        try:
-            with _open(path) as source, part.open("wb") as sink:
-                plain = codecs.EncodedFile(source, "utf-8", encoding) if foreign else source
-                shutil.copyfileobj(plain, sink, 1 << 20)
-            part.replace(target)
-        except UnicodeDecodeError:
-            raise ValueError(f"{path} is neither UTF-8 nor {encoding}; give another --encoding") from None
-        finally:
-            part.unlink(missing_ok=True)
-    return target
-
-
-def load_table(
-    builder: str, paths: list[Path], encoding: str | None = None, *, streaming: bool = False
-) -> tuple[Any, str]:
-    """The rows of tables of one kind, as `datasets` reads them, and the name to give the table in messages."""
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
-    from datasets.utils import logging
-
-    name = str(paths[0]) if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
-    # Escaped, because the builders take names for patterns.
-    files = []
-    for path in paths:
-        file = plain_file(path, None if builder == "parquet" else encoding)
-        if file.stat().st_size == 0:
-            raise ValueError(f"{path} is empty; it needs at least one row")
-        files.append(glob.escape(str(file)))
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)  # what it logs on the way to an error, the error says
-    try:
-        return load_dataset(builder, data_files=files, split="train", streaming=streaming), name
-    except (DatasetsError, ValueError, OSError) as error:
-        raise explain_table(builder, paths, name, error) from error
-    finally:
-        logging.set_verbosity(verbosity)
-
-
-def explain_table(builder: str, paths: list[Path], name: str, error: BaseException) -> ValueError:
-    """What to say of tables that cannot be read: bytes that are not UTF-8, or the reader's own words."""
-    for path in paths if builder != "parquet" else []:
-        found = find_invalid_byte(path)
-        if found is not None:
-            return not_utf8(path, *found)
-    return ValueError(f"{name} cannot be read as {builder}: {_reason(error)}")
-
-
 def _load_hub(dataset_name: str, dataset_config_name: str | None, text_column: str) -> dict[str, Dataset]:
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
-
-    name = f"dataset {dataset_name}" + (f" ({dataset_config_name})" if dataset_config_name else "")
-    try:
-        loaded = load_dataset(dataset_name, dataset_config_name)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{name} is not on the Hub, nor a folder here: {_reason(error)}") from error
-    except (DatasetsError, ValueError, RuntimeError, OSError) as error:
-        raise ValueError(f"{name} cannot be loaded: {_reason(error)}") from error
-    if "train" not in loaded:
-        raise ValueError(f"{name} has no train split; its splits are {', '.join(loaded)}")
+    loaded, name = load_hub(dataset_name, dataset_config_name)
     return {
         split: _require_text(_documents(loaded[split], text_column, name, dataset_name), f"{name}, split {split},")
         for split in ("train", "validation")
@@ -406,12 +199,8 @@ def _load_hub(dataset_name: str, dataset_config_name: str | None, text_column: s
 
 def _documents(table: Dataset, text_column: str, name: str, source: str) -> Dataset:
     """The non-empty texts of a table, with their row as source."""
-    if text_column not in table.column_names:
-        columns = ", ".join(table.column_names)
-        raise ValueError(f"{name} has no column {text_column!r}; its columns are {columns}: name one as text_column")
-    kind = getattr(table.features[text_column], "dtype", type(table.features[text_column]).__name__)
-    if kind not in ("string", "large_string"):
-        raise ValueError(f"column {text_column!r} of {name} holds {kind}, not text; name another one as text_column")
+    feature = table.features.get(text_column)
+    check_text_column(table.column_names, getattr(feature, "dtype", type(feature).__name__), text_column, name)
     return table.select_columns([text_column]).map(
         _keep_text,
         batched=True,
@@ -435,14 +224,6 @@ def _require_text(documents: Dataset, name: str) -> Dataset:
     return documents
 
 
-def _reason(error: BaseException) -> str:
-    """The innermost cause of an error, in one line."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
 # ---------------------------------------------------------------------------------------------------- splitting
 
 
@@ -455,11 +236,16 @@ def _hold_out(documents: Dataset, keys: Iterable[str], fraction: float) -> Datas
     if len(documents) >= MIN_DOCUMENTS_TO_SPLIT:
         sides: tuple[list[int], list[int]] = [], []
         for index, key in enumerate(keys):
-            share = int.from_bytes(hashlib.md5(key.encode("utf-8"), usedforsecurity=False).digest()[:8], "big") / 2**64
-            sides[share < fraction].append(index)
+            digest = hashlib.md5(key.encode("utf-8"), usedforsecurity=False).digest()
+            sides[hash_share(digest) < fraction].append(index)
         if sides[0] and sides[1]:
             return DatasetDict(train=documents.select(sides[0]), validation=documents.select(sides[1]))
     return _split_tail(documents, fraction)
+
+
+def hash_share(digest: bytes) -> float:
+    """Where a hash lies between 0 and 1. A document whose share is below the fraction to hold out is held out."""
+    return int.from_bytes(digest[:8], "big") / 2**64
 
 
 def _split_tail(documents: Dataset, fraction: float) -> DatasetDict:

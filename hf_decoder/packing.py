@@ -99,8 +99,7 @@ def tokenize(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, num_proc: int
     """
     from datasets import Features, List, Value
 
-    if tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer has no eos_token to end a document with; set tokenizer.eos_token")
+    markers_of(tokenizer)
     return dataset.map(
         _encode,
         batched=True,
@@ -253,27 +252,41 @@ class _Layout:
         return np.array(windows)
 
 
-def _encode(batch: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def markers_of(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
+    """The ids that open and close a document. Raises ValueError for a tokenizer without eos token."""
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no eos_token to end a document with; set tokenizer.eos_token")
     opening = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    return opening, tokenizer.eos_token_id
+
+
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[np.ndarray]:
+    """The ids of each text (int32), without markers. Special tokens written out in a text are text here.
+
+    Raises ValueError for ids outside the tokenizer's own vocabulary.
+    """
+    encoded = tokenizer(
+        texts,
+        add_special_tokens=False,
+        split_special_tokens=True,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )
+    rows = [np.array(ids, np.int32) for ids in encoded["input_ids"]]
+    largest = max((int(row.max()) for row in rows if len(row)), default=0)
+    if largest >= len(tokenizer):
+        raise ValueError(f"the tokenizer gave id {largest}, past its vocabulary of {len(tokenizer)}; repair it")
+    return rows
+
+
+def _encode(batch: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    opening, closing = markers_of(tokenizer)
     rows: list[list[np.ndarray]] = [[np.array([opening], np.int32)] for _ in batch["text"]]
     for owners, pieces in _groups(batch["text"]):
-        encoded = tokenizer(
-            pieces,
-            add_special_tokens=False,
-            split_special_tokens=True,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )
-        for owner, ids in zip(owners, encoded["input_ids"], strict=True):
-            rows[owner].append(np.array(ids, np.int32))
-    vocab_size = len(tokenizer)
-    input_ids = []
-    for row in rows:
-        ids = np.concatenate([*row, np.array([tokenizer.eos_token_id], np.int32)])
-        if ids.max() >= vocab_size:
-            raise ValueError(f"the tokenizer gave id {ids.max()}, past its vocabulary of {vocab_size}; repair it")
-        input_ids.append(ids)
+        for owner, ids in zip(owners, encode_texts(tokenizer, pieces), strict=True):
+            rows[owner].append(ids)
+    input_ids = [np.concatenate([*row, np.array([closing], np.int32)]) for row in rows]
     return {"input_ids": input_ids, "num_bytes": [len(text.encode("utf-8")) for text in batch["text"]]}
 
 

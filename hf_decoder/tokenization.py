@@ -83,7 +83,7 @@ CHAT_TEMPLATE = (
 # digit, is safe for that rule alone, and is where encoded data without spaces or lines can be cut.
 _CUTS = (re.compile(r"(?<=\n)(?=\S)|(?<=\S)(?= )"), re.compile(r"(?<=[0-9])"))
 _PIECE_CHARACTERS = 1 << 20
-_LONGEST_PIECE = 1 << 21
+LONGEST_PIECE = 1 << 21
 
 
 def train_tokenizer(
@@ -164,7 +164,7 @@ def split_text(text: str, size: int = _PIECE_CHARACTERS) -> Iterator[str]:
 
 def place_to_cut(text: str, start: int, size: int) -> int | None:
     """Where to cut the piece that begins at `start`, `size` characters on or later; None: it is whole as it is."""
-    longest = start + max(size, _LONGEST_PIECE)
+    longest = start + max(size, LONGEST_PIECE)
     for cut in _CUTS:
         found = cut.search(text, start + size, longest)
         if found is not None and found.start() < len(text):

@@ -17,7 +17,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, default_data_collator
 from hf_decoder import packing
 from hf_decoder.corpus import (
     CorpusReport,
-    find_invalid_byte,
     load_standard_library,
     load_text,
     pack,
@@ -25,6 +24,7 @@ from hf_decoder.corpus import (
     standard_library_files,
     tokenize,
 )
+from hf_decoder.reading import find_invalid_byte
 from hf_decoder.tokenization import train_tokenizer
 
 DOCUMENTS = ["First line,\r\nsecond.\n", "  Übung: 東京\n", "third"]
