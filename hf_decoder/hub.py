@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, constants, get_token
-from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalTokenNotFoundError
+from huggingface_hub import HfApi, ModelCard, constants, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 import hf_decoder.receiver
@@ -23,7 +23,7 @@ from hf_decoder.adapters import ADAPTER_CONFIG, base_of, is_adapter
 from hf_decoder.modelcard import pin_load_lines, pinned_revision
 
 CARD = "README.md"
-# Pickles run code where they are loaded; states of a training and logs are nobody else's business, and some hold paths.
+# Pickles run code where they are loaded; the states of a training are nobody else's business, and some hold paths.
 LEFT_OUT_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".pyc", ".part", ".tmp", ".lock")
 LEFT_OUT_NAMES = ("trainer_state.json", "complete.json")
 LEFT_OUT_FOLDERS = ("__pycache__", "runs", "logs")
@@ -113,12 +113,15 @@ def push(
         base = _stage(Path(folder), files, sent, base_model)
         if base is None:  # the doctor examines whole models; an adapter's base had its own examination
             _examine(sent, folder)
+        _check_card(sent / CARD)
         api = HfApi()
         api.create_repo(repo_id, private=private or None, exist_ok=True)
         if private and not api.model_info(repo_id).private:
             raise ValueError(
                 f"{repo_id} exists and is public; make it private on the Hub first, or leave out --private"
             )
+        if base is not None:
+            _pin_base(api, sent / ADAPTER_CONFIG, base)
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         pushed = _upload(api, sent, repo_id, revision, create_pr, commit_message or f"Upload {Path(folder).name}")
@@ -158,6 +161,32 @@ def _stage(folder: Path, files: list[Path], sent: Path, base_model: str | None) 
         )
     _replace(sent / ADAPTER_CONFIG, {"base_model_name_or_path": base})
     return base
+
+
+def _check_card(path: Path) -> None:
+    """Asks the server whether the card's metadata is in order, before anything is sent.
+
+    Raises:
+        ValueError: with what the server says.
+    """
+    if not path.is_file():
+        return
+    try:
+        ModelCard(path.read_text(encoding="utf-8")).validate()
+    except ValueError as error:
+        said = str(error)
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            said = "; ".join(problem["message"] for problem in json.loads(said)["errors"])
+        raise ValueError(f"the metadata of {CARD} is refused by {constants.ENDPOINT}: {said}") from None
+
+
+def _pin_base(api: HfApi, path: Path, base: str) -> None:
+    """Writes the commit that the base model is at into an adapter's config, unless it names one."""
+    try:
+        commit = api.model_info(base).sha
+    except RepositoryNotFoundError:
+        raise ValueError(f"the adapter's base {base} is not on {constants.ENDPOINT}; push it first") from None
+    _replace(path, {"revision": json.loads(path.read_text(encoding="utf-8")).get("revision") or commit})
 
 
 def _examine(sent: Path, folder: str | Path) -> None:

@@ -59,7 +59,7 @@ def adapter_load_lines(folder: str, task: str, num_labels: int | None = None) ->
 
 
 def pin_load_lines(text: str, repo_id: str, revision: str) -> str:
-    """The card `text` with lines that load `repo_id` at the commit `revision`; unchanged where it has no such lines."""
+    """The card `text` with lines that load `repo_id` at the commit `revision`; unchanged where it has none."""
 
     def pin(found: re.Match[str]) -> str:
         return found[1] + _NAME.sub(rf'\1"{repo_id}", revision="{revision}"', found[2]) + found[3]

@@ -67,12 +67,13 @@ def _load_adapter(name: str, revision: str | None, base: str) -> Any:
     kwargs: dict[str, Any] = {} if revision is None else {"revision": revision}
     labels = {}
     auto_class: Any = transformers.AutoModelForCausalLM
-    if PeftConfig.from_pretrained(name, **kwargs).task_type == "SEQ_CLS":
+    config = PeftConfig.from_pretrained(name, **kwargs)
+    if config.task_type == "SEQ_CLS":
         auto_class = transformers.AutoModelForSequenceClassification
         weights = load_peft_weights(name, device="cpu", **kwargs)
         heads = [value.shape[0] for key, value in weights.items() if key.endswith("score.weight")]
         labels = {"num_labels": heads[0]} if heads else {}
-    model = auto_class.from_pretrained(base, trust_remote_code=True, **labels)
+    model = auto_class.from_pretrained(base, revision=config.revision, trust_remote_code=True, **labels)
     return PeftModel.from_pretrained(model, name, **kwargs).eval()
 
 

@@ -1,6 +1,7 @@
 """A small Hub on 127.0.0.1: the HTTP endpoints that huggingface_hub calls to create, fill, describe and read a repo.
 
-It speaks the plain protocols (git blobs in commits, Git LFS for the rest), not Xet: clients set `HF_HUB_DISABLE_XET=1`.
+It speaks the plain protocols (git blobs in commits, Git LFS for the rest), not Xet: its clients set
+`HF_HUB_DISABLE_XET=1`.
 Everything lies in memory. `requests` lists what was asked, `before_store` may delay or break an upload.
 """
 
@@ -112,6 +113,7 @@ class Hub:
         Bound.hub = hub
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Bound)
         self._server.daemon_threads = True
+        self._server.handle_error = lambda *broken: None  # type: ignore[method-assign]  # a client that went away
         self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
         self.storage = self.endpoint.replace("127.0.0.1", "localhost")  # another host, as the real one has
 

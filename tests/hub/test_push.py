@@ -1,0 +1,279 @@
+"""`hf-decoder push` against a Hub on 127.0.0.1: what is sent, what is proved, what is refused, what is made up for."""
+
+import hashlib
+import json
+import multiprocessing
+import re
+import shutil
+import threading
+import time
+from pathlib import Path
+
+import huggingface_hub.utils
+import pytest
+from huggingface_hub import ModelCard, constants, snapshot_download
+from safetensors.torch import load_file, save_file
+
+from hf_decoder import hub as hub_module
+from hf_decoder.cli.main import main
+from hf_decoder.hub import files_to_push, push
+
+
+@pytest.fixture
+def unexamined(monkeypatch):
+    """Without the doctor and the receiver, where a test is about what lies between them."""
+    monkeypatch.setattr(hub_module, "_examine", lambda *args: None)
+    monkeypatch.setattr(hub_module, "_receive", lambda *args: None)
+
+
+@pytest.fixture
+def fails(capsys):
+    def check(*argv: object) -> str:
+        capsys.readouterr()
+        assert main(["push", *map(str, argv)]) == 2
+        (line,) = [text for text in capsys.readouterr().err.splitlines() if "error" in text]
+        assert line.startswith("hf-decoder push: error: ")
+        return line
+
+    return check
+
+
+@pytest.fixture
+def copy(folder, tmp_path) -> Path:
+    return Path(shutil.copytree(folder, tmp_path / "model"))
+
+
+def test_the_whole_way(client, folder, capsys):
+    """Doctor, upload, download, a fresh process without the package: the command as a user runs it."""
+    assert main(["push", str(folder), "owner/whole", "--private"]) == 0
+    said = capsys.readouterr().out
+    repo = client.repos["owner/whole"]
+    assert repo.private and repo.refs["main"] in said and "every file and every logit is the same" in said
+    files = client.files("owner/whole")
+    for path in folder.iterdir():
+        if path.name != "README.md":
+            assert files[path.name] == path.read_bytes(), path.name
+    assert set(files) == {path.name for path in folder.iterdir()} | {".gitattributes"}
+    # the card pins the commit before it, which holds all the rest
+    card = files["README.md"].decode()
+    (pin,) = set(re.findall(r'model="owner/whole", revision="([0-9a-f]{40})"', card))
+    assert repo.files[pin]["model.safetensors"] == files["model.safetensors"] and "README.md" not in repo.files[pin]
+    assert ModelCard(card).data.license == "apache-2.0"
+    ModelCard(card).validate()  # asks the server
+    # and once more: nothing is sent, no commit is made
+    before = (len(repo.files), len(client.asked("PUT /lfs/")))
+    assert main(["push", str(folder), "owner/whole"]) == 0
+    assert (len(repo.files), len(client.asked("PUT /lfs/"))) == before
+
+
+def test_what_is_nobody_elses_business_stays_at_home(client, unexamined, copy):
+    for name in ("training_args.bin", "optimizer.pt", "trainer_state.json", "complete.json", ".secret", "rng.pth"):
+        (copy / name).write_text("x", encoding="utf-8")
+    for name in ("checkpoint-5/model.safetensors", "__pycache__/a.pyc", ".cache/x.json", "runs/log/events"):
+        (copy / name).parent.mkdir(parents=True)
+        (copy / name).write_text("x", encoding="utf-8")
+    (copy / "extra").mkdir()
+    (copy / "extra/notes.md").write_text("x", encoding="utf-8")
+    before = {path.relative_to(copy).as_posix() for path in copy.rglob("*")}
+    push(copy, "owner/business")
+    sent = set(client.files("owner/business"))
+    assert "extra/notes.md" in sent and "model.safetensors" in sent
+    assert sent == {path.relative_to(copy).as_posix() for path in files_to_push(copy)} | {".gitattributes"}
+    assert not any(name.endswith((".bin", ".pt", ".pth", ".pyc")) or "checkpoint-5" in name for name in sent)
+    assert before == {path.relative_to(copy).as_posix() for path in copy.rglob("*")}  # and the folder is as it was
+
+
+def test_weights_of_an_earlier_push_go(client, unexamined, folder, tmp_path, tokenizer):
+    from conftest import write_folder
+
+    push(write_folder(tmp_path / "shards", tokenizer, max_shard_size="100KB"), "owner/stale")
+    shards = [name for name in client.files("owner/stale") if re.fullmatch(r"model-\d+-of-\d+.safetensors", name)]
+    assert len(shards) > 1
+    push(folder, "owner/stale")
+    weights = [name for name in client.files("owner/stale") if "safetensors" in name]
+    assert weights == ["model.safetensors"]
+
+
+def test_a_branch_and_a_pull_request(client, unexamined, copy):
+    push(copy, "owner/refs")
+    main_before = client.repos["owner/refs"].refs["main"]
+    weights = load_file(copy / "model.safetensors")
+    weights["model.norm.weight"] += 1
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    on_branch = push(copy, "owner/refs", revision="try/this")
+    assert client.repos["owner/refs"].refs["try/this"] == on_branch.commit and on_branch.pr_url is None
+    requested = push(copy, "owner/refs", create_pr=True)
+    assert requested.pr_url == f"{client.endpoint}/owner/refs/discussions/1"
+    assert client.repos["owner/refs"].refs["refs/pr/1"] == requested.commit
+    assert client.files("owner/refs", "refs/pr/1")["model.safetensors"] == (copy / "model.safetensors").read_bytes()
+    assert client.repos["owner/refs"].refs["main"] == main_before
+    assert "refs/pr/2" not in client.repos["owner/refs"].refs
+
+
+# --------------------------------------------------------------------------------------------------- refused
+
+
+@pytest.mark.parametrize(
+    "token, name, words",
+    [
+        ("hf_nobody", "owner/new", ["does not accept the token", "hf auth login"]),
+        ("", "owner/new", ["no token", "hf auth login"]),
+        ("hf_other", "owner/new", ["does not let you write to owner/new", "403", "owner"]),
+        ("hf_reader", "owner/new", ["does not let you write to owner/new", "403"]),
+    ],
+)
+def test_the_server_refuses_the_token(client, unexamined, monkeypatch, folder, fails, token, name, words):
+    if token:
+        monkeypatch.setenv("HF_TOKEN", token)
+    else:
+        monkeypatch.delenv("HF_TOKEN")
+    line = fails(folder, name)
+    assert all(word in line for word in words), line
+    assert name not in client.repos
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["owner/a b"], ["owner/a b"]),
+        (["a/b/c"], ["a/b/c"]),
+        (["nameless"], ["'nameless' names no owner", "user/name"]),
+        (["owner/x", "--create_pr", "--revision", "b"], ["--create_pr", "--revision"]),
+        (["owner/x", "--base_model", "owner/y"], ["--base_model", "whole model"]),
+        (["owner/x", "--privat"], ["--privat", "did you mean '--private'"]),
+    ],
+)
+def test_what_is_asked_wrongly_is_one_line(client, unexamined, folder, fails, argv, words):
+    line = fails(folder, *argv)
+    assert all(word in line for word in words), line
+    assert "owner/x" not in client.repos
+
+
+def test_private_does_not_mean_public(client, unexamined, folder, fails):
+    push(folder, "owner/public")
+    assert "is public" in fails(folder, "owner/public", "--private")
+
+
+@pytest.mark.parametrize("damage", ["nowhere", "empty", "no config", "no weights", "pickle"])
+def test_what_is_no_model_is_not_sent(client, unexamined, copy, fails, damage):
+    if damage == "nowhere":
+        shutil.rmtree(copy)
+    elif damage == "empty":
+        for path in copy.iterdir():
+            path.unlink()
+    elif damage == "no config":
+        (copy / "config.json").unlink()
+    else:
+        (copy / "model.safetensors").unlink()
+        if damage == "pickle":
+            (copy / "pytorch_model.bin").write_bytes(b"x")
+    line = fails(copy, "owner/none")
+    assert str(copy) in line and "owner/none" not in client.repos
+
+
+def test_the_doctor_comes_first(client, copy, fails):
+    config = json.loads((copy / "config.json").read_text("utf-8"))
+    config["auto_map"]["AutoModelForCausalLM"] = "someone/else--modeling.Model"
+    (copy / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    line = fails(copy, "owner/sick")
+    assert "nothing was pushed" in line and "code" in line and "someone/else" in line
+    assert f"hf-decoder doctor {copy}" in line
+    assert "owner/sick" not in client.repos
+
+
+def test_a_server_that_is_not_there(client, unexamined, monkeypatch, folder, fails):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    line = fails(folder, "owner/away")
+    assert "http://127.0.0.1:9 cannot be reached" in line and "push again" in line
+
+
+def test_a_server_without_xet_is_named_with_the_way_out(client, unexamined, monkeypatch, folder, fails):
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    assert "HF_HUB_DISABLE_XET=1" in fails(folder, "owner/xet")
+
+
+def test_a_card_that_the_server_refuses(client, unexamined, copy, fails):
+    card = ModelCard.load(copy / "README.md")
+    card.data.license = "no-such-licence"
+    card.save(copy / "README.md")
+    line = fails(copy, "owner/card")
+    assert "the metadata of README.md is refused" in line and "no-such-licence" in line
+    assert "owner/card" not in client.repos  # before anything is sent
+
+
+# ------------------------------------------------------------------------------------------------- what goes wrong
+
+
+def test_what_arrives_damaged_is_told(client, monkeypatch, copy, capsys):
+    """A server that keeps other weights than it was sent: files differ, and the exit code says so."""
+    monkeypatch.setattr(hub_module, "_examine", lambda *args: None)
+    weights = load_file(copy / "model.safetensors")
+    weights["model.norm.weight"] += 1
+    save_file(weights, copy / "other.safetensors", metadata={"format": "pt"})
+    other = (copy / "other.safetensors").read_bytes()
+    (copy / "other.safetensors").unlink()
+    upload = hub_module._upload
+
+    def swap(*args):
+        pushed = upload(*args)
+        client.repos["owner/swapped"].files[pushed.commit]["model.safetensors"] = other
+        client.stored[hashlib.sha256(other).hexdigest()] = other
+        return pushed
+
+    monkeypatch.setattr(hub_module, "_upload", swap)
+    assert main(["push", str(copy), "owner/swapped"]) == 1
+    assert "model.safetensors is not the file that was sent" in capsys.readouterr().err
+
+
+def test_what_cannot_be_loaded_is_told(client, monkeypatch, copy, capsys):
+    monkeypatch.setattr(hub_module, "_examine", lambda *args: None)
+    (copy / "loss_hf_decoder.py").unlink()
+    assert main(["push", str(copy), "owner/unloadable"]) == 1
+    said = capsys.readouterr().err
+    assert "nothing but transformers cannot load it" in said and "loss_hf_decoder" in said
+
+
+def test_an_upload_that_was_killed_is_made_up_for(client, unexamined, tmp_path, tokenizer):
+    """The first push is killed with one weights file stored and the next half sent; the second sends the rest."""
+    from conftest import write_folder
+
+    folder = write_folder(tmp_path / "shards", tokenizer, max_shard_size="100KB", seed=7)
+    shards = sorted(folder.glob("model-*.safetensors"))
+    assert len(shards) >= 2
+    known = set(client.stored)
+    first, reached, over = threading.Lock(), threading.Event(), threading.Event()
+
+    def hold(oid: str, size: int) -> None:
+        if first.acquire(blocking=False):
+            return
+        while not set(client.stored) - known:
+            time.sleep(0.01)
+        reached.set()
+        over.wait(60)
+        raise ConnectionAbortedError
+
+    client.before_store = hold
+    huggingface_hub.utils.close_session()
+    process = multiprocessing.get_context("fork").Process(target=push, args=(folder, "owner/killed"))
+    process.start()
+    assert reached.wait(60)
+    process.kill()
+    process.join()
+    over.set()
+    client.before_store = lambda oid, size: None
+    arrived = set(client.stored) - known
+    assert len(arrived) >= 1 and "README.md" not in client.files("owner/killed")
+    sent_before = len(client.asked("PUT /lfs/"))
+    push(folder, "owner/killed")
+    again = {line.rpartition("/")[2] for line in client.asked("PUT /lfs/")[sent_before:]}
+    assert again and not again & arrived
+    files = client.files("owner/killed")
+    assert all(files[path.name] == path.read_bytes() for path in shards)
+
+
+def test_files_come_down_as_they_went_up(client, unexamined, folder, tmp_path):
+    push(folder, "owner/bytes", private=True)
+    down = Path(snapshot_download("owner/bytes", cache_dir=tmp_path))
+    for path in folder.iterdir():
+        if path.name != "README.md":
+            assert (down / path.name).read_bytes() == path.read_bytes()
