@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import PretrainedConfig, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PretrainedConfig, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -99,10 +99,12 @@ def describe_run(
     data: dict[str, Any],
     *,
     trained_tokenizer: dict[str, Any] | None = None,
+    args: TrainingArguments | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """What has to stay the same for a run to go on: the model's shape, the tokenizer, and the data.
+    """What has to stay the same for a run to go on: the model's shape, the tokenizer, the data, and its order.
 
-    `data` is `describe_data`'s or one's own; `trained_tokenizer` are the settings of a tokenizer trained for the run.
+    `data` is `describe_data`'s or one's own; `trained_tokenizer` are the settings of a tokenizer trained for the run;
+    `args` say which rows make a step.
     """
     model = {name: value for name, value in config.to_dict().items() if name not in _UNCOUNTED_FIELDS}
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -116,6 +118,14 @@ def describe_run(
         },
         "data": data,
     }
+    if args is not None:
+        described["training"] = {
+            "per_device_train_batch_size": args.per_device_train_batch_size,
+            "gradient_accumulation_steps": args.gradient_accumulation_steps,
+            "processes": args.world_size,
+            "seed": args.seed,
+            "data_seed": args.data_seed,
+        }
     return json.loads(json.dumps(described, default=str))
 
 
@@ -138,14 +148,14 @@ def describe_data(tokenized: Dataset, block_size: int) -> dict[str, Any]:
 
 
 def check_same_run(checkpoint: str | Path, run: dict[str, dict[str, Any]]) -> None:
-    """Refuses to go on with another model, tokenizer or text than the checkpoint's.
+    """Refuses to go on with another model, tokenizer, text or order of it than the checkpoint's.
 
     Raises:
         ValueError: naming what differs, with both values.
     """
     before = _mark(checkpoint).get("run", {})
     for part, now in run.items():
-        then = before.get(part, {})
+        then = before.get(part, {} if part != "training" else now)  # the first checkpoints did not tell
         for name in [*now, *(name for name in then if name not in now)]:
             if part == "tokenizer" and (name not in then or name not in now):
                 continue  # how a tokenizer came about counts only where both were trained

@@ -13,6 +13,7 @@ from transformers.trainer_utils import SchedulerType
 from hf_decoder import accounting, evaluation, training
 from hf_decoder.modelcard import write_model_card
 from hf_decoder.packing import CorpusReport
+from hf_decoder.preparation import StreamReport
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -39,7 +40,7 @@ def score_held_out(
     }
 
 
-def sizes_and_machine(model: Any, report: CorpusReport) -> dict[str, Any]:
+def sizes_and_machine(model: Any, report: CorpusReport | StreamReport) -> dict[str, Any]:
     """What else belongs beside the training metrics: sizes, memory, machine and versions."""
     return {
         "train_documents": report.documents,

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 
 from hf_decoder.pace import MeasuringTrainer
 from hf_decoder.packing import IGNORE, encode_texts, markers_of
@@ -250,10 +251,20 @@ class StreamingTrainer(MeasuringTrainer):
         # Before the callback that marks a checkpoint as whole.
         self.callback_handler.callbacks.insert(0, _SavePlaces(self))
 
-    def resume(self, checkpoint: str, steps: int) -> None:
-        """Makes the training begin where the checkpoint of step `steps` was written."""
-        path = Path(checkpoint) / place_file(self.args.process_index)
+    def resume(self, checkpoint: str) -> None:
+        """Makes the training begin where a checkpoint was written.
+
+        Raises:
+            ValueError: if it is not that of a streamed run, or of one with fewer processes.
+        """
+        folder = Path(checkpoint)
+        path = folder / place_file(self.args.process_index)
+        if not path.is_file():
+            raise ValueError(
+                f"{checkpoint} does not say where this process stood in its text: there is no {path.name}"
+            )
         self.places = json.loads(path.read_text(encoding="utf-8"))
+        steps = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).global_step
         rows: Any = self.train_dataset
         rows.resume(dict(self.places), steps * self.args.gradient_accumulation_steps * self._train_batch_size)
 

@@ -125,8 +125,7 @@ def _open_files(
     size: int | None = 0
     for builder, found in tables.items():
         table, table_name = load_table(builder, found, args.encoding, streaming=True)
-        options = {"builder": builder, "files": tuple(found)}
-        sources.append(Source(table, args.text_column, fraction, table_name, **options))
+        sources.append(Source(table, args.text_column, fraction, table_name, builder=builder, files=tuple(found)))
         check_column(sources[-1])
         size = None
     cut: tuple[int, int] | None = None
@@ -135,8 +134,8 @@ def _open_files(
     ends = [_end(number, file, cut) for number, file in enumerate(files)]
     ranges = [entry for file, end in zip(files, ends, strict=True) for entry in byte_ranges(file, 0, end)]
     if ranges:
-        options = {"files": tuple(files)}
-        sources.insert(0, Source(stretches(ranges, 0.0 if cut else fraction), None, 0.0, name, **options))
+        data = stretches(ranges, 0.0 if cut else fraction)
+        sources.insert(0, Source(data, None, 0.0, name, files=tuple(files)))
     if not sources:
         raise ValueError(f"train_file {name} is empty; it needs at least one character of text")
     if size is not None:
@@ -172,7 +171,7 @@ def _open_hub(args: TextArguments, fraction: float, given: Dataset | None) -> St
     identity = [
         str(args.dataset_name),
         str(args.dataset_config_name),
-        *_files_of(args.dataset_name, args.dataset_config_name),
+        *_files_of(str(args.dataset_name), args.dataset_config_name),
     ]
     return StreamedText((Part((train,)),), _dataset(held_out) if given is None else given, identity)
 

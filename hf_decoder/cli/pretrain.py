@@ -9,7 +9,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +34,6 @@ from hf_decoder.checkpoints import (
     check_same_run,
     checkpoint_to_resume,
     checkpoints,
-    describe_data,
     describe_run,
 )
 from hf_decoder.cli import MUON_ADAMW, load_config, load_model, load_tokenizer, parse_arguments, parse_overrides
@@ -43,15 +42,17 @@ from hf_decoder.launch import check_launch
 from hf_decoder.layouts import save_in_full, whole_model
 from hf_decoder.modelcard import load_lines
 from hf_decoder.pace import MeasuringTrainer, StepMetrics, TimeLimit, parse_duration
-from hf_decoder.packing import CorpusReport, pack, pack_for_evaluation, tokenize
+from hf_decoder.preparation import Rows, coverage, make_rows, make_streamed_rows, training_texts
 from hf_decoder.presets import get_preset
 from hf_decoder.recipe import grouped_optimizer, muon_adamw, wsd_kwargs
 from hf_decoder.results import procedure, score_held_out, sizes_and_machine, summary, write_outputs
 from hf_decoder.sources import TextArguments, load_texts, names_of
+from hf_decoder.streamed_rows import StreamedRows, StreamingTrainer
+from hf_decoder.streamed_text import StreamedText, open_stream
 from hf_decoder.tokenization import TOKENIZER_TYPES, check_tokenizer_fits, train_tokenizer
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, DatasetDict
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 QUICKSTART = "runs/quickstart"
@@ -95,6 +96,12 @@ class DataArguments(TextArguments):
     )
     block_size: int = field(default=256, metadata={"help": "Tokens of a training row."})
     preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenise."})
+    streaming: bool = field(
+        default=False, metadata={"help": "Tokenise while training: for text larger than memory. Needs --max_steps."}
+    )
+    shuffle_buffer_size: int = field(
+        default=4096, metadata={"help": "Rows that --streaming draws from at random; 0 keeps the text's order."}
+    )
 
 
 @dataclass
@@ -198,52 +205,50 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, args: Pretrai
 
     with args.main_process_first(desc="text"):
         with training.stage("corpus", seconds):
-            texts = load_texts(data_args)
+            text = open_stream(data_args) if data_args.streaming else load_texts(data_args)
         with training.stage("tokenizer", seconds):
-            tokenizer = _tokenizer(model_args, checkpoint, texts["train"])
+            tokenizer = _tokenizer(model_args, checkpoint, training_texts(text))
         _fit_to_tokenizer(config, tokenizer, resize=source is None and "vocab_size" not in overrides)
-        with training.stage("tokenize", seconds):
-            workers = data_args.preprocessing_num_workers
-            tokens = {split: tokenize(texts[split], tokenizer, workers) for split in ("train", "validation")}
-        with training.stage("pack", seconds):
-            train_rows = pack(tokens["train"], data_args.block_size)
-            eval_rows = pack_for_evaluation(tokens["validation"], data_args.block_size)
-    train_report = CorpusReport.of(tokens["train"], train_rows)
-    eval_report = CorpusReport.of(tokens["validation"], eval_rows)
-    for title, report in (("training text", train_report), ("held-out text", eval_report)):
-        print("\n".join([title, *(f"  {line}" for line in report.lines())]))
+        with training.stage("rows", seconds):
+            rows = _rows(text, tokenizer, data_args, args)
+    steps = _count_steps(args, rows.train)
+    rows_of_a_step = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+    print("\n".join(rows.lines()))
+    print("\n".join(coverage(rows.train_report, steps * rows_of_a_step, data_args.block_size)))
     run = describe_run(
         config,
         tokenizer,
-        describe_data(tokens["train"], data_args.block_size),
+        rows.description,
         trained_tokenizer=_trained_tokenizer(model_args),
+        args=args,
     )
     if checkpoint is not None:
         check_same_run(checkpoint, run)
 
-    steps = _count_steps(args, len(train_rows))
     finished = checkpoint is not None and training.is_finished(checkpoint, steps)
     model = _model(checkpoint if finished else model_args.model_name_or_path, config, new=checkpoint is None)
     if args.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY and not args.lr_scheduler_kwargs:
         args.lr_scheduler_kwargs = wsd_kwargs(steps)
     keeper, stop = CheckpointKeeper(run, args.save_total_limit), StopOnSignal()
     args.save_total_limit = None  # the keeper's
-    trainer = MeasuringTrainer(
+    trainer = (StreamingTrainer if data_args.streaming else MeasuringTrainer)(
         model=model,
         args=args,
-        train_dataset=train_rows,
-        eval_dataset=_spread(eval_rows, data_args.max_eval_samples),
+        train_dataset=rows.train,
+        eval_dataset=_spread(rows.evaluation, data_args.max_eval_samples),
         processing_class=tokenizer,
         # Not the padding collator: it adds an attention mask, and with one, documents in a row would see each other.
         data_collator=training.collate_rows if isinstance(model, HfDecoderForCausalLM) else default_data_collator,
         optimizer_cls_and_kwargs=muon_adamw(args) if args.uses_muon else grouped_optimizer(args),
         callbacks=[keeper, stop, StopOnNan(tokenizer), WarnOfSpikes()],
     )
-    _add_callbacks(trainer, args, tokenizer, data_args.block_size, texts["validation"]["text"], eval_report)
+    _add_callbacks(trainer, args, tokenizer, data_args.block_size, rows)
     if time_limit is not None:
         trainer.add_callback(TimeLimit(time_limit, started))
     if checkpoint is None and trainer.is_world_process_zero():
         _clear_earlier_run(Path(args.output_dir))
+    if checkpoint is not None and isinstance(trainer, StreamingTrainer):
+        trainer.resume(checkpoint)
     with keeper.explain_failed_save(args.output_dir), stop:
         metrics = training.train(trainer, checkpoint, finished=finished)
     if stop.received is not None:
@@ -253,10 +258,10 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, args: Pretrai
 
     if trainer.is_world_process_zero():
         model = whole_model(trainer, args.output_dir)
-        held_out = texts["validation"]["text"]
+        held_out = rows.held_out
         with training.stage("evaluate", seconds):
-            eval_metrics = score_held_out(model, args, eval_rows, eval_report, held_out)
-        trainer.save_metrics("train", {**metrics, **sizes_and_machine(model, train_report), **seconds})
+            eval_metrics = score_held_out(model, args, rows.evaluation, rows.eval_report, held_out)
+        trainer.save_metrics("train", {**metrics, **sizes_and_machine(model, rows.train_report), **seconds})
         trainer.save_metrics("eval", eval_metrics)
         trainer.save_state()
         results = json.loads((Path(args.output_dir) / "all_results.json").read_text(encoding="utf-8"))
@@ -275,17 +280,16 @@ def _add_callbacks(
     args: PretrainingArguments,
     tokenizer: PreTrainedTokenizerBase,
     block_size: int,
-    texts: Sequence[str],
-    report: CorpusReport,
+    rows: Rows,
 ) -> None:
     """What a training shows of itself: speed, curve and samples."""
     model: Any = trainer.model
     if isinstance(model, HfDecoderForCausalLM):
         trainer.callback_handler.callbacks.insert(0, StepMetrics(trainer, block_size))
     title = f"{model.num_parameters() / 1e6:.1f}M parameters"
-    trainer.add_callback(training.CurveAtSave(title=title, bytes_per_token=report.bytes_per_token))
+    trainer.add_callback(training.CurveAtSave(title=title, bytes_per_token=rows.eval_report.bytes_per_token))
     if args.sample_steps is not None:
-        prompts = training.held_out_prompts(texts)
+        prompts = training.held_out_prompts(rows.held_out)
         trainer.add_callback(training.SampleText(tokenizer, prompts, args.sample_steps, args.seed))
     if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
@@ -302,11 +306,13 @@ def _say_stopped(number: signal.Signals, trainer: Trainer) -> None:
         )
 
 
-def _count_steps(args: PretrainingArguments, rows: int) -> int:
+def _count_steps(args: PretrainingArguments, rows: Dataset | StreamedRows) -> int:
     """Optimizer steps of the whole run."""
     if args.max_steps > 0:
         return args.max_steps
-    batches = math.ceil(rows / (args.train_batch_size * args.world_size))
+    if isinstance(rows, StreamedRows):
+        raise ValueError("--streaming needs --max_steps: how long the text is shows only when it is read")
+    batches = math.ceil(len(rows) / (args.train_batch_size * args.world_size))
     return math.ceil(args.num_train_epochs * math.ceil(batches / args.gradient_accumulation_steps))
 
 
@@ -336,13 +342,23 @@ def _model(name: str | None, config: PretrainedConfig, *, new: bool) -> Any:
     return model
 
 
-def _tokenizer(model_args: ModelArguments, checkpoint: str | None, train: Dataset) -> PreTrainedTokenizerBase:
+def _tokenizer(model_args: ModelArguments, checkpoint: str | None, texts: Iterable[str]) -> PreTrainedTokenizerBase:
     """The tokenizer that is given by name or belongs to a checkpoint or model; else one trained on the text."""
     name = model_args.tokenizer_name or checkpoint or model_args.model_name_or_path
     if name is not None:
         return load_tokenizer(name)
-    texts = (text for batch in train.iter(batch_size=64) for text in batch["text"])
     return train_tokenizer(texts, vocab_size=model_args.vocab_size, tokenizer_type=model_args.tokenizer_type)
+
+
+def _rows(
+    text: DatasetDict | StreamedText,
+    tokenizer: PreTrainedTokenizerBase,
+    data_args: DataArguments,
+    args: PretrainingArguments,
+) -> Rows:
+    if isinstance(text, StreamedText):
+        return make_streamed_rows(text, tokenizer, data_args.block_size, data_args.shuffle_buffer_size, args)
+    return make_rows(text, tokenizer, data_args.block_size, data_args.preprocessing_num_workers)
 
 
 def _trained_tokenizer(model_args: ModelArguments) -> dict[str, Any]:

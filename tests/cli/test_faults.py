@@ -169,6 +169,11 @@ def test_a_loss_that_is_no_number_stops_before_the_step(fails, run, tmp_path, mo
         (["--config_overrides", SHAPE.replace("num_hidden_layers=2", "num_hidden_layers=1")], ["num_hidden_layers"]),
         (["--block_size", "32"], ["block_size", "64", "32"]),
         (["--vocab_size", "290"], ["tokenizer", "290", "300"]),
+        (["--per_device_train_batch_size", "2"], ["training", "per_device_train_batch_size was 4 and is 2 now"]),
+        (["--gradient_accumulation_steps", "2"], ["training", "gradient_accumulation_steps was 1 and is 2 now"]),
+        (["--seed", "7"], ["training", "seed was 42 and is 7 now"]),
+        (["--data_seed", "7"], ["training", "data_seed was None and is 7 now"]),
+        (["--streaming"], ["data"]),
     ],
 )
 def test_resuming_another_run_is_refused(fails, run, flags, words):
