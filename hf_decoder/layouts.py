@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save, torch_save_to_dcp
-from transformers import PreTrainedModel, Trainer
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer
 
 from hf_decoder.recipe import parameter_groups
 
@@ -48,6 +49,20 @@ def save_in_full(trainer: Trainer, folder: str | Path) -> None:
     if plugin is not None:
         plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(str(folder))
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether no process has all of the model, so that all have to call it together."""
+    return any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+def whole_model(trainer: Trainer, folder: str | Path) -> Any:
+    """The trained model in one piece, in this process alone: read from `folder` where the trainer's is sharded."""
+    model: Any = trainer.model
+    if is_sharded(model):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model.to(trainer.args.device)
+    return model
 
 
 @contextlib.contextmanager

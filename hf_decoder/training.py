@@ -27,6 +27,7 @@ from transformers import (
 )
 from transformers.trainer import TRAINER_STATE_NAME
 
+from hf_decoder.layouts import is_sharded, resumable
 from hf_decoder.pace import steps_planned
 
 
@@ -146,7 +147,8 @@ def train(trainer: Trainer, checkpoint: str | None, *, finished: bool = False) -
             trainer.state = state
             return {"epoch": state.epoch, "num_input_tokens_seen": before}
     try:
-        metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+        with resumable(checkpoint, trainer) if checkpoint else contextlib.nullcontext() as folder:
+            metrics = trainer.train(resume_from_checkpoint=folder).metrics
     except BaseException:
         for bar in trainer.callback_handler.callbacks:
             if isinstance(bar, SpeedBar):
@@ -277,9 +279,11 @@ class SampleText(TrainerCallback):
         self._tokenizer, self._prompts, self._steps, self._seed = tokenizer, prompts, steps, seed
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        if state.global_step % self._steps or not state.is_world_process_zero:
+        if state.global_step % self._steps or not (state.is_world_process_zero or is_sharded(model)):
             return
         completions = complete(model, self._tokenizer, self._prompts, seed=self._seed)
+        if not state.is_world_process_zero:
+            return
         lines = [f"# Step {state.global_step}", ""]
         for prompt, completion in completions:
             lines += ["Prompt:", "", fenced(prompt), "", "Completion:", "", fenced(completion), ""]

@@ -1,12 +1,16 @@
 """What the ranks of the distributed tests do: small trainings through Trainer, laid out over the processes."""
 
 import os
+import signal
+import threading
+import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.utils import logging
 
@@ -91,6 +95,8 @@ def fsdp2_on_cpu() -> None:
     from accelerate.utils import DistributedType
 
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo")
     PartialState._prepare_backend = staticmethod(lambda *args: ("gloo", DistributedType.MULTI_GPU))
 
 
@@ -197,3 +203,33 @@ def orthogonalise_in_layouts(names: list[str]) -> dict[str, list[torch.Tensor]]:
 def some_matrices() -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     return [torch.randn(22, 12, generator=generator) for _ in range(5)]
+
+
+def pretrain(argv: list[str], *, in_shards: bool = False, signal_to_rank: int | None = None) -> int:
+    """`hf-decoder pretrain` in every rank; with FSDP2 as its launch configuration asks for it.
+
+    `signal_to_rank` names the one rank that gets a SIGTERM, once the first checkpoint is there.
+    """
+    from hf_decoder.cli import pretrain
+    from hf_decoder.cli.main import main
+    from hf_decoder.launch import configuration_file
+
+    pretrain_arguments = ["pretrain", *argv, "--disable_tqdm", "true"]
+    if in_shards:
+        fsdp2_on_cpu()
+        settings = yaml.safe_load(configuration_file("fsdp2").read_text(encoding="utf-8"))["fsdp_config"]
+        names = {"fsdp_transformer_layer_cls_to_wrap": "FSDP_TRANSFORMER_CLS_TO_WRAP"}
+        os.environ |= {names.get(name, name.upper()): str(value) for name, value in settings.items()}
+        os.environ["ACCELERATE_USE_FSDP"] = "true"
+        pretrain.check_launch = lambda **_: None
+    if str(signal_to_rank) == os.environ.get("RANK"):
+        threading.Thread(
+            target=_signal_after_a_save, args=(argv[argv.index("--output_dir") + 1],), daemon=True
+        ).start()
+    return main(pretrain_arguments)
+
+
+def _signal_after_a_save(folder: str) -> None:
+    while not list(Path(folder).glob("checkpoint-*/complete.json")):
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGTERM)
