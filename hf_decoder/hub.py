@@ -160,6 +160,11 @@ def _stage(folder: Path, files: list[Path], sent: Path, base_model: str | None) 
             "name it: --base_model user/name"
         )
     _replace(sent / ADAPTER_CONFIG, {"base_model_name_or_path": base})
+    if (sent / CARD).is_file():
+        card = ModelCard.load(sent / CARD)
+        card.data.base_model = base  # type: ignore[attr-defined]
+        (sent / CARD).unlink()
+        card.save(sent / CARD)
     return base
 
 

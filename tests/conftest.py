@@ -39,10 +39,11 @@ for name in HIDDEN:
 def run_python(tmp_path):
     """Runs code in a fresh process, in an empty folder, with its own caches and no terminal; returns its output.
 
-    `hide` names packages that cannot be imported there. Anything but exit code 0 fails the test.
+    `hide` names packages that cannot be imported there, `variables` are set in its environment. Anything but exit
+    code 0 fails the test.
     """
 
-    def run(code: str, *args: object, hide: tuple[str, ...] = ()) -> str:
+    def run(code: str, *args: object, hide: tuple[str, ...] = (), **variables: str) -> str:
         folder = tmp_path / f"process{len(list(tmp_path.glob('process*')))}"
         (folder / "cwd").mkdir(parents=True)
         script = folder / "script.py"
@@ -53,6 +54,7 @@ def run_python(tmp_path):
         env |= {"HF_HOME": str(folder / "home"), "HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1"}
         if "hf_decoder" not in hide:
             env["PYTHONPATH"] = str(ROOT)
+        env |= variables
         result = subprocess.run(
             [sys.executable, str(script), *map(str, args)],
             cwd=folder / "cwd",
