@@ -21,6 +21,8 @@ import torch
 from safetensors import SafetensorError
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
+from hf_decoder.tokenization import digest_of
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -107,14 +109,12 @@ def describe_run(
     `args` say which rows make a step.
     """
     model = {name: value for name, value in config.to_dict().items() if name not in _UNCOUNTED_FIELDS}
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    written = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     described = {
         "model": model,
         "tokenizer": {
             **(trained_tokenizer or {}),
             "tokens": len(tokenizer),
-            "content": hashlib.sha256(written.encode()).hexdigest()[:16],
+            "content": digest_of(tokenizer),
         },
         "data": data,
     }

@@ -22,6 +22,7 @@ the sum. A mean over batches is not that sum: the last block is shorter than the
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .tokenization import split_text
+from .tokenization import digest_of, split_text
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -94,12 +95,14 @@ def tokenize(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, num_proc: int
 
     A row is the opening marker (bos, or eos where there is no bos), the tokens of the text, and eos. Special tokens
     written out in a text are text here. A fast tokenizer uses all cores by itself; `num_proc` starts processes.
+    The rows are kept in the disk cache of `datasets`, by a hash of the texts and of the tokenizer: the same texts are
+    not tokenised again, wherever they come from.
 
     Raises ValueError for a tokenizer without eos token, and for one that produces ids outside its own vocabulary.
     """
     from datasets import Features, List, Value
 
-    markers_of(tokenizer)
+    key = f"{_digest(dataset)}-{digest_of(tokenizer)}-{'-'.join(map(str, markers_of(tokenizer)))}"
     return dataset.map(
         _encode,
         batched=True,
@@ -108,8 +111,37 @@ def tokenize(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, num_proc: int
         remove_columns=dataset.column_names,
         features=Features({"input_ids": List(Value("int32")), "num_bytes": Value("int64")}),
         num_proc=num_proc,
+        cache_file_name=_cache_file(f"tokens-{key}"),
+        new_fingerprint=hashlib.sha256(key.encode()).hexdigest()[:16],
         desc="Tokenizing",
     )
+
+
+def _digest(documents: Dataset) -> str:
+    """A hash of all texts, in order."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    digest = hashlib.sha256()
+    for batch in documents.select_columns("text").with_format("arrow").iter(batch_rows(documents)):
+        for chunk in batch["text"].cast(pa.large_binary()).chunks:
+            digest.update(pc.binary_length(chunk).to_numpy().tobytes())
+            begins = np.frombuffer(chunk.buffers()[1], np.int64)[chunk.offset : chunk.offset + len(chunk) + 1]
+            if begins[-1] > begins[0]:
+                digest.update(memoryview(chunk.buffers()[2])[begins[0] : begins[-1]])
+    return digest.hexdigest()[:24]
+
+
+def _cache_file(name: str) -> str | None:
+    """A file in the disk cache of `datasets`; None, which means memory, where nothing can be written there."""
+    from datasets import config
+
+    folder = os.path.join(config.HF_DATASETS_CACHE, "hf_decoder")
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError:
+        return None
+    return os.path.join(folder, f"{name}.arrow") if os.access(folder, os.W_OK) else None
 
 
 def pack(dataset: Dataset, block_size: int) -> Dataset:

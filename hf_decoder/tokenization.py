@@ -27,6 +27,8 @@ it as plain text.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
@@ -141,6 +143,13 @@ def check_tokenizer_fits(tokenizer: PreTrainedTokenizerBase, config: PreTrainedC
             f"the tokenizer has {needed} tokens but the config's vocab_size is {held}; set vocab_size={needed} for a "
             f"new model, or call model.resize_token_embeddings({needed}) on a trained one"
         )
+
+
+def digest_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of what a tokenizer does: all of a fast one's file, the vocabulary of a slow one."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    written = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    return hashlib.sha256(written.encode()).hexdigest()[:16]
 
 
 def split_text(text: str, size: int = _PIECE_CHARACTERS) -> Iterator[str]:

@@ -505,6 +505,90 @@ def test_from_text_to_blocks(tmp_path, tokenizer):
     assert report.scored_tokens == len(tokenizer(texts(split["validation"])[0])["input_ids"]) + 1
 
 
+@pytest.fixture
+def tokenized(monkeypatch):
+    """How many texts were tokenised since it was last emptied."""
+    calls = []
+    encode = packing.encode_texts
+    monkeypatch.setattr(packing, "encode_texts", lambda tokenizer, texts: (calls.extend(texts), encode(tokenizer, texts))[1])  # fmt: skip # noqa: E501
+    return calls
+
+
+def test_the_same_text_is_not_tokenised_again(tmp_path, tokenizer, tokenized):
+    lines = [f"document {index} \n" for index in range(50)]
+
+    def rows(path, tokenizer=tokenizer):
+        tokenized.clear()
+        return tokenize(load_text(path, validation_fraction=0.1)["train"], tokenizer)
+
+    one = rows(write(tmp_path, "a.jsonl", lines))
+    assert tokenized
+    (tmp_path / "copy").mkdir()
+    other = rows(write(tmp_path / "copy", "b.jsonl", lines))  # another place, another time
+    assert not tokenized and other["input_ids"][:] == one["input_ids"][:]
+    changed = rows(write(tmp_path, "a.jsonl", [*lines[:-1], "document x\n"]))
+    assert tokenized and changed["input_ids"][-1] != one["input_ids"][-1]
+    assert len(changed) == len(one) or len(changed) == len(one) + 1
+    # the same bytes, in other documents
+    rows(write(tmp_path, "a.jsonl", [lines[0] + lines[1], *lines[2:]]))
+    assert tokenized
+    rows(write(tmp_path, "a.jsonl", lines), train_tokenizer(DOCUMENTS * 3, vocab_size=281))
+    assert tokenized
+    renamed = train_tokenizer(DOCUMENTS * 3, vocab_size=280)
+    renamed.bos_token = "<|im_start|>"
+    assert rows(write(tmp_path, "a.jsonl", lines), renamed)["input_ids"][0][0] == 2 and tokenized
+    rows(tmp_path / "a.jsonl")
+    assert not tokenized
+    # a text whose end is held out lives in memory, its tokens do not
+    text = write(tmp_path, "a.txt", lines)
+    rows(text)
+    assert tokenized
+    again = rows(text)
+    assert not tokenized and again.cache_files
+
+
+def test_a_second_process_does_not_tokenise_again(tmp_path, run_python):
+    text = write(tmp_path, "a.txt", [f"document {index} \n" for index in range(500)])
+    code = """
+        import sys
+        import datasets
+        datasets.config.HF_DATASETS_CACHE = sys.argv[2]
+        from hf_decoder import packing
+        from hf_decoder.corpus import load_text
+        from hf_decoder.tokenization import train_tokenizer
+        texts = load_text(sys.argv[1])["train"]
+        tokenizer = train_tokenizer(texts["text"], vocab_size=280)
+        calls, encode = [], packing.encode_texts
+        packing.encode_texts = lambda *args: (calls.append(1), encode(*args))[1]
+        rows = packing.tokenize(texts, tokenizer)
+        packing.pack(rows, 16)
+        print("calls:", len(calls), rows._fingerprint)
+    """
+    said = [run_python(code, text, tmp_path / "cache") for _ in range(2)]
+    first, second = (next(line for line in lines.splitlines() if line.startswith("calls:")) for lines in said)
+    assert first.startswith("calls: 1 ") and second == first.replace("calls: 1", "calls: 0")
+
+
+def test_processes_that_tokenise_give_the_same_rows(tmp_path, tokenizer, capfd):
+    path = write(tmp_path, "a.jsonl", [f"document {index} " * (index % 7) for index in range(300)])
+    texts = load_text(path, validation_fraction=0)["train"]
+    two = tokenize(texts, tokenizer, num_proc=2)
+    assert "Tokenizing" in capfd.readouterr().err  # the progress bar
+    again = tokenize(texts, tokenizer, num_proc=2)
+    assert "Tokenizing" not in capfd.readouterr().err and again["input_ids"][:] == two["input_ids"][:]
+    one = tokenize(texts.select(range(len(texts))), tokenizer)
+    assert two["input_ids"][:] == one["input_ids"][:] and two["num_bytes"][:] == one["num_bytes"][:]
+    packed = pack(two, 16)
+    assert len(packed) and all(left["input_ids"].equal(right["input_ids"]) for left, right in zip(packed, pack(one, 16), strict=True))  # fmt: skip # noqa: E501
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, tokenizer, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "file" / "cache"))
+    rows = tokenize(Dataset.from_dict({"text": DOCUMENTS}), tokenizer)
+    assert len(rows) == 3 and not rows.cache_files
+
+
 def test_packing_refusals():
     documents = as_dataset([[0, 5, 6, 0]])
     with pytest.raises(ValueError, match="4 tokens, less than one block of 8; lower block_size"):
