@@ -102,19 +102,43 @@ def linear_causal_lm_loss(
 ) -> torch.Tensor:
     """`causal_lm_loss` of `lm_head(hidden_states)`, (B, S, D), without holding the logits where the head allows it.
 
-    The head allows it when it is a plain linear layer whose weight lies here in one piece. One that an adapter wraps,
-    a quantizer replaced, or tensor and data parallelism sharded is called as it is, and its logits are held. So are
-    they under the transforms of `torch.func`.
+    The head allows it when it is a plain linear layer whose weight lies here in one piece, or does while FSDP2 has it
+    gathered. One that an adapter wraps, a quantizer replaced, or tensor parallelism and ZeRO-3 sharded is called as it
+    is, and its logits are held. So are they under the transforms of `torch.func`.
 
     Raises:
         ValueError: for a label outside the vocabulary (on a CPU).
     """
-    if not _is_plain_linear(lm_head) or _under_torch_func():
-        logits = softcap(lm_head(hidden_states), final_logit_softcapping)
-        return causal_lm_loss(
-            logits, labels, logits.shape[-1], num_items_in_batch, ignore_index, shift_labels, z_loss_coef
-        )
-    targets = _targets(labels, shift_labels, ignore_index).to(hidden_states.device)
+    targets = _targets(labels, shift_labels, ignore_index)
+    settings = (ignore_index, z_loss_coef, final_logit_softcapping)
+    if _under_torch_func():
+        plain = gathered = False
+    else:
+        plain, gathered = _is_plain_linear(lm_head), _is_gathered_when_called(lm_head)
+    if plain:
+        return _loss_of_rows(lm_head, hidden_states, targets, num_items_in_batch, settings)
+    if gathered:
+        # FSDP2's hooks around a call of the module gather its weight and, later, scatter the gradient; what they
+        # surround here ends in the loss. It is divided in there too: they may round what comes out to half precision.
+        lm_head.forward = lambda hidden: _loss_of_rows(lm_head, hidden, targets, num_items_in_batch, settings)
+        try:
+            return lm_head(hidden_states)
+        finally:
+            del lm_head.forward
+    logits = softcap(lm_head(hidden_states), final_logit_softcapping)
+    return causal_lm_loss(logits, None, logits.shape[-1], num_items_in_batch, ignore_index, targets, z_loss_coef)
+
+
+def _loss_of_rows(
+    lm_head: nn.Module,
+    hidden_states: torch.Tensor,
+    targets: torch.Tensor,
+    num_items_in_batch: torch.Tensor | int | None,
+    settings: tuple[int, float, float | None],
+) -> torch.Tensor:
+    """The loss from (B, S, D) and (B * S,) targets, with the head's weight at hand."""
+    ignore_index, z_loss_coef, cap = settings
+    targets = targets.to(hidden_states.device)
     weight, bias = cast(nn.Linear, lm_head).weight, cast(nn.Linear, lm_head).bias
     _check_targets(targets, weight.shape[0], ignore_index)
     rows = hidden_states.reshape(-1, hidden_states.shape[-1])
@@ -122,8 +146,19 @@ def linear_causal_lm_loss(
     if not torch.compiler.is_compiling():  # positions without a label never reach the head
         counted = valid.nonzero().squeeze(-1)
         rows, targets = rows[counted], targets[counted]
-    total = linear_cross_entropy(rows, weight, targets, bias, ignore_index, z_loss_coef, final_logit_softcapping)
+    total = linear_cross_entropy(rows, weight, targets, bias, ignore_index, z_loss_coef, cap)
     return _normalise(total, valid.sum(), num_items_in_batch)
+
+
+def _is_gathered_when_called(lm_head: nn.Module) -> bool:
+    """Whether FSDP2 made the head's class of a plain linear layer's, and nothing else is attached to it."""
+    return (
+        [base.__name__ for base in type(lm_head).__bases__] == ["FSDPModule", nn.Linear.__name__]
+        and len(lm_head._forward_pre_hooks) <= 1
+        and len(lm_head._forward_hooks) <= 1
+        and "forward" not in lm_head.__dict__
+        and not torch.compiler.is_compiling()
+    )
 
 
 def _is_plain_linear(lm_head: nn.Module) -> bool:
