@@ -58,11 +58,41 @@ def last_complete(output_dir: str | Path) -> Path | None:
     return next((path for path in reversed(checkpoints(output_dir)) if is_complete(path)), None)
 
 
+def check_content(checkpoint: str | Path) -> None:
+    """Reads every file that the mark lists and compares it with the digest it had when it was written.
+
+    A safetensors file has no checksum of its own, so nothing else would notice a bit that the disk lost. A folder
+    without a mark, or with one that lists no digests, is taken as it is. Reads about 2 GB a second from memory.
+
+    Raises:
+        ValueError: naming the first file that is not what was written.
+    """
+    folder = Path(checkpoint)
+    for name, digest in _mark(folder).get("sha256", {}).items():
+        try:
+            same = _digest(folder / name) == digest
+        except OSError:
+            same = False
+        if not same:
+            raise ValueError(
+                f"{folder / name} is not what was written there: the disk lost some of it, or it was changed; go on "
+                f"from another checkpoint; where the change was meant, delete {MARK} to load it as it is"
+            )
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def checkpoint_to_resume(wanted: str | None, output_dir: str | Path) -> str | None:
     """The checkpoint folder that `--resume_from_checkpoint` asks for: a path, or `true` for the last whole one.
 
     Raises:
-        ValueError: if there is none, or if the one that is named is not whole.
+        ValueError: if there is none, or if the one that is named is not whole or not as it was written.
     """
     if wanted is None or wanted.lower() == "false":
         return None
@@ -73,6 +103,7 @@ def checkpoint_to_resume(wanted: str | None, output_dir: str | Path) -> str | No
             raise ValueError(
                 f"there is no checkpoint to resume in --output_dir {output_dir}" + (f": {found}" if found else "")
             )
+        check_content(last)
         return str(last)
     if not (Path(wanted) / "trainer_state.json").is_file():
         raise ValueError(f"--resume_from_checkpoint {wanted} is not a checkpoint: it holds no trainer_state.json")
@@ -81,6 +112,7 @@ def checkpoint_to_resume(wanted: str | None, output_dir: str | Path) -> str | No
             f"--resume_from_checkpoint {wanted} is not whole: its saving was cut short or a file was changed; "
             "--resume_from_checkpoint without a name takes the last whole one"
         )
+    check_content(wanted)
     return wanted
 
 
@@ -229,14 +261,15 @@ class CheckpointKeeper(TrainerCallback):
 
 def mark_complete(checkpoint: Path, run: dict[str, Any]) -> None:
     """Writes the mark of a checkpoint after its files are on the disk; the mark itself appears at once or not."""
-    files = {}
+    files, digests = {}, {}
     for path in sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != MARK):
         with path.open("rb") as file:
             os.fsync(file.fileno())
-        files[path.relative_to(checkpoint).as_posix()] = path.stat().st_size
+        name = path.relative_to(checkpoint).as_posix()
+        files[name], digests[name] = path.stat().st_size, _digest(path)
     part = checkpoint / f"{MARK}.part"
     with part.open("w", encoding="utf-8") as file:
-        json.dump({"files": files, "run": run}, file, indent=1)
+        json.dump({"files": files, "sha256": digests, "run": run}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     part.replace(checkpoint / MARK)
