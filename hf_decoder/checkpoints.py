@@ -152,9 +152,8 @@ def describe_run(
     }
     if args is not None:
         described["training"] = {
-            "per_device_train_batch_size": args.per_device_train_batch_size,
-            "gradient_accumulation_steps": args.gradient_accumulation_steps,
-            "processes": args.world_size,
+            # the same rows make a step however many processes and accumulation steps share them
+            "rows_per_step": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
             "seed": args.seed,
             "data_seed": args.data_seed,
         }
