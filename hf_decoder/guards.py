@@ -7,13 +7,26 @@ import statistics
 import sys
 import threading
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedTokenizerBase, TrainerCallback, integrations
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def check_reporters(names: Sequence[str]) -> None:
+    """Raises ValueError for a `--report_to` that transformers does not know, or whose package is not installed."""
+    try:
+        integrations.get_reporting_integration_callbacks(list(names))
+    except ValueError as error:
+        raise ValueError(f"--report_to {' '.join(names)}: {error}") from None
+    for name in names:
+        is_available = getattr(integrations, f"is_{name}_available", None)
+        if is_available is not None and not is_available():
+            raise ValueError(f"--report_to {name} needs a package that is not installed: pip install {name}")
 
 
 class StopOnSignal(TrainerCallback):

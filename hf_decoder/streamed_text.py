@@ -164,6 +164,8 @@ def _open_hub(args: TextArguments, fraction: float, given: Dataset | None) -> St
         validation = Source(loaded["validation"], args.text_column, 0.0, f"{name}, split validation,")
         check_column(validation)
         held_out = list(_until(Reader([validation]), HELD_OUT_BYTES))
+        if not held_out:
+            raise ValueError(f"{validation.name} is empty; it needs at least one character of text")
     elif given is None:
         held_out = list(_until(Reader(_held_out([train], [], fraction)), HELD_OUT_BYTES))
         if not held_out:

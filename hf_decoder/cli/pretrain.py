@@ -37,7 +37,7 @@ from hf_decoder.checkpoints import (
     describe_run,
 )
 from hf_decoder.cli import MUON_ADAMW, load_config, load_model, load_tokenizer, parse_arguments, parse_overrides
-from hf_decoder.guards import StopOnNan, StopOnSignal, WarnOfSpikes
+from hf_decoder.guards import StopOnNan, StopOnSignal, WarnOfSpikes, check_reporters
 from hf_decoder.launch import check_launch
 from hf_decoder.layouts import save_in_full, whole_model
 from hf_decoder.modelcard import load_lines
@@ -189,6 +189,7 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, args: Pretrai
     seconds: dict[str, float] = {}
     started = time.monotonic()
     time_limit = parse_duration(args.time_limit) if args.time_limit else None
+    check_reporters(args.report_to or [])
     checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
     resumes_here = checkpoint is not None and Path(checkpoint).resolve().parent == Path(args.output_dir).resolve()
     training.check_output_dir(args.output_dir, overwrite=args.overwrite_output_dir, resume=resumes_here)

@@ -40,6 +40,38 @@ def test_training_file(fails, tmp_path, data, reason):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("streaming", [[], ["--streaming"]], ids=["whole", "streamed"])
+def test_a_table_without_the_column_lists_its_columns(fails, tmp_path, streaming):
+    path = write(tmp_path / "a.jsonl", b'{"title": "a", "body": "b"}\n')
+    line = fails(*train_flags(path, tmp_path / "out", *streaming))
+    assert f"{path} has no column 'text'; its columns are title, body" in line and "text_column" in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("streaming", [[], ["--streaming"]], ids=["whole", "streamed"])
+def test_one_file_of_another_encoding_is_named_with_its_byte(fails, tmp_path, streaming):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    write(folder / "a.txt", "größe\n".encode() * 100)
+    write(folder / "b.txt", b"plain\n" * 10 + "größe".encode("cp1252"))
+    line = fails(*train_flags(folder, tmp_path / "out", *streaming))
+    assert f"{folder / 'b.txt'} is not UTF-8 (byte 0xf6 at offset 62)" in line and "--encoding cp1252" in line
+
+
+@pytest.mark.parametrize("streaming", [[], ["--streaming"]], ids=["whole", "streamed"])
+@pytest.mark.parametrize("rows", ["", '{"text": ""}\n'], ids=["no-rows", "no-text"])
+def test_an_empty_validation_split(fails, tmp_path, streaming, rows):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write(folder / "train.jsonl", b'{"text": "some text"}\n' * 50)
+    write(folder / "validation.jsonl", rows.encode())
+    flags = ["pretrain", "--dataset_name", str(folder), "--output_dir", str(tmp_path / "out"), *streaming]
+    assert "validation" in fails(*flags)
+    line = fails(*train_flags(folder / "train.jsonl", tmp_path / "out", "--validation_file", str(folder / "validation.jsonl"), *streaming))  # fmt: skip # noqa: E501
+    assert "validation.jsonl is empty" in line
+    assert not (tmp_path / "out").exists()
+
+
 def test_unknown_preset_lists_them(fails, run, tmp_path):
     line = fails(*train_flags(run.train_file, tmp_path / "out", "--preset", "giant"))
     assert "'giant'" in line
@@ -89,6 +121,11 @@ def test_a_checkpoint_of_elsewhere_does_not_open_the_folder_of_another_run(fails
         (["--dataset_name", "some/name"], "dataset_name"),
         (["--time_limit", "soon"], "'soon'"),
         (["--sample_steps", "0"], "--sample_steps 0"),
+        (["--report_to", "carrier_pigeon"], "carrier_pigeon is not supported"),
+        (["--report_to", "mlflow"], "pip install mlflow"),
+        (["--encoding", "klingon"], "--encoding 'klingon'"),
+        (["--streaming", "--shuffle_buffer_size", "-1"], "--shuffle_buffer_size -1"),
+        (["--streaming", "--text_column", "body", "--validation_split_percentage", "0"], "--validation_split"),
     ],
 )
 def test_flags(fails, run, tmp_path, monkeypatch, flags, reason):

@@ -166,3 +166,28 @@ def test_overwriting_leaves_nothing_of_the_old_run_and_goes_on_from_a_model(run,
     before, after = load_file(run.folder / "model.safetensors"), load_file(model_copy / "model.safetensors")
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert (model_copy / "tokenizer.json").read_bytes() == (run.folder / "tokenizer.json").read_bytes()
+
+
+def test_tensorboard_gets_what_the_log_has(run, tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    folder = tmp_path / "model"
+    assert main(["pretrain", *run.flags, "--output_dir", str(folder), "--report_to", "tensorboard"]) == 0
+    events = EventAccumulator(str(tmp_path / "events")).Reload()
+    history = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    for tag, key in (("train/loss", "loss"), ("eval/loss", "eval_loss"), ("train/tokens_per_second", "tokens_per_second"), ("train/mfu", "mfu"), ("train/grad_norm", "grad_norm")):  # fmt: skip # noqa: E501
+        logged = {entry["step"]: entry[key] for entry in history if key in entry}
+        assert logged and {event.step: event.value for event in events.Scalars(tag)} == pytest.approx(logged)
+
+
+def test_the_loss_curve_holds_both_losses_at_every_save(run, tmp_path, monkeypatch):
+    curves = []
+
+    def look(log, path, **drawing):
+        curves.append(({entry["step"] for entry in log if "loss" in entry}, {entry["step"] for entry in log if "eval_loss" in entry}))  # fmt: skip # noqa: E501
+
+    monkeypatch.setattr(training, "plot_loss_curve", look)
+    flags = [*run.flags, "--logging_steps", "1", "--eval_steps", "2", "--save_steps", "2"]
+    assert main(["pretrain", *flags, "--output_dir", str(tmp_path / "model")]) == 0
+    assert curves[:3] == [({1, 2}, {2}), ({1, 2, 3, 4}, {2, 4}), ({1, 2, 3, 4, 5, 6}, {2, 4, 6})]
