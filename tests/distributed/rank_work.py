@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM, recipe
 from hf_decoder.layouts import resumable, save_in_full
+from hf_decoder.model import loss_hf_decoder, modeling_hf_decoder
 from hf_decoder.recipe import grouped_optimizer, muon_adamw
 
 VOCAB_SIZE = 96
@@ -146,11 +147,25 @@ def weights_of(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {name: value.detach().cpu().clone() for name, value in state.items()}
 
 
+def count_held_logits() -> list[int]:
+    """A list that grows whenever a loss is formed from all the logits of a batch."""
+    held: list[int] = []
+    from_logits = loss_hf_decoder.causal_lm_loss
+
+    def count(logits, *args, **kwargs):
+        held.append(logits.numel())
+        return from_logits(logits, *args, **kwargs)
+
+    modeling_hf_decoder.causal_lm_loss = loss_hf_decoder.causal_lm_loss = count
+    return held
+
+
 def train(runs: list[Run]) -> list[dict[str, Any]]:
     """The runs, one after the other: losses, gradient norms, whole weights and how the first matrix is laid out."""
     results = []
     for run in runs:
         trainer = trainer_for(run)
+        held = count_held_logits()
         with resumable(run.resume, trainer) if run.resume else nullcontext() as folder:
             trainer.train(resume_from_checkpoint=folder)
         first = trainer.model.model.layers[0].mlp.up_proj.weight
@@ -159,6 +174,7 @@ def train(runs: list[Run]) -> list[dict[str, Any]]:
                 "losses": trainer.record.losses,
                 "grad_norms": trainer.record.grad_norms,
                 "weights": weights_of(trainer),
+                "logits_held": len(held),
                 "weight_type": type(first).__name__,
                 "wrapper": type(trainer.model_wrapped).__name__,
                 "momentum_type": type(trainer.optimizer.state[first].get("momentum_buffer")).__name__

@@ -43,6 +43,7 @@ def test_two_processes_have_the_losses_of_one(layout, name, trained):
     first, second = trained(layout, 2)
     compare(one[name], first[name], name)
     assert first[name]["losses"] == second[name]["losses"]
+    assert first[name]["logits_held"] == 0
     kind = {"ddp": ("DistributedDataParallel", "Parameter"), "fsdp2": ("FSDPHfDecoderForCausalLM", "DTensor")}
     assert (first[name]["wrapper"], first[name]["weight_type"]) == kind[layout]
     if "muon" in name:
