@@ -79,3 +79,19 @@ def tokenizer():
     return train_tokenizer(
         ["def main(argv):\n    return 0 if argv else 1\n", "the end of the text"] * 4, vocab_size=300
     )
+
+
+FIGURES: list[str] = []
+
+
+@pytest.fixture
+def figures():
+    """Adds a line to the figures that the long tests print at the end of the run."""
+    return FIGURES.append
+
+
+def pytest_terminal_summary(terminalreporter):
+    if FIGURES:
+        terminalreporter.section("figures")
+        for line in FIGURES:
+            terminalreporter.write_line(line)

@@ -15,7 +15,7 @@ from made_up import SHAPE, child, kill_before_mark, kill_in_save, kill_late, mad
 from safetensors.torch import load_file
 
 from hf_decoder import HfDecoderForCausalLM
-from hf_decoder.checkpoints import MARK, checkpoints, is_complete, last_complete
+from hf_decoder.checkpoints import MARK, check_content, checkpoints, is_complete, last_complete, step_of
 
 STEPS, SAVE_STEPS = 40, 5
 
@@ -94,6 +94,50 @@ def test_killed_at_a_random_moment(job, undisturbed, tmp_path):
     resumes_to(job, folder, undisturbed)
 
 
+@pytest.mark.soak
+def test_killed_twenty_times(job, tmp_path, figures):
+    """One run with a checkpoint every fifth step, killed twenty times, each time resumed where it was."""
+    steps, kills = "400", 20
+    whole = tmp_path / "whole"
+    assert job(whole, "--max_steps", steps)[0] == 0
+    expected = load_file(whole / "model.safetensors")
+    choose = random.Random(int(time.time()))
+    folder, moments, halves = tmp_path / "killed-often", [], 0
+    for number in range(kills):
+        last = last_complete(folder)
+        # killed inside its first save a run has nothing to go on from
+        flag = "--resume_from_checkpoint" if last else "--overwrite_output_dir"
+        process, log = job.start(folder, "--max_steps", steps, flag)
+        start = int(last.name.split("-")[1]) if last else 0
+        if choose.random() < 0.8 or number == 0:  # the others die while they load, or in their first steps
+            beyond = start + SAVE_STEPS * choose.randrange(1, 4)
+            wait_for(lambda: not process.is_alive() or any(step_of(path) >= beyond for path in checkpoints(folder)))
+            time.sleep(choose.uniform(0, 0.4))
+        else:
+            time.sleep(choose.uniform(0, 2))
+        assert process.is_alive(), log.read_text(encoding="utf-8")  # else it was no kill
+        process.kill()
+        process.join()
+        found = checkpoints(folder)
+        halves += sum(not is_complete(path) for path in found)
+        moments.append(step_of(found[-1]))
+        last = last_complete(folder)
+        assert last is not None or step_of(found[-1]) == SAVE_STEPS
+        for path in found:
+            if is_complete(path):
+                check_content(path)
+                load_file(path / "model.safetensors")
+    code, said = job(folder, "--max_steps", steps, "--resume_from_checkpoint")
+    assert code == 0, said
+    weights = load_file(folder / "model.safetensors")
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    figures(
+        f"killed {kills} times in {steps} steps (last checkpoints {moments}; {halves} half-written): every checkpoint "
+        "that is marked was readable, final weights bit-identical to the undisturbed run"
+    )
+
+
 # Of each checkpoint torch writes four files: arguments, optimizer, schedule and random state.
 @pytest.mark.parametrize("fault, number", [(kill_in_save, 10), (kill_before_mark, 3)], ids=["in-save", "before-mark"])
 def test_killed_while_saving(job, undisturbed, tmp_path, fault, number):
@@ -169,8 +213,8 @@ def test_a_loss_that_is_no_number_stops_before_the_step(fails, run, tmp_path, mo
         (["--config_overrides", SHAPE.replace("num_hidden_layers=2", "num_hidden_layers=1")], ["num_hidden_layers"]),
         (["--block_size", "32"], ["block_size", "64", "32"]),
         (["--vocab_size", "290"], ["tokenizer", "290", "300"]),
-        (["--per_device_train_batch_size", "2"], ["training", "per_device_train_batch_size was 4 and is 2 now"]),
-        (["--gradient_accumulation_steps", "2"], ["training", "gradient_accumulation_steps was 1 and is 2 now"]),
+        (["--per_device_train_batch_size", "2"], ["training", "rows_per_step was 4 and is 2 now"]),
+        (["--gradient_accumulation_steps", "2"], ["training", "rows_per_step was 4 and is 8 now"]),
         (["--seed", "7"], ["training", "seed was 42 and is 7 now"]),
         (["--data_seed", "7"], ["training", "data_seed was None and is 7 now"]),
         (["--streaming"], ["data"]),
