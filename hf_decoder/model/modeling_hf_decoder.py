@@ -6,7 +6,7 @@ V vocab_size. Parameter names and their layout on disk are Llama's.
 
 import os
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 
 import torch
 from torch import nn
@@ -15,7 +15,11 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.generation import GenerationMixin
 from transformers.integrations import use_kernel_forward_from_hub
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.masking_utils import (
+    create_causal_mask,
+    create_masks_for_generate,
+    create_sliding_window_causal_mask,
+)
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
@@ -23,7 +27,6 @@ from transformers.modeling_layers import (
     GradientCheckpointingLayer,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
@@ -32,8 +35,10 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .attention_hf_decoder import MIN_TILED_TOKENS, TilePlan, plan_tiles, tiled_attention_forward
 from .configuration_hf_decoder import HfDecoderConfig
+from .decoding_hf_decoder import Decoding
 from .loss_hf_decoder import causal_lm_loss, linear_causal_lm_loss, softcap
 from .registry_hf_decoder import AUTO_MAP, register_names
+from .rotary_hf_decoder import HfDecoderRotaryEmbedding, apply_rotary_pos_emb
 
 register_names()
 
@@ -56,74 +61,6 @@ class HfDecoderRMSNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
-
-
-class HfDecoderRotaryEmbedding(nn.Module):
-    """Cosines and sines of RoPE. The name and `original_inv_freq` are what transformers restores buffers by."""
-
-    def __init__(self, config: HfDecoderConfig):
-        super().__init__()
-        self.max_seq_len_cached = config.max_position_embeddings
-        self.original_max_seq_len = config.max_position_embeddings
-        self.config = config
-        self.rope_type = config.rope_parameters["rope_type"]
-        rope_init_fn: Callable = self.compute_default_rope_parameters
-        if self.rope_type != "default":
-            rope_init_fn = ROPE_INIT_FUNCTIONS[self.rope_type]
-        inv_freq, self.attention_scaling = rope_init_fn(config)
-        self.register_buffer("inv_freq", inv_freq, persistent=False)
-        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
-
-    def _apply(self, fn, recurse=True):
-        # `.to(dtype)` changes the type of every buffer, but angles far into a text need frequencies in fp32
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, buffer in before.items():
-            moved = self._buffers[name]
-            if moved.dtype != buffer.dtype:
-                self._buffers[name] = buffer.to(moved.device)
-        return self
-
-    @staticmethod
-    def compute_default_rope_parameters(
-        config: HfDecoderConfig, device: torch.device | None = None, seq_len: int | None = None, **kwargs
-    ) -> tuple[torch.Tensor, float]:
-        """Returns the inverse frequencies theta**(-2i/R) of the R rotated dimensions, (R/2,), and the scale 1."""
-        rotary_dim = int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
-        exponents = torch.arange(0, rotary_dim, 2, dtype=torch.int64).to(device=device, dtype=torch.float) / rotary_dim
-        return 1.0 / (config.rope_parameters["rope_theta"] ** exponents), 1.0
-
-    @torch.no_grad()
-    @dynamic_rope_update
-    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """position_ids (B or 1, S) -> cos, sin (B or 1, S, R) in x's dtype; angles in fp32 whatever that dtype is."""
-        # an outer product written as a multiplication: autocast leaves it in fp32
-        angles = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
-        angles = torch.cat((angles, angles), dim=-1)
-        cos = angles.cos() * self.attention_scaling
-        sin = angles.sin() * self.attention_scaling
-        return cos.to(x.dtype), sin.to(x.dtype)
-
-
-def rotate_half(x: torch.Tensor) -> torch.Tensor:
-    """Turns (a, b) halves of the last dimension into (-b, a)."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((-b, a), dim=-1)
-
-
-def apply_rotary_pos_emb(
-    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotates query (B, H, S, E) and key (B, G, S, E) by cos, sin (B or 1, S, R); the rest stays."""
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-
-    def rotate(x: torch.Tensor) -> torch.Tensor:
-        if cos.shape[-1] == x.shape[-1]:
-            return x * cos + rotate_half(x) * sin
-        turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
-        return torch.cat((turned * cos + rotate_half(turned) * sin, rest), dim=-1)
-
-    return rotate(query), rotate(key)
 
 
 class HfDecoderMLP(nn.Module):
@@ -295,6 +232,9 @@ class HfDecoderPreTrainedModel(PreTrainedModel):
         if not self.is_remote_code():
             os.makedirs(save_directory, exist_ok=True)
             custom_object_save(HfDecoderPreTrainedModel, save_directory)
+        if kwargs.get("state_dict") is not None:  # gathered from shards, tied weights are copies of each other
+            tied, state = self.all_tied_weights_keys, kwargs["state_dict"]
+            kwargs["state_dict"] = {name: value for name, value in state.items() if tied.get(name) not in state}
         super().save_pretrained(save_directory, *args, **kwargs)
 
 
@@ -479,6 +419,11 @@ class HfDecoderForCausalLM(HfDecoderPreTrainedModel, GenerationMixin):
                 the (B, S, V) logits. `None`: in training mode, the way that Liger kernels do it too. Pass `False` to
                 have the logits while training, `True` to save their memory in an evaluation that reads only the loss.
         """
+        if (decoding := Decoding.of(self)) is not None and inputs_embeds is None and labels is None and not kwargs:
+            logits = decoding(input_ids, attention_mask, position_ids, past_key_values)
+            if logits is not None:
+                return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
+
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -514,6 +459,24 @@ class HfDecoderForCausalLM(HfDecoderPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    @wraps(GenerationMixin.generate)
+    def generate(self, *args, **kwargs):
+        with Decoding(self):
+            return super().generate(*args, **kwargs)
+
+    def create_masks_for_generate(self, **kwargs):
+        """As in transformers, but none where the decoding step takes over, which needs none."""
+        decoding = Decoding.of(self)
+        if decoding is not None and decoding.step.covers(kwargs["inputs_embeds"], kwargs["past_key_values"]):
+            return kwargs["attention_mask"]
+        return create_masks_for_generate(**kwargs)
+
+    def _valid_auto_compile_criteria(self, model_kwargs, generation_config) -> bool:
+        # on a CPU transformers never compiles; there our step compiles itself
+        if (decoding := Decoding.of(self)) is not None:
+            decoding.compiles = self.device.type == "cpu" and not generation_config.disable_compile
+        return super()._valid_auto_compile_criteria(model_kwargs, generation_config)
 
 
 class HfDecoderForSequenceClassification(GenericForSequenceClassification, HfDecoderPreTrainedModel):
