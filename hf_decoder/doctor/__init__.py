@@ -83,7 +83,7 @@ def _run(check: Check, subject: Subject) -> Row:
         name=check.name,
         status=finding.status,
         detail=_printable(finding.detail),
-        remedy=(finding.remedy or check.remedy) if amiss else "",
+        remedy=_printable(finding.remedy or check.remedy) if amiss else "",
         claim=check.claim,
         means=check.means if finding.status == FAIL else "",
         seconds=round(seconds, 2),

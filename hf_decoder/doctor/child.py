@@ -36,15 +36,18 @@ def main() -> None:
         hide(task["hide"])
     import torch
     from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
     if task["register"]:
         __import__(task["register"])
     logging.set_verbosity_error()
     torch.set_num_threads(task["threads"])
+    config = AutoConfig.from_pretrained(task["folder"], trust_remote_code=task["trust_remote_code"])
+    config._attn_implementation = task["attention"]  # not what it asks for, which may be a kernel of the Hub
     model = AutoModelForCausalLM.from_pretrained(
         task["folder"],
+        config=config,
         dtype=torch.float32,
         attn_implementation=task["attention"],
         trust_remote_code=task["trust_remote_code"],

@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file
 
 import hf_decoder
-from hf_decoder.doctor import child
 from hf_decoder.doctor.numerics import difference, logits_of
 from hf_decoder.doctor.report import Check, Finding, failed, passed, skipped, warned
 from hf_decoder.doctor.subject import Subject, quiet
@@ -21,6 +20,7 @@ from hf_decoder.interop.backends import backend_conditions
 from hf_decoder.interop.families import FAMILIES, OURS, obstacle, read_config
 
 PACKAGE = "hf_decoder"
+CHILD = Path(__file__).with_name("child.py")
 MAX_SECONDS = 1800
 
 
@@ -57,7 +57,7 @@ def _fresh_logits(subject: Subject, folder: Path, ids: torch.Tensor, *, hidden: 
             found = [str(Path(hf_decoder.__file__).parent.parent), env.get("PYTHONPATH", "")]
             env["PYTHONPATH"] = os.pathsep.join(filter(None, found))
         process = subprocess.run(
-            [sys.executable, "-c", Path(child.__file__).read_text(encoding="utf-8"), str(task)],
+            [sys.executable, "-c", CHILD.read_text(encoding="utf-8"), str(task)],
             cwd=empty,
             env=env,
             stdin=subprocess.DEVNULL,

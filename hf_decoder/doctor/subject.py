@@ -6,6 +6,7 @@ the caller trusts it.
 
 from __future__ import annotations
 
+import copy
 import gc
 import inspect
 import json
@@ -96,25 +97,27 @@ class Subject:
             Unloadable: if transformers cannot load it.
         """
         kwargs: dict[str, Any] = {"dtype": dtype, "trust_remote_code": self.trust_remote_code}
-        kwargs |= {"use_safetensors": True, "output_loading_info": True}
+        kwargs |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
         if not self.trust_remote_code and type(self.config) not in AutoModelForCausalLM._model_mapping:
             raise Unloadable(f"a {self.config.model_type!r} model is no causal language model known to transformers")
         auto_class: Any = AutoModelForCausalLM
         with quiet():
             try:
-                try:  # not whatever the config asks for
-                    model, info = auto_class.from_pretrained(
-                        folder or self.folder, attn_implementation="sdpa", **kwargs
-                    )
+                try:
+                    model, info = auto_class.from_pretrained(folder or self.folder, **self._with("sdpa"), **kwargs)
                 except ValueError as error:
                     if "scaled_dot_product_attention" not in str(error):
                         raise
-                    model, info = auto_class.from_pretrained(
-                        folder or self.folder, attn_implementation="eager", **kwargs
-                    )
+                    model, info = auto_class.from_pretrained(folder or self.folder, **self._with("eager"), **kwargs)
             except Exception as error:  # damaged weights, missing code, a class that fails: all of it is a finding
                 raise Unloadable(first_line(error)) from None
         return model.eval(), info
+
+    def _with(self, attention: str) -> dict[str, Any]:
+        """The config with this attention in place of the one that it asks for, which may be a kernel of the Hub."""
+        config = copy.deepcopy(self.config)
+        config._attn_implementation = attention
+        return {"config": config, "attn_implementation": attention}
 
     @cached_property
     def _loaded(self) -> tuple[Any, dict[str, Any]] | Unloadable:
@@ -200,8 +203,12 @@ class Subject:
         return allowed[torch.randint(len(allowed), (rows, length or self.probe_tokens), generator=generator)]
 
     def accepts(self, argument: str) -> bool:
-        """Whether the model's forward has this argument by name."""
-        return argument in inspect.signature(type(self.model).forward).parameters
+        """Whether the model's forward has this argument by name; one that hands all on is asked for its parent's."""
+        for model_class in type(self.model).__mro__:
+            parameters = inspect.signature(model_class.forward).parameters
+            if "input_ids" in parameters:
+                return argument in parameters
+        return False
 
 
 def package_code_files() -> dict[str, bytes]:

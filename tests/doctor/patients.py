@@ -109,6 +109,8 @@ class PatientForCausalLM(LlamaForCausalLM):
                 layer.self_attn.q_proj.__class__ = CachedLinear
         if config.defect == "rope":
             self.model.rotary_emb = FixedRotaryEmbedding(config)
+        if config.defect == "unused":
+            self.unused = nn.Parameter(torch.ones(3))
         if config.defect == "detached":
             for layer in self.model.layers:
                 layer.self_attn.v_proj.register_forward_hook(lambda module, args, output: output.detach())

@@ -6,7 +6,7 @@ from patients import ROWS, examine, of, patient
 # defect -> rows that fail; a defect that reaches into several computations is caught by several
 CAUGHT = {
     "future": {"causal", "packing", "dynamic_cache", "static_cache", "generate"},
-    "batch": {"batching", "padding", "generate"},
+    "batch": {"batching", "padding", "attention", "generate"},
     "padding": {"padding", "generate"},
     "packing": {"packing"},
     "eager": {"attention"},
