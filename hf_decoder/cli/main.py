@@ -14,6 +14,7 @@ VERBS = {
     "tokenizer": "train a tokenizer from raw text and measure how well it fits",
     "eval": "measure a model: perplexity, bits per byte, BLEU, chrF, accuracy, F1, exact match",
     "finetune": "adapt a model to text, prompts, chats, labels or preferences; full, LoRA, DoRA or QLoRA",
+    "crossvalidate": "measure a classifier from scratch on every part of its rows, held out in turn",
     "generate": "continue a prompt, chat, or answer a file of prompts, with a saved model",
     "compare": "judge two models' answers blind, in the terminal or on a local page",
     "doctor": "prove a checkpoint row by row: padding, caches, tying, reload, tokenizer, files, export",

@@ -1,0 +1,192 @@
+"""`hf-decoder crossvalidate`: what a classifier from scratch is worth on rows it has not seen, fold by fold."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+from hf_decoder import accounting, crossvalidation, examples, training
+from hf_decoder.classification import label_map
+from hf_decoder.cli import parse_arguments, parse_overrides
+from hf_decoder.evaluation import accuracy
+from hf_decoder.presets import get_preset
+
+OUTPUT_DIR = "runs/crossvalidation"
+DESCRIPTION = (
+    "Holds every part of the rows out once, trains tokenizer, language model and classifier on the other parts, from "
+    "scratch, and measures on the part held out. Where scikit-learn is installed, TF-IDF and logistic regression are "
+    "measured on the same parts. A run that was interrupted goes on after the folds that --output_dir holds."
+)
+
+
+@dataclass
+class CrossvalidateArguments:
+    """Which rows, how many folds, and the recipe of each."""
+
+    train_file: str = field(metadata={"help": "Rows with text and label: .jsonl, .json, .csv, .tsv, .parquet."})
+    text_column: str | None = field(default=None, metadata={"help": "The column that holds the text."})
+    label_column: str | None = field(default=None, metadata={"help": "The column that holds the label."})
+    num_folds: int = field(default=10, metadata={"help": "Parts that are held out in turn."})
+    max_folds: int | None = field(default=None, metadata={"help": "Only the first so many of them."})
+    preset: str = field(default="nano", metadata={"help": "Shape of the model."})
+    config_overrides: str | None = field(
+        default="hidden_size=128,num_attention_heads=2,num_key_value_heads=2,num_hidden_layers=2,intermediate_size=256",
+        metadata={"help": "Changes to the preset's config."},
+    )
+    vocab_size: int = field(default=8192, metadata={"help": "Vocabulary of the tokenizer of each fold."})
+    pretraining_epochs: float = field(default=6, metadata={"help": "Epochs as a language model; 0 is none."})
+    pretraining_learning_rate: float = field(default=6e-3, metadata={"help": "Peak learning rate of these."})
+    pretraining_dropout: float = field(default=0.1, metadata={"help": "Dropout of these."})
+    num_train_epochs: float = field(default=4, metadata={"help": "Epochs as a classifier."})
+    learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate of these."})
+    dropout: float = field(default=0.3, metadata={"help": "Dropout of these."})
+    per_device_train_batch_size: int = field(default=32, metadata={"help": "Texts of a step."})
+    seed: int = field(default=42, metadata={"help": "Seed of folds, weights and draws."})
+    output_dir: str = field(default=OUTPUT_DIR, metadata={"help": "Folder for results and predictions."})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Begin again in a folder with results."})
+
+    def recipe(self) -> crossvalidation.Recipe:
+        return crossvalidation.Recipe(
+            shape={**get_preset(self.preset), **parse_overrides(self.config_overrides)},
+            vocab_size=self.vocab_size,
+            pretraining_epochs=self.pretraining_epochs,
+            pretraining_learning_rate=self.pretraining_learning_rate,
+            pretraining_dropout=self.pretraining_dropout,
+            num_train_epochs=self.num_train_epochs,
+            learning_rate=self.learning_rate,
+            dropout=self.dropout,
+            batch_size=self.per_device_train_batch_size,
+            seed=self.seed,
+        )
+
+
+def main(argv: Sequence[str]) -> int:
+    """Parses the flags and runs the folds."""
+    (args,) = parse_arguments("crossvalidate", (CrossvalidateArguments,), argv, DESCRIPTION)
+    crossvalidate(args)
+    return 0
+
+
+def crossvalidate(args: CrossvalidateArguments) -> dict[str, Any]:
+    """Runs the folds that are missing, prints each and the mean, and writes results and predictions.
+
+    Raises:
+        ValueError: for what the user can get wrong, before anything is trained.
+    """
+    for name in ("dropout", "pretraining_dropout"):
+        if not 0 <= getattr(args, name) < 1:
+            raise ValueError(f"--{name} {getattr(args, name)} must be at least 0 and below 1")
+    recipe = args.recipe()
+    named = {"text": args.text_column, "label": args.label_column}
+    rows = examples.select_columns(examples.read_rows(args.train_file), "classification", named, args.train_file)
+    rows, skipped = examples.drop_unusable(rows)
+    if skipped.reasons:
+        print(f"warning: {args.train_file}: {skipped}")
+    label2id = label_map([row["label"] for row in rows])
+    folds = crossvalidation.fold_of_each([row["label"] for row in rows], args.num_folds, args.seed)
+    folder = Path(args.output_dir)
+    settings = {"rows": len(rows), "num_folds": args.num_folds, **asdict(recipe)}
+    done = _results_so_far(folder, settings, overwrite=args.overwrite_output_dir)
+    training.keep_freed_memory()
+    logging.set_verbosity_error()
+    for fold in range(min(args.num_folds, args.max_folds or args.num_folds)):
+        if fold < len(done):
+            continue
+        train = [row for row, of in zip(rows, folds, strict=True) if of != fold]
+        held_out = [row for row, of in zip(rows, folds, strict=True) if of == fold]
+        done.append({"fold": fold, **_run_fold(train, held_out, label2id, recipe, folder, fold)})
+        _write(folder, settings, done)
+        shown = [f"{kind} {done[-1][kind]:.4f}" for kind in ("accuracy", "baseline_accuracy") if kind in done[-1]]
+        print(f"fold {fold + 1} of {args.num_folds}: {', '.join(shown)}, {done[-1]['seconds']:.0f} s", flush=True)
+    results = _write(folder, settings, done)
+    for kind in ("accuracy", "baseline_accuracy"):
+        if kind in results:
+            print(f"{kind} {results[kind]:.4f}, mean of {len(done)} folds")
+    print(f"{folder} holds crossvalidation_results.json and predictions.jsonl")
+    return results
+
+
+def _run_fold(
+    train: list[examples.Row],
+    held_out: list[examples.Row],
+    label2id: dict[str, int],
+    recipe: crossvalidation.Recipe,
+    folder: Path,
+    fold: int,
+) -> dict[str, Any]:
+    """Trains on `train`, appends the predictions for `held_out` to the file, and returns the measures."""
+    labels = [str(row["label"]) for row in held_out]
+    start, cpu = time.perf_counter(), time.process_time()
+    model, tokenizer = crossvalidation.train_classifier(train, label2id, recipe, str(folder))
+    guesses = crossvalidation.predicted_labels(model, tokenizer, held_out)
+    result: dict[str, Any] = {"accuracy": accuracy(guesses, labels), "parameters": model.num_parameters()}
+    result |= {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
+    lines = [
+        {"fold": fold, "text": row["text"], "label": label, "prediction": guess}
+        for row, label, guess in zip(held_out, labels, guesses, strict=True)
+    ]
+    baseline = crossvalidation.bag_of_words(train, held_out)
+    if baseline is not None:
+        result["baseline_accuracy"] = accuracy(baseline, labels)
+        lines = [{**line, "baseline": guess} for line, guess in zip(lines, baseline, strict=True)]
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "predictions.jsonl").open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    return result
+
+
+def _results_so_far(folder: Path, settings: dict[str, Any], *, overwrite: bool) -> list[dict[str, Any]]:
+    """The folds that an earlier run with the same settings has measured.
+
+    Raises:
+        ValueError: if the folder holds something else.
+    """
+    path, predictions = folder / "crossvalidation_results.json", folder / "predictions.jsonl"
+    if overwrite:
+        path.unlink(missing_ok=True)
+        predictions.unlink(missing_ok=True)
+        return []
+    if not path.is_file():
+        predictions.unlink(missing_ok=True)  # of a fold that did not end
+        return []
+    try:
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        same, folds = earlier["settings"] == settings, list(earlier["folds"])
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} is no result of this command; name another --output_dir") from None
+    if not same:
+        raise ValueError(
+            f"--output_dir {folder} holds a run with other rows or settings; give --overwrite_output_dir to replace "
+            "it, or another --output_dir"
+        )
+    # an interrupt may have left predictions of a fold without its result
+    lines = predictions.read_text(encoding="utf-8").splitlines() if predictions.is_file() else []
+    kept = [line for line in lines if json.loads(line)["fold"] < len(folds)]
+    predictions.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    return folds
+
+
+def _write(folder: Path, settings: dict[str, Any], folds: list[dict[str, Any]]) -> dict[str, Any]:
+    means = {
+        kind: statistics.fmean(fold[kind] for fold in folds)
+        for kind in ("accuracy", "baseline_accuracy")
+        if all(kind in fold for fold in folds)
+    }
+    results = {
+        "settings": settings,
+        "folds": folds,
+        **means,
+        **accounting.hardware(),
+        "threads": torch.get_num_threads(),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "crossvalidation_results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    return results

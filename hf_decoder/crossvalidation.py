@@ -1,0 +1,171 @@
+"""k-fold cross-validation of a text classifier that sees nothing but the rows it is trained on.
+
+For every fold a tokenizer and a language model are trained from scratch on the texts of the other folds, and a
+classifier starts from that language model. A bag-of-words model measured on the same folds says what that is worth.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from . import HfDecoderConfig, training
+from .classification import predict
+from .examples import Row
+from .finetuning import add_dropout, class_rows
+from .packing import pack, tokenize
+from .recipe import muon_adamw, wsd_kwargs
+from .tokenization import train_tokenizer
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+BLOCK_SIZE = 128
+MAX_LENGTH = 512
+
+
+def fold_of_each(labels: Sequence[Any], num_folds: int, seed: int = 0) -> list[int]:
+    """The fold, 0 to `num_folds - 1`, that each row is held out in: every fold has its share of every label.
+
+    Raises:
+        ValueError: for fewer than two folds, or a label with fewer rows than folds.
+    """
+    if num_folds < 2:
+        raise ValueError(f"--num_folds {num_folds} must be at least 2")
+    rows = defaultdict(list)
+    for index, label in enumerate(labels):
+        rows[str(label)].append(index)
+    folds = [0] * len(labels)
+    draw = random.Random(seed)
+    for label in sorted(rows):
+        if len(rows[label]) < num_folds:
+            raise ValueError(
+                f"{num_folds} folds need as many rows of each label, and {label!r} has {len(rows[label])}"
+            )
+        draw.shuffle(rows[label])
+        for place, index in enumerate(rows[label]):
+            folds[index] = place % num_folds
+    return folds
+
+
+def bag_of_words(train: Sequence[Row], held_out: Sequence[Row]) -> list[str] | None:
+    """Labels of the held-out rows by scikit-learn's TF-IDF of one and two words and logistic regression, its defaults.
+
+    None where scikit-learn is not installed.
+    """
+    try:
+        from sklearn.feature_extraction.text import TfidfVectorizer
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.pipeline import make_pipeline
+    except ModuleNotFoundError:
+        return None
+    model = make_pipeline(TfidfVectorizer(ngram_range=(1, 2)), LogisticRegression(max_iter=1000))
+    model.fit([row["text"] for row in train], [str(row["label"]) for row in train])
+    return [str(label) for label in model.predict([row["text"] for row in held_out])]
+
+
+@dataclass
+class Recipe:
+    """How the classifier of a fold comes about: its shape, and the two trainings."""
+
+    shape: dict[str, Any]
+    vocab_size: int
+    pretraining_epochs: float
+    pretraining_learning_rate: float
+    pretraining_dropout: float
+    num_train_epochs: float
+    learning_rate: float
+    dropout: float
+    batch_size: int
+    seed: int
+
+
+def train_classifier(
+    rows: Sequence[Row], label2id: dict[str, int], recipe: Recipe, output_dir: str
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A classifier of `rows` (`text` and `label`), from random weights, and its tokenizer; it sees nothing else."""
+    from datasets import Dataset
+
+    set_seed(recipe.seed)
+    texts = [row["text"] for row in rows]
+    tokenizer = train_tokenizer(texts, vocab_size=recipe.vocab_size)
+    special_tokens = {name: getattr(tokenizer, name) for name in ("eos_token_id", "pad_token_id")}
+    config = HfDecoderConfig(**{**recipe.shape, "vocab_size": len(tokenizer), **special_tokens})
+    language_model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if recipe.pretraining_epochs:
+        add_dropout(language_model, recipe.pretraining_dropout)
+        blocks = pack(tokenize(Dataset.from_dict({"text": texts}), tokenizer), BLOCK_SIZE)
+        args = _arguments(recipe, output_dir, recipe.pretraining_epochs, recipe.pretraining_learning_rate)
+        # as many tokens in a step as a step of the classifier has, about
+        args.per_device_train_batch_size = max(1, recipe.batch_size // 4)
+        _fit(language_model, args, blocks, training.collate_rows)
+
+    config.label2id, config.id2label = label2id, {index: name for name, index in label2id.items()}
+    classifier = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+    classifier.model.load_state_dict(language_model.model.state_dict())
+    add_dropout(classifier, recipe.dropout)
+    args = _arguments(recipe, output_dir, recipe.num_train_epochs, recipe.learning_rate)
+    args.train_sampling_strategy = "group_by_length"
+    encoded = class_rows(_ended(rows, tokenizer), tokenizer, label2id, MAX_LENGTH)
+    _fit(classifier, args, encoded, DataCollatorWithPadding(tokenizer))
+    return classifier, tokenizer
+
+
+def _ended(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[Row]:
+    """The rows with the end marker behind their text: one token, the same for all, for the classifier to read from."""
+    return [{**row, "text": f"{row['text']}{tokenizer.eos_token}"} for row in rows]
+
+
+def _arguments(recipe: Recipe, output_dir: str, epochs: float, learning_rate: float) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir,
+        num_train_epochs=epochs,
+        learning_rate=learning_rate,
+        per_device_train_batch_size=recipe.batch_size,
+        lr_scheduler_type="warmup_stable_decay",
+        warmup_steps=0.1,
+        weight_decay=0.1,
+        adam_beta2=0.95,
+        bf16=training.bf16_supported(),
+        use_cpu=not torch.accelerator.is_available(),
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        report_to="none",
+        seed=recipe.seed,
+    )
+
+
+def _fit(model: PreTrainedModel, args: TrainingArguments, rows: Dataset, collator: Any) -> None:
+    steps = math.ceil(args.num_train_epochs * math.ceil(len(rows) / args.per_device_train_batch_size))
+    args.lr_scheduler_kwargs = wsd_kwargs(steps)
+    Trainer(
+        model=model,
+        args=args,
+        train_dataset=rows,
+        data_collator=collator,
+        optimizer_cls_and_kwargs=muon_adamw(args),
+    ).train()
+
+
+def predicted_labels(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> list[str]:
+    """The likeliest label of each row, by a classifier of `train_classifier`."""
+    names: Any = model.config.id2label
+    texts = [row["text"] for row in _ended(rows, tokenizer)]
+    return [str(names[index]) for index in predict(model, tokenizer, texts, batch_size=32)]
