@@ -211,6 +211,13 @@ def count_parameters(model: Any) -> dict[str, int | float]:
     return {"parameters": total, "trainable_parameters": trained, "trainable_share": trained / total}
 
 
+def training_state_bytes(model: Any, optimizer: Any) -> int:
+    """Bytes that training holds beside the weights: a gradient for every trained parameter, the optimizer's state."""
+    state = getattr(optimizer, "optimizer", optimizer).state  # accelerate wraps the optimizer
+    held = [value for values in state.values() for value in values.values() if isinstance(value, torch.Tensor)]
+    return sum(tensor.nbytes for tensor in [*held, *(p for p in model.parameters() if p.requires_grad)])
+
+
 def data_name(path: str) -> str:
     """How a model card calls a file: its name, without the folder, which means nothing elsewhere."""
     return Path(path).name

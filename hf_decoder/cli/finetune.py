@@ -257,6 +257,7 @@ def finetune(task_args: TaskArguments, model_args: Any, args: Any) -> None:
     results["overlapping_rows"] = data.overlap
     print(f"{results['trainable_parameters']:,} of {results['parameters']:,} parameters are trained")
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    metrics["optimizer_and_gradient_bytes"] = finetuning.training_state_bytes(model, trainer.optimizer)
     if data.validation:
         metrics |= trainer.evaluate()
         if task_args.task == "sft":

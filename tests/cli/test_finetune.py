@@ -186,6 +186,9 @@ def test_merged_is_the_base_with_its_adapter(run, tmp_path, kind):
     assert (found - plain).abs().max() > 1e-2
     results = json.loads((adapter / "all_results.json").read_text())
     assert 0 < results["trainable_share"] < 0.5
+    # AdamW: a gradient and two moments in fp32 for each, and a step count for each tensor
+    held = results["optimizer_and_gradient_bytes"]
+    assert held == 3 * 4 * results["trainable_parameters"] + 4 * len(load_file(adapter / "adapter_model.safetensors"))
 
 
 def test_a_new_model_of_a_preset_learns_its_rows(run, tmp_path):
@@ -380,7 +383,6 @@ def test_what_a_user_can_get_wrong(fails, run, tmp_path, rows, flags, reason):
 
 
 def test_four_bit_base_trains_and_merges_into_the_full_weights(run, tmp_path):
-    pytest.importorskip("bitsandbytes")
     flags = ["--use_peft", "true", "--load_in_4bit", "true", "--learning_rate", "1e-2", "--merge"]
     out = run_task(run.folder, tmp_path, PAIRS, *flags)
     ids = torch.arange(5, 60)[None]
