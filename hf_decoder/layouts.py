@@ -19,6 +19,7 @@ from torch import nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save, torch_save_to_dcp
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer
+from transformers.trainer import TRAINING_ARGS_NAME
 
 from hf_decoder.recipe import parameter_groups
 
@@ -49,6 +50,7 @@ def save_in_full(trainer: Trainer, folder: str | Path) -> None:
     if plugin is not None:
         plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(str(folder))
+    (Path(folder) / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle, which no receiver should have to trust
 
 
 def is_sharded(model: nn.Module) -> bool:

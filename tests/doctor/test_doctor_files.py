@@ -134,6 +134,19 @@ def test_pickles_of_training_are_to_be_deleted_and_those_of_weights_to_be_conver
     assert "save_pretrained" in examine(llama, ("formats",))["formats"].remedy
 
 
+def test_what_pretraining_saves_holds_no_pickle(healthy, tmp_path):
+    from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+    from hf_decoder.layouts import save_in_full
+
+    args = TrainingArguments(tmp_path / "run", report_to="none", use_cpu=True)
+    trainer = Trainer(AutoModelForCausalLM.from_pretrained(healthy["ours"]), args)
+    save_in_full(trainer, tmp_path / "plain")
+    assert of("fail", examine(tmp_path / "plain", ("formats", "code", "weights", "load"))) == {}
+    trainer.save_model(tmp_path / "with arguments")
+    assert set(of("fail", examine(tmp_path / "with arguments", ("formats",)))) == {"formats"}
+
+
 def test_checkpoints_of_training_inside_the_folder_are_not_looked_at(llama):
     (llama / "checkpoint-10").mkdir()
     add_training_args(llama / "checkpoint-10")
