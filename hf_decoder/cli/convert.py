@@ -1,4 +1,4 @@
-"""`hf-decoder convert SOURCE DEST`: other families' checkpoints in, ours out, and GGUF either way."""
+"""`hf-decoder convert SOURCE DEST`: other families' checkpoints in, ours out, GGUF either way, ONNX out."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class ConvertArguments:
     max_shard_size: str = field(default="5GB", metadata={"help": "Largest weights file."})
     verify: bool = field(
         default=True,
-        metadata={"help": "Load what left as a stock class beside its source and compare their logits."},
+        metadata={"help": "Load what left as a stock class or as ONNX beside its source and compare their logits."},
     )
     revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub name."})
 

@@ -17,13 +17,13 @@ from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 from transformers.utils import logging
 
 from hf_decoder import HfDecoderForCausalLM, HfDecoderPreTrainedModel
-from hf_decoder.interop import checkpoint, gguf_read, gguf_write, verification
+from hf_decoder.interop import checkpoint, gguf_read, gguf_write, onnx_export, verification
 from hf_decoder.interop.checkpoint import LazyTensor, Tensors
 from hf_decoder.interop.families import FAMILIES, OURS, BuiltConfig, Family, fused_names, read_config, to_stock
 from hf_decoder.model.registry_hf_decoder import AUTO_MAP
 
-GGUF = "gguf"
-TARGETS = ("auto", OURS, *FAMILIES, GGUF)
+GGUF, ONNX = "gguf", "onnx"
+TARGETS = ("auto", OURS, *FAMILIES, GGUF, ONNX)
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Room for configs, code and index, besides the tensors and the copied files, in bytes.
 SMALL_FILES = 1 << 20
@@ -91,8 +91,8 @@ def convert(
     """Converts the checkpoint `name` into the new folder, or .gguf file, `destination`; returns what it became.
 
     `to="auto"` brings other families in as ours, and ours out as the stock class that expresses it. What leaves as a
-    stock class is loaded beside its source and their logits compared, unless `verify` is off. `progress(title, total)`
-    makes the object whose `update(bytes)` is called as tensors are written.
+    stock class or as ONNX is loaded beside its source and their logits compared, unless `verify` is off.
+    `progress(title, total)` makes the object whose `update(bytes)` is called as tensors are written.
 
     Raises:
         ValueError: if the source is damaged or not held here, the target cannot express it, or there is no room.
@@ -106,6 +106,8 @@ def convert(
         )
     if to == GGUF:
         gguf_write.require_package()
+    if to == ONNX:
+        onnx_export.require_packages()
     max_bytes = checkpoint.parse_size(max_shard_size)
     source = open_source(name, revision)
     is_ours = source.family is None and not source.is_gguf
@@ -115,6 +117,10 @@ def convert(
         raise ValueError(f"{name} is a {to} checkpoint already; there is nothing to convert")
     if to == GGUF:
         return _write_gguf(source, destination, outtype, progress)
+    if to == ONNX:
+        if not is_ours:
+            raise ValueError(f"--to onnx takes our own checkpoints; bring {name} in first, by convert without --to")
+        return _write_onnx(source, destination, verify=verify)
     if to == OURS:
         _write_folder(source, destination, None, source.config, max_bytes, progress, verify=False)
         return HfDecoderForCausalLM.__name__
@@ -131,6 +137,18 @@ def _write_gguf(source: Source, destination: Path, outtype: str, progress: Calla
         gguf_write.write(aside, destination.stem, plan, vocabulary, bar.update)
         bar.close()
     return f"{plan.architecture} in GGUF, {outtype}"
+
+
+def _write_onnx(source: Source, destination: Path, *, verify: bool) -> str:
+    num_bytes = sum(tensor.num_bytes // tensor.dtype.itemsize for tensor in source.tensors.values()) * 4
+    side = sum((source.path / path).stat().st_size for path in checkpoint.side_files(source.path))
+    with checkpoint.written_aside(destination, num_bytes + side + SMALL_FILES) as aside:
+        model = onnx_export.load(source.path)
+        onnx_export.export(model, aside)
+        source.write_tokenizer(aside)
+        if verify:
+            onnx_export.verify(model, aside)
+    return "ONNX"
 
 
 def _write_folder(

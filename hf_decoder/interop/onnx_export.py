@@ -1,0 +1,147 @@
+"""ONNX: one graph for prefill and for every cached step after it, made by transformers' exporter, run by onnxruntime.
+
+Inputs of the graph: `input_ids` and `position_ids` (B, S), `attention_mask` (B, P + S) with 0 on padding, and the keys
+and values of the P tokens before, (B, G, P, E) each, where P is 0 at first. Outputs: the logits (B, S, V) and the keys
+and values of all P + S tokens. Everything is fp32.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.cache_utils import DynamicCache
+from transformers.utils import logging as transformers_logging
+
+from hf_decoder.interop.verification import TOLERANCE, VerificationError
+
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+FILE = "model.onnx"
+# Another runtime adds in another order than torch, in every layer.
+ROUNDING = 10 * TOLERANCE
+
+
+def require_packages() -> None:
+    """Raises ValueError unless what the exporter and its check need is installed."""
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f"--to onnx needs {', '.join(missing)}: pip install 'hf-decoder[onnx]'")
+
+
+def load(folder: Path) -> PreTrainedModel:
+    """The model of a checkpoint folder as it is exported: fp32, in evaluation mode."""
+    with _quiet():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
+
+
+def export(model: PreTrainedModel, folder: Path) -> None:
+    """Writes `model.onnx`, its weights beside it, and config.json into the new `folder`."""
+    from transformers.exporters import OnnxConfig, OnnxExporter
+    from transformers.exporters.utils import decompose_for_generation
+
+    # Two rows of two lengths, so that no size becomes a constant and the mask stays an input.
+    ids = _ids(model, 2, 6)
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    with _quiet():
+        stages = decompose_for_generation(model, {"input_ids": ids, "attention_mask": mask}, multi_token_decode=True)
+        step: Any
+        step, inputs = stages["decode"]
+        OnnxExporter().export(step, inputs, OnnxConfig(dynamic=True)).save_pretrained(folder)
+
+
+class OnnxModel:
+    """An exported folder in onnxruntime on the CPU, called as the model is; it keeps keys and values between calls."""
+
+    def __init__(self, folder: Path, config: Any):
+        import onnxruntime
+
+        onnxruntime.set_default_logger_severity(3)
+        self.session = onnxruntime.InferenceSession(folder / FILE, providers=["CPUExecutionProvider"])
+        self.inputs = [value.name for value in self.session.get_inputs()]
+        self.outputs = [value.name for value in self.session.get_outputs()]
+        self.config = config
+        self.state: dict[str, torch.Tensor] = {}
+
+    def start(self, rows: int) -> None:
+        """Forgets all tokens, and prepares for `rows` texts."""
+        nothing = torch.zeros(rows, self.config.num_key_value_heads, 0, self.config.head_dim)
+        # a layer with a window carries its length along
+        window = torch.tensor(self.config.sliding_window or 0)
+        names = [name.removeprefix("input.") for name in self.inputs if name.startswith("input.")]
+        self.state = {name: nothing if name.endswith((".keys", ".values")) else window for name in names}
+
+    def __call__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """Logits (B, S, V) of the next S tokens; `attention_mask` (B, P + S) is of all tokens so far."""
+        positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
+        given = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": positions}
+        given |= {f"input.{name}": tensor for name, tensor in self.state.items()}
+        results = self.session.run(None, {name: given[name].numpy() for name in self.inputs})
+        outputs = {name: torch.from_numpy(value) for name, value in zip(self.outputs, results, strict=True)}
+        self.state = {name: outputs.get(f"output.{name}", tensor) for name, tensor in self.state.items()}
+        return outputs["logits"]
+
+
+@torch.inference_mode()
+def verify(model: PreTrainedModel, folder: Path) -> None:
+    """Compares prefill and three cached steps in onnxruntime with `model`, with and without padding.
+
+    The lengths reach past a sliding window, if it is short enough, and are none of those that were exported with.
+
+    Raises:
+        VerificationError: if a logit differs by more than `ROUNDING` of the largest.
+    """
+    config: Any = model.config
+    runtime = OnnxModel(folder, config)
+    window = getattr(config, "sliding_window", None)
+    length = min(19 if window is None or window > 64 else max(19, window + 5), config.max_position_embeddings - 3)
+    for padding in (0, 3):
+        ids = _ids(model, 3, length + 3)
+        mask = torch.ones_like(ids)
+        mask[0, :padding] = 0
+        cache = DynamicCache(config=config)
+        runtime.start(len(ids))
+        for start, stop in ((0, length), (length, length + 1), (length + 1, length + 2), (length + 2, length + 3)):
+            positions = (mask[:, :stop].cumsum(-1) - 1).clamp(min=0)[:, start:]
+            expected = model(
+                ids[:, start:stop], attention_mask=mask[:, :stop], position_ids=positions, past_key_values=cache
+            ).logits
+            logits = runtime(ids[:, start:stop], mask[:, :stop])
+            seen = mask[:, start:stop].bool()  # what a model says of padding means nothing
+            difference = (logits - expected)[seen].abs().max().item()
+            limit = ROUNDING * max(1.0, expected.abs().max().item())
+            if not difference <= limit:  # also when it is not a number
+                what = "prefill" if start == 0 else f"the cached step at position {start}"
+                raise VerificationError(
+                    f"logits of the ONNX model differ from the source's by {difference:.2e} in {what}"
+                    f"{' with padding' if padding else ''}; rounding explains {limit:.2e}"
+                )
+
+
+def _ids(model: PreTrainedModel, *shape: int) -> torch.Tensor:
+    config: Any = model.config
+    return torch.randint(0, config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporters report every stage to stdout, and guesses about every size to loggers without a common name."""
+    disabled, bar = logging.root.manager.disable, transformers_logging.is_progress_bar_enabled()
+    logging.disable(logging.WARNING)
+    transformers_logging.disable_progress_bar()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        logging.disable(disabled)
+        if bar:
+            transformers_logging.enable_progress_bar()
