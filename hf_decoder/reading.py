@@ -6,6 +6,7 @@ import codecs
 import glob
 import gzip
 import hashlib
+import json
 import os
 import shutil
 import zlib
@@ -214,6 +215,25 @@ def explain_table(builder: str, paths: list[Path], name: str, error: BaseExcepti
         if found is not None:
             return not_utf8(path, *found)
     return ValueError(f"{name} cannot be read as {builder}: {_reason(error)}")
+
+
+def bytes_of_text(builder: str, path: Path, text_column: str) -> int | None:
+    """About how many bytes of text a table holds, without reading it; None where nothing tells."""
+    if builder == "parquet":
+        from pyarrow.parquet import read_metadata
+
+        metadata = read_metadata(path)
+        groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
+        chunks = [group.column(index) for group in groups for index in range(group.num_columns)]
+        return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema == text_column)
+    with path.open("rb") as file:
+        lines = file.readlines(1 << 20)
+    try:
+        texts = [json.loads(line).get(text_column) or "" for line in lines]
+    except (ValueError, AttributeError):
+        return None  # not one object a line
+    share = sum(len(text.encode("utf-8")) for text in texts) / max(1, sum(map(len, lines)))
+    return round(path.stat().st_size * share)
 
 
 def load_hub(dataset_name: str, dataset_config_name: str | None, *, streaming: bool = False) -> tuple[Any, str]:

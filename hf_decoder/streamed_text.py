@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_decoder import corpus
-from hf_decoder.reading import check_encoding, find_files, load_hub, load_table, plain_file
+from hf_decoder.reading import bytes_of_text, check_encoding, find_files, load_hub, load_table, plain_file
 from hf_decoder.sources import TextArguments, weighted_files
 from hf_decoder.streaming import (
     LOOK_BYTES,
@@ -127,7 +127,9 @@ def _open_files(
         table, table_name = load_table(builder, found, args.encoding, streaming=True)
         sources.append(Source(table, args.text_column, fraction, table_name, builder=builder, files=tuple(found)))
         check_column(sources[-1])
-        size = None
+        plain = [plain_file(file, None if builder == "parquet" else args.encoding) for file in found]
+        sizes = [bytes_of_text(builder, file, args.text_column) for file in plain]
+        size = None if size is None or None in sizes else size + sum(each or 0 for each in sizes)
     cut: tuple[int, int] | None = None
     if fraction and files and not tables and len(files) < corpus.MIN_DOCUMENTS_TO_SPLIT:
         cut = _tail(files, fraction)
@@ -139,7 +141,7 @@ def _open_files(
     if not sources:
         raise ValueError(f"train_file {name} is empty; it needs at least one character of text")
     if size is not None:
-        size = round(sum(ends) * (1.0 if cut else 1 - fraction))
+        size = round((size + sum(ends)) * (1.0 if cut else 1 - fraction))
     part = Part(tuple(sources), weight, size)
     if not fraction:
         return part, []

@@ -33,7 +33,7 @@ _VISIBLE = range(0x21, 0x7F)
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of one document. `start` and `stop` count bytes in the file `path`, where it has one."""
+    """A stretch of one document: bytes `start` to `stop` of the file `path`, or characters of a table's row."""
 
     text: str
     begins: bool = True
@@ -207,26 +207,26 @@ class Reader:
         self.name = sources[0].name if sources else ""
         self._sources, self._index, self._count, self._seed = sources, index, count, seed
         self._pass, self._source = 0, 0
-        self._data: IterableDataset | None = None
-        self._start: dict[str, Any] | None = None
+        self._before: dict[str, Any] | None = None
+        self._given = 0
 
     def state(self) -> dict[str, Any]:
-        """Where the reader stands, in what JSON can hold."""
-        inner = None if self._data is None else self._data.state_dict()
-        return {"pass": self._pass, "source": self._source, "data": inner}
+        """Where the reader stands, in what JSON can hold: the state before a row, and the stretches of it given."""
+        return {"pass": self._pass, "source": self._source, "data": self._before, "given": self._given}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Makes the next iteration begin where `state` was taken."""
-        self._pass, self._source, self._start = state["pass"], state["source"], state["data"]
+        self._pass, self._source = state["pass"], state["source"]
+        self._before, self._given = state["data"], state["given"]
 
     def __iter__(self) -> Iterator[Segment]:
         while True:
-            something = self._source > 0 or self._start is not None
+            something = self._source > 0 or self._before is not None
             while self._source < len(self._sources):
                 for segment in self._read(self._sources[self._source]):
                     something = True
                     yield segment
-                self._data = None
+                self._before = None
                 self._source += 1
             if not self.endless:
                 return
@@ -240,18 +240,35 @@ class Reader:
     def _read(self, source: Source) -> Iterator[Segment]:
         from datasets.distributed import split_dataset_by_node
 
-        self._data = split_dataset_by_node(source.data, rank=self._index, world_size=self._count)
-        self._data.set_epoch(0 if self._seed is None else (self._seed << 16) + self._pass + 1)
-        if self._start is not None:
-            self._data.load_state_dict(self._start)
-            self._start = None
-        for row in _rows(self._data, source):
-            if source.column is None:
-                yield Segment(
-                    row["text"], row["start"] == 0, row["ends"], row["path"], start=row["start"], stop=row["stop"]
-                )
-            elif (text := row.get(source.column)) and _is_wanted(text, source):
-                yield Segment(text)
+        data = split_dataset_by_node(source.data, rank=self._index, world_size=self._count)
+        data.set_epoch(0 if self._seed is None else (self._seed << 16) + self._pass + 1)
+        if self._before is not None:
+            data.load_state_dict(self._before)
+        given = self._given
+        for row in _rows(data, source):
+            after = data.state_dict()
+            for number, (segment, is_last) in enumerate(_segments(row, source)):
+                if number >= given:
+                    # A row that has been given in full is behind us.
+                    self._before, self._given = (after, 0) if is_last else (self._before, number + 1)
+                    yield segment
+            self._before, self._given, given = after, 0, 0
+
+
+def _segments(row: dict[str, Any], source: Source) -> Iterator[tuple[Segment, bool]]:
+    """The stretches of a row, each with whether it is the last one; none where the row has no text for this source."""
+    if source.column is None:
+        ends = row["ends"]
+        yield Segment(row["text"], row["start"] == 0, ends, row["path"], start=row["start"], stop=row["stop"]), True
+        return
+    text = row.get(source.column)
+    if not text or not _is_wanted(text, source):
+        return
+    start = 0
+    for piece in split_text(text, PIECE_CHARACTERS):
+        stop = start + len(piece)
+        yield Segment(piece, start == 0, stop == len(text), start=start, stop=stop), stop == len(text)
+        start = stop
 
 
 def _is_wanted(text: str, source: Source) -> bool:

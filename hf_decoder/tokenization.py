@@ -81,9 +81,7 @@ CHAT_TEMPLATE = (
     "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
 )
 
-# No match of QWEN2_SPLIT reaches across these places, so a text cut there keeps its tokens; the second kind, behind a
-# digit, is safe for that rule alone, and is where encoded data without spaces or lines can be cut.
-_CUTS = (re.compile(r"(?<=\n)(?=\S)|(?<=\S)(?= )"), re.compile(r"(?<=[0-9])"))
+_DIGIT = re.compile("[0-9]")
 _PIECE_CHARACTERS = 1 << 20
 LONGEST_PIECE = 1 << 21
 
@@ -173,12 +171,27 @@ def split_text(text: str, size: int = _PIECE_CHARACTERS) -> Iterator[str]:
 
 def place_to_cut(text: str, start: int, size: int) -> int | None:
     """Where to cut the piece that begins at `start`, `size` characters on or later; None: it is whole as it is."""
-    longest = start + max(size, LONGEST_PIECE)
-    for cut in _CUTS:
-        found = cut.search(text, start + size, longest)
-        if found is not None and found.start() < len(text):
-            return found.start()
-    return longest if longest < len(text) else None
+    first, last = start + size, min(start + max(size, LONGEST_PIECE), len(text))
+    # No match of QWEN2_SPLIT reaches across a place between a line's end and what is no space, or before the first
+    # space behind something else: a text cut there keeps its tokens.
+    places = []
+    space = text.find(" ", first, last)
+    while space >= 0 and text[space - 1].isspace():
+        space = text.find(" ", space + 1, last)
+    if space >= 0:
+        places.append(space)
+    line = text.find("\n", first - 1, last - 1) + 1
+    while line and text[line].isspace():
+        line = text.find("\n", line, last - 1) + 1
+    if line:
+        places.append(line)
+    if places:
+        return min(places)
+    # Behind a digit is as safe for that rule, not for those that keep digits together.
+    digit = _DIGIT.search(text, first - 1, last - 1)
+    if digit is not None:
+        return digit.end()
+    return last if last < len(text) else None
 
 
 def _pieces(texts: Iterable[str]) -> Iterator[str]:
