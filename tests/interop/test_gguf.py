@@ -4,6 +4,8 @@ import argparse
 import inspect
 import json.decoder
 import math
+import pydoc_data.topics
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -194,10 +196,11 @@ def test_a_damaged_or_foreign_file_is_one_line(tmp_path, text_tokenizer):
 
 
 def real_lines(count: int) -> list[str]:
-    """Lines of code from the standard library, after lines in several languages."""
-    lines = [line for line in TEXT.splitlines() if line]
-    lines += ["Größe und Maß", "où êtes-vous ?", "これは本です。", "안녕하세요", "नमस्ते दुनिया", "Привет, мир!"]
-    lines += ["مرحبا بالعالم", "123 4567  89", " \t indented", "I'LL we'Ve \u017f '\u017f"]
+    """Sentences in 34 languages, English prose of the manual that comes with Python, and code of its library."""
+    sentences = (Path(__file__).parent / "languages.txt").read_text(encoding="utf-8")
+    lines = [*sentences.splitlines(), *(line for line in TEXT.splitlines() if line)]
+    prose = "\n".join(pydoc_data.topics.topics.values())
+    lines += [line for line in prose.splitlines() if len(line) > 40][:400]
     for module in (json.decoder, argparse):
         lines += [line for line in inspect.getsource(module).splitlines() if line.strip()]
     return lines[:count]
