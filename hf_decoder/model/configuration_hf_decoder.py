@@ -38,16 +38,18 @@ ROPE_NUMBERS = {
     "mscale_all_dim": 0.0,
 }
 LAYER_TYPES = ("full_attention", "sliding_attention")
-POSITIVE_SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
-)
+# Every size and the largest it may be: ten times what any published model has, so that a config from elsewhere is
+# refused before anything of its size is built.
+LARGEST_SIZES = {
+    "vocab_size": 1 << 24,
+    "hidden_size": 1 << 19,
+    "intermediate_size": 1 << 21,
+    "num_hidden_layers": 10_000,
+    "num_attention_heads": 1 << 14,
+    "num_key_value_heads": 1 << 14,
+    "head_dim": 1 << 14,
+    "max_position_embeddings": 1 << 31,
+}
 
 
 def _raise_value_error(cls: type) -> type:
@@ -181,10 +183,12 @@ class HfDecoderConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         # before anything is derived from them
-        for name in POSITIVE_SIZES:
+        for name, largest in LARGEST_SIZES.items():
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name}={value} is not possible; it must be a positive integer")
+            if value is not None and value > largest:
+                raise ValueError(f"{name}={value} is not possible; it must be at most {largest}")
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:

@@ -171,7 +171,7 @@ class DecodingStep:
         values: list[torch.Tensor],
         filled: torch.Tensor,
     ) -> torch.Tensor:
-        """The step on the buffers of a static cache; their first tokens are filled, as many as the rows of `filled`."""
+        """The step on the buffers of a static cache, of which as many tokens are filled as `filled` has rows."""
         past = filled.shape[0]  # the size of a tensor can vary without a graph for each, a number cannot
 
         def store(key: torch.Tensor, value: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -228,13 +228,22 @@ class DecodingStep:
         return self._compiled
 
 
-def _mark_varying_sizes(hidden, cos, sin, bias, keys, values, filled) -> None:
+def _mark_varying_sizes(
+    hidden: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    bias: torch.Tensor | None,
+    keys: list[torch.Tensor],
+    values: list[torch.Tensor],
+    filled: torch.Tensor,
+) -> None:
     """Tells the compiler which sizes vary from call to call: the rows, where there are several, and the lengths."""
     sizes = [(filled, 0)] + [(buffer, 2) for buffer in (*keys, *values)]
     if bias is not None:
         sizes.append((bias, 3))
     if hidden.shape[0] > 1:
-        sizes += [(tensor, 0) for tensor in (hidden, cos, sin, bias, *keys, *values) if tensor is not None and len(tensor) > 1]
+        rows = [hidden, cos, sin, *keys, *values] if bias is None else [hidden, cos, sin, bias, *keys, *values]
+        sizes += [(tensor, 0) for tensor in rows if tensor.shape[0] > 1]
     for tensor, dimension in sizes:
         if dimension not in getattr(tensor, "_dynamo_dynamic_indices", ()):
             torch._dynamo.mark_dynamic(tensor, dimension)
@@ -377,6 +386,27 @@ class Decoding:
             return None
         running = _active.get()
         return running if running is not None and running.model is model and running.step is not None else None
+
+    def prepare_inputs(
+        self,
+        input_ids: torch.Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        is_first_iteration: bool = False,
+        **kwargs,
+    ) -> dict | None:
+        """The model's inputs for one token a row, without masks; None where transformers is to prepare them."""
+        if next_sequence_length != 1 or is_first_iteration or kwargs.keys() - {"use_cache", "logits_to_keep"}:
+            return None
+        input_ids = input_ids[:, -1:]
+        if input_ids.device != self.step.embedding.device or not self.step.covers(input_ids, past_key_values):
+            return None
+        if position_ids is not None:
+            position_ids = position_ids[:, -1:]
+        inputs = {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": attention_mask, **kwargs}
+        return {**inputs, "past_key_values": past_key_values}
 
     def __call__(self, *inputs) -> torch.Tensor | None:
         return self.step(*inputs, compiles=self.compiles)

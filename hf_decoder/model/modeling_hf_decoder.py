@@ -17,7 +17,6 @@ from transformers.generation import GenerationMixin
 from transformers.integrations import use_kernel_forward_from_hub
 from transformers.masking_utils import (
     create_causal_mask,
-    create_masks_for_generate,
     create_sliding_window_causal_mask,
 )
 from transformers.modeling_layers import (
@@ -465,12 +464,13 @@ class HfDecoderForCausalLM(HfDecoderPreTrainedModel, GenerationMixin):
         with Decoding(self):
             return super().generate(*args, **kwargs)
 
-    def create_masks_for_generate(self, **kwargs):
-        """As in transformers, but none where the decoding step takes over, which needs none."""
-        decoding = Decoding.of(self)
-        if decoding is not None and decoding.step.covers(kwargs["inputs_embeds"], kwargs["past_key_values"]):
-            return kwargs["attention_mask"]
-        return create_masks_for_generate(**kwargs)
+    @wraps(GenerationMixin.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
+        if not args and (decoding := Decoding.of(self)) is not None:
+            inputs = decoding.prepare_inputs(input_ids, **kwargs)
+            if inputs is not None:
+                return inputs
+        return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
 
     def _valid_auto_compile_criteria(self, model_kwargs, generation_config) -> bool:
         # on a CPU transformers never compiles; there our step compiles itself
