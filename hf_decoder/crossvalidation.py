@@ -120,16 +120,19 @@ def train_classifier(
     classifier = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
     classifier.model.load_state_dict(language_model.model.state_dict())
     add_dropout(classifier, recipe.dropout)
+    classifier.score.register_forward_pre_hook(
+        lambda head, inputs: torch.nn.functional.dropout(inputs[0], recipe.dropout, head.training)
+    )
     args = _arguments(recipe, output_dir, recipe.num_train_epochs, recipe.learning_rate)
     args.train_sampling_strategy = "group_by_length"
-    encoded = class_rows(_ended(rows, tokenizer), tokenizer, label2id, MAX_LENGTH)
+    encoded = class_rows(_marked(rows, tokenizer), tokenizer, label2id, MAX_LENGTH)
     _fit(classifier, args, encoded, DataCollatorWithPadding(tokenizer))
     return classifier, tokenizer
 
 
-def _ended(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[Row]:
-    """The rows with the end marker behind their text: one token, the same for all, for the classifier to read from."""
-    return [{**row, "text": f"{row['text']}{tokenizer.eos_token}"} for row in rows]
+def _marked(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[Row]:
+    """The rows between the markers that stood around them in pretraining; the classifier reads from the last one."""
+    return [{**row, "text": f"{tokenizer.eos_token}{row['text']}{tokenizer.eos_token}"} for row in rows]
 
 
 def _arguments(recipe: Recipe, output_dir: str, epochs: float, learning_rate: float) -> TrainingArguments:
@@ -167,5 +170,5 @@ def _fit(model: PreTrainedModel, args: TrainingArguments, rows: Dataset, collato
 def predicted_labels(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> list[str]:
     """The likeliest label of each row, by a classifier of `train_classifier`."""
     names: Any = model.config.id2label
-    texts = [row["text"] for row in _ended(rows, tokenizer)]
+    texts = [row["text"] for row in _marked(rows, tokenizer)]
     return [str(names[index]) for index in predict(model, tokenizer, texts, batch_size=32)]

@@ -45,7 +45,7 @@ class CrossvalidateArguments:
     pretraining_epochs: float = field(default=6, metadata={"help": "Epochs as a language model; 0 is none."})
     pretraining_learning_rate: float = field(default=6e-3, metadata={"help": "Peak learning rate of these."})
     pretraining_dropout: float = field(default=0.1, metadata={"help": "Dropout of these."})
-    num_train_epochs: float = field(default=4, metadata={"help": "Epochs as a classifier."})
+    num_train_epochs: float = field(default=3, metadata={"help": "Epochs as a classifier."})
     learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate of these."})
     dropout: float = field(default=0.3, metadata={"help": "Dropout of these."})
     per_device_train_batch_size: int = field(default=32, metadata={"help": "Texts of a step."})
