@@ -87,20 +87,32 @@ def serving_bytes(config: PretrainedConfig, context_length: int, dtype: torch.dt
     return num_parameters(config) * BYTES[dtype] + kv_cache_bytes(config, context_length, dtype)
 
 
+def activation_bytes(config: PretrainedConfig, tokens: int, *, shards: int = 1, checkpointing: bool = False) -> int:
+    """An estimate of what the backward pass of `tokens` tokens keeps, under bf16 autocast and without the head.
+
+    Per token and layer, in 2-byte numbers: four times the width for the norms' inputs and outputs, the projected
+    queries, keys, values and attention output, and three times the MLP's width; residuals in 4 bytes (after
+    Korthikanti et al. 2022, arXiv 2205.05198, section 4.1, for this layer, and attention that keeps no scores). Of
+    these, `shards` devices of tensor parallelism share the projections and the MLP. With checkpointing, a layer keeps
+    its input alone, and one layer at a time has all of it again.
+    """
+    width = config.hidden_size
+    heads = head_dim(config) * (2 * config.num_attention_heads + 2 * config.num_key_value_heads)
+    shared = 2 * (heads + 3 * config.intermediate_size) // shards
+    layer = tokens * (2 * 4 * width + shared + 4 * 2 * width)
+    if checkpointing:
+        return layer + tokens * config.num_hidden_layers * 4 * width
+    return layer * config.num_hidden_layers
+
+
 def training_bytes(config: PretrainedConfig, batch_size: int, block_size: int) -> int:
     """An estimate of what mixed-precision AdamW training of `batch_size` x `block_size` tokens needs at its peak.
 
     16 bytes a parameter (fp32 weight, gradient and two moments: ZeRO, arXiv 1910.02054, section 3.1, there with the
-    fp16 copies that autocast makes layer by layer), and the activations that the backward pass reads, no
-    checkpointing: per token and layer, in 2-byte numbers, four times the width for the norms' inputs and outputs, the
-    projected queries, keys, values and attention output, and three times the MLP's width; residuals in 4 bytes.
-    Logits come on top where a loss needs them whole.
+    fp16 copies that autocast makes layer by layer), and `activation_bytes`. Logits come on top where a loss needs them
+    whole.
     """
-    width = config.hidden_size
-    heads = head_dim(config) * (2 * config.num_attention_heads + 2 * config.num_key_value_heads)
-    per_token_and_layer = 2 * (4 * width + heads + 3 * config.intermediate_size) + 4 * 2 * width
-    activations = batch_size * block_size * config.num_hidden_layers * per_token_and_layer
-    return 16 * num_parameters(config) + activations
+    return 16 * num_parameters(config) + activation_bytes(config, batch_size * block_size)
 
 
 def mfu(tokens_per_second: float, flops_per_token: float, peak_flops_per_second: float) -> float:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers import Trainer, TrainingArguments
 
 # Coefficients of the quintic iteration (Jordan et al. 2024): steep at zero, so that few iterations are enough.
@@ -96,10 +96,10 @@ def orthogonalise_any(matrices: list[torch.Tensor]) -> list[torch.Tensor]:
     first = matrices[0]
     if not isinstance(first, DTensor):
         return list(orthogonalise(torch.stack(matrices)).unbind())
-    mesh, placements = first.device_mesh, first.placements
+    mesh = first.device_mesh
     if _devices_that_share(first) == 1:
         results = orthogonalise(torch.stack([matrix.full_tensor() for matrix in matrices]))  # type: ignore[attr-defined]
-        return [distribute_tensor(result, mesh, placements, src_data_rank=None) for result in results]
+        return [_cut_as(matrix, result) for matrix, result in zip(matrices, results, strict=True)]
     stack = torch.stack(matrices).to(NEWTON_SCHULZ_DTYPE)
     inside, across = stack.placements, [Shard(0)] * mesh.ndim  # type: ignore[attr-defined]
     whole = stack.redistribute(mesh, across)  # type: ignore[attr-defined]
@@ -107,6 +107,21 @@ def orthogonalise_any(matrices: list[torch.Tensor]) -> list[torch.Tensor]:
         orthogonalise(whole.to_local()), mesh, across, run_check=False, shape=stack.shape, stride=stack.stride()
     )
     return list(results.redistribute(mesh, inside).unbind())
+
+
+def _cut_as(matrix: DTensor, whole: torch.Tensor) -> DTensor:
+    """`whole`, laid out as `matrix`. FSDP2 cuts last what other dimensions of the mesh cut first."""
+    mesh = matrix.device_mesh
+    piece = whole
+    for number in reversed(range(mesh.ndim)):
+        placement = matrix.placements[number]
+        if not isinstance(placement, Replicate):
+            size = -(-piece.shape[placement.dim] // mesh.size(number))  # type: ignore[attr-defined]
+            start = min(size * mesh.get_local_rank(number), piece.shape[placement.dim])  # type: ignore[attr-defined]
+            piece = piece.narrow(placement.dim, start, min(size, piece.shape[placement.dim] - start))  # type: ignore[attr-defined]
+    return DTensor.from_local(
+        piece.contiguous(), mesh, matrix.placements, run_check=False, shape=matrix.shape, stride=matrix.stride()
+    )
 
 
 class MuonAdamW(torch.optim.AdamW):

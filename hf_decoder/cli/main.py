@@ -23,6 +23,7 @@ VERBS = {
     "serve": "answer OpenAI clients with a saved model, by the server of transformers",
     "benchmark": "measure speed against the stock class of the same shape and weights",
     "presets": "list the named model shapes and what each costs to train and serve",
+    "plan": "memory, speed and communication of a training on many devices, and the command to launch it",
 }
 TRACEBACK_VARIABLE = "HF_DECODER_TRACEBACK"
 

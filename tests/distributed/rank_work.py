@@ -191,7 +191,8 @@ def orthogonalise_in_layouts(names: list[str]) -> dict[str, list[torch.Tensor]]:
     """Five sharded matrices through `orthogonalise_any`; the whole results, and the layout that they came in."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor.placement_types import _StridedShard
 
     dist.init_process_group("gloo")
     flat = init_device_mesh("cpu", (4,))
@@ -209,11 +210,25 @@ def orthogonalise_in_layouts(names: list[str]) -> dict[str, list[torch.Tensor]]:
     for name in names:
         mesh, placements = layouts[name]
         matrices = [distribute_tensor(matrix, mesh, placements) for matrix in some_matrices()]
-        results = recipe.orthogonalise_any(matrices)
-        assert all(result.placements == tuple(placements) for result in results)
-        assert all(a.to_local().shape == b.to_local().shape for a, b in zip(results, matrices, strict=True))
-        found[name] = [result.full_tensor() for result in results]
+        found[name] = check_layout(matrices)
+    # as FSDP2 over tensor parallelism: the outer dimension cuts what the inner one has cut
+    twice = [_StridedShard(0, split_factor=2), Shard(0)]
+    outer, inner = square.get_local_rank("outer"), square.get_local_rank("inner")
+    pieces = [matrix.chunk(2)[inner].chunk(2)[outer] for matrix in some_matrices()]
+    found["shards of shards"] = check_layout(
+        [
+            DTensor.from_local(piece, square, twice, shape=matrix.shape, stride=matrix.stride())
+            for piece, matrix in zip(pieces, some_matrices(), strict=True)
+        ]
+    )
     return found
+
+
+def check_layout(matrices: list[Any]) -> list[torch.Tensor]:
+    results: Any = recipe.orthogonalise_any(matrices)
+    assert all(a.placements == b.placements for a, b in zip(results, matrices, strict=True))
+    assert all(a.to_local().shape == b.to_local().shape for a, b in zip(results, matrices, strict=True))
+    return [result.full_tensor() for result in results]
 
 
 def some_matrices() -> list[torch.Tensor]:

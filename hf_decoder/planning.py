@@ -1,0 +1,276 @@
+"""What a training on many devices needs and how fast it goes, by formulas: memory, communication, tokens a second.
+
+Symbols: N parameters, n devices that share the work on different rows, t devices of tensor parallelism, T tokens of a
+device in one pass, D width, V vocabulary. Memory is that of bf16 autocast over fp32 weights, which is how our commands
+train. Estimates: the sums leave out what the allocator wastes, for which `USABLE` stands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from torch import nn
+from transformers import PretrainedConfig
+
+from hf_decoder import accounting
+from hf_decoder.model.loss_hf_decoder import CHUNK_ELEMENTS, MIN_CHUNK_ROWS
+from hf_decoder.recipe import NEWTON_SCHULZ_STEPS, parameter_groups
+
+GB = 10**9
+# Share of a device's memory that can be planned with; the rest is the context, the allocator and the libraries.
+USABLE = 0.92
+# Bytes a second that one device can send to other machines: 400 Gbit/s a GPU, as in NVIDIA's DGX H100.
+NETWORK = 50 * GB
+DEVICES_PER_NODE = 8
+STRATEGIES = ("ddp", "fsdp2", "deepspeed_zero3")
+# Bytes that a loss from whole logits holds for each: bf16, fp32, log-probabilities, and their gradient in fp32.
+HELD_LOGIT = 2 + 4 + 4 + 4
+# Bytes of a logit of a chunk in our loss: bf16, fp32, log-probabilities (model/loss_hf_decoder.py).
+CHUNK_LOGIT = 2 + 4 + 4
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Memory in bytes, dense bf16 FLOP/s, and bytes a second that it sends to a neighbour in its machine."""
+
+    memory: int
+    flops: float
+    link: float
+
+
+# NVIDIA's and AMD's data sheets: dense bf16 with fp32 accumulation (half of the figure with sparsity), NVLink or
+# Infinity Fabric in one direction, PCIe where there is neither.
+GPUS = {
+    "a100": Gpu(80 * GB, 312e12, 300 * GB),
+    "a100-40gb": Gpu(40 * GB, 312e12, 300 * GB),
+    "h100": Gpu(80 * GB, 989.4e12, 450 * GB),
+    "h200": Gpu(141 * GB, 989.4e12, 450 * GB),
+    "b200": Gpu(180 * GB, 2250e12, 900 * GB),
+    "mi300x": Gpu(192 * GB, 1307.4e12, 448 * GB),
+    "l40s": Gpu(48 * GB, 362e12, 32 * GB),
+    "l4": Gpu(24 * GB, 121e12, 32 * GB),
+    "rtx4090": Gpu(24 * GB, 165.2e12, 32 * GB),
+    "rtx3090": Gpu(24 * GB, 71e12, 32 * GB),
+}
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Counts of parameters: all; those of one layer; the embedding table; the head; those that Muon takes."""
+
+    total: int
+    layer: int
+    embedding: int
+    head: int
+    hidden: int
+
+    @classmethod
+    def of(cls, config: PretrainedConfig) -> Parameters:
+        model: nn.Module = accounting.meta_model(config)
+        muon = [group["params"] for group in parameter_groups(model, 0.0) if group["use_muon"]]
+        width_times_vocabulary = config.vocab_size * config.hidden_size
+        return cls(
+            total=sum(parameter.numel() for parameter in model.parameters()),
+            layer=sum(parameter.numel() for parameter in model.get_submodule("model.layers.0").parameters()),
+            embedding=width_times_vocabulary,
+            head=0 if config.tie_word_embeddings else width_times_vocabulary,
+            hidden=sum(parameter.numel() for group in muon for parameter in group),
+        )
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training: the model, the devices, and how it is laid out over them."""
+
+    config: PretrainedConfig
+    gpu: Gpu
+    gpus: int = 1
+    strategy: str = "fsdp2"
+    block_size: int = 1024
+    batch_size: int = 1  # rows of a device in one pass
+    accumulation: int = 1
+    checkpointing: bool = False
+    muon: bool = True
+    devices_per_node: int = DEVICES_PER_NODE
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a device in one pass."""
+        return self.batch_size * self.block_size
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.tokens * self.accumulation * self.gpus
+
+    @property
+    def shards(self) -> int:
+        """Devices that share weights, gradients and optimizer state."""
+        return 1 if self.strategy == "ddp" else self.gpus
+
+    @property
+    def ring(self) -> float:
+        """Bytes a second that a device sends in a ring over all: all devices of a machine share its way out."""
+        if self.gpus <= self.devices_per_node:
+            return self.gpu.link
+        return min(self.gpu.link, NETWORK * self.devices_per_node)
+
+    @property
+    def direct(self) -> float:
+        """Bytes a second that a device sends to all others at once."""
+        return self.gpu.link if self.gpus <= self.devices_per_node else min(self.gpu.link, NETWORK)
+
+
+def memory(job: Job) -> dict[str, int]:
+    """Bytes of one device at the peak, by purpose.
+
+    Weights, gradients and optimizer state in fp32, 4 bytes each and two moments for AdamW, one for Muon; a share of
+    1 / n with FSDP2 and ZeRO-3 (Rajbhandari et al. 2020, arXiv 1910.02054, section 5). Copies: the bf16 weights that
+    autocast keeps for the backward pass, and DDP's buckets of fp32 gradients; in shards, what is gathered at a time:
+    two layers (one in use, one on its way), embedding and head, and a layer's gradient, in bf16. With accumulation,
+    shards wait with all of the gradients, gathered, for the last pass. Activations: `accounting.activation_bytes`.
+    Loss: a chunk of logits and the fp32 gradient of the head; with ZeRO-3, all the logits.
+    """
+    count = Parameters.of(job.config)
+    moments = 4 * count.hidden + 8 * (count.total - count.hidden) if job.muon else 8 * count.total
+    matmuls = accounting.matmul_parameters(job.config)
+    if job.strategy == "ddp":
+        copies = 2 * matmuls + (4 * count.total if job.gpus > 1 else 0)
+    else:
+        copies = 2 * (3 * count.layer + count.embedding + count.head)
+        if job.accumulation > 1:
+            copies += 2 * count.total
+    return {
+        "weights": 4 * count.total // job.shards,
+        "gradients": 4 * count.total // job.shards,
+        "optimizer": moments // job.shards,
+        "copies": copies,
+        "activations": accounting.activation_bytes(job.config, job.tokens, checkpointing=job.checkpointing),
+        "loss": held_logits(job) if job.strategy == "deepspeed_zero3" else _chunked_loss(job),
+    }
+
+
+def held_logits(job: Job) -> int:
+    """Bytes that a loss from all the logits of one pass holds."""
+    return HELD_LOGIT * job.tokens * job.config.vocab_size
+
+
+def _chunked_loss(job: Job) -> int:
+    vocabulary, width = job.config.vocab_size, job.config.hidden_size
+    rows = min(max(MIN_CHUNK_ROWS, CHUNK_ELEMENTS // vocabulary), job.tokens)
+    return CHUNK_LOGIT * rows * vocabulary + (4 + 2) * vocabulary * width + 2 * job.tokens * width
+
+
+def logits_avoided(job: Job) -> int:
+    """Bytes that our loss saves on this job; 0 where the logits are held."""
+    return 0 if job.strategy == "deepspeed_zero3" else max(0, held_logits(job) - _chunked_loss(job))
+
+
+def communication(job: Job) -> dict[str, int]:
+    """Bytes that one device sends in an optimizer step, by purpose; ring collectives (Patarasuk and Yuan 2009).
+
+    DDP: one all-reduce of the fp32 gradients, 2 (n - 1) / n of them. Shards: the bf16 weights are gathered for every
+    forward and backward pass, (n - 1) / n of them each time, and the bf16 gradients scattered once a step (ZeRO,
+    section 7). Muon: its momenta go to the device that works on the whole matrix, and its updates back, in bf16, each
+    device 1 / n of them; replicas work on all the matrices and send none.
+    """
+    count = Parameters.of(job.config)
+    n = job.gpus
+    if n == 1:
+        return {"gradients": 0, "weights": 0, "muon": 0}
+    if job.strategy == "ddp":
+        return {"gradients": 2 * 4 * count.total * (n - 1) // n, "weights": 0, "muon": 0}
+    return {
+        "gradients": 2 * count.total * (n - 1) // n,
+        "weights": 2 * 2 * count.total * job.accumulation * (n - 1) // n,
+        "muon": 2 * 2 * count.hidden * (n - 1) // n**2 if job.muon else 0,
+    }
+
+
+def newton_schulz_flops(config: PretrainedConfig) -> int:
+    """FLOPs of Muon's iteration over all matrices, once: a step for a matrix of r x c, r <= c, takes 4 r r c + 2 r^3.
+
+    Three products (`recipe.orthogonalise`): the Gram matrix of c columns, its square, and their sum with the matrix.
+    """
+    model = accounting.meta_model(config)
+    shapes = [
+        sorted(parameter.shape)
+        for group in parameter_groups(model, 0.0)
+        if group["use_muon"]
+        for parameter in group["params"]
+    ]
+    return NEWTON_SCHULZ_STEPS * sum(4 * r * r * c + 2 * r**3 for r, c in shapes)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds of an optimizer step that the parts take, and tokens a second of all devices together."""
+
+    compute: float
+    muon: float
+    communication: float
+    tokens_per_second: float
+
+
+def speed(job: Job, mfu: float) -> Speed:
+    """The speed at a model FLOPs utilisation of `mfu`, which is an assumption and no result.
+
+    Compute: `accounting.flops_per_token` over the peak, a third more with checkpointing, which forms every layer
+    again. Communication goes on meanwhile; the longer of the two makes the step. Muon's iteration is shared by the
+    shards, and repeated by every replica.
+
+    Raises:
+        ValueError: unless `mfu` is above 0 and at most 1.
+    """
+    if not 0 < mfu <= 1:
+        raise ValueError(f"mfu {mfu} must be above 0 and at most 1; 0.4 is usual for models of billions of parameters")
+    useful = accounting.flops_per_token(job.config, job.block_size) * job.tokens * job.accumulation
+    compute = useful * (4 / 3 if job.checkpointing else 1) / (job.gpu.flops * mfu)
+    muon = newton_schulz_flops(job.config) / job.shards / (job.gpu.flops * mfu) if job.muon else 0.0
+    sent = communication(job)
+    sending = (sent["gradients"] + sent["weights"]) / job.ring + sent["muon"] / job.direct
+    return Speed(compute, muon, sending, job.tokens_per_step / max(compute + muon, sending))
+
+
+def fits(job: Job) -> bool:
+    return sum(memory(job).values()) <= USABLE * job.gpu.memory
+
+
+def candidates(job: Job, strategies: tuple[str, ...], checkpointing: bool | None) -> Iterator[Job]:
+    """The job in the ways that it may be laid out, the fastest first: replicas before shards, then recomputation."""
+    for again in (False, True) if checkpointing is None else (checkpointing,):
+        for strategy in strategies:
+            muon = job.muon and strategy != "deepspeed_zero3"
+            yield replace(job, strategy=strategy, checkpointing=again, muon=muon)
+
+
+def lay_out(name: str, job: Job, gpu_name: str, strategies: tuple[str, ...], checkpointing: bool | None) -> Job:
+    """The first of `candidates` that fits into memory.
+
+    Raises:
+        ValueError: if none does, naming what would: fewer rows, more devices, larger ones.
+    """
+    tried = list(candidates(job, strategies, checkpointing))
+    for candidate in tried:
+        if fits(candidate):
+            return candidate
+    least = min(tried, key=lambda candidate: sum(memory(candidate).values()))
+    ways = []
+    if job.batch_size > 1 and fits(replace(least, batch_size=1)):
+        ways.append("--per_device_train_batch_size 1")
+    if job.checkpointing is False and checkpointing is False and fits(replace(least, checkpointing=True)):
+        ways.append("--gradient_checkpointing")
+    shards = replace(least, strategy="fsdp2", checkpointing=checkpointing is not False)
+    more = next((n for n in (2**k for k in range(1, 13)) if n > job.gpus and fits(replace(shards, gpus=n))), None)
+    if more is not None:
+        ways.append(f"{more} x {gpu_name} with --strategy fsdp2")
+    larger = [key for key, gpu in GPUS.items() if gpu.memory > job.gpu.memory and fits(replace(shards, gpu=gpu))]
+    if larger:
+        best = min(larger, key=lambda key: GPUS[key].memory)
+        ways.append(f"{job.gpus} x {best}" + (" with --strategy fsdp2" if job.gpus > 1 else ""))
+    needed, there = sum(memory(least).values()) / 2**30, USABLE * job.gpu.memory / 2**30
+    raise ValueError(
+        f"{name} does not fit on {job.gpus} x {gpu_name}: the least is {needed:,.1f} GiB a device, of "
+        f"{there:,.1f}; "
+        + (f"what would fit: {'; '.join(ways)}" if ways else "shorten --block_size or take a smaller preset")
+    )

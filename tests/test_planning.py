@@ -1,0 +1,211 @@
+"""The plan against sums over real parameters, counted arithmetic, measured memory, and figures that were published."""
+
+import math
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM, accounting, planning
+from hf_decoder.cli.main import main
+from hf_decoder.launch import configuration_file
+from hf_decoder.planning import GPUS, Job, communication, memory, speed
+from hf_decoder.presets import PRESETS
+from hf_decoder.recipe import MuonAdamW, orthogonalise, parameter_groups
+
+SHAPE = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+def config_of(preset: str, **kwargs) -> HfDecoderConfig:
+    return HfDecoderConfig(vocab_size=32768, **PRESETS[preset], **kwargs)
+
+
+def test_zero_s_published_figure():
+    """ZeRO, figure 1: 7.5B parameters, 64 devices, 16 bytes a parameter: 120 GB in replicas, 1.9 GB in shards."""
+    config = config_of("8b")
+    job = Job(config, GPUS["h100"], gpus=64, muon=False)
+    scale = 7.5e9 / accounting.num_parameters(config)
+    states = ("weights", "gradients", "optimizer")
+    replicas = memory(replace(job, strategy="ddp"))
+    assert sum(replicas[name] for name in states) * scale == pytest.approx(120e9, rel=1e-6)
+    assert sum(memory(job)[name] for name in states) * scale == pytest.approx(1.9e9, rel=0.02)
+
+
+@pytest.mark.parametrize("muon", [True, False])
+@pytest.mark.parametrize("tied", [True, False])
+def test_states_are_those_of_a_real_model_and_optimizer(muon, tied):
+    config = HfDecoderConfig(vocab_size=96, tie_word_embeddings=tied, qk_norm=True, **SHAPE)
+    model = HfDecoderForCausalLM(config)
+    groups = parameter_groups(model, 0.1)
+    if not muon:
+        groups = [{**group, "use_muon": False} for group in groups]
+    optimizer = MuonAdamW(groups)
+    ids = torch.arange(24)[None] % 96
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    held = sum(value.nbytes for state in optimizer.state.values() for value in state.values() if value.ndim)
+    planned = memory(Job(config, GPUS["h100"], strategy="ddp", muon=muon))
+    parameters = list(model.parameters())
+    assert planned["weights"] == planned["gradients"] == sum(p.grad.nbytes for p in parameters)
+    assert planned["optimizer"] == held
+    counted = planning.Parameters.of(config)
+    assert counted.layer == sum(p.numel() for p in model.model.layers[1].parameters())
+    assert counted.embedding + counted.head == sum(
+        module.weight.numel()
+        for module in {model.lm_head, model.model.embed_tokens}
+        if not tied or module != model.lm_head
+    )
+
+
+def test_shards_divide_the_states_and_gather_little():
+    job = Job(config_of("8b"), GPUS["h100"], gpus=1, strategy="fsdp2")
+    one, many = memory(job), memory(replace(job, gpus=64))
+    for name in ("weights", "gradients", "optimizer"):
+        assert many[name] == one[name] // 64
+    assert many["activations"] == one["activations"]
+    assert many["copies"] < 0.2 * 2 * accounting.num_parameters(job.config)
+    waiting = memory(replace(job, gpus=64, accumulation=4))["copies"] - many["copies"]
+    assert waiting == 2 * accounting.num_parameters(job.config)
+
+
+def test_activations_agree_with_accounting():
+    config = config_of("350m")
+    job = Job(config, GPUS["h100"], strategy="ddp", batch_size=4, block_size=512, muon=False)
+    planned = memory(job)
+    states = planned["weights"] + planned["gradients"] + planned["optimizer"]
+    assert states + planned["activations"] == accounting.training_bytes(config, 4, 512)
+    again = memory(replace(job, checkpointing=True))["activations"]
+    inputs = 4 * 512 * config.num_hidden_layers * config.hidden_size * 4  # every layer's input, fp32
+    assert again - inputs == planned["activations"] // config.num_hidden_layers
+
+
+def test_newton_schulz_flops_are_those_that_torch_counts():
+    config = HfDecoderConfig(vocab_size=96, qk_norm=True, **SHAPE)
+    model = HfDecoderForCausalLM(config)
+    with FlopCounterMode(display=False) as counter:
+        for parameter in parameter_groups(model, 0.0)[0]["params"]:
+            orthogonalise(parameter.detach()[None])
+    assert planning.newton_schulz_flops(config) == counter.get_total_flops()
+
+
+def test_communication_of_shards_and_replicas():
+    config = config_of("8b")
+    total, n = accounting.num_parameters(config), 8
+    job = Job(config, GPUS["h100"], gpus=n, muon=False)
+    # ZeRO, section 7: stage 3 sends 1.5 times what replicas send, for numbers of the same size
+    shards, replicas = communication(job), communication(replace(job, strategy="ddp"))
+    assert sum(shards.values()) == pytest.approx(1.5 * sum(replicas.values()) / 2, rel=1e-9)
+    assert replicas["gradients"] == pytest.approx(2 * 4 * total * (n - 1) / n)
+    twice = communication(replace(job, accumulation=2))
+    assert (twice["weights"], twice["gradients"]) == (2 * shards["weights"], shards["gradients"])
+    assert sum(communication(replace(job, gpus=1)).values()) == 0
+    muon = communication(replace(job, muon=True))["muon"]
+    assert 0 < muon < sum(shards.values()) / n
+
+
+def test_speed_is_mfu_turned_around():
+    config = config_of("1b")
+    job = Job(config, GPUS["h100"], gpus=8, strategy="ddp", batch_size=16, block_size=2048, muon=False)
+    planned = speed(job, 0.4)
+    assert planned.communication < planned.compute
+    flops = accounting.flops_per_token(config, 2048)
+    assert accounting.mfu(planned.tokens_per_second / 8, flops, 989.4e12) == pytest.approx(0.4)
+    slower = speed(replace(job, checkpointing=True), 0.4)
+    assert slower.tokens_per_second == pytest.approx(planned.tokens_per_second * 3 / 4)
+    few_rows = replace(job, batch_size=1, block_size=64, gpus=64, strategy="fsdp2")
+    waiting = speed(few_rows, 0.4)
+    assert waiting.communication > waiting.compute
+    assert waiting.tokens_per_second == pytest.approx(few_rows.tokens_per_step / waiting.communication)
+    # replicas repeat Muon's iteration, shards divide it
+    with_muon = replace(job, muon=True)
+    assert speed(with_muon, 0.4).muon == pytest.approx(8 * speed(replace(with_muon, strategy="fsdp2"), 0.4).muon)
+
+
+@pytest.mark.parametrize("mfu", [0.0, -1.0, 1.5, math.nan])
+def test_an_impossible_utilisation_is_refused(mfu):
+    with pytest.raises(ValueError, match="above 0 and at most 1"):
+        speed(Job(config_of("1b"), GPUS["h100"]), mfu)
+
+
+def test_logits_that_are_not_held():
+    job = Job(config_of("1b"), GPUS["h100"], batch_size=8, block_size=4096)
+    assert planning.held_logits(job) == 14 * 8 * 4096 * 32768
+    assert planning.logits_avoided(job) == planning.held_logits(job) - memory(job)["loss"] > 10e9
+    held = replace(job, strategy="deepspeed_zero3", muon=False)
+    assert planning.logits_avoided(held) == 0 and memory(held)["loss"] == planning.held_logits(held)
+
+
+# ------------------------------------------------------------------------------------------------ the command
+
+
+def plan(capsys, *flags: str) -> str:
+    assert main(["plan", *flags]) == 0
+    return capsys.readouterr().out
+
+
+def test_the_plan_of_a_large_model(capsys):
+    text = plan(capsys, "--preset", "8b", "--gpus", "64")
+    assert "8b, 7.68 B parameters, on 64 x h100: fsdp2" in text
+    amounts = dict(re.findall(r"^  (\w+) +([\d.]+)(?:  of .*)?$", text, flags=re.MULTILINE))
+    parts = ("weights", "gradients", "optimizer", "copies", "activations", "loss")
+    memories = text[: text.index("sent by a device")]
+    found = dict(re.findall(r"^  (\w+) +([\d.]+)(?:  of .*)?$", memories, flags=re.MULTILINE))
+    assert sum(float(found[name]) for name in parts) == pytest.approx(float(found["together"]), abs=0.05)
+    assert amounts["muon"]
+    command = text.splitlines()[-1]
+    assert f"--config_file {configuration_file('fsdp2')} --num_processes 64 --num_machines 8" in command
+    assert "scripts/pretrain.py --preset 8b --vocab_size 32768 --block_size 4096" in command
+
+
+def test_the_command_has_flags_that_pretrain_knows(capsys):
+    text = plan(capsys, "--preset", "1b", "--gpus", "2", "--gpu", "l40s", "--gradient_accumulation_steps", "4",
+                "--optim", "adamw_torch", "--strategy", "deepspeed_zero3", "--block_size", "512")  # fmt: skip
+    assert "--optim adamw_torch" in text
+    flags = re.findall(r"--\w+", text.splitlines()[-1].partition("scripts/pretrain.py")[2])
+    with pytest.raises(SystemExit):
+        main(["pretrain", "--help"])
+    known = capsys.readouterr().out
+    assert len(flags) >= 7 and all(re.search(rf"{flag}\b", known) for flag in flags)
+
+
+def test_a_small_model_is_replicated_a_larger_one_sharded_a_tight_one_computed_again(capsys):
+    assert ": ddp\n" in plan(capsys, "--preset", "125m", "--gpus", "8", "--block_size", "1024")
+    assert ": fsdp2\n" in plan(capsys, "--preset", "8b", "--gpus", "8", "--gpu", "h200", "--block_size", "1024")
+    tight = plan(capsys, "--preset", "8b", "--gpus", "8", "--block_size", "8192", "--per_device_train_batch_size", "2")
+    assert ": fsdp2, activations formed again" in tight and "--gradient_checkpointing" in tight
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--preset", "9b"], "preset '9b' is unknown; choose one of: nano"),
+        (["--gpu", "h1000"], "--gpu 'h1000' is unknown; choose one of: a100"),
+        (["--strategy", "fsdp1"], "--strategy 'fsdp1' is unknown; choose one of: auto, ddp"),
+        (["--optim", "lion"], "--optim 'lion' is unknown"),
+        (["--gpus", "0"], "--gpus 0 must be positive"),
+        (["--gpus", "12"], "--gpus 12 does not fill machines of --gpus_per_node 8"),
+        (["--block_size", "100000"], "is more than the context of preset 1b, 4096"),
+        (["--mfu", "40"], "mfu 40.0 must be above 0 and at most 1"),
+        (["--strategy", "deepspeed_zero3"], "takes no Muon; add --optim adamw_torch"),
+        (["--preset", "8b", "--gpus", "1", "--gpu", "rtx4090"], "does not fit on 1 x rtx4090: the least is"),
+        (["--preset", "8b", "--gpus", "1", "--gpu", "rtx4090"], "8 x rtx4090 with --strategy fsdp2; 1 x h200"),
+        (
+            ["--preset", "1b", "--gpus", "1", "--gpu", "a100-40gb", "--per_device_train_batch_size", "64"],
+            "what would fit: --per_device_train_batch_size 1",
+        ),
+    ],
+)
+def test_what_cannot_be_is_said_in_one_line(flags, words, capsys):
+    assert main(["plan", *flags]) == 2
+    (line,) = [line for line in capsys.readouterr().err.strip().splitlines() if "error" in line]
+    assert line.startswith("hf-decoder plan: error: ") and words in line
+
+
+def test_what_would_fit_fits(capsys):
+    assert main(["plan", "--preset", "8b", "--gpus", "1", "--gpu", "rtx4090"]) == 2
+    assert "8 x rtx4090" in capsys.readouterr().err
+    plan(capsys, "--preset", "8b", "--gpus", "8", "--gpu", "rtx4090", "--strategy", "fsdp2")
+    plan(capsys, "--preset", "8b", "--gpus", "1", "--gpu", "h200")
+    assert main(["plan", "--preset", "8b", "--gpus", "4", "--gpu", "rtx4090", "--strategy", "fsdp2"]) == 2
