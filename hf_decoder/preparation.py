@@ -122,6 +122,8 @@ def make_streamed_rows(
         "block_size": block_size,
         "shuffle_buffer_size": buffer_size,
         "dataloader_num_workers": args.dataloader_num_workers,
+        "processes": args.world_size,
+        "per_device_train_batch_size": args.per_device_train_batch_size,
         "content": hashlib.sha256("\n".join(text.identity).encode()).hexdigest()[:16],
     }
     report = StreamReport(text.num_bytes, _bytes_per_token(text, tokenizer), block_size)

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from transformers import LlamaConfig, TrainerControl, TrainerState, TrainingArguments
@@ -142,3 +143,27 @@ def test_what_differs_is_named(tmp_path, tokenizer):
         check_same_run(checkpoint, run(block=32, vocab_size=300))
     with pytest.raises(ValueError, match="tokenizer differs, vocab_size was 300 and is 400 now"):
         check_same_run(checkpoint, run(vocab_size=400))
+
+
+def test_another_number_of_processes_goes_on_where_a_step_takes_as_many_rows(tmp_path, tokenizer):
+    config = LlamaConfig(hidden_size=8, num_attention_heads=2, vocab_size=32)
+
+    def run(processes=1, rows=8, steps=1, seed=42):
+        args = SimpleNamespace(per_device_train_batch_size=rows, seed=seed, data_seed=None)
+        args.gradient_accumulation_steps, args.world_size = steps, processes
+        return describe_run(config, tokenizer, {}, args=args)
+
+    checkpoint = write(tmp_path, 5, whole=False)
+    mark_complete(checkpoint, run())
+    for same in (run(), run(processes=2, rows=4), run(processes=2, rows=2, steps=2), run(rows=4, steps=2)):
+        check_same_run(checkpoint, same)
+    for other, words in [
+        (run(rows=4), "the training differs, rows_per_step was 8 and is 4 now"),
+        (run(steps=2), "rows_per_step was 8 and is 16"),
+        (run(processes=2), "rows_per_step was 8 and is 16"),
+        (run(processes=2, rows=4, seed=1), "seed was 42 and is 1"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            check_same_run(checkpoint, other)
+    mark_complete(checkpoint, {part: what for part, what in run().items() if part != "training"})
+    check_same_run(checkpoint, run(rows=4))

@@ -112,6 +112,10 @@ def test_killed_and_resumed(flags, undisturbed, tmp_path, number):
         (["--dataloader_num_workers", "1"], "dataloader_num_workers was 0 and is 1 now"),
         (["--block_size", "32"], "block_size was 64 and is 32 now"),
         (["--seed", "3"], "seed was 42 and is 3 now"),
+        (
+            ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "4"],
+            "per_device_train_batch_size was 4 and is 2 now",
+        ),
     ],
 )
 def test_resuming_in_another_order_is_refused(fails, flags, undisturbed, tmp_path, more, words):
