@@ -49,6 +49,7 @@ LARGEST_SIZES = {
     "num_key_value_heads": 1 << 14,
     "head_dim": 1 << 14,
     "max_position_embeddings": 1 << 31,
+    "sliding_window": 1 << 31,
 }
 
 
@@ -185,7 +186,7 @@ class HfDecoderConfig(PreTrainedConfig):
         # before anything is derived from them
         for name, largest in LARGEST_SIZES.items():
             value = getattr(self, name)
-            if value is not None and value <= 0:
+            if value is not None and value <= 0 and name != "sliding_window":  # which has a lowest value of its own
                 raise ValueError(f"{name}={value} is not possible; it must be a positive integer")
             if value is not None and value > largest:
                 raise ValueError(f"{name}={value} is not possible; it must be at most {largest}")

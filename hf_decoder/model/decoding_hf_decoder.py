@@ -147,7 +147,10 @@ class DecodingStep:
         if position_ids is None:
             position_ids = torch.full((1, 1), past, device=input_ids.device)
         with reading_weights_once(input_ids, self.embedding.dtype):
-            hidden = nn.functional.embedding(input_ids, self.embedding)
+            try:
+                hidden = nn.functional.embedding(input_ids, self.embedding)
+            except IndexError:  # the model says it in words
+                return None
             cos, sin = self.rotary(hidden, position_ids)
             if not static:
                 return self._decode(hidden, cos, sin, bias, cache.update)

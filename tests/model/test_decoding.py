@@ -1,0 +1,271 @@
+"""The decoding step gives what the modules give, and steps aside where something hangs on these."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny_models import random_ids
+from tiny_models import tiny_model as eager_model
+from torch import nn
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
+
+from hf_decoder.model import decoding_hf_decoder
+from hf_decoder.model.decoding_hf_decoder import DecodingStep
+
+NEW_TOKENS = 10
+VARIANTS = {
+    "plain": {},
+    "qk-norm": {"qk_norm": True},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "multi-query": {"num_key_value_heads": 1},
+    "multi-head": {"num_key_value_heads": 4, "num_attention_heads": 4},
+    "untied": {"tie_word_embeddings": False},
+    "nope": {"no_rope_layers": [1, 0]},
+    "partial-rotary": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+    "dynamic-rope": {
+        "max_position_embeddings": 16,
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
+    },
+    "softcap": {"final_logit_softcapping": 2.0},
+    "gelu": {"hidden_act": "gelu"},
+    "windows": {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
+    "short-windows": {"sliding_window": 4},
+}
+
+
+@pytest.fixture
+def steps(monkeypatch) -> list[torch.Tensor]:
+    """Collects the logits of every step that is taken directly."""
+    taken: list[torch.Tensor] = []
+    step = DecodingStep.__call__
+
+    def recorded(self, *inputs, **kwargs):
+        logits = step(self, *inputs, **kwargs)
+        if logits is not None:
+            taken.append(logits)
+        return logits
+
+    monkeypatch.setattr(DecodingStep, "__call__", recorded)
+    return taken
+
+
+def tiny_model(**overrides):
+    return eager_model(attn_implementation="sdpa", **overrides)
+
+
+def generated(model, ids: torch.Tensor, **settings):
+    """Tokens and the logits of each."""
+    fixed = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    out = model.generate(ids, return_dict_in_generate=True, output_logits=True, **fixed | settings)
+    return out.sequences, torch.stack(out.logits, 1)
+
+
+def through_modules(model, ids: torch.Tensor, **settings):
+    """The same by a copy of the model on which a hook hangs that does nothing."""
+    slow = copy.deepcopy(model)
+    slow.model.norm.register_forward_hook(lambda module, inputs, output: None)
+    return generated(slow, ids, **settings)
+
+
+def padded(rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    ids, mask = random_ids(rows, length), torch.ones(rows, length, dtype=torch.long)
+    for row in range(1, rows):
+        mask[row, : 2 * row] = 0
+    return ids, mask
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_step_gives_the_tokens_and_logits_of_the_modules(variant: str, cache: str | None, steps):
+    model = tiny_model(**VARIANTS[variant])
+    ids, mask = padded(3, 9)
+    slow = {"attention_mask": mask}
+    fast = {**slow, "cache_implementation": cache, "disable_compile": True} if cache else slow
+    for inputs, settings in ((ids[:1], {}), (ids, {"attention_mask": mask})):
+        expected = through_modules(model, inputs, **settings)
+        assert not steps
+        tokens, logits = generated(
+            model, inputs, **(fast | settings if len(inputs) > 1 else {**fast, "attention_mask": None})
+        )
+        torch.testing.assert_close(logits, expected[1], rtol=0, atol=2e-5)
+        torch.testing.assert_close(tokens, expected[0])
+        windowed = "windows" in variant
+        assert len(steps) == (0 if cache and windowed else NEW_TOKENS - 1)
+        steps.clear()
+
+
+def test_other_caches_and_searches_give_the_same_tokens(steps):
+    model = tiny_model()
+    ids, mask = padded(2, 9)
+    for settings in (
+        {"num_beams": 3},
+        {"do_sample": True, "top_k": 20, "num_return_sequences": 2},
+        {"past_key_values": "without config"},
+    ):
+        runs = []
+        for run in (through_modules, generated):
+            torch.manual_seed(3)
+            own = {"past_key_values": DynamicCache()} if "past_key_values" in settings else settings
+            runs.append(run(model, ids, attention_mask=mask, **own)[0])
+            assert bool(steps) == (run is generated)
+        assert torch.equal(*runs)
+        steps.clear()
+
+
+def test_a_hook_is_called_for_every_token(steps):
+    model, calls = tiny_model(), []
+    hook = model.model.layers[1].mlp.up_proj.register_forward_hook(lambda *inputs: calls.append(1))
+    model.generate(random_ids(1, 5), max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None)
+    assert len(calls) == NEW_TOKENS and not steps
+    hook.remove()
+    model.generate(random_ids(1, 5), max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None)
+    assert len(calls) == NEW_TOKENS and len(steps) == NEW_TOKENS - 1
+
+
+def hang_lora(model):
+    get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False))
+
+
+def replace_forward(model):
+    norm = model.model.layers[0].input_layernorm
+    norm.forward = lambda x: 2 * type(norm).forward(norm, x)
+
+
+def replace_module(model):
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    old = model.model.layers[0].mlp.up_proj
+    new = Doubled(old.in_features, old.out_features, bias=False)
+    new.load_state_dict(old.state_dict())
+    model.model.layers[0].mlp.up_proj = new
+
+
+def hang_everywhere(model):
+    return nn.modules.module.register_module_forward_hook(lambda module, inputs, output: None)
+
+
+@pytest.mark.parametrize("change", [hang_lora, replace_forward, replace_module, hang_everywhere])
+def test_changed_modules_are_called(change, steps):
+    model = tiny_model()
+    generated(model, random_ids(1, 5))  # a step is known from before the change
+    assert steps
+    steps.clear()
+    handle = change(model)
+    try:
+        tokens, logits = generated(model, random_ids(1, 5))
+    finally:
+        if handle is not None:
+            handle.remove()
+    assert not steps
+    whole = model(tokens, use_cache=False).logits[:, -NEW_TOKENS - 1 : -1]
+    torch.testing.assert_close(logits, whole, rtol=0, atol=2e-5)
+
+
+def test_what_a_caller_asks_for_beside_logits_comes_from_the_modules(steps):
+    model = tiny_model()
+    out = model.generate(
+        random_ids(1, 5), max_new_tokens=4, eos_token_id=None, output_hidden_states=True, return_dict_in_generate=True
+    )
+    assert not steps and [len(states) for states in out.hidden_states] == [3] * 4
+    generated(model, random_ids(1, 5))  # the recorders that transformers leaves on the modules record nothing now
+    assert len(steps) == NEW_TOKENS - 1
+
+
+def test_new_weights_are_seen(steps):
+    model = tiny_model()
+    ids = random_ids(1, 5)
+    generated(model, ids)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.mul_(3)
+        model.model.layers[1].self_attn.q_proj.weight = nn.Parameter(
+            torch.randn_like(model.model.layers[1].self_attn.q_proj.weight)
+        )
+    expected = through_modules(model, ids)
+    steps.clear()
+    assert torch.equal(generated(model, ids)[0], expected[0]) and steps
+
+
+@torch.no_grad()
+def test_half_precision_is_no_further_from_the_truth_than_the_modules_are(steps):
+    model = tiny_model(qk_norm=True)
+    ids = random_ids(1, 5)
+    errors = []
+    tokens, _ = generated(model, ids)
+    truth = model(tokens, use_cache=False).logits[:, -NEW_TOKENS - 1 : -1]
+    half = copy.deepcopy(model).bfloat16()
+    for run in (generated, through_modules):
+        forced = {"prefix_allowed_tokens_fn": lambda row, seen: [int(tokens[0, len(seen)])]}  # the same text for both
+        errors.append((run(half, ids, **forced)[1].float() - truth).square().mean().sqrt())
+    assert errors[0] <= 1.1 * errors[1]
+    assert torch.backends.mkldnn.enabled
+
+
+def test_the_kernels_are_given_back_when_a_step_fails(monkeypatch):
+    model = tiny_model().bfloat16()
+
+    def fail(*inputs):
+        raise KeyError("broken")
+
+    monkeypatch.setattr(decoding_hf_decoder, "apply_rotary_pos_emb", fail)
+    with pytest.raises(KeyError):
+        generated(model, random_ids(1, 5))
+    assert torch.backends.mkldnn.enabled
+
+
+def test_a_token_out_of_range_is_named():
+    model = tiny_model()
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad(), decoding_hf_decoder.Decoding(model):
+        model(random_ids(1, 5), past_key_values=cache, use_cache=True)
+        with pytest.raises(ValueError, match="vocabulary ends at"):
+            model(torch.tensor([[10**6]]), past_key_values=cache, use_cache=True)
+
+
+def test_compiled_step(steps, tmp_path):
+    model = tiny_model(qk_norm=True, attention_bias=True, sliding_window=None)
+    ids, mask = padded(3, 9)
+    model.generation_config = GenerationConfig(cache_implementation="static", pad_token_id=0, do_sample=False)
+    model.save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)  # the switch is saved with the model
+    calls = [(ids[:1], None, 9), (ids, mask, 9), (ids[:1, :4], None, 20), (ids[:2], mask[:2], 30), (ids, None, 5)]
+    for turn, (inputs, inputs_mask, count) in enumerate(calls):
+        settings = {"attention_mask": inputs_mask, "max_new_tokens": count}
+        expected = through_modules(model, inputs, **settings, cache_implementation=None)
+        with torch._dynamo.config.patch(error_on_recompile=turn > 2):  # rows or one row, padding or none: three graphs
+            tokens, logits = generated(model, inputs, **settings)
+        assert torch.equal(tokens, expected[0])
+        torch.testing.assert_close(logits, expected[1], rtol=0, atol=2e-5)
+        assert len(steps) == count - 1
+        steps.clear()
+    assert DecodingStep.of(model)._compiled is not None
+
+
+@pytest.mark.parametrize("failure", ["at once", "in the middle"])
+def test_without_a_compiler_the_step_runs_as_it_is(failure: str, steps, monkeypatch, caplog):
+    model = tiny_model()
+    seen: list[int] = []
+
+    def no_compiler(function, **options):
+        def call(*inputs):
+            seen.append(1)
+            if failure == "at once" or len(seen) > 2:
+                raise RuntimeError("no C++ compiler found")
+            return function(*inputs)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    expected = generated(model, random_ids(1, 5))
+    steps.clear()
+    assert torch.equal(generated(model, random_ids(1, 5), cache_implementation="static")[0], expected[0])
+    assert len(steps) == NEW_TOKENS - 1 and len(seen) == (1 if failure == "at once" else 3)
+
+
+def test_disable_compile_is_heard(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda *inputs, **options: pytest.fail("compiled"))
+    model = tiny_model()
+    settings = {"cache_implementation": "static", "disable_compile": True}
+    assert torch.equal(generated(model, random_ids(1, 5), **settings)[0], generated(model, random_ids(1, 5))[0])
