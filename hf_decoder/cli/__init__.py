@@ -254,12 +254,15 @@ def _load(auto_class: Any, name: str, trust_remote_code: bool, adapter: str | No
     from transformers.utils import logging
 
     from hf_decoder.checkpoints import check_content
+    from hf_decoder.interop.checkpoint import INDEX_NAME, read_weight_map
 
     base = _base(name)
     if base != name:
         adapter, name = adapter or name, base
     config = load_config(name, trust_remote_code=trust_remote_code)
     check_content(name)  # of a training's checkpoint, which has digests
+    if (index := Path(name).expanduser() / INDEX_NAME).is_file():
+        read_weight_map(index)  # transformers follows it out of the folder
     new_head = "id2label" in kwargs or "num_labels" in kwargs
     for key in ("num_labels", "id2label", "label2id"):
         if key in kwargs:

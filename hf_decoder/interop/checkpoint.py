@@ -111,6 +111,23 @@ def locate(name: str, revision: str | None = None) -> Path:
         raise ValueError(f"{name} is neither a folder here nor a model that the Hub gives us: {reason}") from None
 
 
+def read_weight_map(index_file: Path) -> dict[str, str]:
+    """Tensor name -> file of the index of a checkpoint in several files.
+
+    Raises:
+        ValueError: if it is damaged, or names a file outside of its own folder.
+    """
+    try:
+        weight_map = json.loads(index_file.read_text(encoding="utf-8"))["weight_map"]
+        files = sorted(set(weight_map.values()))
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index_file} is damaged: {error}") from None
+    for file in files:
+        if not isinstance(file, str) or not file or re.search(r"[/\\\0]", file) or file in (".", ".."):
+            raise ValueError(f"{index_file} names the shard {file!r}, which is not a file of its own folder")
+    return weight_map
+
+
 def read_tensors(folder: Path) -> Tensors:
     """Every tensor of a folder's safetensors files, by name.
 
@@ -123,15 +140,9 @@ def read_tensors(folder: Path) -> Tensors:
         if not single.is_file():
             raise ValueError(f"folder {folder} holds neither {WEIGHTS_NAME} nor {INDEX_NAME}")
         return _read_file(single)
-    try:
-        weight_map = json.loads(index_file.read_text(encoding="utf-8"))["weight_map"]
-        files = sorted(set(weight_map.values()))
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index_file} is damaged: {error}") from None
+    weight_map = read_weight_map(index_file)
     tensors: Tensors = {}
-    for file in files:
-        if not isinstance(file, str) or not file or re.search(r"[/\\\0]", file) or file in (".", ".."):
-            raise ValueError(f"{index_file} names the shard {file!r}, which is not a file of its own folder")
+    for file in sorted(set(weight_map.values())):
         if not (folder / file).is_file():
             raise ValueError(f"shard {file} that {index_file} names is absent; copy or download it again")
         for name, tensor in _read_file(folder / file).items():

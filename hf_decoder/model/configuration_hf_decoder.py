@@ -331,7 +331,7 @@ class HfDecoderConfig(PreTrainedConfig):
             if value is not None and (
                 isinstance(value, bool)
                 or not isinstance(value, float | int)
-                or not low <= value < float("inf")
+                or not low <= value < 1e18  # also where a whole number is too large for a tensor
                 or not value
             ):
                 raise ValueError(
