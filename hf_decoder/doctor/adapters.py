@@ -8,7 +8,7 @@ import torch
 
 from hf_decoder.doctor.numerics import TOLERANCE, difference
 from hf_decoder.doctor.report import Check, Finding, failed, passed, warned
-from hf_decoder.doctor.subject import Subject, quiet
+from hf_decoder.doctor.subject import Subject, first_line, quiet
 
 
 def check_lora(subject: Subject) -> Finding:
@@ -35,7 +35,10 @@ def check_lora(subject: Subject) -> Finding:
                 "PEFT does not know which modules to change; target_modules='all-linear' works",
                 "name target_modules in every LoraConfig",
             )
-            tuned = get_peft_model(model, LoraConfig(target_modules="all-linear", **settings))
+            try:
+                tuned = get_peft_model(model, LoraConfig(target_modules="all-linear", **settings))
+            except ValueError as error:
+                return warned(f"PEFT has no LoRA for this class: {first_line(error)}", "tune all weights instead")
     torch.random.set_rng_state(torch_state)
     tuned.eval()
     adapted = logits(tuned)

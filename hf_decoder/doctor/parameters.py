@@ -16,9 +16,13 @@ from hf_decoder.interop.checkpoint import read_tensors
 
 # An angle is a product in fp32: its error is up to 2**-24 of it, and the frequency's own rounding adds as much again.
 ANGLE_ERROR = 2.0**-22
+NO_FORMULA = "no rotary embedding of the form that one formula describes"
 
 
-def _rotary_modules(model: nn.Module) -> dict[str, nn.Module]:
+def _rotary_modules(model: Any) -> dict[str, nn.Module]:
+    """The rotary embeddings, by name, if one set of `rope_parameters` describes them."""
+    if "rope_type" not in (getattr(model.config.get_text_config(), "rope_parameters", None) or {}):
+        return {}
     return {
         name: module
         for name, module in model.named_modules()
@@ -34,7 +38,11 @@ def _frequencies(config: Any, pairs: int) -> tuple[torch.Tensor, float]:
     """
     rope = config.rope_parameters
     if rope["rope_type"] == "default":
-        exponents = torch.arange(pairs, dtype=torch.float64) / pairs
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        rotary_dim = int(head_dim * (rope.get("partial_rotary_factor") or 1.0))
+        if -(-rotary_dim // 2) != pairs:  # a class that turns another number of dimensions than the fields say
+            rotary_dim = 2 * pairs
+        exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float64) / rotary_dim
         return rope["rope_theta"] ** -exponents, 1.0
     inv_freq, scale = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config)
     return inv_freq.double(), scale
@@ -56,23 +64,24 @@ def _angle_error(module: nn.Module, config: Any) -> float:
     module = copy.deepcopy(module)  # some scalings change their buffers when they are called
     frequencies, scale = _frequencies(config, module.inv_freq.numel())  # type: ignore[operator]
     angles = positions[0, :, None].double() * frequencies
-    angles = torch.cat((angles, angles), dim=-1)
     cos, sin = module(torch.zeros(1, 1), positions)
-    allowed = (1e-5 + angles * ANGLE_ERROR) * abs(scale)
-    errors = [
-        (found[0].double() - exact * scale).abs() / allowed
-        for found, exact in ((cos, angles.cos()), (sin, angles.sin()))
-    ]
-    return max(float(error.max()) for error in errors)
+    errors = []
+    for layout in (torch.cat((angles, angles), dim=-1), angles.repeat_interleave(2, dim=-1)):  # by halves or by pairs
+        if layout.shape != cos[0].shape:
+            continue
+        allowed = (1e-5 + layout * ANGLE_ERROR) * abs(scale)
+        pairs = ((cos, layout.cos()), (sin, layout.sin()))
+        errors.append(max(float(((f[0].double() - exact * scale).abs() / allowed).max()) for f, exact in pairs))
+    return min(errors, default=0.0)
 
 
 def check_rope(subject: Subject) -> Finding:
     """The frequencies after loading are those of the formula, and cosines and sines follow over the whole context."""
-    modules = _rotary_modules(subject.model)
     config = subject.model.config.get_text_config()
-    rope = getattr(config, "rope_parameters", None)
-    if not modules or not isinstance(rope, dict) or "rope_type" not in rope:
-        return skipped("no rotary embedding of the form that one formula describes")
+    modules = _rotary_modules(subject.model)
+    if not modules:
+        return skipped(NO_FORMULA)
+    rope = config.rope_parameters
     for name, module in modules.items():
         inv_freq: Any = module.inv_freq
         expected, _ = _frequencies(config, inv_freq.numel())
@@ -86,16 +95,15 @@ def check_rope(subject: Subject) -> Finding:
         if not error <= 1.0:
             return failed(f"cosines and sines of {name} are off by {error:.0f} times what rounding in fp32 explains")
     last = int(_positions(config).max())
-    return passed(f"{rope['rope_type']}, theta {rope.get('rope_theta'):g}, exact up to position {last:,}")
+    return passed(f"{rope['rope_type']}, theta {rope['rope_theta']:g}, exact up to position {last:,}")
 
 
 def check_rope_cast(subject: Subject) -> Finding:
     """`model.to(bfloat16)` leaves the angles what they were."""
-    modules = _rotary_modules(subject.model)
     config = subject.model.config.get_text_config()
-    rope = getattr(config, "rope_parameters", None)
-    if not modules or not isinstance(rope, dict) or "rope_type" not in rope:
-        return skipped("no rotary embedding of the form that one formula describes")
+    modules = _rotary_modules(subject.model)
+    if not modules:
+        return skipped(NO_FORMULA)
     for name, module in modules.items():
         error = _angle_error(copy.deepcopy(module).to(torch.bfloat16), config)
         if not error <= 1.0:

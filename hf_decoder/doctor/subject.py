@@ -68,6 +68,11 @@ class Subject:
         return self.values.get("model_type") == OURS
 
     @property
+    def is_stock_class(self) -> bool:
+        """Whether the model's class is part of transformers."""
+        return type(self.model).__module__.startswith("transformers.models.")
+
+    @property
     def code_files(self) -> list[str]:
         return [file for file in self.files if file.endswith(".py")]
 
@@ -204,7 +209,8 @@ class Subject:
 
     def accepts(self, argument: str) -> bool:
         """Whether the model's forward has this argument by name; one that hands all on is asked for its parent's."""
-        for model_class in type(self.model).__mro__:
+        classes: tuple[Any, ...] = type(self.model).__mro__
+        for model_class in classes:
             parameters = inspect.signature(model_class.forward).parameters
             if "input_ids" in parameters:
                 return argument in parameters

@@ -1,7 +1,7 @@
 """Each way of computing wrong is caught, by the row that is there for it."""
 
 import pytest
-from patients import ROWS, examine, of, patient
+from patients import ROWS, examine, of, patient, randomise, save, shape
 
 # defect -> rows that fail; a defect that reaches into several computations is caught by several
 CAUGHT = {
@@ -39,6 +39,29 @@ def test_a_defect_is_caught(defect, tokenizer, tmp_path):
     assert set(of("fail", rows)) == CAUGHT[defect]
     for name in CAUGHT[defect]:
         assert rows[name].means and rows[name].remedy
+
+
+# families that differ from Llama in what the doctor measures -> what marks them, rows that are skipped
+OTHERS = {
+    "gpt2": ({"n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 128}, {"rope"}),  # learned positions
+    "gpt_neox": ({}, set()),  # a part of each head rotates
+    "cohere": ({}, set()),  # rotates neighbours, not halves
+    "gemma2": ({"head_dim": 16, "sliding_window": 20}, {"attention"}),  # eager only, layers with a window
+    "bloom": ({"n_layer": 2, "n_head": 4}, {"rope", "attention"}),  # ALiBi: no positions, cannot pack
+    "opt": ({"ffn_dim": 80, "word_embed_proj_dim": 48}, {"rope"}),  # dropout in training mode
+}
+
+
+@pytest.mark.parametrize("model_type", OTHERS)
+def test_no_false_alarm_about_other_families(model_type, tokenizer, tmp_path):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    fields, skipped = OTHERS[model_type]
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**shape(tokenizer), **fields}))
+    names = ("load", "causal", "padding", "packing", "attention", "loss", "dynamic_cache", "generate", "rope", "tied")
+    rows = examine(save(randomise(model), tokenizer, tmp_path / model_type), names)
+    assert of("fail", rows) == {}
+    assert set(of("skip", rows)) == skipped and set(of("warn", rows)) <= {"packing"}
 
 
 def test_overflow_in_fp16_is_no_fault_of_the_padding(tokenizer, tmp_path):
