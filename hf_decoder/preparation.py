@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from hf_decoder.checkpoints import describe_data
 from hf_decoder.packing import CorpusReport, encode_texts, pack, pack_for_evaluation, tokenize
+from hf_decoder.sources import TextArguments, load_texts
 from hf_decoder.streamed_rows import StreamedRows
-from hf_decoder.streamed_text import StreamedText
+from hf_decoder.streamed_text import StreamedText, open_stream
 from hf_decoder.tokenization import split_text
 
 if TYPE_CHECKING:
@@ -72,6 +73,16 @@ class Rows:
         return [*training, "held-out text", *(f"  {line}" for line in self.eval_report.lines())]
 
 
+def open_text(args: TextArguments) -> DatasetDict | StreamedText:
+    """The text that the flags name, whole or streamed. Raises as `load_texts` and `open_stream`."""
+    return open_stream(args) if args.streaming else load_texts(args)
+
+
+def held_out_texts(text: DatasetDict | StreamedText) -> list[str]:
+    """The held-out documents."""
+    return (text.validation if isinstance(text, StreamedText) else text["validation"])["text"][:]
+
+
 def training_texts(text: DatasetDict | StreamedText) -> Iterator[str]:
     """The texts to train a tokenizer on: all there are, or the beginning of a stream."""
     if isinstance(text, StreamedText):
@@ -89,7 +100,7 @@ def make_rows(
     return Rows(
         train,
         evaluation,
-        texts["validation"]["text"][:],
+        held_out_texts(texts),
         CorpusReport.of(tokens["train"], train),
         CorpusReport.of(tokens["validation"], evaluation),
         describe_data(tokens["train"], block_size),
@@ -127,8 +138,7 @@ def make_streamed_rows(
         "content": hashlib.sha256("\n".join(text.identity).encode()).hexdigest()[:16],
     }
     report = StreamReport(text.num_bytes, _bytes_per_token(text, tokenizer), block_size)
-    held_out = text.validation["text"][:]
-    return Rows(train, evaluation, held_out, report, CorpusReport.of(tokens, evaluation), description)
+    return Rows(train, evaluation, held_out_texts(text), report, CorpusReport.of(tokens, evaluation), description)
 
 
 def _bytes_per_token(text: StreamedText, tokenizer: PreTrainedTokenizerBase) -> float:

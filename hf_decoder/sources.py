@@ -35,6 +35,9 @@ class TextArguments:
     encoding: str | None = field(
         default=None, metadata={"help": "Encoding of the text files that are not UTF-8, for example cp1252."}
     )
+    streaming: bool = field(
+        default=False, metadata={"help": "Read the text bit by bit as it is needed: for text larger than memory."}
+    )
     validation_split_percentage: float = field(
         default=5.0, metadata={"help": "Share of the documents to hold out when there is no validation set."}
     )

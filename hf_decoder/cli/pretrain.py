@@ -42,13 +42,13 @@ from hf_decoder.launch import check_launch
 from hf_decoder.layouts import save_in_full, whole_model
 from hf_decoder.modelcard import load_lines
 from hf_decoder.pace import MeasuringTrainer, StepMetrics, TimeLimit, parse_duration
-from hf_decoder.preparation import Rows, coverage, make_rows, make_streamed_rows, training_texts
+from hf_decoder.preparation import Rows, coverage, make_rows, make_streamed_rows, open_text, training_texts
 from hf_decoder.presets import get_preset
 from hf_decoder.recipe import grouped_optimizer, muon_adamw, wsd_kwargs
 from hf_decoder.results import procedure, score_held_out, sizes_and_machine, summary, write_outputs
-from hf_decoder.sources import TextArguments, load_texts, names_of
+from hf_decoder.sources import TextArguments, names_of
 from hf_decoder.streamed_rows import StreamedRows, StreamingTrainer
-from hf_decoder.streamed_text import StreamedText, open_stream
+from hf_decoder.streamed_text import StreamedText
 from hf_decoder.tokenization import TOKENIZER_TYPES, check_tokenizer_fits, train_tokenizer
 
 if TYPE_CHECKING:
@@ -96,9 +96,6 @@ class DataArguments(TextArguments):
     )
     block_size: int = field(default=256, metadata={"help": "Tokens of a training row."})
     preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenise."})
-    streaming: bool = field(
-        default=False, metadata={"help": "Tokenise while training: for text larger than memory. Needs --max_steps."}
-    )
     shuffle_buffer_size: int = field(
         default=4096, metadata={"help": "Rows that --streaming draws from at random; 0 keeps the text's order."}
     )
@@ -206,7 +203,7 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, args: Pretrai
 
     with args.main_process_first(desc="text"):
         with training.stage("corpus", seconds):
-            text = open_stream(data_args) if data_args.streaming else load_texts(data_args)
+            text = open_text(data_args)
         with training.stage("tokenizer", seconds):
             tokenizer = _tokenizer(model_args, checkpoint, training_texts(text))
         _fit_to_tokenizer(config, tokenizer, resize=source is None and "vocab_size" not in overrides)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from hf_decoder import training
 from hf_decoder.cli import parse_arguments
-from hf_decoder.sources import TextArguments, load_texts
+from hf_decoder.preparation import held_out_texts, open_text, training_texts
+from hf_decoder.sources import TextArguments
 from hf_decoder.tokenization import TOKENIZER_TYPES, train_tokenizer
 from hf_decoder.tokenizer_report import report
 
@@ -36,15 +37,11 @@ def main(argv: Sequence[str]) -> int:
     training.check_output_dir(args.output_dir, overwrite=args.overwrite_output_dir)
     seconds: dict[str, float] = {}
     with training.stage("corpus", seconds):
-        texts = load_texts(text_args)
-
-    def train() -> Iterator[str]:
-        return (text for batch in texts["train"].iter(batch_size=64) for text in batch["text"])
-
+        text = open_text(text_args)
     with training.stage("tokenizer", seconds):
-        tokenizer = train_tokenizer(train(), args.vocab_size, args.type, args.model_max_length)
+        tokenizer = train_tokenizer(training_texts(text), args.vocab_size, args.type, args.model_max_length)
     with training.stage("report", seconds):
-        measured = report(tokenizer, train(), texts["validation"]["text"])
+        measured = report(tokenizer, training_texts(text), held_out_texts(text))
     tokenizer.save_pretrained(args.output_dir)
     path = Path(args.output_dir) / "tokenizer_report.json"
     path.write_text(json.dumps({**asdict(measured), **seconds}, indent=2, ensure_ascii=False), encoding="utf-8")

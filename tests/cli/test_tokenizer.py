@@ -56,6 +56,17 @@ def test_char(files, capsys):
     assert not report["exact"]
 
 
+@pytest.mark.parametrize("kind", ["bpe", "char"])
+def test_streamed_text_gives_the_same_tokenizer_and_report(files, capsys, tmp_path, kind):
+    folders = [tmp_path / "whole", tmp_path / "streamed"]
+    for folder, more in zip(folders, ([], ["--streaming"]), strict=True):
+        flags = ["--train_file", str(files[1]), "--vocab_size", "285", "--type", kind, "--output_dir", str(folder)]
+        assert main(["tokenizer", *flags, *more]) == 0
+    assert (folders[0] / "tokenizer.json").read_bytes() == (folders[1] / "tokenizer.json").read_bytes()
+    one, other = (json.loads((folder / "tokenizer_report.json").read_text("utf-8")) for folder in folders)
+    assert {key: value for key, value in one.items() if "runtime" not in key}.items() <= other.items()
+
+
 def test_the_tokenizer_trains_a_model(files, capsys, run, tmp_path):
     trained(files, "bpe", capsys, "--vocab_size", "290", "--overwrite_output_dir", "true")
     flags = [*run.flags, "--tokenizer_name", str(files[0] / "bpe"), "--max_steps", "1"]
