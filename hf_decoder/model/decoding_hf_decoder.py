@@ -13,8 +13,8 @@ vocab_size.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from types import MethodType
-from typing import NamedTuple
+from types import FunctionType, MethodType
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -65,7 +65,7 @@ class LayerParts(NamedTuple):
 class DecodingStep:
     """One token a row: ids (B, 1) in, logits (B, 1, V) out, the cache one token longer."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: Any):
         decoder, config = model.model, model.config
         self.embedding = decoder.embed_tokens.weight
         self.rotary = decoder.rotary_emb.forward
@@ -79,7 +79,7 @@ class DecodingStep:
         self._compiled: Callable | None = None
 
     @staticmethod
-    def of(model: nn.Module) -> "DecodingStep | None":
+    def of(model: Any) -> "DecodingStep | None":
         """The model's step, the same one as long as its parts are the same; None where modules must be called."""
         if not _is_direct(model):
             _steps.pop(model, None)
@@ -96,11 +96,11 @@ class DecodingStep:
             a is b or (not isinstance(a, torch.Tensor) and a == b) for a, b in zip(mine, theirs, strict=True)
         )
 
-    def covers(self, inputs: torch.Tensor, cache: Cache | None) -> bool:
+    def covers(self, inputs: torch.Tensor, cache: Any) -> bool:
         """Whether inputs (B, S, ...) are one token a row, and the cache is filled and of a kind to extend."""
         if inputs.shape[1] != 1 or type(cache) not in (DynamicCache, StaticCache) or cache.offloading:
             return False
-        kinds = GROWING_LAYERS
+        kinds: tuple[type, ...] = GROWING_LAYERS
         if type(cache) is StaticCache:
             if inputs.device.type != "cpu":  # elsewhere reading the length would wait for the device
                 return False
@@ -117,7 +117,7 @@ class DecodingStep:
         input_ids: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
-        cache: Cache | None,
+        cache: Any,
         compiles: bool = False,
     ) -> torch.Tensor | None:
         """Logits (B, 1, V) of one token a row, or None, nothing done, where this is not such a step.
@@ -196,7 +196,7 @@ class DecodingStep:
             query = multiply(x, *layer.query).view(rows, self.groups, self.heads_per_group, self.head_dim)
             key = multiply(x, *layer.key).view(rows, self.groups, 1, self.head_dim)
             value = multiply(x, *layer.value).view(rows, self.groups, 1, self.head_dim)
-            if layer.query_norm is not None:
+            if layer.query_norm is not None and layer.key_norm is not None:
                 query, key = layer.query_norm(query), layer.key_norm(key)
             if layer.use_rope:
                 query, key = apply_rotary_pos_emb(query, key, cos, sin)
@@ -215,7 +215,7 @@ class DecodingStep:
         if self._compiled is None:
             # a code object of its own: torch limits the graphs of one, and every shape of model has its graphs
             function = type(self)._decode_static
-            own = type(function)(function.__code__.replace(), function.__globals__, function.__name__)
+            own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
             compiled = torch.compile(MethodType(own, self), fullgraph=True)
 
             def run(*inputs) -> torch.Tensor:
@@ -310,7 +310,7 @@ def _weights(module: nn.Linear) -> Weights:
     return module.weight, module.bias
 
 
-def _parts(layer: nn.Module) -> LayerParts:
+def _parts(layer: Any) -> LayerParts:
     attention, mlp = layer.self_attn, layer.mlp
     return LayerParts(
         input_norm=layer.input_layernorm.forward,
@@ -343,7 +343,7 @@ def _flatten(value) -> Iterator:
         yield value
 
 
-def _is_direct(model: nn.Module) -> bool:
+def _is_direct(model: Any) -> bool:
     """Whether the decoder's modules may be passed by: plain ones, without hooks, on one device, in evaluation mode."""
     if model.training or torch.nn.modules.module._has_any_global_hook() or model.config._attn_implementation != "sdpa":
         return False
@@ -377,13 +377,13 @@ _active: ContextVar["Decoding | None"] = ContextVar("hf_decoder_decoding", defau
 class Decoding:
     """One call of `generate()`: while it lasts, the model's direct step, if there is one, takes the single tokens."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: Any):
         self.model = model
         self.step = DecodingStep.of(model)
         self.compiles = False  # set where the generation config asks for it
 
     @classmethod
-    def of(cls, model: nn.Module) -> "Decoding | None":
+    def of(cls, model: Any) -> "Decoding | None":
         """The running call of this model in this thread, None where its modules must be called."""
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return None
@@ -401,18 +401,21 @@ class Decoding:
         **kwargs,
     ) -> dict | None:
         """The model's inputs for one token a row, without masks; None where transformers is to prepare them."""
-        if next_sequence_length != 1 or is_first_iteration or kwargs.keys() - {"use_cache", "logits_to_keep"}:
+        step = self.step
+        if (
+            step is None
+            or next_sequence_length != 1
+            or is_first_iteration
+            or kwargs.keys() - {"use_cache", "logits_to_keep"}
+        ):
             return None
         input_ids = input_ids[:, -1:]
-        if input_ids.device != self.step.embedding.device or not self.step.covers(input_ids, past_key_values):
+        if input_ids.device != step.embedding.device or not step.covers(input_ids, past_key_values):
             return None
         if position_ids is not None:
             position_ids = position_ids[:, -1:]
         inputs = {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": attention_mask, **kwargs}
         return {**inputs, "past_key_values": past_key_values}
-
-    def __call__(self, *inputs) -> torch.Tensor | None:
-        return self.step(*inputs, compiles=self.compiles)
 
     def __enter__(self) -> "Decoding":
         self._token = _active.set(self)
