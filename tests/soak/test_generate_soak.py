@@ -16,6 +16,7 @@ SHAPE = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidd
 SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
 SHAPE |= {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None, "tie_word_embeddings": False}
 LONGEST_PROMPT, MOST_NEW_TOKENS = 40, 12
+UNLIKE_ARGMAX = {"num_beams", "repetition_penalty"}
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def draw(choose: random.Random) -> tuple[dict[str, torch.Tensor], dict[str, Any]
     elif kind == "beams":
         settings |= {"num_beams": choose.randint(2, 3)}
     elif kind == "static":
-        settings |= {"cache_implementation": "static"}
+        settings |= {"cache_implementation": "static", "disable_compile": True}  # compiling takes seconds a shape
     elif kind == "no cache":
         settings |= {"use_cache": False}
     elif kind == "penalty":
@@ -95,9 +96,7 @@ def soak(models, calls: int, seed: int, check_every: int, warm_up: int) -> dict[
             torch.manual_seed(number)
             expected = stock.generate(**inputs, **settings)
             assert torch.equal(answer, expected), (number, inputs, settings)
-            if set(settings) <= {"max_new_tokens", "do_sample", "use_cache", "cache_implementation"} and (
-                not settings["do_sample"]
-            ):
+            if not settings["do_sample"] and not UNLIKE_ARGMAX & set(settings):
                 assert torch.equal(answer, argmax_loop(ours, inputs, settings["max_new_tokens"])), (number, settings)
             checked += 1
     seconds = time.monotonic() - started
@@ -106,8 +105,8 @@ def soak(models, calls: int, seed: int, check_every: int, warm_up: int) -> dict[
 
 
 def test_every_kind_of_call_gives_the_tokens_of_the_stock_class(models):
-    found = soak(models, calls=150, seed=0, check_every=1, warm_up=100)
-    assert found["checked"] == 150
+    found = soak(models, calls=60, seed=0, check_every=1, warm_up=40)
+    assert found["checked"] == 60
 
 
 @pytest.mark.soak
