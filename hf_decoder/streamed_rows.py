@@ -266,7 +266,8 @@ class StreamingTrainer(MeasuringTrainer):
         self.places = json.loads(path.read_text(encoding="utf-8"))
         steps = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).global_step
         rows: Any = self.train_dataset
-        rows.resume(dict(self.places), steps * self.args.gradient_accumulation_steps * self._train_batch_size)
+        skipped = 0 if self.args.ignore_data_skip else steps * self.args.gradient_accumulation_steps
+        rows.resume(dict(self.places), skipped * self._train_batch_size)
 
     def get_train_dataloader(self) -> Any:
         from accelerate.data_loader import DataLoaderShard
