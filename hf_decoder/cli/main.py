@@ -20,6 +20,7 @@ VERBS = {
     "doctor": "prove a checkpoint row by row: padding, caches, tying, reload, tokenizer, files, export",
     "push": "check a model, upload it to the Hub, and prove that a stranger can load it",
     "convert": "bring a checkpoint of another family in, or let ours out: a stock class, GGUF",
+    "quantize": "measure the quantization methods on a model, or save it quantized",
     "serve": "answer OpenAI clients with a saved model, by the server of transformers",
     "benchmark": "measure speed against the stock class of the same shape and weights",
     "presets": "list the named model shapes and what each costs to train and serve",
