@@ -6,12 +6,17 @@ same parameters under the same names.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
+import importlib.util
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,9 +24,11 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from hf_decoder.accounting import flops_per_token
+from hf_decoder.interop.conversion import convert
 from hf_decoder.model.configuration_hf_decoder import HfDecoderConfig
 from hf_decoder.model.loss_hf_decoder import linear_causal_lm_loss
 from hf_decoder.model.modeling_hf_decoder import HfDecoderForCausalLM
+from hf_decoder.tokenization import train_tokenizer
 
 
 @dataclass(frozen=True)
@@ -36,15 +43,17 @@ class Setting:
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison. `ours` and `stock` are seconds; `share` is ours of the matmul rate measured in the same run."""
+    """One comparison. `ours` and `stock` are seconds; `share` is ours of `limit`, measured in the same run."""
 
     suite: str
     case: str
     ours: float
     stock: float
     share: float | None = None
-    ours_bytes: int | None = None  # peak of device memory, where the device counts it
+    limit: str = "matmul"  # or "read": the rate at which weights can be read from memory
+    ours_bytes: int | None = None  # peak of memory above what was held before, where it is counted
     stock_bytes: int | None = None
+    llama_cpp: float | None = None  # seconds, where llama-cpp-python is installed
 
     @property
     def ratio(self) -> float:
@@ -68,27 +77,39 @@ def seconds(function: Callable[[], Any], device: str) -> float:
     return time.perf_counter() - start
 
 
-def alternate(ours: Callable[[], Any], stock: Callable[[], Any], setting: Setting) -> tuple[float, float]:
+def alternate(setting: Setting, *functions: Callable[[], Any]) -> tuple[float, ...]:
     """Median seconds of each, measured in turn after one warm-up call of each."""
-    times: tuple[list[float], list[float]] = ([], [])
-    for function in (ours, stock):
+    times: tuple[list[float], ...] = tuple([] for _ in functions)
+    for function in functions:
         function()
     for _ in range(setting.repeats):
-        for function, seen in zip((ours, stock), times, strict=True):
+        for function, seen in zip(functions, times, strict=True):
             seen.append(seconds(function, setting.device))
-    return statistics.median(times[0]), statistics.median(times[1])
+    return tuple(statistics.median(seen) for seen in times)
 
 
 def peak_bytes(function: Callable[[], Any], device: str) -> int | None:
-    """Peak device memory of one call above what was held before, or None on a CPU, which does not count it."""
-    if not device.startswith("cuda"):
+    """Peak memory of one call above what was held before; None where neither CUDA nor Linux counts it."""
+    if device.startswith("cuda"):
+        _synchronise(device)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        _synchronise(device)
+        return torch.cuda.max_memory_allocated() - before
+    if device != "cpu" or not Path("/proc/self/clear_refs").exists():
         return None
-    _synchronise(device)
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # freed memory that the allocator keeps would hide what the call takes
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # proc(5): the peak starts anew from here
+    before = _status_bytes("VmRSS")
     function()
-    _synchronise(device)
-    return torch.cuda.max_memory_allocated() - before
+    return _status_bytes("VmHWM") - before
+
+
+def _status_bytes(field: str) -> int:
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return 1024 * int(status.partition(f"{field}:")[2].split()[0])
 
 
 def matmul_rate(setting: Setting, size: int = 2048) -> float:
@@ -97,6 +118,14 @@ def matmul_rate(setting: Setting, size: int = 2048) -> float:
     torch.mm(a, b)
     times = [seconds(lambda: torch.mm(a, b), setting.device) for _ in range(max(setting.repeats, 5))]
     return 2 * size**3 / min(times)
+
+
+def read_rate(setting: Setting, num_bytes: int = 2**29) -> float:
+    """Bytes a second at which a large buffer is read and added up: the limit that decoding runs into."""
+    buffer = torch.ones(num_bytes // 8, dtype=torch.int64, device=setting.device)
+    buffer.sum()
+    times = [seconds(lambda: buffer.sum(), setting.device) for _ in range(max(setting.repeats, 5))]
+    return num_bytes / min(times)
 
 
 def twins(setting: Setting, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedModel]:
@@ -146,10 +175,10 @@ def measure_loss(setting: Setting, tokens: int = 4096, width: int = 512) -> Iter
             found["ours"], found["stock"], ("loss", "hidden gradient", "head gradient"), strict=True
         ):
             check(a, b, 0.02, f"loss, vocabulary {vocab_size}, {what}")
-        times = alternate(ours, stock, setting)
+        times = alternate(setting, ours, stock)
         share = 6 * tokens * width * vocab_size / times[0] / rate
         memory = (peak_bytes(ours, setting.device), peak_bytes(stock, setting.device))
-        yield Row("loss", f"vocabulary {vocab_size:,}", *times, share, *memory)
+        yield Row("loss", f"vocabulary {vocab_size:,}", *times, share, "matmul", *memory)
 
 
 def _loss_and_gradient(
@@ -186,18 +215,20 @@ def _measure_training(suite: str, case: str, setting: Setting, inputs: dict[str,
     check(our_loss, their_loss, 0.01, f"{suite}, {case}, loss")
     check(our_gradient, their_gradient, 0.1, f"{suite}, {case}, gradient")  # bf16 rounds along the way
     ours, stock = (_training_step(model, setting, inputs) for model in models)
-    times = alternate(ours, stock, setting)
+    times = alternate(setting, ours, stock)
     length = inputs["input_ids"].shape[1]
     flops = flops_per_token(HfDecoderConfig(**setting.shape), length) * inputs["input_ids"].numel()
     memory = (peak_bytes(ours, setting.device), peak_bytes(stock, setting.device))
-    return Row(suite, case, *times, flops / times[0] / matmul_rate(setting), *memory)
+    return Row(suite, case, *times, flops / times[0] / matmul_rate(setting), "matmul", *memory)
 
 
 def measure_train(setting: Setting, batch_size: int = 8, length: int = 512) -> Iterator[Row]:
-    """A training step under autocast, eager; with and without 70% of the labels masked."""
+    """A training step under autocast, eager: three numbers of rows, and 70% of the labels masked."""
     torch.manual_seed(0)
     ids = torch.randint(setting.shape["vocab_size"], (batch_size, length), device=setting.device)
-    yield _measure_training("train", f"{batch_size} x {length}", setting, {"input_ids": ids, "labels": ids})
+    for rows in (batch_size // 4, batch_size // 2, batch_size):
+        inputs = {"input_ids": ids[:rows], "labels": ids[:rows]}
+        yield _measure_training("train", f"{rows} x {length}", setting, inputs)
     masked = ids.clone()
     masked[:, : int(0.7 * length)] = -100
     yield _measure_training("train", "70% of labels masked", setting, {"input_ids": ids, "labels": masked})
@@ -220,25 +251,103 @@ def measure_prefill(setting: Setting) -> Iterator[Row]:
         torch.manual_seed(0)
         ids = torch.randint(setting.shape["vocab_size"], (1, length), device=setting.device)
         check(ours(ids).logits, stock(ids).logits, 0.05, f"prefill, {length} tokens")
-        times = alternate(partial(ours, ids, logits_to_keep=1), partial(stock, ids, logits_to_keep=1), setting)
-        yield Row("prefill", f"{length} tokens", *times)
+        calls = [partial(model, ids, logits_to_keep=1) for model in (ours, stock)]
+        times = alternate(setting, *calls)
+        memory = [peak_bytes(call, setting.device) for call in calls]
+        yield Row("prefill", f"{length} tokens", *times, None, "matmul", *memory)
+
+
+def check_greedy(stock: PreTrainedModel, tokens: torch.Tensor, mask: torch.Tensor, what: str) -> None:
+    """Raises `Disagreement` unless the stock model's logits have every token after the prompt at their top.
+
+    Half precision breaks near-ties either way: a tenth of the logits' standard deviation below the top is a tie.
+    """
+    prompt = mask.shape[1]
+    mask = torch.cat((mask, mask.new_ones(mask.shape[0], tokens.shape[1] - prompt)), 1)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    logits = stock(tokens, attention_mask=mask, position_ids=positions).logits[:, prompt - 1 : -1].float()
+    chosen = logits.gather(-1, tokens[:, prompt:, None]).squeeze(-1)
+    gap = ((logits.amax(-1) - chosen) / logits.std(-1)).max().item()
+    if not gap <= 0.1:
+        raise Disagreement(f"{what}: a token is {gap:.2f} standard deviations below the stock model's best")
 
 
 @torch.no_grad()
-def measure_generate(setting: Setting, prompt: int = 32, new_tokens: int = 64) -> Iterator[Row]:
-    """Greedy `generate`, one row and eight rows with left padding."""
+def _measure_decoding(
+    suite: str, setting: Setting, batch_size: int, prompt: int, lengths: Sequence[int]
+) -> Iterator[Row]:
     ours, stock = (model.eval() for model in twins(setting, setting.dtype))
-    for batch_size in (1, 8):
-        torch.manual_seed(0)
-        ids = torch.randint(1, setting.shape["vocab_size"], (batch_size, prompt), device=setting.device)
-        mask = torch.ones_like(ids)
-        for row in range(1, batch_size):
-            mask[row, : 2 * row] = 0
-        settings = {"attention_mask": mask, "max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
-        fast, slow = (partial(model.generate, ids, eos_token_id=None, **settings) for model in (ours, stock))
-        # random weights leave near-ties, which bf16 rounding breaks either way: only the first token must agree
-        check(fast()[:, : prompt + 1], slow()[:, : prompt + 1], 0.0, f"generate, batch {batch_size}")
-        yield Row("generate", f"{batch_size} x {new_tokens} tokens", *alternate(fast, slow, setting))
+    torch.manual_seed(0)
+    ids = torch.randint(1, setting.shape["vocab_size"], (batch_size, prompt), device=setting.device)
+    mask = torch.ones_like(ids)
+    for row in range(1, batch_size):
+        mask[row, : 2 * row] = 0
+    rate = read_rate(setting)
+    weights = sum(parameter.nbytes for parameter in ours.parameters())
+    with contextlib.ExitStack() as stack:
+        llama_cpp = stack.enter_context(_llama_cpp(ours, setting)) if batch_size == 1 else None
+        for new_tokens in lengths:
+            fixed: dict[str, Any] = {
+                "attention_mask": mask,
+                "max_new_tokens": new_tokens,
+                "do_sample": False,
+                "eos_token_id": None,
+                "pad_token_id": 0,
+            }
+            for kind in (None, "static"):
+                case = f"{batch_size} x {new_tokens} tokens" + (", compiled" if kind else "")
+                fast = partial(ours.generate, ids, cache_implementation=kind, **fixed)
+                slow = partial(stock.generate, ids, **fixed)
+                check_greedy(stock, fast(), mask, f"{suite}, {case}")
+                calls = [fast, slow]
+                if llama_cpp is not None:
+                    calls.append(partial(llama_cpp, ids[0].tolist(), new_tokens))
+                times = alternate(setting, *calls)
+                # every step reads every weight: a bound from below, because the prompt is in the time too
+                share = weights * new_tokens / times[0] / rate
+                yield Row(suite, case, *times[:2], share, "read", llama_cpp=times[2] if len(times) > 2 else None)
+
+
+def measure_generate(setting: Setting, prompt: int = 32, lengths: Sequence[int] = (64, 256, 1024)) -> Iterator[Row]:
+    """Greedy `generate` of one row: as it is, and compiled with `cache_implementation="static"`; three lengths."""
+    yield from _measure_decoding("generate", setting, 1, prompt, lengths)
+
+
+def measure_batch(setting: Setting, prompt: int = 32, new_tokens: int = 64) -> Iterator[Row]:
+    """Greedy `generate` of eight rows with left padding."""
+    yield from _measure_decoding("batch", setting, 8, prompt, (new_tokens,))
+
+
+@contextlib.contextmanager
+def _llama_cpp(model: PreTrainedModel, setting: Setting) -> Iterator[Callable[[list[int], int], None] | None]:
+    """A greedy decoding call of llama.cpp on the same weights; None where it is missing or has no such type."""
+    outtype = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}[setting.dtype]
+    if setting.device != "cpu" or importlib.util.find_spec("llama_cpp") is None:
+        yield None
+        return
+    import llama_cpp
+
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(f"{folder}/model")
+        # the text does not matter, only that the file has a tokenizer
+        train_tokenizer(["llama.cpp reads no file without a tokenizer"], vocab_size=300).save_pretrained(
+            f"{folder}/model"
+        )
+        convert(f"{folder}/model", Path(folder, "model.gguf"), to="gguf", outtype=outtype)
+        threads = torch.get_num_threads()
+        llama = llama_cpp.Llama(
+            f"{folder}/model.gguf", n_ctx=2048, n_threads=threads, n_threads_batch=threads, verbose=False
+        )
+
+        def decode(prompt: list[int], new_tokens: int) -> None:
+            llama.reset()
+            llama.eval(prompt)
+            for _ in range(new_tokens - 1):
+                llama.eval([llama.sample(temp=0.0, top_k=1)])
+            llama.sample(temp=0.0, top_k=1)
+
+        yield decode
+        llama.close()
 
 
 def measure_load(setting: Setting) -> Iterator[Row]:
@@ -253,7 +362,7 @@ def measure_load(setting: Setting) -> Iterator[Row]:
         )
         for a, b in zip(calls[0]().parameters(), calls[1]().parameters(), strict=True):
             check(a, b, 0.0, "load")
-        yield Row("load", "from_pretrained", *alternate(*calls, setting))
+        yield Row("load", "from_pretrained", *alternate(setting, *calls))
 
 
 SUITES: dict[str, Callable[[Setting], Iterator[Row]]] = {
@@ -262,5 +371,6 @@ SUITES: dict[str, Callable[[Setting], Iterator[Row]]] = {
     "packed": measure_packed,
     "prefill": measure_prefill,
     "generate": measure_generate,
+    "batch": measure_batch,
     "load": measure_load,
 }

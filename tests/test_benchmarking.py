@@ -1,6 +1,10 @@
 """The benchmark compares before it times, counts what it says, and writes what it measured."""
 
+import importlib.machinery
 import json
+import sys
+import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,10 +43,12 @@ def test_what_disagrees_is_not_timed(monkeypatch):
     monkeypatch.setattr(benchmarking, "twins", spoilt)
     monkeypatch.setattr(benchmarking, "alternate", lambda *args: pytest.fail("timed in spite of different results"))
     for suite in (
-        benchmarking.measure_train(SETTING, batch_size=2, length=64),
+        benchmarking.measure_train(SETTING, batch_size=4, length=64),
         benchmarking.measure_packed(SETTING, documents=2, length=128),
         benchmarking.measure_prefill(SETTING),
         benchmarking.measure_load(SETTING),
+        benchmarking.measure_generate(SETTING, prompt=20, lengths=(4,)),
+        benchmarking.measure_batch(SETTING, prompt=20, new_tokens=4),
     ):
         with pytest.raises(Disagreement):
             next(suite)
@@ -52,19 +58,68 @@ def test_calls_alternate_after_one_warm_up_each_and_the_median_counts(monkeypatc
     calls, clock = [], iter([0.0, 5.0, 0.0, 1.0, 0.0, 3.0, 0.0, 1.0, 0.0, 4.0, 0.0, 1.0])
     monkeypatch.setattr(benchmarking.time, "perf_counter", lambda: next(clock))
     setting = Setting(SHAPE, repeats=3)
-    found = benchmarking.alternate(lambda: calls.append("a"), lambda: calls.append("b"), setting)
+    found = benchmarking.alternate(setting, lambda: calls.append("a"), lambda: calls.append("b"))
     assert "".join(calls) == "ab" + "ab" * 3
     assert found == (4.0, 1.0)
     assert Row("suite", "case", *found).ratio == 0.25
 
 
 @pytest.mark.parametrize(
-    "suite", [benchmarking.measure_train, benchmarking.measure_packed, benchmarking.measure_generate]
+    "suite, sizes, cases",
+    [
+        (benchmarking.measure_train, {"batch_size": 4, "length": 64}, 4),
+        (benchmarking.measure_packed, {"documents": 2, "length": 128}, 1),
+        (benchmarking.measure_generate, {"prompt": 20, "lengths": (2, 3)}, 4),
+        (benchmarking.measure_batch, {"prompt": 20, "new_tokens": 3}, 2),
+    ],
 )
-def test_suites_run(suite):
-    sizes = {"measure_train": {"batch_size": 2, "length": 64}, "measure_packed": {"documents": 2, "length": 128}}
-    rows = list(suite(SETTING, **sizes.get(suite.__name__, {"prompt": 20, "new_tokens": 2})))
-    assert rows and all(row.ours > 0 and row.stock > 0 for row in rows)
+def test_suites_run(suite, sizes, cases, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compiled.append(1) or function)
+    rows = list(suite(SETTING, **sizes))
+    assert len({row.case for row in rows}) == cases and all(row.ours > 0 and row.stock > 0 for row in rows)
+    if "new_tokens" in sizes or "lengths" in sizes:
+        assert len(compiled) == 1 and all(row.limit == "read" for row in rows)
+
+
+def test_peak_memory_is_that_of_the_call():
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("only Linux tells the peak of a process anew")
+    size = 200 * 2**20
+    taken = benchmarking.peak_bytes(lambda: torch.ones(size, dtype=torch.uint8), "cpu")
+    assert size <= taken < 1.1 * size
+    assert benchmarking.peak_bytes(lambda: None, "cpu") < 0.1 * size  # the peak before does not count
+
+
+def test_llama_cpp_decodes_the_same_weights(monkeypatch):
+    """With a stand-in that has the calls of llama-cpp-python, which is built from source and not installed here."""
+    calls = []
+
+    class Llama:
+        def __init__(self, path, **options):
+            assert Path(path).read_bytes()[:4] == b"GGUF" and options["n_threads"] == torch.get_num_threads()
+
+        def reset(self):
+            calls.append("reset")
+
+        def eval(self, tokens):
+            calls.append(len(tokens))
+
+        def sample(self, **options):
+            return 5
+
+        def close(self):
+            calls.append("close")
+
+    module = types.ModuleType("llama_cpp")
+    module.Llama = Llama
+    module.__spec__ = importlib.machinery.ModuleSpec("llama_cpp", None)
+    monkeypatch.setitem(sys.modules, "llama_cpp", module)
+    shape = {**SHAPE, "vocab_size": 400, "hidden_size": 64}
+    ours, _ = benchmarking.twins(Setting(shape), torch.float32)
+    with benchmarking._llama_cpp(ours, Setting(shape, dtype=torch.float32)) as decode:
+        decode([1, 2, 3], 4)
+    assert calls == ["reset", 3, 1, 1, 1, "close"]
 
 
 def test_command_writes_json_and_chart(tmp_path, capsys):
@@ -84,6 +139,7 @@ def test_command_writes_json_and_chart(tmp_path, capsys):
         (["--dtype", "int8"], "--dtype int8"),
         (["--repeats", "0"], "--repeats 0"),
         (["--preset", "huge"], "preset 'huge' is unknown"),
+        (["--config_overrides", "z_loss_coef=1"], "'z_loss_coef', which the stock class"),
     ],
 )
 def test_bad_flags_are_one_line(flags, reason, capsys):

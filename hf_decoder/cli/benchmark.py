@@ -8,11 +8,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from transformers import LlamaConfig
 from transformers.utils import logging
 
 from hf_decoder import accounting
 from hf_decoder.benchmarking import SUITES, Row, Setting
-from hf_decoder.cli import parse_arguments
+from hf_decoder.cli import parse_arguments, parse_overrides
 from hf_decoder.presets import get_preset
 
 DESCRIPTION = (
@@ -29,6 +30,10 @@ class BenchmarkArguments:
         default_factory=lambda: list(SUITES), metadata={"help": f"Which of {', '.join(SUITES)}; all by default."}
     )
     preset: str = field(default="30m", metadata={"help": "Named model shape; `hf-decoder presets` lists them."})
+    config_overrides: str | None = field(
+        default=None,
+        metadata={"help": "Changes of the preset, `name=value,name=value`, in Llama's fields."},
+    )
     vocab_size: int = field(default=32000, metadata={"help": "Vocabulary of the models."})
     dtype: str = field(default="bfloat16", metadata={"help": "bfloat16, float16 or float32."})
     device: str = field(default="auto", metadata={"help": "cpu, cuda, or auto: an accelerator if there is one."})
@@ -46,21 +51,31 @@ def main(argv: Sequence[str]) -> int:
     logging.disable_progress_bar()
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
     print(f"preset {args.preset}, vocabulary {args.vocab_size:,}, {args.dtype} on {setting.device}")
-    print(f"{'suite':9}{'case':26}{'ours ms':>10}{'stock ms':>10}{'ratio':>7}{'of matmul':>11}{'memory':>8}")
+    print(
+        f"{'suite':9}{'case':26}{'ours ms':>10}{'stock ms':>10}{'ratio':>7}{'of limit':>12}{'peak MB':>9}{'stock':>7}"
+        f"{'llama.cpp ms':>14}{'ratio':>7}"
+    )
     rows = []
     for suite in args.suites:
         for row in SUITES[suite](setting):
             rows.append(row)
-            share = "" if row.share is None else f"{row.share:.0%}"
-            memory = f"{row.ours_bytes / row.stock_bytes:.2f}x" if row.ours_bytes and row.stock_bytes else ""
-            times = f"{row.ours * 1e3:>10.1f}{row.stock * 1e3:>10.1f}"
-            print(f"{row.suite:9}{row.case:26}{times}{row.ratio:>6.2f}x{share:>11}{memory:>8}", flush=True)
+            print(_line(row), flush=True)
     if args.json:
         content = {"facts": facts, "arguments": asdict(args), "rows": [asdict(row) for row in rows]}
         Path(args.json).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     if args.plot:
         plot(rows, args.plot)
     return 0
+
+
+def _line(row: Row) -> str:
+    share = "" if row.share is None else f"{row.share:.0%} {row.limit}"
+    sizes = ["" if size is None else f"{size / 2**20:.0f}" for size in (row.ours_bytes, row.stock_bytes)]
+    line = f"{row.suite:9}{row.case:26}{row.ours * 1e3:>10.1f}{row.stock * 1e3:>10.1f}{row.ratio:>6.2f}x{share:>12}"
+    line += f"{sizes[0]:>9}{sizes[1]:>7}"
+    if row.llama_cpp is not None:
+        line += f"{row.llama_cpp * 1e3:>14.1f}{row.llama_cpp / row.ours:>6.2f}x"
+    return line.rstrip()
 
 
 def _setting(args: BenchmarkArguments) -> Setting:
@@ -76,7 +91,11 @@ def _setting(args: BenchmarkArguments) -> Setting:
     if device == "auto":
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         device = accelerator.type if accelerator is not None else "cpu"
-    shape = {name: value for name, value in get_preset(args.preset).items() if name != "qk_norm"}  # Llama has none
+    shape = {**get_preset(args.preset), **parse_overrides(args.config_overrides)}
+    shape.pop("qk_norm", None)  # Llama has none
+    unknown = [name for name in shape if name not in LlamaConfig().to_dict()]
+    if unknown:
+        raise ValueError(f"--config_overrides names {unknown[0]!r}, which the stock class that we measure has not")
     return Setting({"vocab_size": args.vocab_size, **shape}, device=device, dtype=dtype, repeats=args.repeats)
 
 
