@@ -184,6 +184,7 @@ nothing. Read it before you trust it, and load it from the Hub at the commit tha
 | method | {{ method }} |
 | parameters trained | {{ trainable_parameters }} of {{ parameters }} |
 | training time | {{ train_time }} |
+| energy | {{ energy }} |
 | peak memory (resident) | {{ peak_memory }} |
 | hardware | {{ hardware }} |
 
@@ -249,7 +250,7 @@ def write_finetuning_card(
     counts = ("train_rows", "eval_rows", "skipped_rows", "overlapping_rows", "trainable_parameters", "parameters")
     fields = {key: f"{results[key]:,}" if key in results else NOT_MEASURED for key in counts}
     measured = _measured(results)
-    fields |= {key: measured[key] for key in ("train_time", "peak_memory", "hardware")}
+    fields |= {key: measured[key] for key in ("train_time", "energy", "peak_memory", "hardware")}
     card = ModelCard.from_template(
         card_data,
         template_str=FINETUNING_TEMPLATE,
@@ -320,6 +321,11 @@ def _stated(words: Mapping[str, str]) -> dict[str, str]:
     return {key: words.get(key, "not stated") for key in ("dataset", "held_out", "tokenizer", "start", "procedure")}
 
 
+def _energy(seconds: float) -> str:
+    """What a reader who knows the machine's power can work out: E = P t, and a kilowatt hour is 3.6e6 joules."""
+    return f"{NOT_MEASURED}; a machine that draws P watts took P x {seconds:,.0f} s / 3,600,000 kWh"
+
+
 def _measured(results: Mapping[str, Any]) -> dict[str, str]:
     def say(key: str, form: Callable[[Any], str]) -> str:
         return form(results[key]) if results.get(key) is not None else NOT_MEASURED
@@ -343,6 +349,7 @@ def _measured(results: Mapping[str, Any]) -> dict[str, str]:
         "hardware": say("device", str),
         "software": ", ".join(versions) or NOT_MEASURED,
         "train_time": say("train_runtime", "{:,.0f} s".format),
+        "energy": say("train_runtime", _energy),
         "tokens_seen": say("num_input_tokens_seen", "{:,}".format),
         "speed": say("train_tokens_per_second", "{:,.0f} tokens/s".format),
         "peak_memory": say("peak_memory_bytes", lambda number: f"{number / 2**30:.2f} GiB"),

@@ -8,7 +8,15 @@ import pytest
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
-from hf_decoder.modelcard import NOT_MEASURED, load_lines, template_path, write_model_card
+from hf_decoder.modelcard import (
+    NOT_MEASURED,
+    adapter_load_lines,
+    load_lines,
+    pin_load_lines,
+    pinned_revision,
+    template_path,
+    write_model_card,
+)
 
 RESULTS = {
     "eval_loss": 2.5,
@@ -49,6 +57,7 @@ def test_card_says_every_number_and_every_word(tmp_path):
         "12.18",
         "1.75",
         "61 s",
+        "P x 61 s / 3,600,000 kWh",
         "2.00 GiB",
         "A CPU, 2 cores",
         "python 3.11, torch 2.13",
@@ -98,3 +107,17 @@ def test_the_template_and_what_fills_it_name_the_same_things(tmp_path, monkeypat
     monkeypatch.setattr(ModelCard, "from_template", keep)
     write_model_card(tmp_path, RESULTS, WORDS)
     assert named == {"card_data", *filled}
+
+
+@pytest.mark.parametrize("lines", [load_lines('runs/"x"'), adapter_load_lines("runs/x", "sft")])
+def test_a_pinned_card_loads_one_commit_of_one_repo(lines):
+    """Python whose every name is the repo, each time with the commit; and pinning twice keeps the last."""
+    card = f'# model="runs/x"\n\n## How to load it\n\n```python\n{lines}\n```\n\n```python\nmodel="runs/x"\n```\n'
+    assert pinned_revision(card, "user/name") is None
+    pinned = pin_load_lines(pin_load_lines(card, "a/b", "0" * 40), "user/name", "a" * 40)
+    assert pinned_revision(pinned, "user/name") == "a" * 40 and pinned_revision(pinned, "a/b") is None
+    code = ast.parse(pinned.split("```python\n")[1].split("```")[0])
+    calls = [node for node in ast.walk(code) if isinstance(node, ast.Call)]
+    loading = [call for call in calls if "user/name" in ast.unparse(call) and "revision" in ast.unparse(call)]
+    assert len(loading) == lines.count("runs/") and '"runs/x"\n```\n' in pinned  # nothing outside is touched
+    assert pin_load_lines("# no lines", "user/name", "a" * 40) == "# no lines"
