@@ -37,7 +37,7 @@ def test_what_disagrees_is_not_timed(monkeypatch):
     def spoilt(setting, dtype):
         ours, stock = real(setting, dtype)
         with torch.no_grad():
-            stock.model.norm.weight.mul_(2)
+            stock.model.embed_tokens.weight.copy_(stock.model.embed_tokens.weight.roll(1, 0))
         return ours, stock
 
     monkeypatch.setattr(benchmarking, "twins", spoilt)
@@ -87,7 +87,7 @@ def test_peak_memory_is_that_of_the_call():
         pytest.skip("only Linux tells the peak of a process anew")
     size = 200 * 2**20
     taken = benchmarking.peak_bytes(lambda: torch.ones(size, dtype=torch.uint8), "cpu")
-    assert size <= taken < 1.1 * size
+    assert 0.95 * size < taken < 1.1 * size
     assert benchmarking.peak_bytes(lambda: None, "cpu") < 0.1 * size  # the peak before does not count
 
 
