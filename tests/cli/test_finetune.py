@@ -13,6 +13,8 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
 )
@@ -245,6 +247,12 @@ def test_dropout_is_that_of_what_each_part_writes(family):
     assert "dropout" not in str(model.state_dict().keys())
 
 
+def test_dropout_of_a_family_with_other_names_is_refused():
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2))
+    with pytest.raises(ValueError, match="does not know the layers of GPT2LMHeadModel"):
+        add_dropout(model, 0.1)
+
+
 def test_resumed_is_uninterrupted(run, tmp_path):
     flags = ["--use_peft", "true", "--max_steps", "4", "--save_steps", "2", "--save_total_limit", "5"]
     whole = run_task(run.folder, tmp_path, PAIRS, *flags)
@@ -380,6 +388,13 @@ def test_what_a_user_can_get_wrong(fails, run, tmp_path, rows, flags, reason):
         "finetune", str(run.folder), "--train_file", train, "--output_dir", str(out), *QUICK, *flags
     )
     assert not out.exists()
+
+
+def test_the_adapter_of_a_four_bit_base_is_trained_in_fp32(run, tmp_path):
+    trainer = build(run.folder, tmp_path, PAIRS, "--use_peft", "true", "--load_in_4bit", "true")
+    trained = {name: p.dtype for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert trained and set(trained.values()) == {torch.float32}
+    assert any(p.dtype == torch.uint8 for p in trainer.model.parameters())
 
 
 def test_four_bit_base_trains_and_merges_into_the_full_weights(run, tmp_path):
