@@ -146,3 +146,16 @@ def test_torch_export_with_a_static_cache(case: str):
         expected = model(whole, use_cache=False).logits[:, -logits.shape[1] :]
         torch.testing.assert_close(logits, expected, rtol=0.0, atol=1e-4)
     assert whole.shape[1] == 8
+
+
+@torch.no_grad()
+@pytest.mark.slow
+def test_executorch():
+    """transformers' exporter for ExecuTorch, run by its own runtime on XNNPACK."""
+    pytest.importorskip("executorch", reason="executorch is not installed: pip install executorch")
+    from transformers.exporters import ExecutorchConfig, ExecutorchExporter
+
+    model, sample = ours(**CASES["tied, QK-norm"]), ids(1, 12)
+    program = ExecutorchExporter().export(model, {"input_ids": sample, "use_cache": False}, ExecutorchConfig())
+    other = ids(1, 12, seed=1)
+    torch.testing.assert_close(program(input_ids=other).logits, model(other).logits, rtol=0.0, atol=1e-4)
