@@ -109,16 +109,16 @@ def orthogonalise_any(matrices: list[torch.Tensor]) -> list[torch.Tensor]:
     return list(results.redistribute(mesh, inside).unbind())
 
 
-def _cut_as(matrix: DTensor, whole: torch.Tensor) -> DTensor:
+def _cut_as(matrix: Any, whole: torch.Tensor) -> DTensor:
     """`whole`, laid out as `matrix`. FSDP2 cuts last what other dimensions of the mesh cut first."""
     mesh = matrix.device_mesh
     piece = whole
     for number in reversed(range(mesh.ndim)):
         placement = matrix.placements[number]
         if not isinstance(placement, Replicate):
-            size = -(-piece.shape[placement.dim] // mesh.size(number))  # type: ignore[attr-defined]
-            start = min(size * mesh.get_local_rank(number), piece.shape[placement.dim])  # type: ignore[attr-defined]
-            piece = piece.narrow(placement.dim, start, min(size, piece.shape[placement.dim] - start))  # type: ignore[attr-defined]
+            size = -(-piece.shape[placement.dim] // mesh.size(number))
+            start = min(size * mesh.get_local_rank(number), piece.shape[placement.dim])
+            piece = piece.narrow(placement.dim, start, min(size, piece.shape[placement.dim] - start))
     return DTensor.from_local(
         piece.contiguous(), mesh, matrix.placements, run_check=False, shape=matrix.shape, stride=matrix.stride()
     )

@@ -101,7 +101,7 @@ def fsdp2_on_cpu() -> None:
     PartialState._prepare_backend = staticmethod(lambda *args: ("gloo", DistributedType.MULTI_GPU))
 
 
-def trainer_for(run: Run, trainer_class: type[Trainer] = Trainer) -> Trainer:
+def trainer_for(run: Run, model: Any = None) -> Trainer:
     logging.set_verbosity_error()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     settings: dict[str, Any] = {"use_cpu": True}
@@ -131,8 +131,8 @@ def trainer_for(run: Run, trainer_class: type[Trainer] = Trainer) -> Trainer:
     recipe.NEWTON_SCHULZ_DTYPE = run.newton_schulz
     make = muon_adamw if run.optim == "muon" else grouped_optimizer
     record = Record(run.stop)
-    trainer = trainer_class(
-        new_model(tie_word_embeddings=run.tied),
+    trainer = Trainer(
+        new_model(tie_word_embeddings=run.tied) if model is None else model,
         args,
         train_dataset=rows(),
         optimizer_cls_and_kwargs=make(args),
@@ -264,3 +264,70 @@ def _signal_after_a_save(folder: str) -> None:
     while not list(Path(folder).glob("checkpoint-*/complete.json")):
         time.sleep(0.01)
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def train_loaded_in_parts(folder: str, tp_size: int, fsdp_size: int, run: Run) -> dict[str, Any]:
+    """A model that transformers itself cut into parts while loading, trained, and saved beside `folder`."""
+    from transformers import AutoModelForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    fsdp2_on_cpu()
+    config = DistributedConfig(tp_size=tp_size, fsdp_size=fsdp_size)
+    model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=config, dtype=torch.float32)
+    run.arguments = {"per_device_train_batch_size": run.batch // fsdp_size, "use_cpu": False}
+    trainer = trainer_for(run, model=model)
+    trainer.train()
+    trainer.save_model(f"{folder}-trained")
+    matrix = model.model.layers[0].mlp.up_proj.weight
+    return {
+        "losses": trainer.record.losses,
+        "grad_norms": trainer.record.grad_norms,
+        "share": matrix.to_local().numel() / matrix.numel(),
+    }
+
+
+def generate_in_parts(folder: str, prompts: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
+    """Greedy and sampled tokens of a model in tensor parallelism."""
+    from transformers import AutoModelForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    torch.distributed.init_process_group("gloo")
+    config = DistributedConfig(tp_plan="auto", tp_size=torch.distributed.get_world_size())
+    model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=config, dtype=torch.float32)
+    assert model.model.layers[0].self_attn.q_proj.weight.to_local().shape[0] == SHAPE["hidden_size"] // config.tp_size
+    return greedy_and_sampled(model, prompts, mask)
+
+
+def greedy_and_sampled(model: Any, prompts: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
+    found = []
+    for settings in ({"do_sample": False}, {"do_sample": True, "top_k": 20}):
+        torch.manual_seed(4)
+        found.append(model.generate(prompts, attention_mask=mask, max_new_tokens=16, pad_token_id=0, **settings))
+    return found
+
+
+def peak_of_training(config: HfDecoderConfig, rows_of_batch: int, length: int, *, checkpointing: bool) -> int:
+    """Bytes that a few steps of bf16 training add to this process at the most."""
+    from hf_decoder.recipe import MuonAdamW, parameter_groups
+
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak is counted from here on
+    model = HfDecoderForCausalLM(config).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    optimizer = MuonAdamW(parameter_groups(model, 0.1))
+    ids = torch.arange(rows_of_batch * length).view(rows_of_batch, length) % config.vocab_size
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return _status("VmHWM") - before
+
+
+def _status(name: str) -> int:
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    raise ValueError(f"/proc/self/status has no {name}")
