@@ -3,13 +3,15 @@
 `generate()` spends most of a step on what surrounds the arithmetic. Here one token meets the weights directly: without
 the calls of a hundred modules, without masks where nothing is hidden, with the query heads of a group side by side, so
 that their keys are read once, and with matrix-vector kernels that read the weights at the rate of the memory. With a
-static cache on a CPU the same function is compiled into one graph. `generate()` asks once whether nothing hangs on
-the modules that a direct way would pass by; every step that this way does not cover goes through the modules.
+static cache on a CPU the same function is compiled into one graph, or, for several rows, has its weights packed.
+`generate()` asks once whether nothing hangs on the modules that a direct way would pass by; every step that this way
+does not cover goes through the modules.
 
 Shapes: B rows, D hidden_size, H query heads, G key/value heads, E head_dim, K cached tokens and the new one, V
 vocab_size.
 """
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -76,6 +78,7 @@ class DecodingStep:
         self.groups, self.head_dim = config.num_key_value_heads, config.head_dim
         self.heads_per_group = config.num_attention_heads // config.num_key_value_heads
         self.scaling = self.head_dim**-0.5
+        self.multiply: Callable = linear
         self._compiled: Callable | None = None
 
     @staticmethod
@@ -88,6 +91,23 @@ class DecodingStep:
         if known is not None and known._is_made_of(step):
             return known
         _steps[model] = step
+        return step
+
+    def packed(self) -> "DecodingStep":
+        """A step with copies of the weights in the layout that oneDNN's matrix products of a few rows read fastest.
+
+        Measured on two cores with eight rows in bf16: 28 to 46 GB/s of weights against 11 to 19.
+        """
+
+        def pack(weights: Weights) -> Weights:
+            return torch.ops.mkldnn._reorder_linear_weight(weights[0].detach()), weights[1]
+
+        names = ("query", "key", "value", "output", "gate", "up", "down")
+        step = copy.copy(self)
+        step.layers = tuple(
+            layer._replace(**{name: pack(getattr(layer, name)) for name in names}) for layer in self.layers
+        )
+        step.head, step.multiply = pack(self.head), _linear_packed
         return step
 
     def _is_made_of(self, other: "DecodingStep") -> bool:
@@ -189,7 +209,7 @@ class DecodingStep:
     ) -> torch.Tensor:
         """hidden (B, 1, D), cos and sin (B or 1, 1, R), bias (B, 1, 1, K) -> logits (B, 1, V)."""
         rows, compiling = hidden.shape[0], torch.compiler.is_compiling()
-        multiply = _linear_written_out if compiling and rows == 1 else linear
+        multiply = _linear_written_out if compiling and rows == 1 else self.multiply
         attend = _attention_written_out if compiling else _attention
         for index, layer in enumerate(self.layers):
             x = layer.input_norm(hidden)
@@ -284,6 +304,10 @@ def _linear_written_out(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tenso
     return product.to(x.dtype).view(1, 1, -1)
 
 
+def _linear_packed(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
 @contextmanager
 def reading_weights_once(input_ids: torch.Tensor, dtype: torch.dtype) -> Iterator[None]:
     """For a single token in half precision on an AVX-512 CPU, has torch's matrix-vector kernel in place of oneDNN's.
@@ -304,6 +328,17 @@ def reading_weights_once(input_ids: torch.Tensor, dtype: torch.dtype) -> Iterato
         yield
     finally:
         torch._C._set_mkldnn_enabled(True)
+
+
+def _wants_packing(input_ids: torch.Tensor | None, dtype: torch.dtype) -> bool:
+    return (
+        input_ids is not None
+        and input_ids.shape[0] > 1
+        and input_ids.shape[1] == 1
+        and dtype == torch.bfloat16
+        and torch._C._get_mkldnn_enabled()
+        and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    )
 
 
 def _weights(module: nn.Linear) -> Weights:
@@ -380,7 +415,8 @@ class Decoding:
     def __init__(self, model: Any):
         self.model = model
         self.step = DecodingStep.of(model)
-        self.compiles = False  # set where the generation config asks for it
+        self.compiles = False  # set where the generation config asks for a static cache, on a CPU
+        self._packed: DecodingStep | None = None  # for this call alone: weights may change before the next one
 
     @classmethod
     def of(cls, model: Any) -> "Decoding | None":
@@ -389,6 +425,22 @@ class Decoding:
             return None
         running = _active.get()
         return running if running is not None and running.model is model and running.step is not None else None
+
+    def logits(
+        self,
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        cache: Any,
+    ) -> torch.Tensor | None:
+        """As the step gives them, in the quickest way that this call of `generate()` allows."""
+        step = self.step
+        if step is None:
+            return None
+        if self.compiles and type(cache) is StaticCache and _wants_packing(input_ids, step.embedding.dtype):
+            self._packed = self._packed or step.packed()
+            return self._packed(input_ids, attention_mask, position_ids, cache)
+        return step(input_ids, attention_mask, position_ids, cache, self.compiles)
 
     def prepare_inputs(
         self,

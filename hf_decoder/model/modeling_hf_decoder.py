@@ -419,7 +419,7 @@ class HfDecoderForCausalLM(HfDecoderPreTrainedModel, GenerationMixin):
                 have the logits while training, `True` to save their memory in an evaluation that reads only the loss.
         """
         if (decoding := Decoding.of(self)) is not None and inputs_embeds is None and labels is None and not kwargs:
-            logits = decoding.step(input_ids, attention_mask, position_ids, past_key_values, decoding.compiles)
+            logits = decoding.logits(input_ids, attention_mask, position_ids, past_key_values)
             if logits is not None:
                 return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
 

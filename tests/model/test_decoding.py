@@ -203,6 +203,30 @@ def test_half_precision_is_no_further_from_the_truth_than_the_modules_are(steps)
     assert torch.backends.mkldnn.enabled
 
 
+@torch.no_grad()
+def test_packed_weights_of_several_rows(steps, monkeypatch):
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        pytest.skip("weights are packed on AVX-512 alone")
+    packed = []
+    pack = DecodingStep.packed
+    monkeypatch.setattr(DecodingStep, "packed", lambda self: packed.append(1) or pack(self))
+    model = tiny_model(attention_bias=True, tie_word_embeddings=False)
+    ids, mask = padded(3, 9)
+    tokens, _ = generated(model, ids, attention_mask=mask)
+    forced = {"prefix_allowed_tokens_fn": lambda row, seen: [int(tokens[row, len(seen)])], "attention_mask": mask}
+    _, truth = through_modules(model, ids, **forced)
+    half = copy.deepcopy(model).bfloat16()
+    error = [
+        (run(half, ids, **forced, cache_implementation=cache)[1].float() - truth).square().mean().sqrt()
+        for run, cache in ((generated, "static"), (through_modules, None))
+    ]
+    assert packed == [1] and error[0] <= 1.1 * error[1]
+    half.lm_head.weight.data.mul_(2)  # changed in a way that leaves no trace
+    doubled = generated(half, ids, **forced, cache_implementation="static")[1]
+    torch.testing.assert_close(doubled.float(), 2 * truth, rtol=0, atol=2 * 6 * float(error[1]))
+    assert packed == [1, 1]
+
+
 def test_the_kernels_are_given_back_when_a_step_fails(monkeypatch):
     model = tiny_model().bfloat16()
 
