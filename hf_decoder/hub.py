@@ -183,6 +183,8 @@ def _check_card(path: Path) -> None:
         with contextlib.suppress(ValueError, KeyError, TypeError):
             said = "; ".join(problem["message"] for problem in json.loads(said)["errors"])
         raise ValueError(f"the metadata of {CARD} is refused by {constants.ENDPOINT}: {said}") from None
+    except HttpError:  # huggingface_hub 1 asks huggingface.co whatever HF_ENDPOINT says; the upload asks once more
+        return
 
 
 def _pin_base(api: HfApi, path: Path, base: str) -> None:
