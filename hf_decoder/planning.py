@@ -130,6 +130,9 @@ def memory(job: Job) -> dict[str, int]:
     two layers (one in use, one on its way), embedding and head, and a layer's gradient, in bf16. With accumulation,
     shards wait with all of the gradients, gathered, for the last pass. Activations: `accounting.activation_bytes`.
     Loss: a chunk of logits and the fp32 gradient of the head; with ZeRO-3, all the logits.
+
+    The sum is the peak of a pass that finds gradients of an earlier one. Without accumulation gradients come while
+    activations go, and the peak is lower by up to the gradients.
     """
     count = Parameters.of(job.config)
     moments = 4 * count.hidden + 8 * (count.total - count.hidden) if job.muon else 8 * count.total

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM, accounting, planning
@@ -79,6 +80,31 @@ def test_activations_agree_with_accounting():
     again = memory(replace(job, checkpointing=True))["activations"]
     inputs = 4 * 512 * config.num_hidden_layers * config.hidden_size * 4  # every layer's input, fp32
     assert again - inputs == planned["activations"] // config.num_hidden_layers
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["activations kept", "formed again"])
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
+def test_planned_memory_is_the_peak_that_torch_tracks_in_a_small_training(checkpointing):
+    config = HfDecoderConfig(vocab_size=4096, tie_word_embeddings=False, qk_norm=True, **SHAPE | {"hidden_size": 256})
+    model = HfDecoderForCausalLM(config).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    optimizer = MuonAdamW(parameter_groups(model, 0.1))
+    ids = torch.arange(1024).view(4, 256)
+    tracker = MemTracker()
+    tracker.track_external(model, optimizer)
+    with tracker:
+        for number in range(4):  # two steps of two passes: the second finds the gradients of the first
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            loss.backward()
+            if number % 2:
+                optimizer.step()
+                optimizer.zero_grad()
+            tracker.reset_mod_stats()
+    (peak,) = tracker.get_tracker_snapshot("peak").values()
+    job = Job(config, GPUS["h100"], strategy="ddp", batch_size=4, block_size=256, checkpointing=checkpointing)
+    assert sum(memory(job).values()) == pytest.approx(peak["Total"], rel=0.25), (memory(job), peak)
 
 
 def test_newton_schulz_flops_are_those_that_torch_counts():

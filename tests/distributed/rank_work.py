@@ -304,30 +304,3 @@ def greedy_and_sampled(model: Any, prompts: torch.Tensor, mask: torch.Tensor) ->
         torch.manual_seed(4)
         found.append(model.generate(prompts, attention_mask=mask, max_new_tokens=16, pad_token_id=0, **settings))
     return found
-
-
-def peak_of_training(config: HfDecoderConfig, rows_of_batch: int, length: int, *, checkpointing: bool) -> int:
-    """Bytes that a few steps of bf16 training add to this process at the most."""
-    from hf_decoder.recipe import MuonAdamW, parameter_groups
-
-    before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak is counted from here on
-    model = HfDecoderForCausalLM(config).train()
-    if checkpointing:
-        model.gradient_checkpointing_enable()
-    optimizer = MuonAdamW(parameter_groups(model, 0.1))
-    ids = torch.arange(rows_of_batch * length).view(rows_of_batch, length) % config.vocab_size
-    for _ in range(2):
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return _status("VmHWM") - before
-
-
-def _status(name: str) -> int:
-    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) * 1024
-    raise ValueError(f"/proc/self/status has no {name}")
