@@ -126,6 +126,9 @@ def test_the_trainers_loss_is_the_mean_over_completion_tokens(run, tmp_path, kin
     batch = next(iter(trainer.get_train_dataloader()))
     trainer.model.train()
     loss = float(trainer.compute_loss(trainer.model, dict(batch)).detach())
+    accumulated = float(
+        trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=torch.tensor(100)).detach()
+    )
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     nats, count = 0.0, 0
     for row in PAIRS:
@@ -136,9 +139,11 @@ def test_the_trainers_loss_is_the_mean_over_completion_tokens(run, tmp_path, kin
         nats -= sum(float(log_probs[i - 1, ids[i]]) for i in range(len(prompt), len(ids)))
         count += len(ids) - len(prompt)
     assert loss == pytest.approx(nats / count, rel=1e-4)
+    assert accumulated == pytest.approx(nats / 100, rel=1e-4)
     if kind == "llama":
         assert trainer._metrics["train"]["entropy"] and trainer._metrics["train"]["mean_token_accuracy"]
-    assert trainer._metrics["train"]["num_tokens"] == [sum(len(row["input_ids"]) for row in trainer.train_dataset)]
+    tokens = sum(len(row["input_ids"]) for row in trainer.train_dataset)
+    assert trainer._metrics["train"]["num_tokens"] == [2 * tokens]  # the batch twice
 
 
 def test_full_fine_tuning_learns_its_rows(run, tmp_path, capsys):
