@@ -114,6 +114,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(flags, tmp_path):
     assert is_complete(last) and (last / "rng_state_1.pth").is_file()
 
 
+@pytest.mark.slow
 def test_a_time_limit_ends_all_processes_after_the_same_step(flags, tmp_path):
     argv = [*flags, "--max_steps", "100000", "--eval_strategy", "no", "--save_steps", "100000", "--logging_steps", "1"]
     argv += ["--time_limit", "4s", "--warmup_steps", "2", "--output_dir", str(tmp_path / "run")]

@@ -50,6 +50,7 @@ def test_two_processes_have_the_losses_of_one(layout, name, trained):
         assert first[name]["momentum_type"] == ("DTensor" if layout == "fsdp2" else "Tensor")
 
 
+@pytest.mark.slow
 def test_four_processes_have_the_losses_of_one_where_shards_are_uneven_and_matrices_fewer_than_ranks(trained):
     names = ["muon", "muon, accumulation"]
     (one,), (first, *_) = trained("one", 1), trained("fsdp2", 4, names)
