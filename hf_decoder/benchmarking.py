@@ -175,10 +175,10 @@ def measure_loss(setting: Setting, tokens: int = 4096, width: int = 512) -> Iter
             found["ours"], found["stock"], ("loss", "hidden gradient", "head gradient"), strict=True
         ):
             check(a, b, 0.02, f"loss, vocabulary {vocab_size}, {what}")
-        times = alternate(setting, ours, stock)
-        share = 6 * tokens * width * vocab_size / times[0] / rate
+        fast, slow = alternate(setting, ours, stock)
+        share = 6 * tokens * width * vocab_size / fast / rate
         memory = (peak_bytes(ours, setting.device), peak_bytes(stock, setting.device))
-        yield Row("loss", f"vocabulary {vocab_size:,}", *times, share, "matmul", *memory)
+        yield Row("loss", f"vocabulary {vocab_size:,}", fast, slow, share, "matmul", *memory)
 
 
 def _loss_and_gradient(
@@ -215,11 +215,11 @@ def _measure_training(suite: str, case: str, setting: Setting, inputs: dict[str,
     check(our_loss, their_loss, 0.01, f"{suite}, {case}, loss")
     check(our_gradient, their_gradient, 0.1, f"{suite}, {case}, gradient")  # bf16 rounds along the way
     ours, stock = (_training_step(model, setting, inputs) for model in models)
-    times = alternate(setting, ours, stock)
+    fast, slow = alternate(setting, ours, stock)
     length = inputs["input_ids"].shape[1]
     flops = flops_per_token(HfDecoderConfig(**setting.shape), length) * inputs["input_ids"].numel()
     memory = (peak_bytes(ours, setting.device), peak_bytes(stock, setting.device))
-    return Row(suite, case, *times, flops / times[0] / matmul_rate(setting), "matmul", *memory)
+    return Row(suite, case, fast, slow, flops / fast / matmul_rate(setting), "matmul", *memory)
 
 
 def measure_train(setting: Setting, batch_size: int = 8, length: int = 512) -> Iterator[Row]:
@@ -252,9 +252,9 @@ def measure_prefill(setting: Setting) -> Iterator[Row]:
         ids = torch.randint(setting.shape["vocab_size"], (1, length), device=setting.device)
         check(ours(ids).logits, stock(ids).logits, 0.05, f"prefill, {length} tokens")
         calls = [partial(model, ids, logits_to_keep=1) for model in (ours, stock)]
-        times = alternate(setting, *calls)
+        fast, slow = alternate(setting, *calls)
         memory = [peak_bytes(call, setting.device) for call in calls]
-        yield Row("prefill", f"{length} tokens", *times, None, "matmul", *memory)
+        yield Row("prefill", f"{length} tokens", fast, slow, None, "matmul", *memory)
 
 
 def check_greedy(stock: PreTrainedModel, tokens: torch.Tensor, mask: torch.Tensor, what: str) -> None:
@@ -305,7 +305,8 @@ def _measure_decoding(
                 times = alternate(setting, *calls)
                 # every step reads every weight: a bound from below, because the prompt is in the time too
                 share = weights * new_tokens / times[0] / rate
-                yield Row(suite, case, *times[:2], share, "read", llama_cpp=times[2] if len(times) > 2 else None)
+                third = times[2] if len(times) > 2 else None
+                yield Row(suite, case, times[0], times[1], share, "read", llama_cpp=third)
 
 
 def measure_generate(setting: Setting, prompt: int = 32, lengths: Sequence[int] = (64, 256, 1024)) -> Iterator[Row]:
@@ -362,7 +363,8 @@ def measure_load(setting: Setting) -> Iterator[Row]:
         )
         for a, b in zip(calls[0]().parameters(), calls[1]().parameters(), strict=True):
             check(a, b, 0.0, "load")
-        yield Row("load", "from_pretrained", *alternate(setting, *calls))
+        fast, slow = alternate(setting, *calls)
+        yield Row("load", "from_pretrained", fast, slow)
 
 
 SUITES: dict[str, Callable[[Setting], Iterator[Row]]] = {

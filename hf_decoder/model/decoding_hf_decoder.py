@@ -102,11 +102,12 @@ class DecodingStep:
         def pack(weights: Weights) -> Weights:
             return torch.ops.mkldnn._reorder_linear_weight(weights[0].detach()), weights[1]
 
-        names = ("query", "key", "value", "output", "gate", "up", "down")
+        def pack_layer(layer: LayerParts) -> LayerParts:
+            names = ("query", "key", "value", "output", "gate", "up", "down")
+            return LayerParts(**{**layer._asdict(), **{name: pack(getattr(layer, name)) for name in names}})
+
         step = copy.copy(self)
-        step.layers = tuple(
-            layer._replace(**{name: pack(getattr(layer, name)) for name in names}) for layer in self.layers
-        )
+        step.layers = tuple(pack_layer(layer) for layer in self.layers)
         step.head, step.multiply = pack(self.head), _linear_packed
         return step
 
