@@ -473,10 +473,13 @@ class HfDecoderForCausalLM(HfDecoderPreTrainedModel, GenerationMixin):
         return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
 
     def _valid_auto_compile_criteria(self, model_kwargs, generation_config) -> bool:
-        # on a CPU transformers never compiles; there our step compiles itself
+        whole_model = super()._valid_auto_compile_criteria(model_kwargs, generation_config)
         if (decoding := Decoding.of(self)) is not None:
-            decoding.compiles = self.device.type == "cpu" and not generation_config.disable_compile
-        return super()._valid_auto_compile_criteria(model_kwargs, generation_config)
+            if whole_model:  # transformers compiles the call of the modules, for which it prepares the masks
+                decoding.step = None
+            else:  # as on every CPU; there our step compiles itself
+                decoding.compiles = self.device.type == "cpu" and not generation_config.disable_compile
+        return whole_model
 
 
 class HfDecoderForSequenceClassification(GenericForSequenceClassification, HfDecoderPreTrainedModel):
