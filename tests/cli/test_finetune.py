@@ -395,13 +395,6 @@ def test_what_a_user_can_get_wrong(fails, run, tmp_path, rows, flags, reason):
     assert not out.exists()
 
 
-def test_the_adapter_of_a_four_bit_base_is_trained_in_fp32(run, tmp_path):
-    trainer = build(run.folder, tmp_path, PAIRS, "--use_peft", "true", "--load_in_4bit", "true")
-    trained = {name: p.dtype for name, p in trainer.model.named_parameters() if p.requires_grad}
-    assert trained and set(trained.values()) == {torch.float32}
-    assert any(p.dtype == torch.uint8 for p in trainer.model.parameters())
-
-
 def test_four_bit_base_trains_and_merges_into_the_full_weights(run, tmp_path):
     flags = ["--use_peft", "true", "--load_in_4bit", "true", "--learning_rate", "1e-2", "--merge"]
     out = run_task(run.folder, tmp_path, PAIRS, *flags)
