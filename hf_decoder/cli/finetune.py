@@ -40,6 +40,7 @@ from hf_decoder.cli import (
     parse_arguments,
     parse_overrides,
 )
+from hf_decoder.layouts import save_in_full
 from hf_decoder.modelcard import write_finetuning_card
 from hf_decoder.pace import TimeLimit, parse_duration
 from hf_decoder.presets import get_preset
@@ -444,14 +445,14 @@ def _save(trainer: Any, tokenizer: Any, task_args: TaskArguments, model_args: An
     if task_args.task != "classification" and finetuning.is_conversational(data.train):
         finetuning.end_turns(model, tokenizer)
     if not task_args.merge:
-        trainer.save_model()
+        save_in_full(trainer, trainer.args.output_dir)
         return
     if not trainer.is_world_process_zero():
         return
     if model_args.load_in_4bit or model_args.load_in_8bit:
         # Into the weights as they were before they were quantized: nothing is rounded twice.
         folder = Path(trainer.args.output_dir) / "adapter"
-        trainer.save_model(str(folder))
+        save_in_full(trainer, folder)
         loader = load_classifier if task_args.task == "classification" else load_model
         kwargs = {"id2label": model.config.id2label} if task_args.task == "classification" else {}
         ends = model.generation_config.eos_token_id if model.generation_config is not None else None
