@@ -136,7 +136,7 @@ class DecodingStep:
     def __call__(
         self,
         input_ids: torch.Tensor | None,
-        attention_mask: torch.Tensor | None,
+        attention_mask: Any,
         position_ids: torch.Tensor | None,
         cache: Any,
         compiles: bool = False,
@@ -158,7 +158,8 @@ class DecodingStep:
             return None
         bias = None
         if attention_mask is not None:
-            if attention_mask.shape != (input_ids.shape[0], past + 1):
+            # masks that transformers has prepared, one a layer type, are for the modules
+            if not isinstance(attention_mask, torch.Tensor) or attention_mask.shape != (input_ids.shape[0], past + 1):
                 return None
             if not attention_mask.all():
                 if not attention_mask[:, -1].all():  # a row that sees nothing would be all minus infinity
@@ -450,6 +451,7 @@ class Decoding:
         past_key_values: Cache | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         is_first_iteration: bool = False,
         **kwargs,
     ) -> dict | None:

@@ -113,6 +113,27 @@ def test_other_caches_and_searches_give_the_same_tokens(steps):
         steps.clear()
 
 
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_prompts_as_embeddings(cache: str | None, steps):
+    model = tiny_model()
+    ids = random_ids(1, 9)
+    settings = {"cache_implementation": cache, "disable_compile": True} if cache else {}
+    tokens, _ = generated(model, ids, **settings)
+    steps.clear()
+    embedded, _ = generated(model, None, inputs_embeds=model.get_input_embeddings()(ids), **settings)
+    assert torch.equal(embedded, tokens[:, 9:]) and len(steps) == NEW_TOKENS - 1
+
+
+def test_masks_that_are_prepared_already_go_to_the_modules(steps, monkeypatch):
+    model = tiny_model()
+    ids, mask = padded(3, 9)
+    settings = {"attention_mask": mask, "cache_implementation": "static", "disable_compile": True}
+    expected = generated(model, ids, **settings)[0]
+    steps.clear()
+    monkeypatch.setattr(decoding_hf_decoder.Decoding, "prepare_inputs", lambda *inputs, **others: None)
+    assert torch.equal(generated(model, ids, **settings)[0], expected) and not steps
+
+
 def test_a_hook_is_called_for_every_token(steps):
     model, calls = tiny_model(), []
     hook = model.model.layers[1].mlp.up_proj.register_forward_hook(lambda *inputs: calls.append(1))
