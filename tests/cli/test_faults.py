@@ -94,6 +94,10 @@ def test_killed_at_a_random_moment(job, undisturbed, tmp_path):
     resumes_to(job, folder, undisturbed)
 
 
+def ended_or_saved(process: multiprocessing.Process, folder: Path, step: int) -> bool:
+    return not process.is_alive() or any(step_of(path) >= step for path in checkpoints(folder))
+
+
 @pytest.mark.soak
 def test_killed_twenty_times(job, tmp_path, figures):
     """One run with a checkpoint every fifth step, killed twenty times, each time resumed where it was."""
@@ -111,7 +115,7 @@ def test_killed_twenty_times(job, tmp_path, figures):
         start = int(last.name.split("-")[1]) if last else 0
         if choose.random() < 0.8 or number == 0:  # the others die while they load, or in their first steps
             beyond = start + SAVE_STEPS * choose.randrange(1, 4)
-            wait_for(lambda: not process.is_alive() or any(step_of(path) >= beyond for path in checkpoints(folder)))
+            wait_for(functools.partial(ended_or_saved, process, folder, beyond))
             time.sleep(choose.uniform(0, 0.4))
         else:
             time.sleep(choose.uniform(0, 2))
