@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import transformers
 from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
@@ -87,7 +86,8 @@ def backend_conditions(model: PreTrainedModel | type[PreTrainedModel]) -> list[C
 def _auto_map(model: PreTrainedModel) -> Condition:
     """The engines take the base model's class from the config.json of the folder, unless transformers has it."""
     name = "auto_map"
-    if hasattr(transformers, type(model).__name__):
+    # by the module: a server in this process may have made our classes attributes of transformers
+    if type(model).__module__.partition(".")[0] == "transformers":
         return Condition(name, True, "the class is part of transformers")
     with tempfile.TemporaryDirectory() as folder, _no_progress_bar():
         with torch.device("meta"):

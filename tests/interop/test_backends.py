@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+import transformers
 from transformers import GPT2LMHeadModel, LlamaForCausalLM, Qwen3ForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM, HfDecoderPreTrainedModel
+from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM, HfDecoderModel, HfDecoderPreTrainedModel
 from hf_decoder.interop.backends import SMALL, backend_conditions
 from hf_decoder.model import modeling_hf_decoder
+from hf_decoder.model.registry_hf_decoder import AUTO_MAP
 
 NAMES = [
     "auto_map",
@@ -155,9 +157,9 @@ def test_a_head_that_computes_more():
 
 
 def test_a_saved_config_without_the_base_class(monkeypatch):
-    # the table that this class saves, whichever copies of its module other tests have loaded
-    auto_map = type(build()).save_pretrained.__globals__["AUTO_MAP"]
-    monkeypatch.delitem(auto_map, "AutoModel")
+    for cls in (HfDecoderModel, HfDecoderForCausalLM):  # a server in this process does that
+        monkeypatch.setattr(transformers, cls.__name__, cls, raising=False)
+    monkeypatch.delitem(AUTO_MAP, "AutoModel")
     assert "names no class under auto_map.AutoModel" in failed(build())["auto_map"]
-    monkeypatch.setitem(auto_map, "AutoModel", "elsewhere.HfDecoderModel")
+    monkeypatch.setitem(AUTO_MAP, "AutoModel", "elsewhere.HfDecoderModel")
     assert "elsewhere.py is not saved beside it" in failed(build())["auto_map"]
