@@ -6,8 +6,6 @@ import contextlib
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -20,6 +18,7 @@ from huggingface_hub.utils import validate_repo_id
 
 import hf_decoder.receiver
 from hf_decoder.adapters import ADAPTER_CONFIG, base_of, is_adapter
+from hf_decoder.fresh_process import run_fresh
 from hf_decoder.modelcard import pin_load_lines, pinned_revision
 
 CARD = "README.md"
@@ -261,21 +260,13 @@ def _receive(job: hf_decoder.receiver.Job, scratch: Path) -> None:
     env = {**os.environ, **caches, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "0"}
     if token := get_token():
         env["HF_TOKEN"] = token
-    source = Path(hf_decoder.receiver.__file__).read_text(encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, "-c", source, json.dumps(asdict(job))],
-        cwd=scratch,
-        env=env,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=RECEIVE_TIMEOUT,
-    )
     where = f"{job.repo_id} at {job.revision[:12]} is uploaded, but"
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise RuntimeError(f"{where} a process with nothing but transformers cannot load it: {reason}")
-    figures = json.loads(done.stdout.strip().splitlines()[-1])
+    program, argument = Path(hf_decoder.receiver.__file__), json.dumps(asdict(job))
+    try:
+        said = run_fresh(program, argument, hidden=True, folder=scratch, environment=env, timeout=RECEIVE_TIMEOUT)
+    except RuntimeError as error:
+        raise RuntimeError(f"{where} a process with nothing but transformers cannot load it: {error}") from None
+    figures = json.loads(said.strip().splitlines()[-1])
     if figures["differing_files"]:
         raise RuntimeError(f"{where} {figures['differing_files'][0]} is not the file that was sent")
     if figures["max_difference"] != 0.0 or not figures["package_hidden"]:

@@ -1,17 +1,14 @@
-"""What somebody who has only transformers does with a pushed model; run as a program, in a process of its own.
+"""What somebody who has only transformers does with a pushed model; run by `fresh_process`, with hf_decoder hidden.
 
-`python -c SOURCE JOB`, where JOB is the JSON of a `Job`. It downloads the repo into the cache that the environment
-names, compares every file with the one that was sent, loads the model twice, as it was sent and by its name, with
-hf_decoder hidden, and prints one line of JSON: the largest difference of their logits.
+Its argument is the JSON of a `Job`. It downloads the repo into the cache that the environment names, compares every
+file with the one that was sent, loads the model twice, as it was sent and by its name, and prints one line of JSON:
+the largest difference of their logits.
 """
-
-from __future__ import annotations
 
 import filecmp
 import json
 import sys
 from dataclasses import dataclass
-from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +24,6 @@ class Job:
     repo_id: str
     revision: str
     base: str | None = None
-
-
-def hide_package() -> None:
-    """Makes hf_decoder look as if it were not installed, to an editable install's own finder too."""
-    find: Any = PathFinder.find_spec
-
-    def find_others(name: str, *args: Any, **kwargs: Any) -> Any:
-        return None if name.partition(".")[0] == PACKAGE else find(name, *args, **kwargs)
-
-    PathFinder.find_spec = staticmethod(find_others)  # type: ignore[method-assign,assignment]
-    sys.meta_path = [finder for finder in sys.meta_path if "editable" not in getattr(finder, "__module__", "")]
 
 
 def differing_files(sent: Path, received: Path) -> list[str]:
@@ -105,5 +91,4 @@ def receive(job: Job) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    hide_package()
     print(json.dumps(receive(Job(**json.loads(sys.argv[1])))))

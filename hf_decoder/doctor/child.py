@@ -1,39 +1,17 @@
 """What runs in a fresh process: load a checkpoint, write its logits to a file.
 
 It is handed to a new interpreter as text, because it must also work where this package cannot be found.
-Arguments: the path of a JSON file with `folder`, `ids`, `threads`, `trust_remote_code`, `hide`, `register`, `output`.
+Argument: the path of a JSON file with `folder`, `ids`, `threads`, `attention`, `trust_remote_code`, `register`,
+`output`.
 """
 
 import json
 import sys
-from collections.abc import Callable
-from importlib.machinery import PathFinder
-from typing import Any
-
-
-def hide(package: str) -> None:
-    """Makes a package look as if it were not installed: no finder finds it, an editable install's own included."""
-
-    def without(find: Callable[..., Any]) -> Callable[..., Any]:
-        def find_or_not(name: str, *args: Any, **kwargs: Any) -> Any:
-            return None if name.partition(".")[0] == package else find(name, *args, **kwargs)
-
-        return find_or_not
-
-    PathFinder.find_spec = staticmethod(without(PathFinder.find_spec))  # type: ignore[method-assign]
-    sys.meta_path = [finder for finder in sys.meta_path if "editable" not in getattr(finder, "__module__", "")]
-    try:
-        __import__(package)
-    except ModuleNotFoundError:
-        return
-    raise SystemExit(f"{package} could not be hidden")
 
 
 def main() -> None:
     with open(sys.argv[1], encoding="utf-8") as file:
         task = json.load(file)
-    if task["hide"]:
-        hide(task["hide"])
     import torch
     from safetensors.torch import save_file
     from transformers import AutoConfig, AutoModelForCausalLM

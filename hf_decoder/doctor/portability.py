@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -16,10 +14,10 @@ import hf_decoder
 from hf_decoder.doctor.numerics import difference, logits_of
 from hf_decoder.doctor.report import Check, Finding, failed, passed, skipped, warned
 from hf_decoder.doctor.subject import Subject, quiet
+from hf_decoder.fresh_process import PACKAGE, run_fresh
 from hf_decoder.interop.backends import backend_conditions
 from hf_decoder.interop.families import FAMILIES, OURS, obstacle, read_config
 
-PACKAGE = "hf_decoder"
 CHILD = Path(__file__).with_name("child.py")
 MAX_SECONDS = 1800
 
@@ -41,7 +39,6 @@ def _fresh_logits(subject: Subject, folder: Path, ids: torch.Tensor, *, hidden: 
                     "threads": torch.get_num_threads(),
                     "attention": subject.model.config._attn_implementation,
                     "trust_remote_code": subject.trust_remote_code or (hidden and subject.may_run_code),
-                    "hide": PACKAGE if hidden else "",
                     "register": PACKAGE if subject.is_ours and not hidden else "",
                     "output": str(output),
                 }
@@ -56,18 +53,7 @@ def _fresh_logits(subject: Subject, folder: Path, ids: torch.Tensor, *, hidden: 
         else:
             found = [str(Path(hf_decoder.__file__).parent.parent), env.get("PYTHONPATH", "")]
             env["PYTHONPATH"] = os.pathsep.join(filter(None, found))
-        process = subprocess.run(
-            [sys.executable, "-c", CHILD.read_text(encoding="utf-8"), str(task)],
-            cwd=empty,
-            env=env,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=MAX_SECONDS,
-        )
-        if process.returncode:
-            lines = process.stderr.strip().splitlines() or [f"exit code {process.returncode}"]
-            raise RuntimeError(lines[-1])
+        run_fresh(CHILD, str(task), hidden=hidden, folder=empty, environment=env, timeout=MAX_SECONDS)
         return load_file(output)["logits"]
 
 
