@@ -22,7 +22,7 @@ def _cached(subject: Subject, ids: torch.Tensor, cache: Any) -> torch.Tensor:
     length = ids.shape[1]
     logits, start = [], 0
     for stop in (length - 8, *range(length - 7, length - 2), length):
-        outputs = subject.model(ids[:, start:stop], past_key_values=cache, use_cache=True)
+        outputs = subject.model(ids[:, start:stop], use_cache=True, **{str(subject.cache_argument): cache})
         logits.append(outputs.logits)
         start = stop
     return torch.cat(logits, dim=1)
@@ -30,7 +30,7 @@ def _cached(subject: Subject, ids: torch.Tensor, cache: Any) -> torch.Tensor:
 
 def check_dynamic_cache(subject: Subject) -> Finding:
     """Keys and values kept from earlier calls give the logits of one call."""
-    if not subject.accepts("past_key_values"):
+    if subject.cache_argument is None:
         return skipped("the class keeps no keys and values")
     ids = subject.ids(2)
     found = _cached(subject, ids, DynamicCache(config=subject.model.config))
@@ -39,7 +39,7 @@ def check_dynamic_cache(subject: Subject) -> Finding:
 
 def check_static_cache(subject: Subject) -> Finding:
     """The same with a cache of fixed size, which compiled decoding needs."""
-    if not subject.accepts("past_key_values"):
+    if subject.cache_argument is None:
         return skipped("the class keeps no keys and values")
     if not getattr(type(subject.model), "_can_compile_fullgraph", False):
         return skipped("the class does not declare that it can be compiled with a static cache")

@@ -207,6 +207,12 @@ class Subject:
         generator = torch.Generator().manual_seed(seed)
         return allowed[torch.randint(len(allowed), (rows, length or self.probe_tokens), generator=generator)]
 
+    @property
+    def cache_argument(self) -> str | None:
+        """What the model's forward calls keys and values of earlier tokens; None where it keeps none."""
+        names = ("cache", "past_key_values")  # from transformers 5.24 on, and before
+        return next((name for name in names if self.accepts(name)), None)
+
     def accepts(self, argument: str) -> bool:
         """Whether the model's forward has this argument by name; one that hands all on is asked for its parent's."""
         classes: tuple[Any, ...] = type(self.model).__mro__

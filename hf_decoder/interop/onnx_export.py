@@ -22,6 +22,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.utils import logging as transformers_logging
 
 from hf_decoder.interop.verification import TOLERANCE, VerificationError
+from hf_decoder.model.cache_name_hf_decoder import CACHE_NAME
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 FILE = "model.onnx"
@@ -112,7 +113,7 @@ def verify(model: PreTrainedModel, folder: Path) -> None:
         for start, stop in ((0, length), (length, length + 1), (length + 1, length + 2), (length + 2, length + 3)):
             positions = (mask[:, :stop].cumsum(-1) - 1).clamp(min=0)[:, start:]
             expected = model(
-                ids[:, start:stop], attention_mask=mask[:, :stop], position_ids=positions, past_key_values=cache
+                ids[:, start:stop], attention_mask=mask[:, :stop], position_ids=positions, **{CACHE_NAME: cache}
             ).logits
             logits = runtime(ids[:, start:stop], mask[:, :stop])
             seen = mask[:, start:stop].bool()  # what a model says of padding means nothing

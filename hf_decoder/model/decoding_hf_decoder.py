@@ -23,7 +23,6 @@ import torch
 from torch import nn
 from torch.nn.functional import linear, scaled_dot_product_attention
 from transformers.cache_utils import (
-    Cache,
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
@@ -32,6 +31,7 @@ from transformers.cache_utils import (
 )
 from transformers.utils import logging
 
+from .cache_name_hf_decoder import CACHE_NAME
 from .loss_hf_decoder import softcap
 from .rotary_hf_decoder import apply_rotary_pos_emb
 
@@ -448,7 +448,6 @@ class Decoding:
         self,
         input_ids: torch.Tensor,
         next_sequence_length: int | None = None,
-        past_key_values: Cache | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
@@ -456,7 +455,7 @@ class Decoding:
         **kwargs,
     ) -> dict | None:
         """The model's inputs for one token a row, without masks; None where transformers is to prepare them."""
-        step = self.step
+        step, cache = self.step, kwargs.pop(CACHE_NAME, None)
         if (
             step is None
             or next_sequence_length != 1
@@ -465,12 +464,12 @@ class Decoding:
         ):
             return None
         input_ids = input_ids[:, -1:]
-        if input_ids.device != step.embedding.device or not step.covers(input_ids, past_key_values):
+        if input_ids.device != step.embedding.device or not step.covers(input_ids, cache):
             return None
         if position_ids is not None:
             position_ids = position_ids[:, -1:]
         inputs = {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": attention_mask, **kwargs}
-        return {**inputs, "past_key_values": past_key_values}
+        return {**inputs, CACHE_NAME: cache}
 
     def __enter__(self) -> "Decoding":
         self._token = _active.set(self)

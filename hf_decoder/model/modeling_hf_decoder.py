@@ -33,6 +33,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention_hf_decoder import MIN_TILED_TOKENS, TilePlan, plan_tiles, tiled_attention_forward
+from .cache_name_hf_decoder import CACHE_NAME, takes_either_cache_name
 from .configuration_hf_decoder import HfDecoderConfig
 from .decoding_hf_decoder import Decoding
 from .loss_hf_decoder import causal_lm_loss, linear_causal_lm_loss, softcap
@@ -135,9 +136,9 @@ class HfDecoderAttention(nn.Module):
         hidden_states: torch.Tensor,  # (B, S, D)
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        past_key_values: Cache | None = kwargs.pop(CACHE_NAME, None)
         input_shape = hidden_states.shape[:-1]
         head_shape = (*input_shape, -1, self.head_dim)
         query = self.q_proj(hidden_states).view(head_shape)  # (B, S, H, E)
@@ -149,7 +150,7 @@ class HfDecoderAttention(nn.Module):
         if self.use_rope:
             query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+            key, value = past_key_values.update(key, value, self.layer_idx, kwargs=kwargs)
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -186,7 +187,6 @@ class HfDecoderLayer(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,  # (B, S, D)
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
         use_cache: bool | None = False,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -196,7 +196,6 @@ class HfDecoderLayer(GradientCheckpointingLayer):
             position_embeddings=position_embeddings,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             use_cache=use_cache,
             **kwargs,
         )
@@ -212,7 +211,7 @@ class HfDecoderPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["HfDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = [CACHE_NAME]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -253,6 +252,7 @@ class HfDecoderModel(HfDecoderPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @takes_either_cache_name
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -271,7 +271,7 @@ class HfDecoderModel(HfDecoderPreTrainedModel):
             attention_mask (`torch.Tensor`, *optional*): `(B, K)` 1 for tokens, 0 for padding, or a prepared mask.
             position_ids (`torch.LongTensor` of shape `(B, S)`, *optional*): positions. Without an `attention_mask` and
                 cached tokens, positions that restart inside a row mark packed documents, which do not see each other.
-            past_key_values (`Cache`, *optional*): keys and values of earlier tokens.
+            past_key_values (`Cache`, *optional*): keys and values of earlier tokens; `cache` is another name for it.
             inputs_embeds (`torch.FloatTensor` of shape `(B, S, D)`, *optional*): embeddings in place of `input_ids`.
             use_cache (`bool`, *optional*): whether to fill and return a cache; the config's value by default.
 
@@ -309,12 +309,12 @@ class HfDecoderModel(HfDecoderPreTrainedModel):
                 hidden_states,
                 attention_mask=masks[self.config.layer_types[layer_idx]],
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
                 position_embeddings=position_embeddings,
+                **{CACHE_NAME: past_key_values},
                 **kwargs,
             )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE_NAME: past_key_values})
 
     def _create_masks(
         self,
@@ -336,7 +336,7 @@ class HfDecoderModel(HfDecoderPreTrainedModel):
             "inputs_embeds": inputs_embeds,
             "attention_mask": attention_mask,
             # transformers looks for documents only without a cache; one that this call created is empty
-            "past_key_values": past_key_values if document_positions is None else None,
+            CACHE_NAME: past_key_values if document_positions is None else None,
             "position_ids": document_positions,
         }
         create = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
@@ -394,6 +394,7 @@ class HfDecoderForCausalLM(HfDecoderPreTrainedModel, GenerationMixin):
     def _z_loss_coef(self) -> float:
         return self.config.z_loss_coef if self.training else 0.0  # a regulariser, no part of what evaluation measures
 
+    @takes_either_cache_name
     @can_return_tuple
     def forward(
         self,
@@ -421,7 +422,7 @@ class HfDecoderForCausalLM(HfDecoderPreTrainedModel, GenerationMixin):
         if (decoding := Decoding.of(self)) is not None and inputs_embeds is None and labels is None and not kwargs:
             logits = decoding.logits(input_ids, attention_mask, position_ids, past_key_values)
             if logits is not None:
-                return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
+                return CausalLMOutputWithPast(logits=logits, **{CACHE_NAME: past_key_values})
 
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
@@ -454,7 +455,7 @@ class HfDecoderForCausalLM(HfDecoderPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE_NAME: outputs.get(CACHE_NAME)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
