@@ -467,11 +467,14 @@ class HfDecoderForCausalLM(HfDecoderPreTrainedModel, GenerationMixin):
 
     @wraps(GenerationMixin.prepare_inputs_for_generation)
     def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
+        inputs = None
         if not args and (decoding := Decoding.of(self)) is not None:
             inputs = decoding.prepare_inputs(input_ids, **kwargs)
-            if inputs is not None:
-                return inputs
-        return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        if inputs is None:
+            inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        if CACHE_NAME in inputs:  # PEFT, to 0.21, looks for a prefix's cache by the older name alone
+            inputs["past_key_values"] = inputs.pop(CACHE_NAME)
+        return inputs
 
     def _valid_auto_compile_criteria(self, model_kwargs, generation_config) -> bool:
         whole_model = super()._valid_auto_compile_criteria(model_kwargs, generation_config)

@@ -1,13 +1,16 @@
 """Every cache gives what one pass over the whole text gives."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from tiny_models import random_ids, tiny_config, tiny_model
-from transformers import DynamicCache, QuantizedCache, StaticCache
+from transformers import DynamicCache, LlamaForCausalLM, QuantizedCache, StaticCache
 from transformers.cache_utils import Cache
+
+from hf_decoder.model.cache_name_hf_decoder import CACHE_NAME
 
 KINDS: dict[str, dict[str, Any]] = {
     "full": {},
@@ -79,6 +82,27 @@ def test_cached_equals_uncached_with_left_padding(kind: str, cache: str, attenti
         real = mask[row].bool()
         alone = model(ids[row, real][None], use_cache=False).logits[0]
         torch.testing.assert_close(found[row, real], alone, rtol=0, atol=2e-5)
+
+
+@torch.no_grad()
+def test_the_cache_has_the_name_that_transformers_gives_it():
+    stock = inspect.signature(LlamaForCausalLM.forward).parameters
+    assert CACHE_NAME in stock
+    model, ids = tiny_model(), random_ids(2, 9)
+    expected = model(ids).logits[:, -1]
+    for name in {CACHE_NAME, "past_key_values"}:
+        for called in (model, model.model):
+            assert name in inspect.signature(type(called).forward).parameters
+        given = DynamicCache(config=model.config)
+        first = model(ids[:, :8], use_cache=True, **{name: given})
+        assert first[CACHE_NAME] is given
+        second = model(ids[:, 8:], use_cache=True, **{name: given})
+        torch.testing.assert_close(second.logits[:, -1], expected, rtol=0, atol=2e-5)
+        tokens = model.generate(ids, max_new_tokens=3, do_sample=False, **{name: DynamicCache(config=model.config)})
+        assert torch.equal(tokens, model.generate(ids, max_new_tokens=3, do_sample=False, use_cache=False))
+    if CACHE_NAME == "cache":
+        with pytest.raises(ValueError, match="two names of one argument"):
+            model(ids, cache=DynamicCache(), past_key_values=DynamicCache())
 
 
 @torch.no_grad()
