@@ -38,8 +38,17 @@ SMALL = {
     "max_position_embeddings": 64,
     "pad_token_id": 0,
 }
-# How each matrix of a decoder layer is split over devices: by its outputs, or by its inputs.
-SPLITS = {"colwise": ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), "rowwise": ("o_proj", "down_proj")}
+# How each matrix of a decoder layer is split over devices: by its outputs, or by its inputs. Matrices that are stacked
+# into one are cut apart where every device has the whole of them.
+SPLITS = {
+    "colwise": ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"),
+    "rowwise": ("o_proj", "down_proj"),
+    "colwise_gather_output": ("qkv_proj", "gate_up_proj"),
+}
+# Names of transformers 4 that the engines know, and what they are today.
+OLD_STYLES = {"colwise_rep": "colwise_gather_output", "rowwise_rep": "rowwise_split_input"}
+# What hands its outputs on whole, and what splits whole inputs: one asks for the other.
+WHOLE = ("colwise_gather_output", "rowwise_split_input")
 
 
 class Condition(NamedTuple):
@@ -191,8 +200,10 @@ def _try(model: PreTrainedModel) -> list[Condition]:
     """Two requests through the engine, first together and then one token of each, against the model by itself."""
     base: Any = model.base_model
     config: Any = base.config
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     window = getattr(config, "sliding_window", None)
+    # a config that lists no kinds has one for all layers, as Mistral's
+    only_kind = "full_attention" if window is None else "sliding_attention"
+    kinds = getattr(config, "layer_types", None) or [only_kind] * config.num_hidden_layers
     instances = {i: _Held(window if kind == "sliding_attention" else None) for i, kind in enumerate(kinds)}
     length = min(9 if window is None or window > 500 else max(9, window + 4), config.max_position_embeddings - 1)
     lengths = {0: length, 1: max(1, length // 2)}
@@ -247,23 +258,38 @@ def _try(model: PreTrainedModel) -> list[Condition]:
 
 
 def _tp_plan(model: PreTrainedModel) -> Condition:
-    """Every matrix of a layer must be split, heads by outputs first, and every pattern must mean a module."""
+    """Every matrix of a layer must be split, heads by outputs first, and every pattern must mean something."""
     name = "tensor parallel plan"
     base: Any = model.base_model
     plan = {pattern.removeprefix("model."): style for pattern, style in (base.config.base_model_tp_plan or {}).items()}
     if not plan:
         return Condition(name, False, f"{type(base.config).__name__}.base_model_tp_plan is empty")
     modules = dict(base.named_modules())
+    # the experts of a mixture are parameters without a module of their own
+    places = [*modules, *(parameter for parameter, _ in base.named_parameters())]
     for pattern in plan:
-        if not any(re.fullmatch(pattern, module) for module in modules):
+        parents = [modules[place] for place in modules if re.fullmatch(pattern.rpartition(".")[0], place)]
+        # a plan of experts also names the matrices of dense layers, of which a model may have none
+        elsewhere = any(hasattr(parent, "experts") for parent in parents)
+        if not elsewhere and not any(re.fullmatch(pattern, place) for place in places):
             return Condition(name, False, f"{pattern!r} matches no module")
+    styles: dict[str, str] = {}
     for module_name, module in modules.items():
-        if not isinstance(module, nn.Linear):
-            continue
-        style = next((plan[pattern] for pattern in plan if re.match(pattern, module_name)), "none")
-        wanted = next((s for s, ends in SPLITS.items() if module_name.endswith(ends)), None)
-        if wanted is not None and style != wanted:
+        if isinstance(module, nn.Linear):
+            style = next((plan[pattern] for pattern in plan if re.match(pattern, module_name)), "none")
+            styles[module_name] = OLD_STYLES.get(style, style)
+    for module_name, style in styles.items():
+        parent, _, last = module_name.rpartition(".")
+        wanted = next((wanted for wanted, names in SPLITS.items() if last in names), None)
+        if wanted is not None and style.partition("_")[0] != wanted.partition("_")[0]:
             return Condition(name, False, f"{module_name} is {style}; must be {wanted}")
+        if wanted in WHOLE and style != wanted:
+            return Condition(name, False, f"{module_name} is {style}, and stacked; must be {wanted}")
+        if wanted == "rowwise":
+            before = {n: s for n, s in styles.items() if n.rpartition(".")[0] == parent and s.startswith("colwise")}
+            odd = [n for n, s in before.items() if (s in WHOLE) != (style in WHOLE)]
+            if odd:
+                return Condition(name, False, f"{odd[0]} is {before[odd[0]]}, but {module_name} is {style}")
     return Condition(name, True, f"{len(plan)} patterns split every matrix of the layers")
 
 

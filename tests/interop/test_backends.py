@@ -3,7 +3,21 @@
 import pytest
 import torch
 import transformers
-from transformers import GPT2LMHeadModel, LlamaForCausalLM, Qwen3ForCausalLM
+from transformers import (
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM, HfDecoderModel, HfDecoderPreTrainedModel
@@ -60,6 +74,56 @@ def test_all_conditions_hold(shape: str, dtype: torch.dtype):
 @pytest.mark.parametrize("model_class", [HfDecoderForCausalLM, LlamaForCausalLM, Qwen3ForCausalLM])
 def test_a_class_by_itself_holds_them_as_the_stock_classes_do(model_class):
     assert failed(model_class) == {}
+
+
+# the size of a window, which these configs give without a list of layers; experts; ids that fit the small vocabulary
+STOCK = {
+    "mistral": (MistralForCausalLM, MistralConfig, {"sliding_window": None}),
+    "mistral, window": (MistralForCausalLM, MistralConfig, {"sliding_window": 5}),
+    "phi3": (Phi3ForCausalLM, Phi3Config, {}),
+    "phi3, window": (Phi3ForCausalLM, Phi3Config, {"sliding_window": 5}),
+    "olmo2": (Olmo2ForCausalLM, Olmo2Config, {}),
+    "mixtral": (MixtralForCausalLM, MixtralConfig, {"num_local_experts": 4, "sliding_window": 5}),
+    "qwen3_moe": (Qwen3MoeForCausalLM, Qwen3MoeConfig, {"num_experts": 4, "num_experts_per_tok": 2}),
+}
+
+
+def build_stock(case: str):
+    torch.manual_seed(0)
+    model_class, config_class, fields = STOCK[case]
+    ids = {"bos_token_id": 1, "eos_token_id": 2}
+    return model_class(config_class(**{**SMALL, **ids, "initializer_range": 0.3, **fields})).eval()
+
+
+@pytest.mark.parametrize("case", STOCK)
+def test_stock_models_hold_them(case: str):
+    """Windows for all layers, stacked matrices, outputs that are gathered, experts without a module of their own."""
+    assert failed(build_stock(case)) == {}
+
+
+@pytest.mark.parametrize(
+    ("case", "changes", "why"),
+    [
+        ("phi3", {"layers.*.mlp.gate_up_proj": "colwise"}, "is colwise, and stacked; must be colwise_gather_output"),
+        ("phi3", {"layers.*.self_attn.o_proj": "rowwise"}, "qkv_proj is colwise_gather_output, but layers.0"),
+        ("olmo2", {"layers.*.self_attn.v_proj": "colwise"}, "v_proj is colwise, but layers.0.self_attn.o_proj is row"),
+        ("olmo2", {"layers.*.self_attn.q_proj": "rowwise_rep"}, "is rowwise_split_input; must be colwise"),
+        ("mixtral", {"layers.*.mlp.experts.w1": "colwise"}, "'layers.*.mlp.experts.w1' matches no module"),
+    ],
+)
+def test_stock_plans_that_do_not_fit(case: str, changes: dict, why: str):
+    model = build_stock(case)
+    model.config.base_model_tp_plan = {**model.config.base_model_tp_plan, **changes}
+    ((_, said),) = failed(model).items()
+    assert why in said
+
+
+def test_names_of_transformers_4_are_known():
+    model = build_stock("olmo2")
+    old = {"colwise_gather_output": "colwise_rep", "rowwise_split_input": "rowwise_rep"}
+    plan = model.config.base_model_tp_plan
+    model.config.base_model_tp_plan = {pattern: old.get(style, style) for pattern, style in plan.items()}
+    assert failed(model) == {}
 
 
 def test_a_class_without_plans_is_told_so():
