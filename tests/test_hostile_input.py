@@ -12,10 +12,20 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM
 from hf_decoder.cli import load_model, load_tokenizer
+from hf_decoder.doctor.subject import Subject, Unloadable
 from hf_decoder.tokenization import IM_END, IM_START, SPECIAL_TOKENS
 
 IDS = torch.tensor([[5, 6, 7, 8]])
@@ -125,6 +135,94 @@ def test_sizes_that_the_weights_do_not_have_are_one_line(copy, alone, values):
     change(copy / "config.json", **values)
     with pytest.raises(ValueError, match=r"cannot be loaded|do not fit") as caught:
         load_model(str(copy))
+    assert "\n" not in str(caught.value)
+
+
+HUGE = [
+    {"hidden_size": 1 << 18},
+    {"vocab_size": 1 << 24},
+    {"intermediate_size": 1 << 21, "hidden_size": 512},
+    {"hidden_size": 1 << 19, "vocab_size": 1 << 24},
+    {"num_attention_heads": 1 << 13, "head_dim": 1 << 10},
+    {"num_hidden_layers": 2000, "layer_types": None},
+]
+
+
+@pytest.fixture
+def no_room(monkeypatch):
+    """The place where transformers makes room for what the files lack must not be reached."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("memory was taken")
+
+    monkeypatch.setattr(PreTrainedModel, "_move_missing_keys_from_meta_to_device", refuse)
+
+
+@pytest.mark.parametrize("values", HUGE)
+def test_sizes_that_the_weights_do_not_have_take_no_memory(copy, alone, no_room, values):
+    """Allowed in a config, and far more than the weights beside it: told from the headers."""
+    change(copy / "config.json", **values)
+    with pytest.raises(ValueError, match=r"do not fit .* asks for") as caught:
+        load_model(str(copy))
+    assert "\n" not in str(caught.value)
+    assert any(field in str(caught.value) for field in values)
+    with pytest.raises(Unloadable, match=r"do not fit .* asks for"):
+        Subject(copy).load()
+
+
+@pytest.mark.parametrize("values", [{"hidden_size": 32}, {"vocab_size": 1 << 24}, {"intermediate_size": 1 << 21}])
+def test_from_pretrained_takes_no_memory_for_other_shapes(copy, alone, no_room, values):
+    change(copy / "config.json", **values)
+    ((field, value),) = values.items()
+    for auto_class in (AutoModelForCausalLM, AutoModel):
+        with pytest.raises(ValueError, match=f"do not fit the config: .* {field}={value} ") as caught:
+            auto_class.from_pretrained(copy)
+        assert isinstance(caught.value, RuntimeError) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("ignore", [False, True])
+def test_from_pretrained_makes_up_no_more_than_there_is(copy, alone, no_room, ignore):
+    """Layers that are missing altogether, and sizes that the caller would have ignored."""
+    if ignore:
+        change(copy / "config.json", hidden_size=1 << 18)
+    else:
+        change(copy / "config.json", num_hidden_layers=300, layer_types=None, intermediate_size=8192)
+        weights = load_file(copy / "model.safetensors")
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            shape = (16, 8192) if name == "down_proj" else (8192, 16)
+            weights[f"model.layers.0.mlp.{name}.weight"] = torch.zeros(shape)
+        save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lack .* of the .* parameters") as caught:
+        AutoModelForCausalLM.from_pretrained(copy, ignore_mismatched_sizes=ignore)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_new_and_of_a_usual_size_is_still_made_up(copy):
+    """A head for other labels, another vocabulary: as in all of transformers."""
+    model = AutoModelForSequenceClassification.from_pretrained(copy, num_labels=3)
+    assert model.score.weight.shape == (3, 16)
+    change(copy / "config.json", vocab_size=1000)
+    model = AutoModelForCausalLM.from_pretrained(copy, ignore_mismatched_sizes=True)
+    assert model.lm_head.weight.shape == (1000, 16)
+
+
+@pytest.mark.parametrize(
+    ("values", "why"),
+    [
+        ({"hidden_size": 1 << 18}, "hidden_size=262144"),
+        ({"intermediate_size": 10**9}, "intermediate_size=1000000000"),
+        ({"vocab_size": 10**15}, "vocab_size=1000000000000000"),
+        ({"vocab_size": 10**18}, "cannot be built"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000"),
+    ],
+)
+def test_stock_classes_take_no_memory_either(tmp_path, alone, no_room, values, why):
+    shape = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    shape |= {"num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 0}
+    LlamaForCausalLM(LlamaConfig(**shape)).save_pretrained(tmp_path)
+    change(tmp_path / "config.json", **values)
+    with pytest.raises(ValueError, match=why) as caught:
+        load_model(str(tmp_path))
     assert "\n" not in str(caught.value)
 
 

@@ -255,6 +255,7 @@ def _load(auto_class: Any, name: str, trust_remote_code: bool, adapter: str | No
 
     from hf_decoder.checkpoints import check_content
     from hf_decoder.interop.checkpoint import INDEX_NAME, read_weight_map
+    from hf_decoder.sizes import check_sizes
 
     base = _base(name)
     if base != name:
@@ -267,6 +268,8 @@ def _load(auto_class: Any, name: str, trust_remote_code: bool, adapter: str | No
     for key in ("num_labels", "id2label", "label2id"):
         if key in kwargs:
             setattr(config, key, kwargs.pop(key))
+    if (folder := Path(name).expanduser()).is_dir():
+        check_sizes(folder, config, auto_class, trust_remote_code=trust_remote_code)
     logging.disable_progress_bar()
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # the loading report would repeat in a table what is said below in one line

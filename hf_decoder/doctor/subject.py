@@ -25,6 +25,7 @@ import hf_decoder
 from hf_decoder.adapters import is_adapter
 from hf_decoder.interop.checkpoint import read_config_values
 from hf_decoder.interop.families import OURS
+from hf_decoder.sizes import check_sizes
 
 # Weights in formats other than safetensors are reported by name, not downloaded.
 NOT_DOWNLOADED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.tflite")
@@ -107,6 +108,10 @@ class Subject:
             raise Unloadable(f"a {self.config.model_type!r} model is no causal language model known to transformers")
         auto_class: Any = AutoModelForCausalLM
         with quiet():
+            try:
+                check_sizes(folder or self.folder, self.config, trust_remote_code=self.trust_remote_code)
+            except Exception as error:  # damaged weights, missing code, a class that fails
+                raise Unloadable(first_line(error)) from None
             try:
                 try:
                     model, info = auto_class.from_pretrained(folder or self.folder, **self._with("sdpa"), **kwargs)

@@ -173,6 +173,19 @@ def _read_file(path: Path) -> Tensors:
     return tensors
 
 
+def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the tensors of a safetensors file, of whatever type, from its header.
+
+    Raises:
+        ValueError: if the file is damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or cut short ({error}); copy or download it again") from None
+
+
 def _reader(path: Path, name: str) -> Callable[[], torch.Tensor]:
     def load() -> torch.Tensor:
         # opened for every tensor: pages that were read stay in memory for as long as the file is open

@@ -1,0 +1,75 @@
+"""Whether a config asks for a model of the size that its weights have: told from the files' headers, before memory is
+taken for it."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from hf_decoder.interop.checkpoint import INDEX_NAME, WEIGHTS_NAME, read_shapes, read_weight_map
+from hf_decoder.model.modeling_hf_decoder import fields_of
+
+# What is smaller is left to the loader, which names what is missing: a new head, say. 1/4 GB in fp32.
+SMALL = 1 << 26
+# Parameters that a quantized checkpoint may keep in one element: 2 bits each in an int32.
+PACKED = 16
+
+
+def check_sizes(
+    folder: Path, config: PretrainedConfig, auto_class: Any = AutoModelForCausalLM, *, trust_remote_code: bool = False
+) -> None:
+    """Refuses a config that asks for more than twice what the safetensors files of `folder` hold.
+
+    transformers makes room for all that a config asks for, and fills it, before it says that the weights do not fit.
+    Folders without safetensors files are let pass.
+
+    Raises:
+        ValueError: in one line, naming a tensor and the fields that ask for it; or if the weights files or the index
+            are damaged.
+    """
+    if (folder / INDEX_NAME).is_file():
+        files = [folder / file for file in sorted(set(read_weight_map(folder / INDEX_NAME).values()))]
+    else:
+        files = [folder / WEIGHTS_NAME]
+    if not all(file.is_file() for file in files):
+        return
+    shapes = {name: shape for file in files for name, shape in read_shapes(file).items()}
+    held = sum(math.prod(shape) for shape in shapes.values())
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    if isinstance(layers, int) and layers > max(len(shapes), 128):  # each has tensors, and many take long to build
+        raise ValueError(
+            f"the weights in {folder} do not fit its config.json: they are {len(shapes):,} tensors in all, but "
+            f"num_hidden_layers={layers} asks for more; correct it, or take the weights that belong to it"
+        )
+    try:
+        asked = _shapes(config, auto_class, trust_remote_code)
+    except (RuntimeError, OverflowError, MemoryError) as error:  # not even the shapes can be formed
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"config.json in {folder} describes a model that cannot be built: {reason}") from None
+    total = sum(math.prod(shape) for shape in asked.values())
+    packed = PACKED if getattr(config, "quantization_config", None) else 1
+    if total <= max(SMALL, 2 * packed * held):
+        return
+    names = [name for name, shape in asked.items() if shape != shapes.get(name)]
+    name = max(names, key=lambda name: math.prod(asked[name]))
+    there = f"of shape {list(shapes[name])} in its weights" if name in shapes else "not in its weights"
+    because = fields_of(config.get_text_config(), set(asked[name]) - set(shapes.get(name, ())))
+    raise ValueError(
+        f"the weights in {folder} do not fit its config.json, which asks for {total:,} parameters and they are "
+        f"{held:,}: {name!r} is {there}, but {because or 'the config'} asks for {list(asked[name])}; correct "
+        "config.json, or take the weights that belong to it"
+    )
+
+
+def _shapes(config: PretrainedConfig, auto_class: Any, trust_remote_code: bool) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the parameters of the model of `config`; tied ones count once."""
+    config = copy.deepcopy(config)
+    config._attn_implementation = "eager"  # a kernel of the Hub, if it asks for one, is not needed here
+    with torch.device("meta"):
+        model = auto_class.from_config(config, trust_remote_code=trust_remote_code)
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
