@@ -6,6 +6,7 @@ import json
 import re
 import sysconfig
 from collections.abc import Callable, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,16 @@ def template_path() -> Path:
     return beside if beside.is_file() or not installed.is_file() else installed
 
 
-def load_lines(folder: str) -> str:
-    """Three lines of Python that load the model of `folder` and let it continue a prompt."""
+def load_lines(folder: str, *, trust: bool = True) -> str:
+    """Three lines of Python that load the model of `folder` and let it continue a prompt.
+
+    `trust` says that its class is not part of transformers.
+    """
+    code = ", trust_remote_code=True" if trust else ""
     return "\n".join(
         [
             "from transformers import pipeline",
-            f'generate = pipeline("text-generation", model={json.dumps(folder)}, trust_remote_code=True)',
+            f'generate = pipeline("text-generation", model={json.dumps(folder)}{code})',
             'print(generate("def main(", max_new_tokens=64)[0]["generated_text"])',
         ]
     )
@@ -264,6 +269,118 @@ def write_finetuning_card(
     )
     card.save(folder / "README.md")
     return card
+
+
+CONVERSION_TEMPLATE = """---
+{{ card_data }}
+---
+
+# {{ title }}
+
+`{{ source }}`, {{ source_kind }}, converted to {{ kind }} with hf_decoder.
+
+## How to load it
+
+```python
+{{ load_lines }}
+```
+
+{{ trust }}
+
+## Conversion
+
+| | |
+|---|---|
+| source | {{ source }}{{ revision }} |
+| parameters | {{ parameters }} |
+| context | {{ context_length }} tokens |
+| largest difference of two logits, here and in the source | {{ difference }} |
+| software | {{ software }} |
+
+## Training data, results and limits
+
+Not part of the conversion, and nothing about them was measured by it: {{ elsewhere }}. Licence: {{ license }}.
+"""
+ONNX = "onnx"
+
+
+def write_conversion_card(
+    folder: Path,
+    words: Mapping[str, str],
+    *,
+    parameters: int,
+    context_length: int,
+    difference: float | None,
+    source_card: Path | None,
+) -> ModelCard:
+    """Writes README.md of a converted folder: what it was made from, and how far the two were found apart.
+
+    Args:
+        folder: where the result lies.
+        words: `title`, `kind` (class of the result, or `ONNX`), `source` (what it was made from), `source_kind` (its
+            class, in Markdown), and for a name of the Hub `base_model` and, where it is known, `revision`.
+        difference: the largest between two logits of the result and the source; None: they were not compared.
+        source_card: the source's README.md, whose licence is kept; None, absent or damaged: unknown.
+    """
+    is_onnx, is_ours = words["kind"] == ONNX, words["kind"].startswith("HfDecoder")
+    source_data = _metadata(source_card)
+    known = {key: source_data[key] for key in ("license", "license_name", "license_link") if source_data.get(key)}
+    card_data = ModelCardData(
+        model_name=words["title"],
+        base_model=words.get("base_model"),
+        library_name=ONNX if is_onnx else "transformers",
+        pipeline_tag="text-generation",
+        tags=["hf_decoder", "converted", *(["custom_code"] if is_ours else [])],
+        language=source_data.get("language"),
+        **known,
+    )
+    card = ModelCard.from_template(
+        card_data,
+        template_str=CONVERSION_TEMPLATE,
+        title=words["title"],
+        kind="ONNX" if is_onnx else f"`{words['kind']}`",
+        source=words["source"],
+        source_kind=words["source_kind"],
+        revision=f" at {words['revision']}" if "revision" in words else "",
+        load_lines=_onnx_load_lines(words["title"]) if is_onnx else load_lines(words["title"], trust=is_ours),
+        trust=TRUST if is_ours else "No code of this folder is run.",
+        parameters=f"{parameters:,}",
+        context_length=f"{context_length:,}",
+        difference=f"{difference:.1e} (fp32)" if difference is not None else NOT_MEASURED,
+        software=", ".join(f"{package} {version(package)}" for package in ("torch", "transformers")),
+        elsewhere="see the card of the source" if source_data else "unknown, the source had no card",
+        license=str(known.get("license_name") or known.get("license") or "unknown"),
+    )
+    card.save(folder / "README.md")
+    return card
+
+
+TRUST = (
+    "`trust_remote_code=True` runs the model code that lies beside the weights. From the Hub, pin the commit that you "
+    'have\nread with `revision="..."`. Where the `hf_decoder` package is installed, `import hf_decoder` registers the '
+    "model and\nno code of this folder is run."
+)
+
+
+def _metadata(path: Path | None) -> dict[str, Any]:
+    """What stands at the top of a card; empty where there is none that can be read."""
+    if path is None or not path.is_file():
+        return {}
+    try:
+        return ModelCard.load(path).data.to_dict()
+    except Exception:  # a stranger's card: YAML errors and those of the card's own checks
+        return {}
+
+
+def _onnx_load_lines(folder: str) -> str:
+    return "\n".join(
+        [
+            "import onnxruntime",
+            "from transformers import AutoTokenizer",
+            f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(folder)})",
+            f"session = onnxruntime.InferenceSession({json.dumps(folder + '/model.onnx')})",
+        ]
+    )
 
 
 def _address(folder: Path) -> str:

@@ -15,6 +15,7 @@ from hf_decoder.modelcard import (
     pin_load_lines,
     pinned_revision,
     template_path,
+    write_conversion_card,
     write_model_card,
 )
 
@@ -121,3 +122,21 @@ def test_a_pinned_card_loads_one_commit_of_one_repo(lines):
     loading = [call for call in calls if "user/name" in ast.unparse(call) and "revision" in ast.unparse(call)]
     assert len(loading) == lines.count("runs/") and '"runs/x"\n```\n' in pinned  # nothing outside is touched
     assert pin_load_lines("# no lines", "user/name", "a" * 40) == "# no lines"
+
+
+def test_a_conversion_card_of_a_hub_name(tmp_path):
+    """Base model and commit are in the metadata and the text, the licence is the source's, whatever its name."""
+    source = tmp_path / "source.md"
+    source.write_text("---\nlicense: other\nlicense_name: gemma\nlanguage: [en, fr]\n---\n# A\n", encoding="utf-8")
+    words = {"title": "small", "kind": "onnx", "source_kind": "`HfDecoderForCausalLM`", "source": "some/model"}
+    words |= {"base_model": "some/model", "revision": "0" * 40}
+    write_conversion_card(tmp_path, words, parameters=1234, context_length=64, difference=2.5e-6, source_card=source)
+    card = ModelCard.load(tmp_path / "README.md")
+    data = card.data.to_dict()
+    assert (data["base_model"], data["license"], data["license_name"]) == ("some/model", "other", "gemma")
+    assert (data["library_name"], data["pipeline_tag"], data["language"]) == ("onnx", "text-generation", ["en", "fr"])
+    for said in ("some/model at " + "0" * 40, "| 1,234 |", "| 64 tokens |", "| 2.5e-06 (fp32) |", "Licence: gemma"):
+        assert said in card.text
+    assert "{{" not in card.content and "small/model.onnx" in card.text
+    again = ModelCard(card.content)
+    assert again.data.to_dict() == data

@@ -187,7 +187,7 @@ CHECKS = (
         "card",
         "model card complete",
         "a reader does not learn what the model is, may be used for, or how to load it",
-        "write README.md: hf-decoder pretrain and finetune do; the Hub's guide is at https://hf.co/docs/hub/model-cards",
+        "write README.md: hf-decoder pretrain, finetune and convert do; the Hub's guide is at https://hf.co/docs/hub/model-cards",
         check_card,
         needs="",
     ),

@@ -98,7 +98,7 @@ def locate(name: str, revision: str | None = None) -> Path:
         raise ValueError(f"{name} is a file; give the folder that holds config.json and the weights")
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or ("/" in name and folder.parent.is_dir()):
         raise ValueError(f"folder {name} does not exist")
-    patterns = ["config.json", "*.safetensors", INDEX_NAME, *SIDE_FILES]
+    patterns = ["config.json", "*.safetensors", INDEX_NAME, "README.md", *SIDE_FILES]
     try:
         # the root alone: some repositories hold the same weights once more in folders, in other formats
         return Path(

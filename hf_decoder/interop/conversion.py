@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -21,6 +22,7 @@ from hf_decoder.interop import checkpoint, gguf_read, gguf_write, onnx_export, v
 from hf_decoder.interop.checkpoint import LazyTensor, Tensors
 from hf_decoder.interop.families import FAMILIES, OURS, BuiltConfig, Family, fused_names, read_config, to_stock
 from hf_decoder.model.registry_hf_decoder import AUTO_MAP
+from hf_decoder.modelcard import write_conversion_card
 
 GGUF, ONNX = "gguf", "onnx"
 TARGETS = ("auto", OURS, *FAMILIES, GGUF, ONNX)
@@ -42,6 +44,13 @@ class Source:
     @property
     def is_gguf(self) -> bool:
         return self.path.is_file()
+
+    @property
+    def kind(self) -> str:
+        """What it is, in words."""
+        if self.is_gguf:
+            return "a GGUF file"
+        return f"`{HfDecoderForCausalLM.__name__ if self.family is None else self.family.model_class}`"
 
     @property
     def num_bytes(self) -> int:
@@ -77,6 +86,20 @@ def open_source(name: str, revision: str | None = None) -> Source:
     return Source(source.path, config, source.family, tensors, source.write_tokenizer)
 
 
+class Origin(NamedTuple):
+    """What the caller named: a folder, a file or a name of the Hub."""
+
+    name: str
+    revision: str | None
+
+    def describe(self, source: Source) -> dict[str, str]:
+        """The words of a card about it; a path says where it lies on this machine only, so its last part must do."""
+        if source.path == Path(self.name).expanduser():
+            return {"source": source.path.resolve().name}
+        commit = source.path.name if source.path.parent.name == "snapshots" else self.revision
+        return {"source": self.name, "base_model": self.name} | ({"revision": commit} if commit else {})
+
+
 def convert(
     name: str,
     destination: Path,
@@ -92,7 +115,8 @@ def convert(
 
     `to="auto"` brings other families in as ours, and ours out as the stock class that expresses it. What leaves as a
     stock class or as ONNX is loaded beside its source and their logits compared, unless `verify` is off.
-    `progress(title, total)` makes the object whose `update(bytes)` is called as tensors are written.
+    A folder gets a README.md that says what it was made from. `progress(title, total)` makes the object whose
+    `update(bytes)` is called as tensors are written.
 
     Raises:
         ValueError: if the source is damaged or not held here, the target cannot express it, or there is no room.
@@ -111,6 +135,7 @@ def convert(
     max_bytes = checkpoint.parse_size(max_shard_size)
     source = open_source(name, revision)
     is_ours = source.family is None and not source.is_gguf
+    origin = Origin(name, revision)
     if to == "auto":
         to = "auto" if is_ours else OURS
     elif to == (OURS if is_ours else source.family and source.family.model_type):
@@ -120,12 +145,12 @@ def convert(
     if to == ONNX:
         if not is_ours:
             raise ValueError(f"--to onnx takes our own checkpoints; bring {name} in first, by convert without --to")
-        return _write_onnx(source, destination, verify=verify)
+        return _write_onnx(source, origin, destination, verify=verify)
     if to == OURS:
-        _write_folder(source, destination, None, source.config, max_bytes, progress, verify=False)
+        _write_folder(source, origin, destination, None, source.config, max_bytes, progress, verify=False)
         return HfDecoderForCausalLM.__name__
     family, stock_config = to_stock(source.config, to)
-    _write_folder(source, destination, family, stock_config, max_bytes, progress, verify=verify)
+    _write_folder(source, origin, destination, family, stock_config, max_bytes, progress, verify=verify)
     return family.model_class
 
 
@@ -139,20 +164,35 @@ def _write_gguf(source: Source, destination: Path, outtype: str, progress: Calla
     return f"{plan.architecture} in GGUF, {outtype}"
 
 
-def _write_onnx(source: Source, destination: Path, *, verify: bool) -> str:
+def _write_card(source: Source, origin: Origin, folder: Path, title: str, kind: str, difference: float | None) -> None:
+    words = {"title": title, "kind": kind, "source_kind": source.kind, **origin.describe(source)}
+    card = source.path / "README.md" if not source.is_gguf else None
+    parameters = sum(math.prod(tensor.shape) for tensor in source.tensors.values())
+    write_conversion_card(
+        folder,
+        words,
+        parameters=parameters,
+        context_length=source.config.max_position_embeddings,
+        difference=difference,
+        source_card=card,
+    )
+
+
+def _write_onnx(source: Source, origin: Origin, destination: Path, *, verify: bool) -> str:
     num_bytes = sum(tensor.num_bytes // tensor.dtype.itemsize for tensor in source.tensors.values()) * 4
     side = sum((source.path / path).stat().st_size for path in checkpoint.side_files(source.path))
     with checkpoint.written_aside(destination, num_bytes + side + SMALL_FILES) as aside:
         model = onnx_export.load(source.path)
         onnx_export.export(model, aside)
         source.write_tokenizer(aside)
-        if verify:
-            onnx_export.verify(model, aside)
+        difference = onnx_export.verify(model, aside) if verify else None
+        _write_card(source, origin, aside, destination.name, "onnx", difference)
     return "ONNX"
 
 
 def _write_folder(
     source: Source,
+    origin: Origin,
     destination: Path,
     family: Family | None,
     config: Any,
@@ -178,8 +218,9 @@ def _write_folder(
             _save_our_config(config, aside)
         else:
             config.save_pretrained(aside)
-        if verify:
-            verification.verify(source.path, aside)
+        difference = verification.verify(source.path, aside) if verify else None
+        kind = HfDecoderForCausalLM.__name__ if family is None else family.model_class
+        _write_card(source, origin, aside, destination.name, kind, difference)
 
 
 def _save_our_config(config: BuiltConfig, folder: Path) -> None:

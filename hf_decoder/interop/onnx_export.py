@@ -92,8 +92,10 @@ class OnnxModel:
 
 
 @torch.inference_mode()
-def verify(model: PreTrainedModel, folder: Path) -> None:
+def verify(model: PreTrainedModel, folder: Path) -> float:
     """Compares prefill and three cached steps in onnxruntime with `model`, with and without padding.
+
+    Returns the largest difference of two logits.
 
     The lengths reach past a sliding window, if it is short enough, and are none of those that were exported with.
 
@@ -103,6 +105,7 @@ def verify(model: PreTrainedModel, folder: Path) -> None:
     config: Any = model.config
     runtime = OnnxModel(folder, config)
     window = getattr(config, "sliding_window", None)
+    largest = 0.0
     length = min(19 if window is None or window > 64 else max(19, window + 5), config.max_position_embeddings - 3)
     for padding in (0, 3):
         ids = _ids(model, 3, length + 3)
@@ -125,6 +128,8 @@ def verify(model: PreTrainedModel, folder: Path) -> None:
                     f"logits of the ONNX model differ from the source's by {difference:.2e} in {what}"
                     f"{' with padding' if padding else ''}; rounding explains {limit:.2e}"
                 )
+            largest = max(largest, difference)
+    return largest
 
 
 def _ids(model: PreTrainedModel, *shape: int) -> torch.Tensor:

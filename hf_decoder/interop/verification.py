@@ -36,8 +36,10 @@ def no_progress(_title: str, _total: int) -> _NoProgress:
     return _NoProgress()
 
 
-def verify(source: Path, result: Path) -> None:
+def verify(source: Path, result: Path) -> float:
     """Compares token ids and fp32 logits of two checkpoint folders on random ids and on text.
+
+    Returns the largest difference of two logits.
 
     One model is in memory at a time. The random rows reach past a sliding window and past RoPE's original context,
     if those are short enough.
@@ -49,6 +51,7 @@ def verify(source: Path, result: Path) -> None:
     if text_ids[0] != text_ids[1]:
         raise VerificationError("the tokenizer of the result gives other ids than that of the source")
     first, second = (_logits(folder, text_ids[0]) for folder in (source, result))
+    largest = 0.0
     for kind in first:
         difference = (first[kind] - second[kind]).abs().max().item()
         limit = TOLERANCE * max(1.0, first[kind].abs().max().item())
@@ -57,6 +60,8 @@ def verify(source: Path, result: Path) -> None:
                 f"logits of the result differ from the source's by {difference:.2e} on {kind}; rounding explains "
                 f"{limit:.2e}"
             )
+        largest = max(largest, difference)
+    return largest
 
 
 def _text_ids(folder: Path) -> list[int] | None:

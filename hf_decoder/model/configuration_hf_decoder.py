@@ -182,6 +182,12 @@ class HfDecoderConfig(PreTrainedConfig):
     final_logit_softcapping: float | int | None = None
     z_loss_coef: float | int = 0.0
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """As in transformers, whose private names for the attention, which it never saves, a file cannot set."""
+        private = ("_attn_implementation", "_attn_implementation_internal")
+        return super().from_dict({name: value for name, value in config_dict.items() if name not in private}, **kwargs)
+
     def __post_init__(self, **kwargs):
         # before anything is derived from them
         for name, largest in LARGEST_SIZES.items():

@@ -1,10 +1,15 @@
 """The checkpoint in other hands: fresh processes, receivers without the package, stock classes, engines."""
 
 import hashlib
+import re
 
+import pytest
+from huggingface_hub import ModelCard
 from patients import ROWS, copy, edit_json, examine, of, patient
+from transformers import AutoModelForCausalLM
 
 from hf_decoder.doctor import run_doctor
+from hf_decoder.interop.conversion import convert
 
 
 def fingerprint(folder):
@@ -101,6 +106,49 @@ def test_a_field_that_no_stock_class_has_is_named(ours):
     edit_json(ours / "config.json", final_logit_softcapping=None)
     row = examine(ours, ("export",))["export"]
     assert row.status == "pass" and "qwen3" in row.detail and "not llama: qk_norm=True" in row.detail
+
+
+CARDS = {
+    "in": ("llama", {}, "`LlamaForCausalLM`, converted to `HfDecoderForCausalLM`", "not measured"),
+    "out": ("ours", {}, "`HfDecoderForCausalLM`, converted to `Qwen3ForCausalLM`", "(fp32)"),
+    "unverified": ("ours", {"verify": False}, "converted to `Qwen3ForCausalLM`", "not measured"),
+}
+
+
+@pytest.mark.parametrize("case", CARDS)
+def test_a_converted_folder_has_a_card(case, healthy, tmp_path, monkeypatch):
+    """Written from what is known, the source's licence included; the difference is what was found, if anything."""
+    name, options, words, difference = CARDS[case]
+    convert(str(healthy[name]), tmp_path / "converted", **options)
+    row = examine(tmp_path / "converted", ("card",))["card"]
+    assert row.status == "pass" and "licence apache-2.0" in row.detail, row
+    card = ModelCard.load(tmp_path / "converted" / "README.md")
+    assert words in card.text and "see the card of the source" in card.text
+    (found,) = [line for line in card.text.splitlines() if line.startswith("| largest difference")]
+    assert difference in found
+    if "fp32" in difference:
+        assert 0 <= float(found.split("|")[2].split()[0]) < 1e-4
+    assert str(tmp_path) not in card.content and str(healthy[name].parent) not in card.content
+    assert ("trust_remote_code=True" in card.text) == ("custom_code" in card.data.tags) == (case == "in")
+    monkeypatch.chdir(tmp_path)
+    assert class_that_loads(card) == type(AutoModelForCausalLM.from_pretrained(tmp_path / "converted")).__name__
+
+
+def class_that_loads(card) -> str:
+    """The class that the card's lines load, run where the converted folder lies."""
+    (lines,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+    names: dict = {}
+    exec(lines.rpartition("print(")[0], names)
+    return type(names["generate"].model).__name__
+
+
+def test_what_a_card_cannot_know_it_calls_unknown(llama, tmp_path):
+    (llama / "README.md").write_text("---\nlicense: [\n---\n", encoding="utf-8")  # no card that can be read
+    convert(str(llama), tmp_path / "converted")
+    row = examine(tmp_path / "converted", ("card",))["card"]
+    assert row.status == "warn" and "no licence" in row.detail
+    text = (tmp_path / "converted" / "README.md").read_text(encoding="utf-8")
+    assert "unknown, the source had no card" in text and "Licence: unknown" in text
 
 
 def test_an_engine_s_condition_that_fails_is_named(healthy):
