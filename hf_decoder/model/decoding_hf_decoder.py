@@ -15,13 +15,14 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from types import FunctionType, MethodType
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from torch.nn.functional import linear, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 from transformers.cache_utils import (
     DynamicCache,
     DynamicLayer,
@@ -33,15 +34,24 @@ from transformers.utils import logging
 
 from .cache_name_hf_decoder import CACHE_NAME
 from .loss_hf_decoder import softcap
+from .products_hf_decoder import (
+    AnyWeights,
+    PackedWeights,
+    Weights,
+    joined,
+    multiply,
+    multiply_written_out,
+    packed_weights,
+)
 from .rotary_hf_decoder import apply_rotary_pos_emb
 
 logger = logging.get_logger(__name__)
 
-Weights = tuple[torch.Tensor, torch.Tensor | None]  # of a linear map, and its bias
 Store = Callable[[torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
 
 GROWING_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
-LONG_ROW = 2048
+PACKED_BYTES = 2**30  # more is not copied unasked
+STEPS_BEFORE_PACKING = 8
 HALF_PRECISION = (torch.bfloat16, torch.float16)
 
 
@@ -49,16 +59,14 @@ class LayerParts(NamedTuple):
     """What one layer computes with."""
 
     input_norm: Callable[[torch.Tensor], torch.Tensor]
-    query: Weights
-    key: Weights
-    value: Weights
+    heads: tuple[AnyWeights, ...]  # of queries, keys and values, each by itself or all joined
     query_norm: Callable[[torch.Tensor], torch.Tensor] | None
     key_norm: Callable[[torch.Tensor], torch.Tensor] | None
-    output: Weights
+    output: AnyWeights
     mlp_norm: Callable[[torch.Tensor], torch.Tensor]
-    gate: Weights
-    up: Weights
-    down: Weights
+    gate: AnyWeights
+    up: AnyWeights
+    down: AnyWeights
     activation: Callable[[torch.Tensor], torch.Tensor]
     use_rope: bool
     window: int | None
@@ -73,13 +81,12 @@ class DecodingStep:
         self.rotary = decoder.rotary_emb.forward
         self.layers = tuple(_parts(layer) for layer in decoder.layers[: config.num_hidden_layers])
         self.norm = decoder.norm.forward
-        self.head = _weights(model.lm_head)
+        self.head: AnyWeights = Weights.of(model.lm_head)
         self.cap = config.final_logit_softcapping
         self.groups, self.head_dim = config.num_key_value_heads, config.head_dim
         self.heads_per_group = config.num_attention_heads // config.num_key_value_heads
         self.scaling = self.head_dim**-0.5
-        self.multiply: Callable = linear
-        self._compiled: Callable | None = None
+        self._compiled: dict[bool, Callable] = {}  # for packed weights, and for others; shared by copies
 
     @staticmethod
     def of(model: Any) -> "DecodingStep | None":
@@ -99,17 +106,25 @@ class DecodingStep:
         Measured on two cores with eight rows in bf16: 28 to 46 GB/s of weights against 11 to 19.
         """
 
-        def pack(weights: Weights) -> Weights:
-            return torch.ops.mkldnn._reorder_linear_weight(weights[0].detach()), weights[1]
-
         def pack_layer(layer: LayerParts) -> LayerParts:
-            names = ("query", "key", "value", "output", "gate", "up", "down")
-            return LayerParts(**{**layer._asdict(), **{name: pack(getattr(layer, name)) for name in names}})
+            return layer._replace(
+                heads=tuple(packed_weights(weights) for weights in joined(layer.heads)),
+                output=packed_weights(layer.output),
+                gate=packed_weights(layer.gate),
+                up=packed_weights(layer.up),
+                down=packed_weights(layer.down),
+            )
 
         step = copy.copy(self)
-        step.layers = tuple(pack_layer(layer) for layer in self.layers)
-        step.head, step.multiply = pack(self.head), _linear_packed
+        step.layers, step.head = tuple(pack_layer(layer) for layer in self.layers), packed_weights(self.head)
         return step
+
+    def nbytes(self) -> int:
+        """Of the weights that products read."""
+        products = [self.head]
+        for layer in self.layers:
+            products += [*layer.heads, layer.output, layer.gate, layer.up, layer.down]
+        return sum(tensor.nbytes for weights in products for tensor in weights if isinstance(tensor, torch.Tensor))
 
     def _is_made_of(self, other: "DecodingStep") -> bool:
         mine, theirs = ([*_flatten(vars(step))] for step in (self, other))
@@ -211,13 +226,11 @@ class DecodingStep:
     ) -> torch.Tensor:
         """hidden (B, 1, D), cos and sin (B or 1, 1, R), bias (B, 1, 1, K) -> logits (B, 1, V)."""
         rows, compiling = hidden.shape[0], torch.compiler.is_compiling()
-        multiply = _linear_written_out if compiling and rows == 1 else self.multiply
+        product = multiply_written_out if compiling and rows == 1 else multiply
         attend = _attention_written_out if compiling else _attention
         for index, layer in enumerate(self.layers):
             x = layer.input_norm(hidden)
-            query = multiply(x, *layer.query).view(rows, self.groups, self.heads_per_group, self.head_dim)
-            key = multiply(x, *layer.key).view(rows, self.groups, 1, self.head_dim)
-            value = multiply(x, *layer.value).view(rows, self.groups, 1, self.head_dim)
+            query, key, value = self._heads([product(x, weights) for weights in layer.heads])
             if layer.query_norm is not None and layer.key_norm is not None:
                 query, key = layer.query_norm(query), layer.key_norm(key)
             if layer.use_rope:
@@ -227,30 +240,42 @@ class DecodingStep:
                 key, value = key[:, :, -layer.window :], value[:, :, -layer.window :]
             seen = bias if bias is None else bias[..., -key.shape[2] :]
             attended = attend(query, key, value, seen, self.scaling)
-            hidden = hidden + multiply(attended.reshape(rows, 1, -1), *layer.output)
+            hidden = hidden + product(attended.reshape(rows, 1, -1), layer.output)
             x = layer.mlp_norm(hidden)
-            x = layer.activation(multiply(x, *layer.gate)) * multiply(x, *layer.up)
-            hidden = hidden + multiply(x, *layer.down)
-        return softcap(multiply(self.norm(hidden), *self.head), self.cap)
+            x = layer.activation(product(x, layer.gate)) * product(x, layer.up)
+            hidden = hidden + product(x, layer.down)
+        return softcap(product(self.norm(hidden), self.head), self.cap)
+
+    def _heads(self, products: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Query (B, G, H / G, E), key and value (B, G, 1, E) of the products of a layer's weights for heads."""
+        rows = products[0].shape[0]
+        if len(products) == 1:
+            width = self.groups * self.head_dim
+            query, key, value = products[0].split((self.heads_per_group * width, width, width), -1)
+        else:
+            query, key, value = products
+        shape = (rows, self.groups, -1, self.head_dim)
+        return query.view(shape), key.view(shape), value.view(shape)
 
     def _compiled_step(self) -> Callable:
-        if self._compiled is None:
+        compiled_steps, is_packed = self._compiled, isinstance(self.head, PackedWeights)
+        if is_packed not in compiled_steps:
             # a code object of its own: torch limits the graphs of one, and every shape of model has its graphs
             function = type(self)._decode_static
             own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
-            compiled = torch.compile(MethodType(own, self), fullgraph=True)
+            compiled = torch.compile(own, fullgraph=True)
 
-            def run(*inputs) -> torch.Tensor:
+            def run(step: DecodingStep, *inputs) -> torch.Tensor:
                 _mark_varying_sizes(*inputs)
                 try:
-                    return compiled(*inputs)
+                    return compiled(step, *inputs)
                 except Exception as error:  # no compiler, or one that fails: said once, then without it
                     logger.warning(f"The decoding step could not be compiled and runs uncompiled: {error}")
-                    self._compiled = self._decode_static
-                    return self._decode_static(*inputs)
+                    compiled_steps[is_packed] = function
+                    return function(step, *inputs)
 
-            self._compiled = run
-        return self._compiled
+            compiled_steps[is_packed] = run
+        return partial(compiled_steps[is_packed], self)
 
 
 def _mark_varying_sizes(
@@ -292,24 +317,6 @@ def _attention_written_out(
     return (weights[..., None] * value.float()[:, :, None]).sum(-2).to(query.dtype)
 
 
-def _linear_written_out(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """x (1, 1, N), weight (M, N) -> (1, 1, M): a sum that the compiler fuses with what comes before and after it.
-
-    Measured on two cores in bf16, one step of 40M parameters: 1.9 ms against 2.7 with matrix products called from the
-    graph. From rows of some thousand numbers on torch's own kernel is faster (46 against 44 GB/s in a whole step).
-    """
-    if weight.shape[1] > LONG_ROW:
-        return linear(x, weight, bias)
-    product = (x.float().view(1, -1) * weight.float()).sum(-1)
-    if bias is not None:
-        product = product + bias.float()
-    return product.to(x.dtype).view(1, 1, -1)
-
-
-def _linear_packed(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-
 @contextmanager
 def reading_weights_once(input_ids: torch.Tensor, dtype: torch.dtype) -> Iterator[None]:
     """For a single token in half precision on an AVX-512 CPU, has torch's matrix-vector kernel in place of oneDNN's.
@@ -332,7 +339,7 @@ def reading_weights_once(input_ids: torch.Tensor, dtype: torch.dtype) -> Iterato
         torch._C._set_mkldnn_enabled(True)
 
 
-def _wants_packing(input_ids: torch.Tensor | None, dtype: torch.dtype) -> bool:
+def _is_fast_packed(input_ids: torch.Tensor | None, dtype: torch.dtype) -> bool:
     return (
         input_ids is not None
         and input_ids.shape[0] > 1
@@ -343,24 +350,18 @@ def _wants_packing(input_ids: torch.Tensor | None, dtype: torch.dtype) -> bool:
     )
 
 
-def _weights(module: nn.Linear) -> Weights:
-    return module.weight, module.bias
-
-
 def _parts(layer: Any) -> LayerParts:
     attention, mlp = layer.self_attn, layer.mlp
     return LayerParts(
         input_norm=layer.input_layernorm.forward,
-        query=_weights(attention.q_proj),
-        key=_weights(attention.k_proj),
-        value=_weights(attention.v_proj),
+        heads=tuple(Weights.of(module) for module in (attention.q_proj, attention.k_proj, attention.v_proj)),
         query_norm=attention.q_norm.forward if attention.use_qk_norm else None,
         key_norm=attention.k_norm.forward if attention.use_qk_norm else None,
-        output=_weights(attention.o_proj),
+        output=Weights.of(attention.o_proj),
         mlp_norm=layer.post_attention_layernorm.forward,
-        gate=_weights(mlp.gate_proj),
-        up=_weights(mlp.up_proj),
-        down=_weights(mlp.down_proj),
+        gate=Weights.of(mlp.gate_proj),
+        up=Weights.of(mlp.up_proj),
+        down=Weights.of(mlp.down_proj),
         activation=mlp.act_fn,
         use_rope=attention.use_rope,
         window=attention.sliding_window,
@@ -418,6 +419,7 @@ class Decoding:
         self.model = model
         self.step = DecodingStep.of(model)
         self.compiles = False  # set where the generation config asks for a static cache, on a CPU
+        self._steps = 0  # of several rows
         self._packed: DecodingStep | None = None  # for this call alone: weights may change before the next one
 
     @classmethod
@@ -439,10 +441,17 @@ class Decoding:
         step = self.step
         if step is None:
             return None
-        if self.compiles and type(cache) is StaticCache and _wants_packing(input_ids, step.embedding.dtype):
+        if _is_fast_packed(input_ids, step.embedding.dtype) and self._may_pack(step, cache):
             self._packed = self._packed or step.packed()
-            return self._packed(input_ids, attention_mask, position_ids, cache)
+            step = self._packed
         return step(input_ids, attention_mask, position_ids, cache, self.compiles)
+
+    def _may_pack(self, step: DecodingStep, cache: Any) -> bool:
+        """With the switch for speed, at once; else where the copy is small, after as many steps as it costs."""
+        if self.compiles and type(cache) is StaticCache:
+            return True
+        self._steps += 1
+        return self._steps > STEPS_BEFORE_PACKING and step.nbytes() <= PACKED_BYTES
 
     def prepare_inputs(
         self,

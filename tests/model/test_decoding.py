@@ -10,7 +10,7 @@ from tiny_models import tiny_model as eager_model
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 
-from hf_decoder.model import decoding_hf_decoder
+from hf_decoder.model import decoding_hf_decoder, products_hf_decoder
 from hf_decoder.model.decoding_hf_decoder import DecodingStep
 
 NEW_TOKENS = 10
@@ -225,12 +225,14 @@ def test_half_precision_is_no_further_from_the_truth_than_the_modules_are(steps)
 
 
 @torch.no_grad()
-def test_packed_weights_of_several_rows(steps, monkeypatch):
+@pytest.mark.parametrize("cache", ["static", None])
+def test_packed_weights_of_several_rows(cache: str | None, steps, monkeypatch):
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         pytest.skip("weights are packed on AVX-512 alone")
     packed = []
     pack = DecodingStep.packed
     monkeypatch.setattr(DecodingStep, "packed", lambda self: packed.append(1) or pack(self))
+    monkeypatch.setattr(decoding_hf_decoder, "STEPS_BEFORE_PACKING", 2)
     model = tiny_model(attention_bias=True, tie_word_embeddings=False)
     ids, mask = padded(3, 9)
     tokens, _ = generated(model, ids, attention_mask=mask)
@@ -238,14 +240,17 @@ def test_packed_weights_of_several_rows(steps, monkeypatch):
     _, truth = through_modules(model, ids, **forced)
     half = copy.deepcopy(model).bfloat16()
     error = [
-        (run(half, ids, **forced, cache_implementation=cache)[1].float() - truth).square().mean().sqrt()
-        for run, cache in ((generated, "static"), (through_modules, None))
+        (run(half, ids, **forced, cache_implementation=kind)[1].float() - truth).square().mean().sqrt()
+        for run, kind in ((generated, cache), (through_modules, None))
     ]
     assert packed == [1] and error[0] <= 1.1 * error[1]
     half.lm_head.weight.data.mul_(2)  # changed in a way that leaves no trace
-    doubled = generated(half, ids, **forced, cache_implementation="static")[1]
+    doubled = generated(half, ids, **forced, cache_implementation=cache)[1]
     torch.testing.assert_close(doubled.float(), 2 * truth, rtol=0, atol=2 * 6 * float(error[1]))
-    assert packed == [1, 1]
+    assert packed == [1, 1] and not products_hf_decoder._packed  # the copies are gone with the calls
+    monkeypatch.setattr(decoding_hf_decoder, "PACKED_BYTES", 10)
+    generated(half, ids, **forced, cache_implementation=cache)
+    assert packed == ([1, 1] if cache is None else [1, 1, 1])
 
 
 def test_the_kernels_are_given_back_when_a_step_fails(monkeypatch):
@@ -285,7 +290,7 @@ def test_compiled_step(steps, tmp_path):
         torch.testing.assert_close(logits, expected[1], rtol=0, atol=2e-5)
         assert len(steps) == count - 1
         steps.clear()
-    assert DecodingStep.of(model)._compiled is not None
+    assert DecodingStep.of(model)._compiled
 
 
 @pytest.mark.parametrize("failure", ["at once", "in the middle"])

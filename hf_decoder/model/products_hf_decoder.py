@@ -1,0 +1,110 @@
+"""The matrix products of a decoding step: a few rows times a matrix, which is read at the rate of the memory.
+
+Shapes: B rows, M outputs, N inputs.
+"""
+
+import itertools
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+from weakref import finalize
+
+import torch
+from torch import nn
+from torch.nn.functional import linear
+
+LONG_ROW = 2048
+
+
+class Weights(NamedTuple):
+    """What a linear map multiplies with."""
+
+    weight: torch.Tensor  # (M, N)
+    bias: torch.Tensor | None  # (M,)
+
+    @staticmethod
+    def of(module: nn.Linear) -> "Weights":
+        return Weights(module.weight, module.bias)
+
+
+class PackedWeights(NamedTuple):
+    """The same, packed by oneDNN, which the compiler takes as an input in no other form than this."""
+
+    handle: torch.Tensor  # () of the packed weight, which is freed with it
+    outputs: int  # M
+    bias: torch.Tensor | None
+
+
+AnyWeights = Weights | PackedWeights
+
+
+def joined(several: Sequence[AnyWeights]) -> tuple[AnyWeights, ...]:
+    """Weights of one product in place of several, where they can be joined: its outputs lie side by side."""
+    plain = [weights for weights in several if isinstance(weights, Weights)]
+    biases = [weights.bias for weights in plain if weights.bias is not None]
+    if len(plain) < len(several) or len(biases) not in (0, len(several)):
+        return tuple(several)
+    weight = torch.cat([weights.weight.detach() for weights in plain])
+    return (Weights(weight, torch.cat(biases) if biases else None),)
+
+
+def packed_weights(weights: AnyWeights) -> AnyWeights:
+    """A copy in the layout that oneDNN's products of a few rows read fastest; what has a layout of its own stays."""
+    if not isinstance(weights, Weights):
+        return weights
+    weight = torch.ops.mkldnn._reorder_linear_weight(weights.weight.detach())
+    handle = torch.tensor(next(_handles))
+    _packed[int(handle)] = weight
+    finalize(handle, _packed.pop, int(handle))
+    return PackedWeights(handle, weight.shape[0], weights.bias)
+
+
+def multiply(x: torch.Tensor, weights: AnyWeights) -> torch.Tensor:
+    """x (B, 1, N) -> (B, 1, M)."""
+    if isinstance(weights, PackedWeights):
+        return _packed_linear(x, *weights)
+    return linear(x, *weights)
+
+
+def multiply_written_out(x: torch.Tensor, weights: AnyWeights) -> torch.Tensor:
+    """x (1, 1, N) -> (1, 1, M): a sum that the compiler fuses with what comes before and after it.
+
+    Measured on two cores in bf16, one step of 40M parameters: 1.9 ms against 2.7 with matrix products called from the
+    graph. From rows of some thousand numbers on torch's own kernel is faster (46 against 44 GB/s in a whole step).
+    """
+    if not isinstance(weights, Weights) or weights.weight.shape[1] > LONG_ROW:
+        return multiply(x, weights)
+    weight, bias = weights
+    product = (x.float().view(1, -1) * weight.float()).sum(-1)
+    if bias is not None:
+        product = product + bias.float()
+    return product.to(x.dtype).view(1, 1, -1)
+
+
+_handles = itertools.count()
+_packed: dict[int, torch.Tensor] = {}
+
+
+def _multiply_packed(x: torch.Tensor, handle: torch.Tensor, outputs: int, bias: torch.Tensor | None) -> torch.Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, _packed[int(handle)], bias, "none", [], "")
+
+
+def _packed_operator() -> Any:
+    """An operator of our own around oneDNN's: the compiler takes oneDNN's with constant weights alone.
+
+    The namespace is this module's, of which a process may hold several (the package, and copies from the Hub).
+    """
+    namespace = re.sub(r"\W", "_", __name__)
+    if not hasattr(getattr(torch.ops, namespace), "packed_linear"):
+        library = torch.library.Library(namespace, "FRAGMENT")
+        library.define("packed_linear(Tensor x, Tensor handle, int outputs, Tensor? bias) -> Tensor")
+        library.impl("packed_linear", _multiply_packed, "CPU")
+        library.impl("packed_linear", lambda x, handle, outputs, bias: x.new_empty(*x.shape[:-1], outputs), "Meta")
+        _libraries.append(library)  # its operators live as long as it does
+    return getattr(torch.ops, namespace).packed_linear.default
+
+
+_libraries: list[torch.library.Library] = []
+_packed_linear = _packed_operator()
+
+__all__ = ["AnyWeights", "PackedWeights", "Weights", "joined", "multiply", "multiply_written_out", "packed_weights"]
