@@ -207,8 +207,13 @@ def _training_step(model: PreTrainedModel, setting: Setting, inputs: dict[str, t
     return step
 
 
-def _measure_training(suite: str, case: str, setting: Setting, inputs: dict[str, torch.Tensor]) -> Row:
+def _measure_training(
+    suite: str, case: str, setting: Setting, inputs: dict[str, torch.Tensor], compiled: bool = False
+) -> Row:
     models = twins(setting, torch.float32)
+    if compiled:  # in place, so that what is checked is what is measured
+        for model in models:
+            model.compile()
     (our_loss, our_gradient), (their_loss, their_gradient) = (
         _loss_and_gradient(model.train(), setting, inputs) for model in models
     )
@@ -223,7 +228,7 @@ def _measure_training(suite: str, case: str, setting: Setting, inputs: dict[str,
 
 
 def measure_train(setting: Setting, batch_size: int = 8, length: int = 512) -> Iterator[Row]:
-    """A training step under autocast, eager: three numbers of rows, and 70% of the labels masked."""
+    """A training step under autocast: three numbers of rows, 70% of the labels masked, and both models compiled."""
     torch.manual_seed(0)
     ids = torch.randint(setting.shape["vocab_size"], (batch_size, length), device=setting.device)
     for rows in (batch_size // 4, batch_size // 2, batch_size):
@@ -232,6 +237,8 @@ def measure_train(setting: Setting, batch_size: int = 8, length: int = 512) -> I
     masked = ids.clone()
     masked[:, : int(0.7 * length)] = -100
     yield _measure_training("train", "70% of labels masked", setting, {"input_ids": ids, "labels": masked})
+    whole = {"input_ids": ids, "labels": ids}
+    yield _measure_training("train", f"{batch_size} x {length}, compiled", setting, whole, compiled=True)
 
 
 def measure_packed(setting: Setting, documents: int = 8, length: int = 4096) -> Iterator[Row]:
@@ -274,7 +281,7 @@ def check_greedy(stock: PreTrainedModel, tokens: torch.Tensor, mask: torch.Tenso
 
 @torch.no_grad()
 def _measure_decoding(
-    suite: str, setting: Setting, batch_size: int, prompt: int, lengths: Sequence[int]
+    suite: str, setting: Setting, batch_size: int, prompt: int, lengths: Sequence[int], int8: bool = False
 ) -> Iterator[Row]:
     ours, stock = (model.eval() for model in twins(setting, setting.dtype))
     torch.manual_seed(0)
@@ -283,9 +290,14 @@ def _measure_decoding(
     for row in range(1, batch_size):
         mask[row, : 2 * row] = 0
     rate = read_rate(setting)
-    weights = sum(parameter.nbytes for parameter in ours.parameters())
     with contextlib.ExitStack() as stack:
-        llama_cpp = stack.enter_context(_llama_cpp(ours, setting)) if batch_size == 1 else None
+        llama_cpp = None
+        if batch_size == 1:
+            llama_cpp = stack.enter_context(_llama_cpp(ours, setting, "q8_0" if int8 else None))
+        if int8:
+            for model in (ours, stock):
+                _quantize_int8(model)
+        weights = sum(_nbytes(parameter) for parameter in ours.parameters())
         for new_tokens in lengths:
             fixed: dict[str, Any] = {
                 "attention_mask": mask,
@@ -295,7 +307,8 @@ def _measure_decoding(
                 "pad_token_id": 0,
             }
             for kind in (None, "static"):
-                case = f"{batch_size} x {new_tokens} tokens" + (", compiled" if kind else "")
+                case = f"{batch_size} x {new_tokens} tokens" + (", int8" if int8 else "")
+                case += ", compiled" if kind else ""
                 fast = partial(ours.generate, ids, cache_implementation=kind, **fixed)
                 slow = partial(stock.generate, ids, **fixed)
                 check_greedy(stock, fast(), mask, f"{suite}, {case}")
@@ -309,9 +322,26 @@ def _measure_decoding(
                 yield Row(suite, case, times[0], times[1], share, "read", llama_cpp=third)
 
 
+def _quantize_int8(model: PreTrainedModel) -> None:
+    """As transformers does it on load: all linear layers but the head."""
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    quantize_(model.get_decoder(), Int8WeightOnlyConfig())
+
+
+def _nbytes(parameter: torch.Tensor) -> int:
+    values = getattr(parameter, "qdata", None)
+    return parameter.nbytes if values is None else values.nbytes + parameter.scale.nbytes  # type: ignore[attr-defined]
+
+
 def measure_generate(setting: Setting, prompt: int = 32, lengths: Sequence[int] = (64, 256, 1024)) -> Iterator[Row]:
-    """Greedy `generate` of one row: as it is, and compiled with `cache_implementation="static"`; three lengths."""
+    """Greedy `generate` of one row: as it is, and compiled with `cache_implementation="static"`; three lengths.
+
+    Where torchao is installed, the shortest also with weights in int8, beside llama.cpp's q8_0.
+    """
     yield from _measure_decoding("generate", setting, 1, prompt, lengths)
+    if importlib.util.find_spec("torchao") is not None:
+        yield from _measure_decoding("generate", setting, 1, prompt, lengths[:1], int8=True)
 
 
 def measure_batch(setting: Setting, prompt: int = 32, new_tokens: int = 64) -> Iterator[Row]:
@@ -320,9 +350,11 @@ def measure_batch(setting: Setting, prompt: int = 32, new_tokens: int = 64) -> I
 
 
 @contextlib.contextmanager
-def _llama_cpp(model: PreTrainedModel, setting: Setting) -> Iterator[Callable[[list[int], int], None] | None]:
+def _llama_cpp(
+    model: PreTrainedModel, setting: Setting, outtype: str | None = None
+) -> Iterator[Callable[[list[int], int], None] | None]:
     """A greedy decoding call of llama.cpp on the same weights; None where it is missing or has no such type."""
-    outtype = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}[setting.dtype]
+    outtype = outtype or {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}[setting.dtype]
     if setting.device != "cpu" or importlib.util.find_spec("llama_cpp") is None:
         yield None
         return

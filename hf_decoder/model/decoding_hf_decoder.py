@@ -37,11 +37,11 @@ from .loss_hf_decoder import softcap
 from .products_hf_decoder import (
     AnyWeights,
     PackedWeights,
-    Weights,
     joined,
     multiply,
     multiply_written_out,
     packed_weights,
+    weights_of,
 )
 from .rotary_hf_decoder import apply_rotary_pos_emb
 
@@ -81,7 +81,7 @@ class DecodingStep:
         self.rotary = decoder.rotary_emb.forward
         self.layers = tuple(_parts(layer) for layer in decoder.layers[: config.num_hidden_layers])
         self.norm = decoder.norm.forward
-        self.head: AnyWeights = Weights.of(model.lm_head)
+        self.head: AnyWeights = weights_of(model.lm_head)
         self.cap = config.final_logit_softcapping
         self.groups, self.head_dim = config.num_key_value_heads, config.head_dim
         self.heads_per_group = config.num_attention_heads // config.num_key_value_heads
@@ -354,14 +354,14 @@ def _parts(layer: Any) -> LayerParts:
     attention, mlp = layer.self_attn, layer.mlp
     return LayerParts(
         input_norm=layer.input_layernorm.forward,
-        heads=tuple(Weights.of(module) for module in (attention.q_proj, attention.k_proj, attention.v_proj)),
+        heads=tuple(weights_of(module) for module in (attention.q_proj, attention.k_proj, attention.v_proj)),
         query_norm=attention.q_norm.forward if attention.use_qk_norm else None,
         key_norm=attention.k_norm.forward if attention.use_qk_norm else None,
-        output=Weights.of(attention.o_proj),
+        output=weights_of(attention.o_proj),
         mlp_norm=layer.post_attention_layernorm.forward,
-        gate=Weights.of(mlp.gate_proj),
-        up=Weights.of(mlp.up_proj),
-        down=Weights.of(mlp.down_proj),
+        gate=weights_of(mlp.gate_proj),
+        up=weights_of(mlp.up_proj),
+        down=weights_of(mlp.down_proj),
         activation=mlp.act_fn,
         use_rope=attention.use_rope,
         window=attention.sliding_window,

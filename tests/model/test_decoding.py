@@ -316,6 +316,46 @@ def test_without_a_compiler_the_step_runs_as_it_is(failure: str, steps, monkeypa
     assert len(steps) == NEW_TOKENS - 1 and len(seen) == (1 if failure == "at once" else 3)
 
 
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_int8_weights(cache: str | None, steps, monkeypatch):
+    torchao = pytest.importorskip("torchao.quantization")
+    multiplied = []
+    kernel = torch._weight_int8pack_mm
+    monkeypatch.setattr(torch, "_weight_int8pack_mm", lambda *inputs: multiplied.append(1) or kernel(*inputs))
+    model = tiny_model(attention_bias=True)
+    torchao.quantize_(model.model, torchao.Int8WeightOnlyConfig())
+    ids, mask = padded(3, 9)
+    for inputs, inputs_mask in ((ids[:1], None), (ids, mask), (ids[:1], None)):
+        tokens, logits = generated(model, inputs, attention_mask=inputs_mask, cache_implementation=cache)
+        assert len(steps) == NEW_TOKENS - 1
+        expected = through_modules(model, inputs, attention_mask=inputs_mask)
+        assert torch.equal(tokens, expected[0])
+        torch.testing.assert_close(logits, expected[1], rtol=0, atol=5e-5)
+        steps.clear()
+    assert multiplied or cache
+    assert DecodingStep.of(model) is DecodingStep.of(model)  # and so its graphs are used again
+
+
+@torch.no_grad()
+def test_int8_weights_in_half_precision(steps):
+    torchao = pytest.importorskip("torchao.quantization")
+    model = tiny_model(attention_bias=True).bfloat16()
+    ids = random_ids(1, 9)
+    torchao.quantize_(model.model, torchao.Int8WeightOnlyConfig())
+    exact = copy.deepcopy(model)  # what was quantized, computed with in fp32
+    for module in exact.modules():
+        if type(module) is nn.Linear and type(module.weight) is not nn.Parameter:
+            module.weight = nn.Parameter(module.weight.qdata.float() * module.weight.scale)
+    exact.float()
+    tokens, truth = through_modules(exact, ids)
+    forced = {"prefix_allowed_tokens_fn": lambda row, seen: [int(tokens[row, len(seen)])]}
+    settings: list[dict] = [{}, {"cache_implementation": "static"}]
+    errors = [(generated(model, ids, **forced, **more)[1].float() - truth).square().mean().sqrt() for more in settings]
+    assert len(steps) == 2 * (NEW_TOKENS - 1)
+    slow = (through_modules(model, ids, **forced)[1].float() - truth).square().mean().sqrt()
+    assert max(errors) <= 1.1 * slow
+
+
 def test_disable_compile_is_heard(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda *inputs, **options: pytest.fail("compiled"))
     model = tiny_model()
