@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .model.bitsandbytes_hf_decoder import unpack_layers
+
 NONE = "none"
 GROUP_SIZE = 32
 
@@ -129,6 +131,7 @@ class Measurement:
 
 def disk_bytes(model: Any) -> int | None:
     """Size of the saved weights, or `None` where the library has no form for them on disk."""
+    unpack_layers(model)
     with tempfile.TemporaryDirectory() as folder:
         try:
             model.save_pretrained(folder)

@@ -41,6 +41,7 @@ from hf_decoder.cli import (
     parse_overrides,
 )
 from hf_decoder.layouts import save_in_full
+from hf_decoder.model.bitsandbytes_hf_decoder import settle_layers
 from hf_decoder.modelcard import write_finetuning_card
 from hf_decoder.pace import TimeLimit, parse_duration
 from hf_decoder.presets import get_preset
@@ -423,6 +424,7 @@ def _load(loader: Any, task_args: TaskArguments, model_args: Any, tokenizer: Any
     if quantization is not None:
         kwargs["quantization_config"] = quantization
     model = loader(model_args.model_name_or_path, dtype=model_args.dtype or "float32", **kwargs)
+    settle_layers(model, training=True)  # of a stock class too
     finetuning.add_dropout(model, task_args.dropout)
     if task_args.adapter_name_or_path:
         model = load_adapter(model, task_args.adapter_name_or_path, is_trainable=True)

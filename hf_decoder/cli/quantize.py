@@ -57,6 +57,7 @@ def main(argv: Sequence[str]) -> int:
     if args.output_dir is not None:
         if row.disk_bytes is None:
             raise ValueError(f"method {methods[0]} has no form on disk; it can only be applied on load")
+        model = _load(args.model, methods[0])  # as it is before bitsandbytes rounds its scales in a forward pass
         destination = Path(args.output_dir).expanduser()
         with written_aside(destination, 2 * row.disk_bytes) as aside:
             model.save_pretrained(aside)

@@ -33,6 +33,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention_hf_decoder import MIN_TILED_TOKENS, TilePlan, plan_tiles, tiled_attention_forward
+from .bitsandbytes_hf_decoder import settle_layers, settle_tied_head, unpack_layers
 from .cache_name_hf_decoder import CACHE_NAME, takes_either_cache_name
 from .configuration_hf_decoder import HfDecoderConfig
 from .decoding_hf_decoder import Decoding
@@ -239,8 +240,15 @@ class HfDecoderPreTrainedModel(PreTrainedModel):
             _check_sizes(model, loaded[0], f"{where}", load_config.ignore_mismatched_sizes)
         return loaded
 
+    def train(self, mode: bool = True):
+        """As in torch; the layers of bitsandbytes are made fit for either mode. `from_pretrained` ends with it too."""
+        settle_tied_head(self)
+        settle_layers(self, training=mode)
+        return super().train(mode)
+
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As in transformers; the saved config names every auto class, whatever head is saved."""
+        unpack_layers(self)
         self.config.auto_map = dict(AUTO_MAP)
         if not self.is_remote_code():
             os.makedirs(save_directory, exist_ok=True)

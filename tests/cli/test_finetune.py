@@ -405,3 +405,33 @@ def test_four_bit_base_trains_and_merges_into_the_full_weights(run, tmp_path):
         merged = AutoModelForCausalLM.from_pretrained(out).eval()(ids).logits
     torch.testing.assert_close(merged, unmerged, rtol=1e-4, atol=1e-4)
     assert "4-bit base, merged" in ModelCard.load(out / "README.md").text
+
+
+@pytest.mark.parametrize("kind", ["ours", "qwen3"])
+def test_an_evaluation_leaves_the_gradients_on_a_four_bit_base_as_they_are(run, tmp_path, kind):
+    folder = run.folder
+    if kind == "qwen3":
+        folder = tmp_path / "qwen3"
+        assert main(["convert", str(run.folder), str(folder), "--to", "qwen3"]) == 0
+    flags = ["--use_peft", "true", "--load_in_4bit", "true"]
+    trainer = build(folder, tmp_path, PAIRS, *flags)
+    (batch, *_) = trainer.get_train_dataloader()
+    trained = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
+    for name, parameter in trained.items():  # or the gradients of half of them are zero
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+
+    def gradients():
+        torch.manual_seed(0)
+        trainer.model.train()
+        trainer.compute_loss(trainer.model, batch).backward()
+        found = {name: p.grad.clone() for name, p in trained.items()}
+        trainer.model.zero_grad()
+        return found
+
+    before = gradients()
+    with torch.no_grad():
+        trainer.model.eval()(input_ids=batch["input_ids"])
+    after = gradients()
+    for name, gradient in before.items():
+        assert torch.equal(after[name], gradient), name

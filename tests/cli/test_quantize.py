@@ -32,12 +32,13 @@ def rows(output: str) -> dict[str, list[str]]:
 
 
 @torch.no_grad()
-def test_one_method_is_measured_and_saved(run, tmp_path, text_file, capsys):
+@pytest.mark.parametrize("method", ["torchao_int8", "bitsandbytes_int8", "bitsandbytes_nf4"])
+def test_one_method_is_measured_and_saved(method, run, tmp_path, text_file, capsys):
     out = tmp_path / "saved"
-    flags = ["--methods", "torchao_int8", "--output_dir", str(out)]
+    flags = ["--methods", method, "--output_dir", str(out)]
     assert main(["quantize", str(run.folder), "--text_file", text_file, *flags]) == 0
     table = rows(capsys.readouterr().out)
-    assert list(table) == ["none", "torchao_int8"]
+    assert list(table) == ["none", method]
     sizes = [[float(cells[0]), float(cells[2])] for cells in table.values()]
     assert sizes[1][0] < sizes[0][0] and sizes[1][1] < sizes[0][1]
     plain = sum(p.nbytes for p in AutoModelForCausalLM.from_pretrained(run.folder, dtype=torch.bfloat16).parameters())
@@ -45,12 +46,12 @@ def test_one_method_is_measured_and_saved(run, tmp_path, text_file, capsys):
 
     ids = AutoTokenizer.from_pretrained(out)(TEXT, return_tensors="pt")["input_ids"]
     saved = AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16)
-    config = quantization.quantization_config("torchao_int8")
+    config = quantization.quantization_config(method)
     on_load = AutoModelForCausalLM.from_pretrained(run.folder, dtype=torch.bfloat16, quantization_config=config)
     assert torch.equal(saved(ids).logits, on_load(ids).logits)
     documents = load_text(text_file, validation_fraction=0)["train"]
     score, _ = evaluation.score_text(saved, AutoTokenizer.from_pretrained(out), documents, block_size=64)
-    assert float(table["torchao_int8"][4]) == pytest.approx(evaluation.perplexity(score.loss), rel=0.02)
+    assert float(table[method][4]) == pytest.approx(evaluation.perplexity(score.loss), rel=0.02)
 
 
 def test_what_has_no_form_on_disk_is_shown_so(run, text_file, capsys):
