@@ -1,7 +1,9 @@
 """k-fold cross-validation of a text classifier that sees nothing but the rows it is trained on.
 
 For every fold a tokenizer and a language model are trained from scratch on the texts of the other folds, and a
-classifier starts from that language model. A bag-of-words model measured on the same folds says what that is worth.
+classifier starts from that language model. It learns the labels and, beside them, what a model of n-grams that was
+trained on other rows of the same folds thinks of each text. A bag-of-words model measured on the same folds says what
+that is worth.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from transformers import (
     set_seed,
 )
 
-from . import HfDecoderConfig, training
+from . import HfDecoderConfig, ngrams, training
 from .classification import predict
 from .examples import Row
 from .finetuning import add_dropout, class_rows
@@ -92,6 +94,8 @@ class Recipe:
     num_train_epochs: float
     learning_rate: float
     dropout: float
+    word_dropout: float
+    teacher_weight: float
     batch_size: int
     seed: int
 
@@ -110,6 +114,7 @@ def train_classifier(
     language_model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     if recipe.pretraining_epochs:
         add_dropout(language_model, recipe.pretraining_dropout)
+        _add_word_dropout(language_model, recipe.word_dropout)
         blocks = pack(tokenize(Dataset.from_dict({"text": texts}), tokenizer), BLOCK_SIZE)
         args = _arguments(recipe, output_dir, recipe.pretraining_epochs, recipe.pretraining_learning_rate)
         # as many tokens in a step as a step of the classifier has, about
@@ -120,14 +125,44 @@ def train_classifier(
     classifier = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
     classifier.model.load_state_dict(language_model.model.state_dict())
     add_dropout(classifier, recipe.dropout)
+    _add_word_dropout(classifier, recipe.word_dropout)
     classifier.score.register_forward_pre_hook(
         lambda head, inputs: torch.nn.functional.dropout(inputs[0], recipe.dropout, head.training)
     )
     args = _arguments(recipe, output_dir, recipe.num_train_epochs, recipe.learning_rate)
     args.train_sampling_strategy = "group_by_length"
     encoded = class_rows(_marked(rows, tokenizer), tokenizer, label2id, MAX_LENGTH)
-    _fit(classifier, args, encoded, DataCollatorWithPadding(tokenizer))
+    targets = _targets(texts, encoded["labels"], len(label2id), recipe)
+    encoded = encoded.remove_columns("labels").add_column("labels", targets.tolist())
+    _fit(classifier, args, encoded, DataCollatorWithPadding(tokenizer), _distance)
     return classifier, tokenizer
+
+
+def _targets(texts: Sequence[str], classes: Sequence[int], num_classes: int, recipe: Recipe) -> torch.Tensor:
+    """(texts, classes): the label of each text, mixed with what n-grams of the other texts say of it."""
+    labels = torch.nn.functional.one_hot(torch.tensor(list(classes)), num_classes).float()
+    if not recipe.teacher_weight:
+        return labels
+    taught = ngrams.held_out_probabilities(texts, classes, num_classes, recipe.seed)
+    return labels.lerp(taught, recipe.teacher_weight)
+
+
+def _distance(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+    return torch.nn.functional.cross_entropy(outputs.logits.float(), labels)
+
+
+def _add_word_dropout(model: PreTrainedModel, probability: float) -> None:
+    """Takes whole tokens away from what the model reads, in training mode alone; the markers stay."""
+
+    def drop(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        if not module.training:
+            return output
+        kept = torch.rand(output.shape[:-1], device=output.device) >= probability
+        kept |= inputs[0] == model.config.eos_token_id
+        return output * kept.unsqueeze(-1).to(output.dtype)
+
+    if probability:
+        model.get_input_embeddings().register_forward_hook(drop)
 
 
 def _marked(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[Row]:
@@ -155,7 +190,7 @@ def _arguments(recipe: Recipe, output_dir: str, epochs: float, learning_rate: fl
     )
 
 
-def _fit(model: PreTrainedModel, args: TrainingArguments, rows: Dataset, collator: Any) -> None:
+def _fit(model: PreTrainedModel, args: TrainingArguments, rows: Dataset, collator: Any, loss: Any = None) -> None:
     steps = math.ceil(args.num_train_epochs * math.ceil(len(rows) / args.per_device_train_batch_size))
     args.lr_scheduler_kwargs = wsd_kwargs(steps)
     Trainer(
@@ -163,6 +198,7 @@ def _fit(model: PreTrainedModel, args: TrainingArguments, rows: Dataset, collato
         args=args,
         train_dataset=rows,
         data_collator=collator,
+        compute_loss_func=loss,
         optimizer_cls_and_kwargs=muon_adamw(args),
     ).train()
 

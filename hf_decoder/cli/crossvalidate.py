@@ -38,17 +38,26 @@ class CrossvalidateArguments:
     max_folds: int | None = field(default=None, metadata={"help": "Only the first so many of them."})
     preset: str = field(default="nano", metadata={"help": "Shape of the model."})
     config_overrides: str | None = field(
-        default="hidden_size=128,num_attention_heads=2,num_key_value_heads=2,num_hidden_layers=2,intermediate_size=256",
+        default="hidden_size=64,num_attention_heads=1,num_key_value_heads=1,num_hidden_layers=2,intermediate_size=128,"
+        'layer_types=["sliding_attention","full_attention"],sliding_window=3',
         metadata={"help": "Changes to the preset's config."},
     )
     vocab_size: int = field(default=8192, metadata={"help": "Vocabulary of the tokenizer of each fold."})
-    pretraining_epochs: float = field(default=6, metadata={"help": "Epochs as a language model; 0 is none."})
-    pretraining_learning_rate: float = field(default=6e-3, metadata={"help": "Peak learning rate of these."})
+    pretraining_epochs: float = field(default=2, metadata={"help": "Epochs as a language model; 0 is none."})
+    pretraining_learning_rate: float = field(default=1e-2, metadata={"help": "Peak learning rate of these."})
     pretraining_dropout: float = field(default=0.1, metadata={"help": "Dropout of these."})
-    num_train_epochs: float = field(default=3, metadata={"help": "Epochs as a classifier."})
-    learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate of these."})
+    num_train_epochs: float = field(default=5, metadata={"help": "Epochs as a classifier."})
+    learning_rate: float = field(default=4e-3, metadata={"help": "Peak learning rate of these."})
     dropout: float = field(default=0.3, metadata={"help": "Dropout of these."})
-    per_device_train_batch_size: int = field(default=32, metadata={"help": "Texts of a step."})
+    word_dropout: float = field(default=0.1, metadata={"help": "Share of the tokens that is not shown, in both."})
+    teacher_weight: float = field(
+        default=0.8,
+        metadata={
+            "help": "Share of the classifier's target that a model of n-grams sets, which is trained on other rows of "
+            "the training folds; the label sets the rest."
+        },
+    )
+    per_device_train_batch_size: int = field(default=64, metadata={"help": "Texts of a step."})
     seed: int = field(default=42, metadata={"help": "Seed of folds, weights and draws."})
     output_dir: str = field(default=OUTPUT_DIR, metadata={"help": "Folder for results and predictions."})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Begin again in a folder with results."})
@@ -63,6 +72,8 @@ class CrossvalidateArguments:
             num_train_epochs=self.num_train_epochs,
             learning_rate=self.learning_rate,
             dropout=self.dropout,
+            word_dropout=self.word_dropout,
+            teacher_weight=self.teacher_weight,
             batch_size=self.per_device_train_batch_size,
             seed=self.seed,
         )
@@ -81,9 +92,11 @@ def crossvalidate(args: CrossvalidateArguments) -> dict[str, Any]:
     Raises:
         ValueError: for what the user can get wrong, before anything is trained.
     """
-    for name in ("dropout", "pretraining_dropout"):
+    for name in ("dropout", "pretraining_dropout", "word_dropout"):
         if not 0 <= getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)} must be at least 0 and below 1")
+    if not 0 <= args.teacher_weight <= 1:
+        raise ValueError(f"--teacher_weight {args.teacher_weight} must be between 0 and 1")
     recipe = args.recipe()
     named = {"text": args.text_column, "label": args.label_column}
     rows = examples.select_columns(examples.read_rows(args.train_file), "classification", named, args.train_file)

@@ -3,11 +3,13 @@
 import json
 import random
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
+import torch
 from made_up import SHAPE
 
-from hf_decoder import crossvalidation
+from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM, crossvalidation, ngrams
 from hf_decoder.cli.main import main
 
 WORDS = {"pos": ["good", "fine", "great"], "neg": ["bad", "poor", "dull"]}
@@ -119,12 +121,34 @@ def test_an_interrupted_run_goes_on(train_file, tmp_path, monkeypatch, capsys):
 
 
 def test_the_tokenizer_and_the_language_model_know_the_training_rows_alone(rows):
-    recipe = crossvalidation.Recipe({"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1}, 600, 1, 1e-2, 0.0, 1, 1e-2, 0.0, 8, 0)  # fmt: skip # noqa: E501
+    recipe = crossvalidation.Recipe({"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1}, 600, 1, 1e-2, 0.0, 1, 1e-2, 0.0, 0.1, 0.5, 8, 0)  # fmt: skip # noqa: E501
     train = [{**row, "text": row["text"] + " zebra"} for row in rows]
     model, tokenizer = crossvalidation.train_classifier(train, {"neg": 0, "pos": 1}, recipe, "nowhere")
     _, other = crossvalidation.train_classifier(rows, {"neg": 0, "pos": 1}, recipe, "nowhere")
     assert "Ġzebra" in tokenizer.get_vocab() and "Ġzebra" not in other.get_vocab()
     assert model.config.id2label == {0: "neg", 1: "pos"}
+
+
+def test_words_are_dropped_in_training_alone_and_markers_never():
+    shape = {"hidden_size": 32, "num_attention_heads": 1, "num_key_value_heads": 1, "num_hidden_layers": 1}
+    model = HfDecoderForCausalLM(HfDecoderConfig(vocab_size=50, eos_token_id=0, **shape))
+    crossvalidation._add_word_dropout(model, 0.5)
+    ids = torch.tensor([[0, *range(1, 49), 0]])
+    written = model.train().get_input_embeddings()(ids)[0]
+    gone = (written == 0).all(-1)
+    assert 8 < gone.sum() < 40 and not gone[[0, -1]].any()
+    assert torch.equal(written[~gone], model.model.embed_tokens.weight[ids[0]][~gone])
+    assert not (model.eval().get_input_embeddings()(ids) == 0).all(-1).any()
+
+
+def test_the_target_is_the_label_and_what_n_grams_of_other_rows_say(rows):
+    texts, classes = [row["text"] for row in rows], [int(row["label"] == "pos") for row in rows]
+    recipe = SimpleNamespace(teacher_weight=0.0, seed=3)
+    labels = crossvalidation._targets(texts, classes, 2, recipe)
+    assert labels.argmax(-1).tolist() == classes and labels.max(-1).values.eq(1).all()
+    recipe.teacher_weight = 0.75
+    taught = ngrams.held_out_probabilities(texts, classes, 2, seed=3)
+    torch.testing.assert_close(crossvalidation._targets(texts, classes, 2, recipe), 0.25 * labels + 0.75 * taught)
 
 
 @pytest.mark.parametrize(
@@ -133,6 +157,8 @@ def test_the_tokenizer_and_the_language_model_know_the_training_rows_alone(rows)
         (["--num_folds", "1"], "--num_folds 1"),
         (["--num_folds", "25"], "'neg' has 24"),
         (["--dropout", "1"], "--dropout 1.0"),
+        (["--word_dropout", "1"], "--word_dropout 1.0"),
+        (["--teacher_weight", "1.5"], "--teacher_weight 1.5"),
         (["--preset", "huge"], "huge"),
         (["--text_column", "txt"], "txt"),
         (["--vocab_size", "3"], "vocab_size 3"),
