@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
     print(f"preset {args.preset}, vocabulary {args.vocab_size:,}, {args.dtype} on {setting.device}")
     print(
-        f"{'suite':9}{'case':26}{'ours ms':>10}{'stock ms':>10}{'ratio':>7}{'of limit':>12}{'peak MB':>9}{'stock':>7}"
+        f"{'suite':9}{'case':32}{'ours ms':>10}{'stock ms':>10}{'ratio':>7}{'of limit':>12}{'peak MB':>9}{'stock':>7}"
         f"{'llama.cpp ms':>14}{'ratio':>7}"
     )
     rows = []
@@ -71,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
 def _line(row: Row) -> str:
     share = "" if row.share is None else f"{row.share:.0%} {row.limit}"
     sizes = ["" if size is None else f"{size / 2**20:.0f}" for size in (row.ours_bytes, row.stock_bytes)]
-    line = f"{row.suite:9}{row.case:26}{row.ours * 1e3:>10.1f}{row.stock * 1e3:>10.1f}{row.ratio:>6.2f}x{share:>12}"
+    line = f"{row.suite:9}{row.case:32}{row.ours * 1e3:>10.1f}{row.stock * 1e3:>10.1f}{row.ratio:>6.2f}x{share:>12}"
     line += f"{sizes[0]:>9}{sizes[1]:>7}"
     if row.llama_cpp is not None:
         line += f"{row.llama_cpp * 1e3:>14.1f}{row.llama_cpp / row.ours:>6.2f}x"

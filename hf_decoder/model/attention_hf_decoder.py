@@ -7,10 +7,14 @@ Shapes: B batch, S tokens, H query heads, G key/value heads, E head_dim, T rows 
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
+
+from .operators_hf_decoder import operator
 
 MIN_TILED_TOKENS = 64  # below, one call of the stock kernel is as fast
 SHORT_SEQUENCE = 256
@@ -32,6 +36,12 @@ class TilePlan:
     """Which query sees which key, worked out once a forward pass; stands in for the attention mask of a layer."""
 
     tiles: tuple[Tile, ...]
+
+
+class CausalTiles(NamedTuple):
+    """In place of a plan in a compiled graph, where it is worked out by the operator: one document a row."""
+
+    window: int | None
 
 
 def document_starts(position_ids: torch.Tensor) -> torch.Tensor:
@@ -92,7 +102,7 @@ def tiled_attention_forward(
     query: torch.Tensor,  # (B, H, S, E)
     key: torch.Tensor,  # (B, G, S, E)
     value: torch.Tensor,  # (B, G, S, E)
-    attention_mask: TilePlan,
+    attention_mask: TilePlan | CausalTiles,
     scaling: float,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
@@ -102,6 +112,8 @@ def tiled_attention_forward(
         dtype = torch.get_autocast_dtype(device_type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     with torch.autocast(device_type, enabled=False):
+        if isinstance(attention_mask, CausalTiles):
+            return _CompiledTiledAttention.apply(query, key, value, attention_mask.window, scaling), None
         return _TiledAttention.apply(query, key, value, attention_mask, scaling), None
 
 
@@ -117,46 +129,98 @@ def _weights(query, key, tile: Tile, scaling: float) -> torch.Tensor:
     return torch.softmax(scores, dim=-1)  # in fp32 inside, whatever the dtype
 
 
+def _attend(query, key, value, plan: TilePlan, scaling: float) -> torch.Tensor:
+    batch, heads, length, head_dim = query.shape
+    groups = key.shape[1]
+    output = query.new_empty(batch, length, heads, head_dim)
+    for tile in plan.tiles:
+        tile_value = value[:, :, tile.first_key : tile.stop].reshape(batch * groups, -1, head_dim)
+        tile_output = torch.bmm(_weights(query, key, tile, scaling), tile_value)
+        output[:, tile.start : tile.stop] = tile_output.view(batch, heads, -1, head_dim).transpose(1, 2)
+    return output
+
+
+def _gradients(
+    grad_output, query, key, value, plan: TilePlan, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    batch, heads, _, head_dim = query.shape
+    groups = key.shape[1]
+    grad_query = torch.empty_like(query)
+    # fp32 whatever the dtype: many tiles are added up
+    grad_key = torch.zeros_like(key, dtype=torch.float32)
+    grad_value = torch.zeros_like(value, dtype=torch.float32)
+    for tile in plan.tiles:
+        rows, keys = slice(tile.start, tile.stop), slice(tile.first_key, tile.stop)
+        count = tile.stop - tile.first_key
+        weights = _weights(query, key, tile, scaling)
+        tile_query = query[:, :, rows].reshape(batch * groups, -1, head_dim)
+        tile_key = key[:, :, keys].reshape(batch * groups, count, head_dim)
+        tile_value = value[:, :, keys].reshape(batch * groups, count, head_dim)
+        tile_grad = grad_output[:, rows].transpose(1, 2).reshape(batch * groups, -1, head_dim)
+        shape = (batch, groups, count, head_dim)
+        grad_value[:, :, keys] += torch.bmm(weights.transpose(1, 2), tile_grad).view(shape)
+        grad_weights = torch.bmm(tile_grad, tile_value.transpose(1, 2))
+        grad_scores = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+        grad_scores *= scaling
+        grad_query[:, :, rows] = torch.bmm(grad_scores, tile_key).view(batch, heads, -1, head_dim)
+        grad_key[:, :, keys] += torch.bmm(grad_scores.transpose(1, 2), tile_query).view(shape)
+    return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype)
+
+
 class _TiledAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, plan, scaling):
-        batch, heads, length, head_dim = query.shape
-        groups = key.shape[1]
-        output = query.new_empty(batch, length, heads, head_dim)
-        for tile in plan.tiles:
-            tile_value = value[:, :, tile.first_key : tile.stop].reshape(batch * groups, -1, head_dim)
-            tile_output = torch.bmm(_weights(query, key, tile, scaling), tile_value)
-            output[:, tile.start : tile.stop] = tile_output.view(batch, heads, -1, head_dim).transpose(1, 2)
         ctx.save_for_backward(query, key, value)
         ctx.plan, ctx.scaling = plan, scaling
-        return output
+        return _attend(query, key, value, plan, scaling)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
-        query, key, value = ctx.saved_tensors
-        batch, heads, _, head_dim = query.shape
-        groups = key.shape[1]
-        grad_query = torch.empty_like(query)
-        # fp32 whatever the dtype: many tiles are added up
-        grad_key = torch.zeros_like(key, dtype=torch.float32)
-        grad_value = torch.zeros_like(value, dtype=torch.float32)
-        for tile in ctx.plan.tiles:
-            rows, keys = slice(tile.start, tile.stop), slice(tile.first_key, tile.stop)
-            count = tile.stop - tile.first_key
-            weights = _weights(query, key, tile, ctx.scaling)
-            tile_query = query[:, :, rows].reshape(batch * groups, -1, head_dim)
-            tile_key = key[:, :, keys].reshape(batch * groups, count, head_dim)
-            tile_value = value[:, :, keys].reshape(batch * groups, count, head_dim)
-            tile_grad = grad_output[:, rows].transpose(1, 2).reshape(batch * groups, -1, head_dim)
-            shape = (batch, groups, count, head_dim)
-            grad_value[:, :, keys] += torch.bmm(weights.transpose(1, 2), tile_grad).view(shape)
-            grad_weights = torch.bmm(tile_grad, tile_value.transpose(1, 2))
-            grad_scores = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-            grad_scores *= ctx.scaling
-            grad_query[:, :, rows] = torch.bmm(grad_scores, tile_key).view(batch, heads, -1, head_dim)
-            grad_key[:, :, keys] += torch.bmm(grad_scores.transpose(1, 2), tile_query).view(shape)
-        return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None
+        return *_gradients(grad_output, *ctx.saved_tensors, ctx.plan, ctx.scaling), None, None
 
 
-__all__ = ["MIN_TILED_TOKENS", "TilePlan", "plan_tiles", "tiled_attention_forward"]
+@lru_cache(maxsize=16)
+def _causal_plan(length: int, dtype: torch.dtype, window: int | None) -> TilePlan:
+    return plan_tiles(torch.arange(length).unsqueeze(0), dtype, window)
+
+
+def _attend_causal(query, key, value, window: int | None, scaling: float) -> torch.Tensor:
+    return _attend(query, key, value, _causal_plan(query.shape[2], query.dtype, window), scaling)
+
+
+def _gradients_causal(grad_output, query, key, value, window: int | None, scaling: float) -> list[torch.Tensor]:
+    plan = _causal_plan(query.shape[2], query.dtype, window)
+    return [gradient.contiguous() for gradient in _gradients(grad_output, query, key, value, plan, scaling)]
+
+
+_attend_operator = operator(
+    "tiled_attention(Tensor query, Tensor key, Tensor value, int? window, float scaling) -> Tensor",
+    _attend_causal,
+    lambda query, key, value, window, scaling: query.new_empty(
+        query.shape[0], query.shape[2], query.shape[1], query.shape[3]
+    ),
+)
+_gradients_operator = operator(
+    "tiled_attention_gradients(Tensor grad_output, Tensor query, Tensor key, Tensor value, int? window, float scaling)"
+    " -> Tensor[]",
+    _gradients_causal,
+    lambda grad_output, query, key, value, window, scaling: [x.new_empty(x.shape) for x in (query, key, value)],
+)
+
+
+class _CompiledTiledAttention(torch.autograd.Function):
+    """The same as two operators: traced, every tile would be compiled by itself."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, window, scaling):
+        ctx.save_for_backward(query, key, value)
+        ctx.window, ctx.scaling = window, scaling
+        return _attend_operator(query, key, value, window, scaling)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        return *_gradients_operator(grad_output, *ctx.saved_tensors, ctx.window, ctx.scaling), None, None
+
+
+__all__ = ["MIN_TILED_TOKENS", "CausalTiles", "TilePlan", "plan_tiles", "tiled_attention_forward"]

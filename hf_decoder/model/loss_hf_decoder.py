@@ -6,10 +6,13 @@ logits: memory is one chunk of logits instead of several copies of all of them. 
 Shapes: N rows (tokens), D hidden_size, V vocab_size.
 """
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
 from torch import nn
+
+from .operators_hf_decoder import operator
 
 # Elements of one chunk of logits. Small enough to stay near the caches of a CPU, large enough for full matmul speed.
 CHUNK_ELEMENTS = 2**21
@@ -206,71 +209,113 @@ def linear_cross_entropy(
         return _LinearCrossEntropy.apply(rows, weight, bias, targets, torch.is_grad_enabled(), settings)
 
 
+def _loss_and_gradients(
+    rows: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    needs: Sequence[bool],
+    settings: tuple[int, float, float | None, float],
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """The sum, and the gradients that it needs, of rows, weight and bias, chunk by chunk."""
+    needs_rows, needs_weight, needs_bias = needs
+    ignore_index, z_loss_coef, cap, smoothing = settings
+    grad_rows = torch.empty_like(rows) if needs_rows else None
+    # fp32 whatever the weights' type: many chunks are added up
+    grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+    grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and needs_bias else None
+    total = torch.zeros((), dtype=torch.float32, device=rows.device)
+    vocab_size = weight.shape[0]
+    chunk_rows = min(max(MIN_CHUNK_ROWS, CHUNK_ELEMENTS // vocab_size), max(rows.shape[0], 1))
+    # the same memory serves every chunk: fresh pages would cost as much as the arithmetic
+    all_logits = rows.new_empty(chunk_rows, vocab_size)
+    all_scores, all_log_probs = (rows.new_empty(chunk_rows, vocab_size, dtype=torch.float32) for _ in range(2))
+    chunk_grad_weight = torch.empty_like(weight) if needs_weight else None
+
+    for start in range(0, rows.shape[0], chunk_rows):
+        chunk = rows[start : start + chunk_rows]
+        target = targets[start : start + chunk_rows]
+        count = chunk.shape[0]
+        valid = target != ignore_index
+        index = target.masked_fill(~valid, 0).unsqueeze(-1)
+        logits = all_logits[:count]
+        if bias is None:
+            torch.mm(chunk, weight.t(), out=logits)
+        else:
+            torch.addmm(bias, chunk, weight.t(), out=logits)
+        scores = all_scores[:count].copy_(logits)
+        if cap is not None:
+            scores.div_(cap).tanh_().mul_(cap)
+        log_probs = torch.ops.aten._log_softmax.out(scores, -1, False, out=all_log_probs[:count])
+        target_log_prob = log_probs.gather(-1, index)
+        loss = -target_log_prob
+        if smoothing:
+            loss = (1 - smoothing) * loss - smoothing * log_probs.mean(-1, keepdim=True)
+        scale = 1.0  # of the softmax in the gradient
+        if z_loss_coef:
+            log_partition = scores.gather(-1, index) - target_log_prob
+            loss = loss + z_loss_coef * log_partition.square()
+            scale = 1.0 + 2.0 * z_loss_coef * log_partition
+        total += loss.masked_fill(~valid.unsqueeze(-1), 0.0).sum()
+        if not (needs_rows or needs_weight or needs_bias):
+            continue
+
+        grad_scores = log_probs.exp_()
+        if z_loss_coef:
+            grad_scores *= scale
+        if smoothing:
+            grad_scores -= smoothing / vocab_size
+        grad_scores.scatter_add_(-1, index, torch.full_like(loss, smoothing - 1.0))
+        if cap is not None:
+            grad_scores *= scores.div_(cap).square_().neg_().add_(1.0)
+        grad_logits = logits.copy_(grad_scores)
+        grad_logits.masked_fill_(~valid.unsqueeze(-1), 0.0)
+        if grad_rows is not None:
+            torch.mm(grad_logits, weight, out=grad_rows[start : start + chunk_rows])
+        if grad_weight is not None:
+            grad_weight += torch.mm(grad_logits.t(), chunk, out=chunk_grad_weight)
+        if grad_bias is not None:
+            grad_bias += grad_logits.sum(0, dtype=torch.float32)
+    return total, grad_rows, grad_weight, grad_bias
+
+
+def _compute(rows, weight, bias, targets, needs, ignore_index, z_loss_coef, cap, smoothing) -> list[torch.Tensor]:
+    settings = (ignore_index, z_loss_coef, cap, smoothing)
+    results = _loss_and_gradients(rows, weight, bias, targets, needs, settings)
+    return [rows.new_empty(0) if result is None else result.contiguous() for result in results]
+
+
+def _shapes(rows, weight, bias, targets, needs, *settings) -> list[torch.Tensor]:
+    fp32 = {"dtype": torch.float32}
+    total, none = rows.new_empty((), **fp32), rows.new_empty(0)
+    grad_rows = rows.new_empty(rows.shape) if needs[0] else none
+    grad_weight = weight.new_empty(weight.shape, **fp32) if needs[1] else rows.new_empty(0)
+    grad_bias = bias.new_empty(bias.shape, **fp32) if needs[2] else rows.new_empty(0)
+    return [total, grad_rows, grad_weight, grad_bias]
+
+
+# in a compiled graph: traced, the chunks would be unrolled and their buffers no longer shared
+_operator = operator(
+    "linear_cross_entropy(Tensor rows, Tensor weight, Tensor? bias, Tensor targets, bool[] needs, int ignore_index, "
+    "float z_loss_coef, float? cap, float smoothing) -> Tensor[]",
+    _compute,
+    _shapes,
+)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Forms the gradients in the forward pass, chunk by chunk; the backward pass only scales them."""
+    """Forms the gradients in the forward pass; the backward pass only scales them."""
 
     @staticmethod
     def forward(ctx, rows, weight, bias, targets, grad_enabled, settings):
-        ignore_index, z_loss_coef, cap, smoothing = settings
-        needs_rows, needs_weight, needs_bias = (grad_enabled and needed for needed in ctx.needs_input_grad[:3])
-        grad_rows = torch.empty_like(rows) if needs_rows else None
-        # fp32 whatever the weights' type: many chunks are added up
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias else None
-        total = torch.zeros((), dtype=torch.float32, device=rows.device)
-        vocab_size = weight.shape[0]
-        chunk_rows = min(max(MIN_CHUNK_ROWS, CHUNK_ELEMENTS // vocab_size), max(rows.shape[0], 1))
-        # the same memory serves every chunk: fresh pages would cost as much as the arithmetic
-        all_logits = rows.new_empty(chunk_rows, vocab_size)
-        all_scores, all_log_probs = (rows.new_empty(chunk_rows, vocab_size, dtype=torch.float32) for _ in range(2))
-        chunk_grad_weight = torch.empty_like(weight) if needs_weight else None
-
-        for start in range(0, rows.shape[0], chunk_rows):
-            chunk = rows[start : start + chunk_rows]
-            target = targets[start : start + chunk_rows]
-            count = chunk.shape[0]
-            valid = target != ignore_index
-            index = target.masked_fill(~valid, 0).unsqueeze(-1)
-            logits = all_logits[:count]
-            if bias is None:
-                torch.mm(chunk, weight.t(), out=logits)
-            else:
-                torch.addmm(bias, chunk, weight.t(), out=logits)
-            scores = all_scores[:count].copy_(logits)
-            if cap is not None:
-                scores.div_(cap).tanh_().mul_(cap)
-            log_probs = torch.ops.aten._log_softmax.out(scores, -1, False, out=all_log_probs[:count])
-            target_log_prob = log_probs.gather(-1, index)
-            loss = -target_log_prob
-            if smoothing:
-                loss = (1 - smoothing) * loss - smoothing * log_probs.mean(-1, keepdim=True)
-            scale = 1.0  # of the softmax in the gradient
-            if z_loss_coef:
-                log_partition = scores.gather(-1, index) - target_log_prob
-                loss = loss + z_loss_coef * log_partition.square()
-                scale = 1.0 + 2.0 * z_loss_coef * log_partition
-            total += loss.masked_fill(~valid.unsqueeze(-1), 0.0).sum()
-            if not (needs_rows or needs_weight or needs_bias):
-                continue
-
-            grad_scores = log_probs.exp_()
-            if z_loss_coef:
-                grad_scores *= scale
-            if smoothing:
-                grad_scores -= smoothing / vocab_size
-            grad_scores.scatter_add_(-1, index, torch.full_like(loss, smoothing - 1.0))
-            if cap is not None:
-                grad_scores *= scores.div_(cap).square_().neg_().add_(1.0)
-            grad_logits = logits.copy_(grad_scores)
-            grad_logits.masked_fill_(~valid.unsqueeze(-1), 0.0)
-            if needs_rows:
-                torch.mm(grad_logits, weight, out=grad_rows[start : start + chunk_rows])
-            if needs_weight:
-                grad_weight += torch.mm(grad_logits.t(), chunk, out=chunk_grad_weight)
-            if needs_bias:
-                grad_bias += grad_logits.sum(0, dtype=torch.float32)
-
-        ctx.save_for_backward(grad_rows, grad_weight, grad_bias)
+        needs = [grad_enabled and needed for needed in ctx.needs_input_grad[:3]]
+        if torch.compiler.is_compiling() and rows.device.type == "cpu" and not torch.compiler.is_exporting():
+            results = _operator(rows, weight, bias, targets, needs, *settings)
+            total = results[0]
+            gradients = [result if needed else None for result, needed in zip(results[1:], needs, strict=True)]
+        else:
+            total, *gradients = _loss_and_gradients(rows, weight, bias, targets, needs, settings)
+        ctx.save_for_backward(*gradients)
         ctx.weight_dtype = weight.dtype
         return total
 

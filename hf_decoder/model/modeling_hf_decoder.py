@@ -32,7 +32,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_hf_decoder import MIN_TILED_TOKENS, TilePlan, plan_tiles, tiled_attention_forward
+from .attention_hf_decoder import MIN_TILED_TOKENS, CausalTiles, TilePlan, plan_tiles, tiled_attention_forward
 from .bitsandbytes_hf_decoder import settle_layers, settle_tied_head, unpack_layers
 from .cache_name_hf_decoder import CACHE_NAME, takes_either_cache_name
 from .configuration_hf_decoder import HfDecoderConfig
@@ -156,7 +156,7 @@ class HfDecoderAttention(nn.Module):
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        if isinstance(attention_mask, TilePlan):
+        if isinstance(attention_mask, TilePlan | CausalTiles):
             attention_interface = tiled_attention_forward
         attn_output, attn_weights = attention_interface(
             self,
@@ -381,14 +381,19 @@ class HfDecoderModel(HfDecoderPreTrainedModel):
         attention_mask: torch.Tensor | None,
         document_positions: torch.Tensor | None,
         past_key_values: Cache | None,
-    ) -> dict[str, torch.Tensor | TilePlan | None]:
+    ) -> dict[str, torch.Tensor | TilePlan | CausalTiles | None]:
         """One mask for each type of layer that there is, or the plan of a tiled attention in its place."""
         kinds = dict.fromkeys(self.config.layer_types)
-        if self._can_tile(inputs_embeds, attention_mask, past_key_values):
+        windows = {"full_attention": None, "sliding_attention": self.config.sliding_window}
+        if torch.compiler.is_compiling():
+            # documents and padding would have to be looked for in the data, which a graph cannot do
+            whole = document_positions is None and attention_mask is None and past_key_values is None
+            if whole and self.training and not torch.compiler.is_exporting() and self._tiles_are_faster(inputs_embeds):
+                return {kind: CausalTiles(windows[kind]) for kind in kinds}
+        elif self._can_tile(inputs_embeds, attention_mask, past_key_values):
             position_ids = document_positions
             if position_ids is None:
                 position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0)
-            windows = {"full_attention": None, "sliding_attention": self.config.sliding_window}
             return {kind: plan_tiles(position_ids, inputs_embeds.dtype, windows[kind]) for kind in kinds}
         mask_kwargs = {
             "config": self.config,
@@ -406,12 +411,7 @@ class HfDecoderModel(HfDecoderPreTrainedModel):
     ) -> bool:
         """Whether these are whole sequences without padding, on a device where tiles beat the stock kernel."""
         return (
-            self.config._attn_implementation == "sdpa"
-            and getattr(self.config, "is_causal", True)
-            and inputs_embeds.device.type == "cpu"
-            and inputs_embeds.shape[1] >= MIN_TILED_TOKENS
-            and not (self.training and self.config.attention_dropout)
-            and not torch.compiler.is_compiling()
+            self._tiles_are_faster(inputs_embeds)
             and not torch.jit.is_tracing()
             and not torch._C._are_functorch_transforms_active()
             and (
@@ -419,6 +419,15 @@ class HfDecoderModel(HfDecoderPreTrainedModel):
                 or (type(past_key_values) is DynamicCache and past_key_values.get_seq_length() == 0)
             )
             and (attention_mask is None or (attention_mask.ndim == 2 and bool(attention_mask.all())))
+        )
+
+    def _tiles_are_faster(self, inputs_embeds: torch.Tensor) -> bool:
+        return (
+            self.config._attn_implementation == "sdpa"
+            and getattr(self.config, "is_causal", True)
+            and inputs_embeds.device.type == "cpu"
+            and inputs_embeds.shape[1] >= MIN_TILED_TOKENS
+            and not (self.training and self.config.attention_dropout)
         )
 
 

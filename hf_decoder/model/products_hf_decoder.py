@@ -4,7 +4,6 @@ Shapes: B rows, M outputs, N inputs.
 """
 
 import itertools
-import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 from weakref import finalize
@@ -12,6 +11,8 @@ from weakref import finalize
 import torch
 from torch import nn
 from torch.nn.functional import linear
+
+from .operators_hf_decoder import operator
 
 LONG_ROW = 2048
 
@@ -117,23 +118,12 @@ def _multiply_packed(x: torch.Tensor, handle: torch.Tensor, outputs: int, bias: 
     return torch.ops.mkldnn._linear_pointwise(x, _packed[int(handle)], bias, "none", [], "")
 
 
-def _packed_operator() -> Any:
-    """An operator of our own around oneDNN's: the compiler takes oneDNN's with constant weights alone.
-
-    The namespace is this module's, of which a process may hold several (the package, and copies from the Hub).
-    """
-    namespace = re.sub(r"\W", "_", __name__)
-    if not hasattr(getattr(torch.ops, namespace), "packed_linear"):
-        library = torch.library.Library(namespace, "FRAGMENT")
-        library.define("packed_linear(Tensor x, Tensor handle, int outputs, Tensor? bias) -> Tensor")
-        library.impl("packed_linear", _multiply_packed, "CPU")
-        library.impl("packed_linear", lambda x, handle, outputs, bias: x.new_empty(*x.shape[:-1], outputs), "Meta")
-        _libraries.append(library)  # its operators live as long as it does
-    return getattr(torch.ops, namespace).packed_linear.default
-
-
-_libraries: list[torch.library.Library] = []
-_packed_linear = _packed_operator()
+# the compiler takes oneDNN's own operator with constant weights alone
+_packed_linear = operator(
+    "packed_linear(Tensor x, Tensor handle, int outputs, Tensor? bias) -> Tensor",
+    _multiply_packed,
+    lambda x, handle, outputs, bias: x.new_empty(*x.shape[:-1], outputs),
+)
 
 __all__ = [
     "AnyWeights",

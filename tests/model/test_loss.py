@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from hf_decoder import HfDecoderForCausalLM
-from hf_decoder.model import loss_hf_decoder
+from hf_decoder.model import attention_hf_decoder, loss_hf_decoder
 
 VOCAB = SHAPE["vocab_size"]
 SKIP = pytest.mark.parametrize("skip_logits", [True, False], ids=["without_logits", "with_logits"])
@@ -375,3 +375,45 @@ def test_training_with_either_path_takes_the_same_steps(small_chunks):
             losses[-1].append(loss.item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert losses[0][-1] < losses[0][0] - 0.2
+
+
+@pytest.mark.parametrize("variant", ["plain", "windows", "checkpointing", "autocast"])
+def test_compiled_training_is_eager_training(variant: str, monkeypatch):
+    """Value and gradients, with tiles and chunks as operators of one graph."""
+    windows = {"sliding_window": 20, "layer_types": ["sliding_attention", "full_attention"]}
+    shape = {"attn_implementation": "sdpa", "max_position_embeddings": 256, "z_loss_coef": 1e-3, "qk_norm": True}
+    model = tiny_model(**shape, **(windows if variant == "windows" else {})).train()
+    if variant == "checkpointing":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    monkeypatch.setattr(loss_hf_decoder, "MIN_CHUNK_ROWS", 50)
+    monkeypatch.setattr(loss_hf_decoder, "CHUNK_ELEMENTS", 1)
+    ids = random_ids(2, 150)
+    labels = ids.clone()
+    labels[:, :30] = -100
+    taken = []
+    attend = attention_hf_decoder._attend
+    monkeypatch.setattr(attention_hf_decoder, "_attend", lambda *inputs: taken.append(1) or attend(*inputs))
+
+    def loss_and_gradients(forward) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=variant == "autocast"):
+            loss = forward(input_ids=ids, labels=labels, use_cache=False).loss
+        loss.backward()
+        gradients = [parameter.grad.clone() for parameter in model.parameters()]
+        model.zero_grad()
+        return loss.detach(), gradients
+
+    expected, expected_gradients = loss_and_gradients(model)
+    eager_calls = len(taken)
+    loss, gradients = loss_and_gradients(torch.compile(model, fullgraph=True))
+    assert len(taken) == 2 * eager_calls > 0
+    tolerance = 5e-2 if variant == "autocast" else 1e-5  # bf16 rounds where the compiler does not
+    torch.testing.assert_close(loss, expected, rtol=tolerance, atol=0)
+    for gradient, other in zip(gradients, expected_gradients, strict=True):
+        assert (gradient - other).norm() <= tolerance * other.norm()
+
+
+def test_compiled_training_on_packed_documents_keeps_them_apart():
+    model = tiny_model(attn_implementation="sdpa", max_position_embeddings=256).train()
+    ids = random_ids(1, 128)
+    inputs = {"input_ids": ids, "labels": ids, "position_ids": torch.arange(128)[None] % 64, "use_cache": False}
+    torch.testing.assert_close(torch.compile(model)(**inputs).loss, model(**inputs).loss)

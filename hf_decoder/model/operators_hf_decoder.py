@@ -1,0 +1,31 @@
+"""Operators of our own: functions that a compiled graph calls as they are, in place of tracing them."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def operator(schema: str, compute: Callable, shapes: Callable) -> Any:
+    """Registers an operator for CPU tensors.
+
+    Args:
+        schema: as `torch.library` takes it, `name(Tensor x, ...) -> Tensor`.
+        compute: what it does; new tensors out, none of the inputs and no view of one.
+        shapes: of the same inputs, empty tensors with the outputs' shapes, dtypes and strides.
+    """
+    # a namespace a module: a process may hold several of these (the package, and copies from the Hub)
+    namespace, name = re.sub(r"\W", "_", compute.__module__), schema.partition("(")[0]
+    if not hasattr(getattr(torch.ops, namespace), name):
+        library = torch.library.Library(namespace, "FRAGMENT")
+        library.define(schema)
+        library.impl(name, compute, "CPU")
+        library.impl(name, shapes, "Meta")
+        _libraries.append(library)  # its operators live as long as it does
+    return getattr(getattr(torch.ops, namespace), name).default
+
+
+_libraries: list[torch.library.Library] = []
+
+__all__ = ["operator"]
