@@ -21,7 +21,8 @@ _PACKED_ROWS = 32
 def settle_layers(model: nn.Module, training: bool) -> None:
     """In training, nothing is packed any more, and what is packed is unpacked; else all is packed that can be.
 
-    A weight that was packed has its scales rounded to bf16 from then on.
+    A weight that was packed has its scales rounded to bf16 from then on. One that has trained stays as it is: a model
+    that is loaded anew decodes faster.
     """
     for module in model.modules():
         if not getattr(module, _SWITCH, False):

@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 from stock_models import CASES, LLAMA3, MIXED, assert_identical, build, ids, longrope, stored
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM
 from hf_decoder.interop import checkpoint
@@ -40,6 +40,129 @@ def test_in_and_out_again(case: str, tmp_path):
     again = load(tmp_path / "back")
     assert type(again) is type(stock)
     torch.testing.assert_close(again(ids(2, 24)).logits, stock(ids(2, 24)).logits, **TOLERANCE)
+
+
+SHARED = {
+    "hidden_act": "silu",
+    "hidden_size": 48,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "vocab_size": 61,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "initializer_range": 0.02,
+    "use_cache": True,
+    "torch_dtype": "float32",
+    "max_position_embeddings": 64,
+}
+LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "pretraining_tp": 1, "rms_norm_eps": 1e-5}
+PHI3 = {
+    "model_type": "phi3",
+    "architectures": ["Phi3ForCausalLM"],
+    "auto_map": {
+        "AutoConfig": "configuration_phi3.Phi3Config",
+        "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM",
+    },
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "embd_pdrop": 0.0,
+    "resid_pdrop": 0.0,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "original_max_position_embeddings": 16,
+    "pad_token_id": 60,
+    "sliding_window": 262144,
+}
+LONG = {"short_factor": [1.0, 1.1, 1.2], "long_factor": [1.5, 2.5, 4.0]}
+# What the config.json of public checkpoints says, older names of fields included, at a size for tests.
+PUBLIC = {
+    "Llama 2": LLAMA | {"num_attention_heads": 6, "num_key_value_heads": 6, "rope_scaling": None},
+    "Llama 3.2": LLAMA
+    | {
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "eos_token_id": [2, 3],
+        "rope_theta": 500000.0,
+        "rope_scaling": {
+            "factor": 32.0,
+            "high_freq_factor": 4.0,
+            "low_freq_factor": 1.0,
+            "original_max_position_embeddings": 16,
+            "rope_type": "llama3",
+        },
+        "tie_word_embeddings": True,
+    },
+    "TinyLlama": LLAMA
+    | {"num_attention_heads": 8, "num_key_value_heads": 1, "rope_scaling": None, "rope_theta": 10000.0},
+    "SmolLM2": LLAMA
+    | {
+        "hidden_size": 36,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "is_llama_config": True,
+        "rope_interleaved": False,
+        "rope_scaling": None,
+        "rope_theta": 100000,
+        "tie_word_embeddings": True,
+    },
+    "Yi": LLAMA | {"num_attention_heads": 8, "num_key_value_heads": 2, "pad_token_id": 0, "rope_theta": 5000000.0},
+    "Llama, linear": LLAMA | {"num_attention_heads": 6, "rope_scaling": {"type": "linear", "factor": 4.0}},
+    "Mistral": {
+        "model_type": "mistral",
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "sliding_window": 5,
+    },
+    "Qwen2.5": {
+        "model_type": "qwen2",
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "max_window_layers": 2,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0,
+        "sliding_window": 32,
+        "use_sliding_window": False,
+        "tie_word_embeddings": True,
+    },
+    "Phi-3 mini 128k": PHI3
+    | {"num_attention_heads": 8, "num_key_value_heads": 8, "rope_scaling": {"type": "longrope", **LONG}},
+    "Phi-4": PHI3 | {"num_attention_heads": 8, "num_key_value_heads": 2, "rope_scaling": None, "sliding_window": None},
+    "Phi-4 mini": PHI3
+    | {
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "partial_rotary_factor": 0.75,
+        "rope_scaling": {"type": "longrope", **LONG},
+        "tie_word_embeddings": True,
+    },
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", PUBLIC)
+def test_configs_as_public_checkpoints_write_them(name: str, tmp_path):
+    from stock_models import randomise
+
+    folder = tmp_path / "stock"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(SHARED | PUBLIC[name]))
+    config = AutoConfig.from_pretrained(folder)
+    config._attn_implementation = "eager"
+    stock = randomise(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
+    stock.save_pretrained(tmp_path / "saved")
+    for file in (tmp_path / "saved").glob("*.safetensors"):
+        file.rename(folder / file.name)
+    convert(str(folder), tmp_path / "ours")
+    ours = load(tmp_path / "ours")
+    for length in (24, 9):
+        torch.testing.assert_close(ours(ids(2, length)).logits, stock(ids(2, length)).logits, **TOLERANCE)
+    convert(str(tmp_path / "ours"), tmp_path / "back", to=config.model_type)
+    assert_identical(stored(tmp_path / "back"), stored(folder))
 
 
 @pytest.mark.parametrize("case", ["llama-tied", "qwen3-windows", "smollm3-windows", "phi3-partial"])
