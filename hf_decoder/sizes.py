@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from hf_decoder.interop.checkpoint import INDEX_NAME, WEIGHTS_NAME, read_shapes, read_weight_map
-from hf_decoder.model.modeling_hf_decoder import fields_of
+from hf_decoder.model.sizes_hf_decoder import fields_of
 
 # What is smaller is left to the loader, which names what is missing: a new head, say. 1/4 GB in fp32.
 SMALL = 1 << 26
