@@ -263,7 +263,7 @@ class DecodingStep:
             # a code object of its own: torch limits the graphs of one, and every shape of model has its graphs
             function = type(self)._decode_static
             own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
-            compiled = torch.compile(own, fullgraph=True)
+            compiled = torch.compile(own, fullgraph=True, options=_compiler_options())
 
             def run(step: DecodingStep, *inputs) -> torch.Tensor:
                 _mark_varying_sizes(*inputs)
@@ -276,6 +276,15 @@ class DecodingStep:
 
             compiled_steps[is_packed] = run
         return partial(compiled_steps[is_packed], self)
+
+
+def _compiler_options() -> dict[str, Any]:
+    """Products and sums as one instruction: 16 against 14 GB/s of int8 weights a core in the products written out."""
+    from torch._inductor import config as inductor_config  # takes long to import
+
+    name = "enable_floating_point_contract_flag"
+    is_known = isinstance(getattr(inductor_config.cpp, name, None), str)  # not so in every version of torch
+    return {f"cpp.{name}": "fast"} if is_known else {}
 
 
 def _mark_varying_sizes(
