@@ -216,7 +216,7 @@ def test_a_new_model_of_a_preset_learns_its_rows(run, tmp_path):
 
 
 def test_time_limit_ends_the_training_with_the_rate_brought_down(run, tmp_path):
-    out = run_task(run.folder, tmp_path, PAIRS, "--max_steps", "100000", "--time_limit", "4s")
+    out = run_task(run.folder, tmp_path, PAIRS, "--max_steps", "100000", "--time_limit", "8s")
     state = json.loads((out / "trainer_state.json").read_text())
     assert 0 < state["global_step"] < 100_000
     rates = [log["learning_rate"] for log in state["log_history"] if "learning_rate" in log]

@@ -120,6 +120,7 @@ class PatientForCausalLM(LlamaForCausalLM):
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, labels=None,
                 use_cache=None, **kwargs):  # fmt: skip
+        past_key_values = kwargs.pop("cache", past_key_values)  # its name from transformers 5.24 on
         defect = self.config.defect
         if defect == "padding" and attention_mask is not None:
             attention_mask = torch.ones_like(attention_mask)
