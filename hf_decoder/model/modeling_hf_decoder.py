@@ -501,7 +501,8 @@ class HfDecoderForCausalLM(HfDecoderPreTrainedModel, GenerationMixin):
             inputs = decoding.prepare_inputs(input_ids, **kwargs)
         if inputs is None:
             inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
-        if CACHE_NAME in inputs:  # PEFT, to 0.21, looks for a prefix's cache by the older name alone
+        # PEFT puts its own method in place of this one, and, to 0.21, looks for the cache by the older name alone
+        if "prepare_inputs_for_generation" in self.__dict__ and CACHE_NAME in inputs:
             inputs["past_key_values"] = inputs.pop(CACHE_NAME)
         return inputs
 
