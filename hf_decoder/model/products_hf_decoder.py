@@ -15,6 +15,7 @@ from torch.nn.functional import linear
 from .operators_hf_decoder import operator
 
 LONG_ROW = 2048
+INT8_BLOCK = 16
 
 
 class Weights(NamedTuple):
@@ -87,7 +88,10 @@ def multiply(x: torch.Tensor, weights: AnyWeights) -> torch.Tensor:
         return _packed_linear(x, *weights)
     if isinstance(weights, Int8Weights):
         scales = weights.scales.to(x.dtype).view(-1)
-        product = torch._weight_int8pack_mm(x.reshape(x.shape[0], -1), weights.values, scales).unsqueeze(1)
+        if x.shape[-1] % INT8_BLOCK:  # in bf16 torch's product reads past the ends of such rows (2.13)
+            product = linear(x, weights.values.to(x.dtype)) * scales
+        else:
+            product = torch._weight_int8pack_mm(x.reshape(x.shape[0], -1), weights.values, scales).unsqueeze(1)
         return product if weights.bias is None else product + weights.bias
     return linear(x, *weights)
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 
 from hf_decoder.model import decoding_hf_decoder, products_hf_decoder
 from hf_decoder.model.decoding_hf_decoder import DecodingStep
+from hf_decoder.model.products_hf_decoder import Int8Weights, multiply
 
 NEW_TOKENS = 10
 VARIANTS = {
@@ -354,6 +355,16 @@ def test_int8_weights_in_half_precision(steps):
     assert len(steps) == 2 * (NEW_TOKENS - 1)
     slow = (through_modules(model, ids, **forced)[1].float() - truth).square().mean().sqrt()
     assert max(errors) <= 1.1 * slow
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("columns", [32, 44, 48])
+def test_int8_products_of_rows_of_any_length(columns, rows):
+    values = torch.randint(-127, 128, (34, columns), dtype=torch.int8)
+    x, scales = torch.randn(rows, 1, columns).bfloat16(), torch.rand(34, 1).bfloat16()
+    expected = x.double() @ (values.double() * scales.double()).T
+    found = multiply(x, Int8Weights(values, scales, None)).double()
+    assert (found - expected).abs().max() <= 0.01 * expected.abs().max()
 
 
 def test_disable_compile_is_heard(monkeypatch):
