@@ -12,10 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from hf_decoder.interop.checkpoint import INDEX_NAME, WEIGHTS_NAME, read_shapes, read_weight_map
-from hf_decoder.model.sizes_hf_decoder import fields_of
+from hf_decoder.model.sizes_hf_decoder import MAX_NEW_PARAMETERS, fields_of
 
-# What is smaller is left to the loader, which names what is missing: a new head, say. 1/4 GB in fp32.
-SMALL = 1 << 26
 # Parameters that a quantized checkpoint may keep in one element: 2 bits each in an int32.
 PACKED = 16
 
@@ -53,7 +51,7 @@ def check_sizes(
         raise ValueError(f"config.json in {folder} describes a model that cannot be built: {reason}") from None
     total = sum(math.prod(shape) for shape in asked.values())
     packed = PACKED if getattr(config, "quantization_config", None) else 1
-    if total <= max(SMALL, 2 * packed * held):
+    if total <= max(MAX_NEW_PARAMETERS, 2 * packed * held):
         return
     names = [name for name, shape in asked.items() if shape != shapes.get(name)]
     name = max(names, key=lambda name: math.prod(asked[name]))

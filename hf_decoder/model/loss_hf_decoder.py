@@ -286,11 +286,10 @@ def _compute(rows, weight, bias, targets, needs, ignore_index, z_loss_coef, cap,
 
 
 def _shapes(rows, weight, bias, targets, needs, *settings) -> list[torch.Tensor]:
-    fp32 = {"dtype": torch.float32}
-    total, none = rows.new_empty((), **fp32), rows.new_empty(0)
-    grad_rows = rows.new_empty(rows.shape) if needs[0] else none
-    grad_weight = weight.new_empty(weight.shape, **fp32) if needs[1] else rows.new_empty(0)
-    grad_bias = bias.new_empty(bias.shape, **fp32) if needs[2] else rows.new_empty(0)
+    total = rows.new_empty((), dtype=torch.float32)
+    grad_rows = rows.new_empty(rows.shape if needs[0] else 0)
+    grad_weight = weight.new_empty(weight.shape, dtype=torch.float32) if needs[1] else rows.new_empty(0)
+    grad_bias = bias.new_empty(bias.shape, dtype=torch.float32) if needs[2] else rows.new_empty(0)
     return [total, grad_rows, grad_weight, grad_bias]
 
 

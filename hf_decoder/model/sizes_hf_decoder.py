@@ -42,4 +42,4 @@ def check_loaded_sizes(model: PreTrainedModel, info, where: str, ignore_mismatch
         )
 
 
-__all__ = ["HfDecoderSizeError", "check_loaded_sizes", "fields_of"]
+__all__ = ["MAX_NEW_PARAMETERS", "HfDecoderSizeError", "check_loaded_sizes", "fields_of"]
