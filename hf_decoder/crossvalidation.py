@@ -33,7 +33,7 @@ from .examples import Row
 from .finetuning import add_dropout, class_rows
 from .packing import pack, tokenize
 from .recipe import muon_adamw, wsd_kwargs
-from .tokenization import train_tokenizer
+from .tokenization import train_word_tokenizer
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -108,7 +108,7 @@ def train_classifier(
 
     set_seed(recipe.seed)
     texts = [row["text"] for row in rows]
-    tokenizer = train_tokenizer(texts, vocab_size=recipe.vocab_size)
+    tokenizer = train_word_tokenizer(texts, recipe.vocab_size)
     special_tokens = {name: getattr(tokenizer, name) for name in ("eos_token_id", "pad_token_id")}
     config = HfDecoderConfig(**{**recipe.shape, "vocab_size": len(tokenizer), **special_tokens})
     language_model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

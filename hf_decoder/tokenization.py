@@ -112,13 +112,36 @@ def train_tokenizer(
     if model_max_length is not None and model_max_length < 1:
         raise ValueError(f"model_max_length {model_max_length} must be at least 1 token, or None for no limit")
     pieces = _pieces([texts] if isinstance(texts, str) else texts)
-    if tokenizer_type == "bpe":
-        backend = _train_bpe(pieces, vocab_size, show_progress)
-        unknown = {}
-    else:
-        backend = _train_char(pieces)
-        unknown = {"unk_token": UNKNOWN}
     limit = {} if model_max_length is None else {"model_max_length": model_max_length}
+    if tokenizer_type == "bpe":
+        return _wrap(_train_bpe(pieces, vocab_size, show_progress), **limit)
+    return _wrap(_train_char(pieces), unk_token=UNKNOWN, **limit)
+
+
+def train_word_tokenizer(texts: Iterable[str], vocab_size: int, min_frequency: int = 2) -> PreTrainedTokenizerFast:
+    """One token for each word of `texts`, words being what stands between blanks; for classifiers of short texts.
+
+    Words seen fewer than `min_frequency` times are `<|unk|>`, and blanks are lost, so that such a tokenizer does not
+    give its text back. `vocab_size` is an upper bound and counts the special tokens.
+
+    Raises ValueError for a vocabulary without room for a word, and texts that are empty or not UTF-8 encodable.
+    """
+    specials = (*SPECIAL_TOKENS, UNKNOWN)
+    if vocab_size <= len(specials):
+        raise ValueError(f"vocab_size {vocab_size} is too small for words: {len(specials)} special tokens come first")
+    backend = Tokenizer(models.WordLevel(unk_token=UNKNOWN))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    trainer = trainers.WordLevelTrainer(
+        vocab_size=vocab_size,
+        min_frequency=min_frequency,
+        special_tokens=_special(specials),
+        show_progress=False,
+    )
+    backend.train_from_iterator(_pieces(texts), trainer)
+    return _wrap(backend, unk_token=UNKNOWN)
+
+
+def _wrap(backend: Tokenizer, **settings) -> PreTrainedTokenizerFast:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         eos_token=END_OF_TEXT,
@@ -126,8 +149,7 @@ def train_tokenizer(
         extra_special_tokens=[IM_START, IM_END],
         padding_side="left",
         clean_up_tokenization_spaces=False,
-        **unknown,
-        **limit,
+        **settings,
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer

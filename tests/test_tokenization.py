@@ -5,11 +5,12 @@ import os
 import random
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 from tokenizers import Regex, pre_tokenizers
-from transformers import LlamaConfig
+from transformers import AutoTokenizer, LlamaConfig
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from hf_decoder.tokenization import (
@@ -21,6 +22,7 @@ from hf_decoder.tokenization import (
     check_tokenizer_fits,
     split_text,
     train_tokenizer,
+    train_word_tokenizer,
 )
 
 TEXTS = [
@@ -309,3 +311,27 @@ def test_tokenizer_must_fit_the_config(bpe):
     check_tokenizer_fits(bpe, LlamaConfig(vocab_size=512))
     with pytest.raises(ValueError, match=r"300 tokens .* vocab_size is 299; .*resize_token_embeddings\(300\)"):
         check_tokenizer_fits(bpe, LlamaConfig(vocab_size=299))
+
+
+def test_words_are_what_stands_between_blanks_the_frequent_ones(tmp_path):
+    texts = ["the cat saw the dog , didn't it", "the dog\tsaw a bird,", "didn't  the cat <|im_end|>"]
+    tokenizer = train_word_tokenizer(texts, 100)
+    counts = Counter(word for text in texts for word in text.split())
+    known = {word for word, count in counts.items() if count >= 2}
+    assert set(tokenizer.get_vocab()) == known | {*SPECIAL_TOKENS, "<|unk|>"}
+    for text in texts:
+        expected = [word if word in known or word in SPECIAL_TOKENS else "<|unk|>" for word in text.split()]
+        assert tokenizer.tokenize(text) == expected
+    tokenizer.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert again(texts)["input_ids"] == tokenizer(texts)["input_ids"]
+    assert (again.eos_token_id, again.pad_token_id, again.unk_token_id) == (0, 1, 4)
+    # a limit keeps the most frequent, whatever the order of the process' sets
+    assert [*set(train_word_tokenizer(texts, 6).get_vocab()) - {*SPECIAL_TOKENS, "<|unk|>"}] == ["the"]
+
+
+def test_a_vocabulary_without_a_word_is_refused():
+    with pytest.raises(ValueError, match="vocab_size 5 is too small"):
+        train_word_tokenizer(TEXTS, 5)
+    with pytest.raises(ValueError, match="empty"):
+        train_word_tokenizer(["", ""], 100)

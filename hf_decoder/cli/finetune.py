@@ -236,8 +236,6 @@ def finetune(task_args: TaskArguments, model_args: Any, args: Any) -> None:
         print(f"warning: {line}")
     print(f"{len(data.train):,} rows to train on, {len(data.validation):,} held out")
     set_seed(args.seed)
-    if args.use_cpu:
-        training.keep_freed_memory()
     logging.disable_progress_bar()
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None:
@@ -248,6 +246,9 @@ def finetune(task_args: TaskArguments, model_args: Any, args: Any) -> None:
         args.eval_strategy = "no"
 
     trainer = _trainer(task_args, model_args, args, data, tokenizer)
+    if args.use_cpu:
+        training.keep_freed_memory()
+        trainer.add_callback(training.TrimMemory())
     if args.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY and not args.lr_scheduler_kwargs:
         args.lr_scheduler_kwargs = wsd_kwargs(_count_steps(trainer))
     if time_limit is not None:

@@ -117,7 +117,7 @@ def multiply_written_out(x: torch.Tensor, weights: AnyWeights) -> torch.Tensor:
 def _sums(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x (1, 1, N), weight (M, N) -> (M,) in fp32.
 
-    The compiler makes one loop of the parts of equal shape, with a running sum for each: a single one waits for itself.
+    The compiler makes one loop of parts of equal shape, with a running sum for each: a single one waits for itself.
     Measured on two cores: 26 against 17 GB/s of int8 weights, 31 against 28 of bf16; eight parts 24 and 28.
     """
     x = x.float().view(1, -1)

@@ -125,7 +125,7 @@ def test_the_tokenizer_and_the_language_model_know_the_training_rows_alone(rows)
     train = [{**row, "text": row["text"] + " zebra"} for row in rows]
     model, tokenizer = crossvalidation.train_classifier(train, {"neg": 0, "pos": 1}, recipe, "nowhere")
     _, other = crossvalidation.train_classifier(rows, {"neg": 0, "pos": 1}, recipe, "nowhere")
-    assert "Ġzebra" in tokenizer.get_vocab() and "Ġzebra" not in other.get_vocab()
+    assert "zebra" in tokenizer.get_vocab() and "zebra" not in other.get_vocab()
     assert model.config.id2label == {0: "neg", 1: "pos"}
 
 
