@@ -38,11 +38,13 @@ class CrossvalidateArguments:
     max_folds: int | None = field(default=None, metadata={"help": "Only the first so many of them."})
     preset: str = field(default="nano", metadata={"help": "Shape of the model."})
     config_overrides: str | None = field(
-        default="hidden_size=64,num_attention_heads=1,num_key_value_heads=1,num_hidden_layers=2,intermediate_size=128,"
+        default="hidden_size=128,num_attention_heads=2,num_key_value_heads=2,num_hidden_layers=2,intermediate_size=256,"
         'layer_types=["sliding_attention","full_attention"],sliding_window=3',
         metadata={"help": "Changes to the preset's config."},
     )
-    vocab_size: int = field(default=8192, metadata={"help": "Vocabulary of the tokenizer of each fold."})
+    vocab_size: int = field(
+        default=16384, metadata={"help": "Words that the tokenizer of each fold knows at most; each is seen twice."}
+    )
     pretraining_epochs: float = field(default=2, metadata={"help": "Epochs as a language model; 0 is none."})
     pretraining_learning_rate: float = field(default=1e-2, metadata={"help": "Peak learning rate of these."})
     pretraining_dropout: float = field(default=0.1, metadata={"help": "Dropout of these."})

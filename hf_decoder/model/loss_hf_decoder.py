@@ -12,7 +12,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from .operators_hf_decoder import operator
+from .operators_hf_decoder import may_call_operators, operator
 
 # Elements of one chunk of logits. Small enough to stay near the caches of a CPU, large enough for full matmul speed.
 CHUNK_ELEMENTS = 2**21
@@ -293,7 +293,8 @@ def _shapes(rows, weight, bias, targets, needs, *settings) -> list[torch.Tensor]
     return [total, grad_rows, grad_weight, grad_bias]
 
 
-# in a compiled graph: traced, the chunks would be unrolled and their buffers no longer shared
+# in a compiled graph: traced, the chunks would be unrolled and their buffers no longer shared, and torch 2.11 would
+# lose what is written into them, which are the gradients
 _operator = operator(
     "linear_cross_entropy(Tensor rows, Tensor weight, Tensor? bias, Tensor targets, bool[] needs, int ignore_index, "
     "float z_loss_coef, float? cap, float smoothing) -> Tensor[]",
@@ -308,7 +309,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows, weight, bias, targets, grad_enabled, settings):
         needs = [grad_enabled and needed for needed in ctx.needs_input_grad[:3]]
-        if torch.compiler.is_compiling() and rows.device.type == "cpu" and not torch.compiler.is_exporting():
+        if may_call_operators():
             results = _operator(rows, weight, bias, targets, needs, *settings)
             total = results[0]
             gradients = [result if needed else None for result, needed in zip(results[1:], needs, strict=True)]

@@ -38,6 +38,7 @@ from .cache_name_hf_decoder import CACHE_NAME, takes_either_cache_name
 from .configuration_hf_decoder import HfDecoderConfig
 from .decoding_hf_decoder import Decoding
 from .loss_hf_decoder import causal_lm_loss, linear_causal_lm_loss, softcap
+from .operators_hf_decoder import may_call_operators
 from .registry_hf_decoder import AUTO_MAP, register_names
 from .rotary_hf_decoder import HfDecoderRotaryEmbedding, apply_rotary_pos_emb
 from .sizes_hf_decoder import check_loaded_sizes
@@ -349,7 +350,7 @@ class HfDecoderModel(HfDecoderPreTrainedModel):
         if torch.compiler.is_compiling():
             # documents and padding would have to be looked for in the data, which a graph cannot do
             whole = document_positions is None and attention_mask is None and past_key_values is None
-            if whole and self.training and not torch.compiler.is_exporting() and self._tiles_are_faster(inputs_embeds):
+            if whole and self.training and may_call_operators() and self._tiles_are_faster(inputs_embeds):
                 return {kind: CausalTiles(windows[kind]) for kind in kinds}
         elif self._can_tile(inputs_embeds, attention_mask, past_key_values):
             position_ids = document_positions

@@ -8,7 +8,7 @@ import torch
 
 
 def operator(schema: str, compute: Callable, shapes: Callable) -> Any:
-    """Registers an operator for CPU tensors.
+    """Registers an operator for tensors of any device.
 
     Args:
         schema: as `torch.library` takes it, `name(Tensor x, ...) -> Tensor`.
@@ -20,12 +20,18 @@ def operator(schema: str, compute: Callable, shapes: Callable) -> Any:
     if not hasattr(getattr(torch.ops, namespace), name):
         library = torch.library.Library(namespace, "FRAGMENT")
         library.define(schema)
-        library.impl(name, compute, "CPU")
+        library.impl(name, compute, "CompositeExplicitAutograd")
         library.impl(name, shapes, "Meta")
         _libraries.append(library)  # its operators live as long as it does
     return getattr(getattr(torch.ops, namespace), name).default
 
 
+def may_call_operators() -> bool:
+    """Whether torch.compile is at work, and not torch.export, whose graphs are for those who lack our operators."""
+    # the flag itself, because torch 2.11 compiles a call of is_exporting() into True
+    return torch.compiler.is_compiling() and not getattr(torch.compiler, "_is_exporting_flag", False)
+
+
 _libraries: list[torch.library.Library] = []
 
-__all__ = ["operator"]
+__all__ = ["may_call_operators", "operator"]
