@@ -169,6 +169,9 @@ def test_training_loss_compiles_in_one_graph():
 
 
 @torch.no_grad()
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.11."), reason="torch 2.11 cannot prove that min(12 n, 24 n) is 12 n, and refuses"
+)
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_forward_exports(attention: str):
     model = tiny_model(attn_implementation=attention, use_cache=False, **MIXED)
