@@ -1,6 +1,7 @@
 """What is added to Trainer: the bar, the curve, the samples, the check of the output folder, optimizer groups."""
 
 import io
+import platform
 
 import pytest
 import torch
@@ -155,3 +156,41 @@ def test_bf16_is_for_cpus_that_multiply_it(monkeypatch):
     assert training.bf16_supported()
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True}, raising=False)
     assert not training.bf16_supported()
+
+
+KEEPS_AND_TRIMS = """
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+from hf_decoder import training
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+training.keep_freed_memory()
+between, blocks = [], []
+for _ in range(32):  # what stays between the blocks keeps glibc from giving back the end of the heap alone
+    blocks.append(torch.ones(2**22))
+    between.append(torch.ones(8))
+full = resident()
+blocks.clear()
+kept = resident()
+trim = training.TrimMemory()
+for step in range(1, 50):
+    trim.on_step_end(None, SimpleNamespace(global_step=step), None)
+before = resident()
+trim.on_step_end(None, SimpleNamespace(global_step=50), None)
+print(full, kept, before, resident())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the memory of glibc")
+def test_freed_memory_is_kept_and_given_back_now_and_then(run_python):
+    full, kept, before, after = map(int, run_python(KEEPS_AND_TRIMS).splitlines()[0].split())
+    blocks = 32 * 2**24
+    assert kept > full - blocks // 4 and before > full - blocks // 4
+    assert after < full - blocks // 2
