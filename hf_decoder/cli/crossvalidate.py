@@ -43,7 +43,7 @@ class CrossvalidateArguments:
         metadata={"help": "Changes to the preset's config."},
     )
     vocab_size: int = field(
-        default=16384, metadata={"help": "Words that the tokenizer of each fold knows at most; each is seen twice."}
+        default=16384, metadata={"help": "Words that the tokenizer of each fold knows at most, all seen twice."}
     )
     pretraining_epochs: float = field(default=2, metadata={"help": "Epochs as a language model; 0 is none."})
     pretraining_learning_rate: float = field(default=1e-2, metadata={"help": "Peak learning rate of these."})
