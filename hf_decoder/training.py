@@ -63,7 +63,7 @@ class TrimMemory(TrainerCallback):
     STEPS = 50
 
     def __init__(self) -> None:
-        self.trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
+        self.trim = ctypes.CDLL(None).malloc_trim if platform.libc_ver()[0] == "glibc" else None
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.trim is not None and state.global_step % self.STEPS == 0:
