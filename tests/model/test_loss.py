@@ -405,8 +405,11 @@ def test_compiled_training_is_eager_training(variant: str, monkeypatch):
     expected, expected_gradients = loss_and_gradients(model)
     eager_calls = len(taken)
     loss, gradients = loss_and_gradients(torch.compile(model, fullgraph=True))
-    # once a layer at least; a checkpointed layer is computed again or not, as torch's partitioner likes
-    assert len(taken) - eager_calls >= len(model.model.layers) and eager_calls > 0
+    compiled_calls = len(taken) - eager_calls
+    if variant == "checkpointing" and torch.__version__.startswith("2.11."):  # which does not compute a layer again
+        assert compiled_calls == len(model.model.layers)
+    else:
+        assert compiled_calls == eager_calls > 0
     tolerance = 5e-2 if variant == "autocast" else 1e-5  # bf16 rounds where the compiler does not
     torch.testing.assert_close(loss, expected, rtol=tolerance, atol=0)
     for gradient, other in zip(gradients, expected_gradients, strict=True):
