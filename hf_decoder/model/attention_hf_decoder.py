@@ -16,7 +16,8 @@ from torch.autograd.function import once_differentiable
 
 from .operators_hf_decoder import operator
 
-MIN_TILED_TOKENS = 64  # below, one call of the stock kernel is as fast
+MIN_TILED_TOKENS = 64  # of a row; below, one call of the stock kernel is as fast, forward and backward
+MIN_TILED_TOKENS_IN_INFERENCE = 288  # of all rows: forward alone, that kernel is as fast up to here
 SHORT_SEQUENCE = 256
 TILE_ROWS = {"short": 64, "long": 128}  # measured on two AVX-512 cores, forward and backward
 
@@ -223,4 +224,11 @@ class _CompiledTiledAttention(torch.autograd.Function):
         return *_gradients_operator(grad_output, *ctx.saved_tensors, ctx.window, ctx.scaling), None, None
 
 
-__all__ = ["MIN_TILED_TOKENS", "CausalTiles", "TilePlan", "plan_tiles", "tiled_attention_forward"]
+__all__ = [
+    "MIN_TILED_TOKENS",
+    "MIN_TILED_TOKENS_IN_INFERENCE",
+    "CausalTiles",
+    "TilePlan",
+    "plan_tiles",
+    "tiled_attention_forward",
+]

@@ -32,7 +32,14 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_hf_decoder import MIN_TILED_TOKENS, CausalTiles, TilePlan, plan_tiles, tiled_attention_forward
+from .attention_hf_decoder import (
+    MIN_TILED_TOKENS,
+    MIN_TILED_TOKENS_IN_INFERENCE,
+    CausalTiles,
+    TilePlan,
+    plan_tiles,
+    tiled_attention_forward,
+)
 from .bitsandbytes_hf_decoder import settle_layers, settle_tied_head, unpack_layers
 from .cache_name_hf_decoder import CACHE_NAME, takes_either_cache_name
 from .configuration_hf_decoder import HfDecoderConfig
@@ -352,7 +359,7 @@ class HfDecoderModel(HfDecoderPreTrainedModel):
             whole = document_positions is None and attention_mask is None and past_key_values is None
             if whole and self.training and may_call_operators() and self._tiles_are_faster(inputs_embeds):
                 return {kind: CausalTiles(windows[kind]) for kind in kinds}
-        elif self._can_tile(inputs_embeds, attention_mask, past_key_values):
+        elif self._can_tile(inputs_embeds, attention_mask, document_positions, past_key_values):
             position_ids = document_positions
             if position_ids is None:
                 position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0)
@@ -369,11 +376,18 @@ class HfDecoderModel(HfDecoderPreTrainedModel):
         return {kind: create[kind](**mask_kwargs) for kind in kinds}
 
     def _can_tile(
-        self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, past_key_values: Cache | None
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        document_positions: torch.Tensor | None,
+        past_key_values: Cache | None,
     ) -> bool:
         """Whether these are whole sequences without padding, on a device where tiles beat the stock kernel."""
+        few_tokens = inputs_embeds.shape[:2].numel() < MIN_TILED_TOKENS_IN_INFERENCE
         return (
             self._tiles_are_faster(inputs_embeds)
+            # of several documents the stock kernel would need a mask
+            and not (few_tokens and document_positions is None and not torch.is_grad_enabled())
             and not torch.jit.is_tracing()
             and not torch._C._are_functorch_transforms_active()
             and (

@@ -9,8 +9,13 @@ from tiny_models import random_ids, tiny_config, tiny_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_decoder.model import attention_hf_decoder
-from hf_decoder.model.attention_hf_decoder import MIN_TILED_TOKENS, plan_tiles, tiled_attention_forward
+from hf_decoder.model import attention_hf_decoder, modeling_hf_decoder
+from hf_decoder.model.attention_hf_decoder import (
+    MIN_TILED_TOKENS,
+    MIN_TILED_TOKENS_IN_INFERENCE,
+    plan_tiles,
+    tiled_attention_forward,
+)
 from hf_decoder.model.modeling_hf_decoder import (
     HfDecoderRMSNorm,
     HfDecoderRotaryEmbedding,
@@ -18,6 +23,7 @@ from hf_decoder.model.modeling_hf_decoder import (
     eager_attention_forward,
 )
 
+FEW_TOKENS_TOO = pytest.mark.usefixtures("tiles_of_few_tokens")
 TOLERANCE = {"rtol": 0.0, "atol": 2e-5}
 WINDOWS = {"sliding_window": 5, "layer_types": ["full_attention", "sliding_attention"]}
 KINDS: dict[str, dict[str, Any]] = {
@@ -34,6 +40,12 @@ FLEX = ("flex_attention", "windows", 7)
 CASES = pytest.mark.parametrize(
     ("attention", "kind", "length"), [*itertools.product(("eager", "sdpa"), KINDS, LENGTHS), FLEX]
 )
+
+
+@pytest.fixture
+def tiles_of_few_tokens(monkeypatch: pytest.MonkeyPatch):
+    """Without gradients, too, the length of a row alone decides between tiles and the stock kernel."""
+    monkeypatch.setattr(modeling_hf_decoder, "MIN_TILED_TOKENS_IN_INFERENCE", 0)
 
 
 def reference(ids: torch.Tensor, config: Any, parameters: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -82,6 +94,7 @@ def reference(ids: torch.Tensor, config: Any, parameters: dict[str, torch.Tensor
 
 
 @torch.no_grad()
+@FEW_TOKENS_TOO
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("length", [7, MIN_TILED_TOKENS + 5])
 def test_equals_the_definition_written_out(kind: str, length: int):
@@ -94,6 +107,7 @@ def test_equals_the_definition_written_out(kind: str, length: int):
 
 
 @torch.no_grad()
+@FEW_TOKENS_TOO
 @CASES
 def test_padded_equals_unpadded_and_batched_equals_single(kind: str, attention: str, length: int):
     model = tiny_model(attn_implementation=attention, **KINDS[kind])
@@ -115,6 +129,7 @@ def test_padded_equals_unpadded_and_batched_equals_single(kind: str, attention: 
 
 
 @torch.no_grad()
+@FEW_TOKENS_TOO
 @CASES
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_packed_equals_separate_documents(kind: str, attention: str, length: int, use_cache: bool):
@@ -289,6 +304,18 @@ def test_tiles_are_used_for_long_rows_and_not_where_they_cannot(monkeypatch: pyt
         calls.clear()
         model(**inputs)
         assert len(calls) == expected
+    with torch.no_grad():  # one document of few tokens is faster in the stock kernel, several need a mask there
+        long = random_ids(2, MIN_TILED_TOKENS_IN_INFERENCE // 2)
+        for (inputs, _), expected in zip(cases, [0, 0, 2, 0, 0, 0], strict=True):
+            calls.clear()
+            model(**inputs)
+            assert len(calls) == expected
+        calls.clear()
+        model(long)
+        assert len(calls) == 2
+        calls.clear()
+        model(long[:, :-1])
+        assert not calls
     calls.clear()
     tiny_model(attn_implementation="sdpa", attention_dropout=0.1).train()(ids)
     tiny_model(attn_implementation="eager")(ids)

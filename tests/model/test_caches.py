@@ -42,7 +42,7 @@ CUTS: dict[str, list[int]] = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_cached_equals_uncached(kind: str, cuts: str, cache: str, attention: str):
     model = tiny_model(attn_implementation=attention, **KINDS[kind])
-    ids = random_ids(2, sum(CUTS[cuts]))
+    ids = random_ids(4, sum(CUTS[cuts]))
     expected = model(ids, use_cache=False).logits
     past, start, logits = CACHES[cache](model.config), 0, []
     for size in CUTS[cuts]:
