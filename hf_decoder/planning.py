@@ -26,8 +26,8 @@ DEVICES_PER_NODE = 8
 STRATEGIES = ("ddp", "fsdp2", "deepspeed_zero3")
 # Bytes that a loss from whole logits holds for each: bf16, fp32, log-probabilities, and their gradient in fp32.
 HELD_LOGIT = 2 + 4 + 4 + 4
-# Bytes of a logit of a chunk in our loss: bf16, fp32, log-probabilities (model/loss_hf_decoder.py).
-CHUNK_LOGIT = 2 + 4 + 4
+# Bytes of a logit of a chunk in our loss: bf16, and fp32 (model/loss_hf_decoder.py).
+CHUNK_LOGIT = 2 + 4
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,13 @@ from torch import nn
 
 from .operators_hf_decoder import may_call_operators, operator
 
-# Elements of one chunk of logits. Small enough to stay near the caches of a CPU, large enough for full matmul speed.
+# Elements of one chunk of logits, at least; large enough for full matmul speed.
 CHUNK_ELEMENTS = 2**21
 MIN_CHUNK_ROWS = 512
+# What a CPU works through at a time between the matmuls, small enough for its caches: logits in fp32, and rows of the
+# weight's gradient. Elsewhere a chunk is done whole, because there it is the launches of kernels that cost.
+BLOCK_ELEMENTS = 2**20
+WEIGHT_ROWS = 2048
 
 
 def softcap(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
@@ -219,7 +223,6 @@ def _loss_and_gradients(
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """The sum, and the gradients that it needs, of rows, weight and bias, chunk by chunk."""
     needs_rows, needs_weight, needs_bias = needs
-    ignore_index, z_loss_coef, cap, smoothing = settings
     grad_rows = torch.empty_like(rows) if needs_rows else None
     # fp32 whatever the weights' type: many chunks are added up
     grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
@@ -227,61 +230,89 @@ def _loss_and_gradients(
     total = torch.zeros((), dtype=torch.float32, device=rows.device)
     vocab_size = weight.shape[0]
     chunk_rows = min(max(MIN_CHUNK_ROWS, CHUNK_ELEMENTS // vocab_size), max(rows.shape[0], 1))
+    block_rows, weight_rows = chunk_rows, vocab_size
+    if rows.device.type == "cpu":
+        block_rows, weight_rows = min(chunk_rows, max(1, BLOCK_ELEMENTS // vocab_size)), min(vocab_size, WEIGHT_ROWS)
     # the same memory serves every chunk: fresh pages would cost as much as the arithmetic
     all_logits = rows.new_empty(chunk_rows, vocab_size)
-    all_scores, all_log_probs = (rows.new_empty(chunk_rows, vocab_size, dtype=torch.float32) for _ in range(2))
-    chunk_grad_weight = torch.empty_like(weight) if needs_weight else None
+    buffers = rows.new_empty(1 if settings[2] is None else 2, block_rows, vocab_size, dtype=torch.float32)
+    products = [weight.new_empty(weight_rows, weight.shape[1], dtype=kind) for kind in (weight.dtype, torch.float32)]
 
     for start in range(0, rows.shape[0], chunk_rows):
         chunk = rows[start : start + chunk_rows]
         target = targets[start : start + chunk_rows]
-        count = chunk.shape[0]
-        valid = target != ignore_index
-        index = target.masked_fill(~valid, 0).unsqueeze(-1)
-        logits = all_logits[:count]
+        logits = all_logits[: chunk.shape[0]]
         if bias is None:
             torch.mm(chunk, weight.t(), out=logits)
         else:
             torch.addmm(bias, chunk, weight.t(), out=logits)
-        scores = all_scores[:count].copy_(logits)
-        if cap is not None:
-            scores.div_(cap).tanh_().mul_(cap)
-        log_probs = torch.ops.aten._log_softmax.out(scores, -1, False, out=all_log_probs[:count])
-        target_log_prob = log_probs.gather(-1, index)
-        loss = -target_log_prob
-        if smoothing:
-            loss = (1 - smoothing) * loss - smoothing * log_probs.mean(-1, keepdim=True)
-        scale = 1.0  # of the softmax in the gradient
-        if z_loss_coef:
-            log_partition = scores.gather(-1, index) - target_log_prob
-            loss = loss + z_loss_coef * log_partition.square()
-            scale = 1.0 + 2.0 * z_loss_coef * log_partition
-        total += loss.masked_fill(~valid.unsqueeze(-1), 0.0).sum()
-        if not (needs_rows or needs_weight or needs_bias):
-            continue
-
-        grad_scores = log_probs.exp_()
-        if z_loss_coef:
-            grad_scores *= scale
-        if smoothing:
-            grad_scores -= smoothing / vocab_size
-        grad_scores.scatter_add_(-1, index, torch.full_like(loss, smoothing - 1.0))
-        if cap is not None:
-            grad_scores *= scores.div_(cap).square_().neg_().add_(1.0)
-        grad_logits = logits.copy_(grad_scores)
-        grad_logits.masked_fill_(~valid.unsqueeze(-1), 0.0)
+        for first in range(0, chunk.shape[0], block_rows):
+            block = slice(first, first + block_rows)
+            total += _replace_by_gradient(logits[block], target[block], buffers, settings)
         if grad_rows is not None:
-            torch.mm(grad_logits, weight, out=grad_rows[start : start + chunk_rows])
+            torch.mm(logits, weight, out=grad_rows[start : start + chunk_rows])
         if grad_weight is not None:
-            grad_weight += torch.mm(grad_logits.t(), chunk, out=chunk_grad_weight)
+            for first in range(0, vocab_size, weight_rows):
+                part = grad_weight[first : first + weight_rows]
+                product, exact = (buffer[: len(part)] for buffer in products)
+                part += exact.copy_(torch.mm(logits[:, first : first + weight_rows].t(), chunk, out=product))
         if grad_bias is not None:
-            grad_bias += grad_logits.sum(0, dtype=torch.float32)
+            grad_bias += logits.sum(0, dtype=torch.float32)
     return total, grad_rows, grad_weight, grad_bias
+
+
+def _replace_by_gradient(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    buffers: torch.Tensor,
+    settings: tuple[int, float, float | None, float],
+) -> torch.Tensor:
+    """The summed loss of (N, V) logits, which are overwritten by its gradient; `buffers` is fp32 memory for N rows."""
+    ignore_index, z_loss_coef, cap, smoothing = settings
+    vocab_size = logits.shape[-1]
+    ignored = (target == ignore_index).unsqueeze(-1)
+    index = target.unsqueeze(-1).masked_fill(ignored, 0)
+    scores = buffers[0, : logits.shape[0]].copy_(logits)
+    slope = None
+    if cap is not None:
+        scores.div_(cap).tanh_()
+        slope = torch.mul(scores, scores, out=buffers[1, : logits.shape[0]]).neg_().add_(1.0)
+        scores.mul_(cap)
+    # one exponential for each score: what the softmax and the loss need beside it is a number a row
+    largest = scores.amax(-1, keepdim=True)
+    target_score = scores.gather(-1, index)
+    mean_score = scores.mean(-1, keepdim=True) if smoothing else target_score
+    weights = scores.sub_(largest).exp_()
+    weight_sum = weights.sum(-1, keepdim=True)
+    log_partition = largest + weight_sum.log()
+    loss = log_partition - target_score.lerp(mean_score, smoothing)
+    scale = weight_sum.reciprocal()
+    if z_loss_coef:
+        loss += z_loss_coef * log_partition.square()
+        scale *= 1.0 + 2.0 * z_loss_coef * log_partition
+    gradient = weights.mul_(scale)
+    if smoothing:
+        gradient -= smoothing / vocab_size
+    gradient.scatter_add_(-1, index, torch.full_like(loss, smoothing - 1.0))
+    if slope is not None:
+        gradient *= slope
+    # a CPU can look whether there is a row to leave out; elsewhere the answer would be waited for
+    if torch.compiler.is_compiling() or target.device.type != "cpu" or ignored.any():
+        gradient.masked_fill_(ignored, 0.0)
+    logits.copy_(gradient)
+    return loss.masked_fill(ignored, 0.0).sum()
 
 
 def _compute(rows, weight, bias, targets, needs, ignore_index, z_loss_coef, cap, smoothing) -> list[torch.Tensor]:
     settings = (ignore_index, z_loss_coef, cap, smoothing)
-    results = _loss_and_gradients(rows, weight, bias, targets, needs, settings)
+    all_rows, counted = rows, None
+    if rows.device.type == "cpu":  # elsewhere the count would have to be waited for, which a captured graph cannot do
+        counted = (targets != ignore_index).nonzero().squeeze(-1)
+        rows, targets = rows[counted], targets[counted]
+    total, grad_rows, *grads = _loss_and_gradients(rows, weight, bias, targets, needs, settings)
+    if grad_rows is not None and counted is not None:
+        grad_rows = torch.zeros_like(all_rows).index_copy_(0, counted, grad_rows)
+    results = (total, grad_rows, *grads)
     return [rows.new_empty(0) if result is None else result.contiguous() for result in results]
 
 
@@ -328,7 +359,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
         def scaled(grad):
             # grad_total is 1 / number of tokens: applied in fp32, so that half precision does not lose small values
-            return None if grad is None else (grad * grad_total).to(ctx.weight_dtype)
+            if grad is None or torch.compiler.is_compiling():  # the compiler makes one pass of two
+                return None if grad is None else (grad * grad_total).to(ctx.weight_dtype)
+            return torch.mul(grad, grad_total, out=torch.empty_like(grad, dtype=ctx.weight_dtype))
 
         return scaled(grad_rows), scaled(grad_weight), scaled(grad_bias), None, None, None
 

@@ -23,6 +23,8 @@ def block_masks_without_compiler(monkeypatch):
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    """Five rows a chunk, so that tiny inputs take several and the last one is cut short."""
+    """Five rows a chunk, in blocks of two, so that tiny inputs take several and the last one is cut short."""
     monkeypatch.setattr(loss_hf_decoder, "CHUNK_ELEMENTS", 5 * SHAPE["vocab_size"])
     monkeypatch.setattr(loss_hf_decoder, "MIN_CHUNK_ROWS", 1)
+    monkeypatch.setattr(loss_hf_decoder, "BLOCK_ELEMENTS", 2 * SHAPE["vocab_size"])
+    monkeypatch.setattr(loss_hf_decoder, "WEIGHT_ROWS", SHAPE["vocab_size"] // 2 - 1)

@@ -95,6 +95,8 @@ def test_linear_cross_entropy_passes_gradcheck_to_its_inputs(small_chunks):
 def test_half_precision_is_at_least_as_close_to_the_truth_as_stock(dtype: torch.dtype, seed: int, monkeypatch):
     monkeypatch.setattr(loss_hf_decoder, "CHUNK_ELEMENTS", 64 * 509)
     monkeypatch.setattr(loss_hf_decoder, "MIN_CHUNK_ROWS", 1)
+    monkeypatch.setattr(loss_hf_decoder, "BLOCK_ELEMENTS", 10 * 509)
+    monkeypatch.setattr(loss_hf_decoder, "WEIGHT_ROWS", 100)
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(200, 64, generator=generator).to(dtype)
     weight = (torch.randn(509, 64, generator=generator) * 0.3).to(dtype)

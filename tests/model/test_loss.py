@@ -390,6 +390,10 @@ def test_compiled_training_is_eager_training(variant: str, monkeypatch):
     ids = random_ids(2, 150)
     labels = ids.clone()
     labels[:, :30] = -100
+    reached, form = [], loss_hf_decoder._loss_and_gradients
+    monkeypatch.setattr(
+        loss_hf_decoder, "_loss_and_gradients", lambda rows, *rest: reached.append(len(rows)) or form(rows, *rest)
+    )
     taken = []
     attend = attention_hf_decoder._attend
     monkeypatch.setattr(attention_hf_decoder, "_attend", lambda *inputs: taken.append(1) or attend(*inputs))
@@ -410,6 +414,7 @@ def test_compiled_training_is_eager_training(variant: str, monkeypatch):
         assert compiled_calls == len(model.model.layers)
     else:
         assert compiled_calls == eager_calls > 0
+    assert reached == [2 * 120, 2 * 120]  # positions without a label do not reach the head
     tolerance = 5e-2 if variant == "autocast" else 1e-5  # bf16 rounds where the compiler does not
     torch.testing.assert_close(loss, expected, rtol=tolerance, atol=0)
     for gradient, other in zip(gradients, expected_gradients, strict=True):
