@@ -1,17 +1,19 @@
 """k-fold cross-validation of a text classifier that sees nothing but the rows it is trained on.
 
 For every fold a tokenizer and a language model are trained from scratch on the texts of the other folds, and a
-classifier starts from that language model. It learns the labels and, beside them, what a model of n-grams that was
-trained on other rows of the same folds thinks of each text. A bag-of-words model measured on the same folds says what
-that is worth.
+classifier starts from that language model. It learns the labels and, beside them, to score a text after each of its
+words as a model of n-grams does that learned from the same rows: one text teaches as much as it has words. A
+bag-of-words model measured on the same folds says what that is worth.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import random
+from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +21,6 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    DataCollatorWithPadding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -27,10 +28,11 @@ from transformers import (
     set_seed,
 )
 
-from . import HfDecoderConfig, ngrams, training
+from . import HfDecoderConfig, training
 from .classification import predict
 from .examples import Row
 from .finetuning import add_dropout, class_rows
+from .ngrams import NgramClassifier
 from .packing import pack, tokenize
 from .recipe import muon_adamw, wsd_kwargs
 from .tokenization import train_word_tokenizer
@@ -131,24 +133,59 @@ def train_classifier(
     )
     args = _arguments(recipe, output_dir, recipe.num_train_epochs, recipe.learning_rate)
     args.train_sampling_strategy = "group_by_length"
+    args.remove_unused_columns = False
     encoded = class_rows(_marked(rows, tokenizer), tokenizer, label2id, MAX_LENGTH)
-    targets = _targets(texts, encoded["labels"], len(label2id), recipe)
-    encoded = encoded.remove_columns("labels").add_column("labels", targets.tolist())
-    _fit(classifier, args, encoded, DataCollatorWithPadding(tokenizer), _distance)
+    trainer: Callable[..., Trainer] = Trainer
+    if recipe.teacher_weight:
+        teacher = NgramClassifier(texts, encoded["labels"], len(label2id))
+        encoded = encoded.add_column("scores", [_score_each_token(text, tokenizer, teacher) for text in texts])
+        trainer = functools.partial(_TaughtTrainer, recipe.teacher_weight)
+    _fit(classifier, args, encoded, functools.partial(_collate, tokenizer), trainer)
     return classifier, tokenizer
 
 
-def _targets(texts: Sequence[str], classes: Sequence[int], num_classes: int, recipe: Recipe) -> torch.Tensor:
-    """(texts, classes): the label of each text, mixed with what n-grams of the other texts say of it."""
-    labels = torch.nn.functional.one_hot(torch.tensor(list(classes)), num_classes).float()
-    if not recipe.teacher_weight:
-        return labels
-    taught = ngrams.held_out_probabilities(texts, classes, num_classes, recipe.seed)
-    return labels.lerp(taught, recipe.teacher_weight)
+class _TaughtTrainer(Trainer):
+    """Trains a classifier on its labels, and to score a text after every token as a teacher does.
+
+    The batches hold the teacher's `scores` (B, S, classes), which add up to 0 for each token.
+    """
+
+    def __init__(self, teacher_weight: float, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.teacher_weight = teacher_weight
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        scores, labels = inputs.pop("scores"), inputs.pop("labels")
+        outputs = model(**inputs, output_hidden_states=True)
+        classes = torch.nn.functional.one_hot(labels, scores.shape[-1]).to(scores.dtype)
+        target = classes.lerp(scores[:, -1].softmax(-1), self.teacher_weight)
+        loss = torch.nn.functional.cross_entropy(outputs.logits.float(), target)
+        found = self.accelerator.unwrap_model(model).score(outputs.hidden_states[-1]).float()
+        distance = (found - found.mean(-1, keepdim=True) - scores).square().sum(-1)
+        seen = inputs["attention_mask"]
+        loss = loss + (distance * seen).sum() / seen.sum()
+        return (loss, outputs) if return_outputs else loss
 
 
-def _distance(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
-    return torch.nn.functional.cross_entropy(outputs.logits.float(), labels)
+def _score_each_token(text: str, tokenizer: PreTrainedTokenizerBase, teacher: NgramClassifier) -> list[list[float]]:
+    """(tokens, classes): what `teacher` says of the words up to each token of the marked text."""
+    scores = teacher.scores(text).tolist()
+    marked = _marked([{"text": text}], tokenizer)[0]["text"]
+    ends, place = [], len(str(tokenizer.eos_token))
+    for word in text.split():
+        place = marked.index(word, place) + len(word)
+        ends.append(place)
+    offsets = tokenizer(marked, return_offsets_mapping=True)["offset_mapping"][-MAX_LENGTH:]
+    return [scores[bisect_right(ends, stop)] for _, stop in offsets]
+
+
+def _collate(tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    batch = dict(tokenizer.pad({"input_ids": [row["input_ids"] for row in rows]}, return_tensors="pt"))
+    batch["labels"] = torch.tensor([row["labels"] for row in rows])
+    if "scores" in rows[0]:
+        scores = [torch.tensor(row["scores"]) for row in rows]
+        batch["scores"] = torch.nn.utils.rnn.pad_sequence(scores, batch_first=True, padding_side="left")
+    return batch
 
 
 def _add_word_dropout(model: PreTrainedModel, probability: float) -> None:
@@ -190,15 +227,20 @@ def _arguments(recipe: Recipe, output_dir: str, epochs: float, learning_rate: fl
     )
 
 
-def _fit(model: PreTrainedModel, args: TrainingArguments, rows: Dataset, collator: Any, loss: Any = None) -> None:
+def _fit(
+    model: PreTrainedModel,
+    args: TrainingArguments,
+    rows: Dataset,
+    collator: Any,
+    trainer: Callable[..., Trainer] = Trainer,
+) -> None:
     steps = math.ceil(args.num_train_epochs * math.ceil(len(rows) / args.per_device_train_batch_size))
     args.lr_scheduler_kwargs = wsd_kwargs(steps)
-    Trainer(
+    trainer(
         model=model,
         args=args,
         train_dataset=rows,
         data_collator=collator,
-        compute_loss_func=loss,
         optimizer_cls_and_kwargs=muon_adamw(args),
     ).train()
 

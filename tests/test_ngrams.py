@@ -1,4 +1,4 @@
-"""The n-gram classifier against scikit-learn's solver, and that it never learns from what it is asked about."""
+"""The n-gram classifier against scikit-learn's solver, at the end of a text and after each of its words."""
 
 import random
 
@@ -22,35 +22,37 @@ def classes(texts):
     return [int("good" in text) for text in texts]
 
 
-def test_ngrams_are_runs_of_up_to_three_words_each_once():
-    assert ngrams.ngrams("a b a b") == {"a", "b", "a b", "b a", "a b a", "b a b"}
-    assert ngrams.ngrams("") == set()
+def probabilities(model: ngrams.NgramClassifier, texts: list[str]) -> torch.Tensor:
+    return torch.stack([model.scores(text)[-1] for text in texts]).softmax(-1)
 
 
 def test_two_classes_equal_scikit_learn_s_logistic_regression_on_features_weighted_by_log_count_ratios(texts, classes):
     from sklearn.feature_extraction.text import CountVectorizer
     from sklearn.linear_model import LogisticRegression
 
-    train, unseen = texts[:30], [*texts[30:], "words unheard of", ""]
+    train, unseen = texts[:30], [*texts[30:], "words unheard of", "", "a film a film a film"]
     count = CountVectorizer(ngram_range=(1, 3), binary=True, token_pattern=r"\S+")
     features, labels = count.fit_transform(train).toarray(), np.array(classes[:30])
     inside, outside = 1 + features[labels == 1].sum(0), 1 + features[labels == 0].sum(0)
     ratios = np.log(inside / inside.sum()) - np.log(outside / outside.sum())
     model = LogisticRegression(tol=1e-8, max_iter=10_000).fit(features * ratios, labels)
     expected = model.predict_proba(count.transform(unseen).toarray() * ratios)
-    ours = ngrams.probabilities(train, classes[:30], 2, unseen)
+    ours = probabilities(ngrams.NgramClassifier(train, classes[:30], 2), unseen)
     torch.testing.assert_close(ours.double(), torch.tensor(expected), atol=1e-3, rtol=0)
 
 
 def test_three_classes(texts):
     classes = [0 if "good" in text else 1 if "bad" in text else 2 for text in texts]
-    found = ngrams.probabilities(texts, classes, 3, texts)
-    assert found.sum(-1).allclose(torch.ones(40)) and (found.argmax(-1) == torch.tensor(classes)).float().mean() > 0.9
+    model = ngrams.NgramClassifier(texts, classes, 3)
+    assert (probabilities(model, texts).argmax(-1) == torch.tensor(classes)).float().mean() > 0.9
 
 
-def test_what_is_said_of_a_text_does_not_depend_on_its_label(texts, classes):
-    before = ngrams.held_out_probabilities(texts, classes, 2)
-    assert (before.argmax(-1) == torch.tensor(classes)).float().mean() > 0.8
-    for index in (0, 17):
-        other = [1 - of if place == index else of for place, of in enumerate(classes)]
-        assert torch.equal(ngrams.held_out_probabilities(texts, other, 2)[index], before[index])
+def test_the_scores_after_a_word_are_those_of_the_text_up_to_it(texts, classes):
+    model = ngrams.NgramClassifier(texts, classes, 2)
+    text = "  not good a film not good a film unheard of\tthe film "
+    scores, words = model.scores(text), text.split()
+    assert scores.shape == (len(words) + 1, 2)
+    torch.testing.assert_close(scores.sum(-1), torch.zeros(len(scores)), atol=1e-5, rtol=0)
+    for count in range(len(words) + 1):
+        torch.testing.assert_close(scores[count], model.scores(" ".join(words[:count]))[-1])
+    assert model.scores("").shape == (1, 2)

@@ -3,14 +3,16 @@
 import json
 import random
 from collections import Counter
-from types import SimpleNamespace
 
 import pytest
 import torch
 from made_up import SHAPE
+from transformers import TrainingArguments
 
-from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM, crossvalidation, ngrams
+from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM, HfDecoderForSequenceClassification, crossvalidation
 from hf_decoder.cli.main import main
+from hf_decoder.ngrams import NgramClassifier
+from hf_decoder.tokenization import train_tokenizer, train_word_tokenizer
 
 WORDS = {"pos": ["good", "fine", "great"], "neg": ["bad", "poor", "dull"]}
 FLAGS = ["--num_folds", "3", "--vocab_size", "300", "--config_overrides", SHAPE, "--pretraining_epochs", "1"]
@@ -141,14 +143,53 @@ def test_words_are_dropped_in_training_alone_and_markers_never():
     assert not (model.eval().get_input_embeddings()(ids) == 0).all(-1).any()
 
 
-def test_the_target_is_the_label_and_what_n_grams_of_other_rows_say(rows):
+def test_every_token_has_the_scores_of_the_words_up_to_it(rows):
     texts, classes = [row["text"] for row in rows], [int(row["label"] == "pos") for row in rows]
-    recipe = SimpleNamespace(teacher_weight=0.0, seed=3)
-    labels = crossvalidation._targets(texts, classes, 2, recipe)
-    assert labels.argmax(-1).tolist() == classes and labels.max(-1).values.eq(1).all()
-    recipe.teacher_weight = 0.75
-    taught = ngrams.held_out_probabilities(texts, classes, 2, seed=3)
-    torch.testing.assert_close(crossvalidation._targets(texts, classes, 2, recipe), 0.25 * labels + 0.75 * taught)
+    teacher = NgramClassifier(texts, classes, 2)
+    text = "a good\u3000film  a"
+    expected = teacher.scores(text)
+    for tokenizer in (train_word_tokenizer(texts, 600), train_tokenizer(texts, vocab_size=300)):
+        found = torch.tensor(crossvalidation._score_each_token(text, tokenizer, teacher))
+        ids = tokenizer(f"{tokenizer.eos_token}{text}{tokenizer.eos_token}")["input_ids"]
+        assert len(found) == len(ids)
+        assert torch.equal(found[0], expected[0]) and torch.equal(found[-1], expected[-1])
+        assert torch.equal(torch.unique_consecutive(found, dim=0), torch.unique_consecutive(expected, dim=0))
+    words = torch.tensor(crossvalidation._score_each_token(text, train_word_tokenizer(texts, 600), teacher))
+    assert torch.equal(words, expected[[0, 1, 2, 3, 4, 4]])
+
+
+def test_what_the_teacher_says_is_learned_after_every_word_and_padding_is_not(tmp_path):
+    """The loss, written out token by token."""
+    shape = {"hidden_size": 32, "num_attention_heads": 1, "num_key_value_heads": 1, "num_hidden_layers": 1}
+    config = HfDecoderConfig(vocab_size=50, eos_token_id=0, pad_token_id=1, num_labels=3, **shape)
+    model = HfDecoderForSequenceClassification(config).eval()
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    trainer = crossvalidation._TaughtTrainer(0.75, model=model, args=args)
+    texts, labels = [[0, 5, 6, 7, 0], [0, 8, 0]], [2, 0]
+    scores = [torch.randn(len(ids), 3) for ids in texts]
+    scores = [score - score.mean(-1, keepdim=True) for score in scores]
+    batch = {
+        "input_ids": torch.tensor([texts[0], [1, 1, *texts[1]]]),
+        "attention_mask": torch.tensor([[1] * 5, [0, 0, 1, 1, 1]]),
+        "labels": torch.tensor(labels),
+        "scores": torch.stack([scores[0], torch.cat([torch.full((2, 3), 9.0), scores[1]])]),
+    }
+    at_the_end, after_each = [], []
+    for ids, label, score in zip(texts, labels, scores, strict=True):
+        for stop in range(1, len(ids) + 1):
+            logits = model(torch.tensor([ids[:stop]])).logits[0]
+            after_each.append((logits - logits.mean() - score[stop - 1]).square().sum())
+        taught = -(score[-1].softmax(-1) * logits.log_softmax(-1)).sum()
+        at_the_end.append(0.25 * -logits.log_softmax(-1)[label] + 0.75 * taught)
+    expected = torch.stack(at_the_end).mean() + torch.stack(after_each).mean()
+    torch.testing.assert_close(trainer.compute_loss(model, batch), expected)
+
+
+def test_without_a_teacher_the_labels_alone_are_learned(rows, monkeypatch):
+    monkeypatch.setattr(crossvalidation, "NgramClassifier", None)
+    recipe = crossvalidation.Recipe({"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1}, 600, 0, 1e-2, 0.0, 6, 1e-2, 0.0, 0.0, 0.0, 8, 0)  # fmt: skip # noqa: E501
+    model, tokenizer = crossvalidation.train_classifier(rows, {"neg": 0, "pos": 1}, recipe, "nowhere")
+    assert crossvalidation.predicted_labels(model, tokenizer, rows) == [row["label"] for row in rows]
 
 
 @pytest.mark.parametrize(
