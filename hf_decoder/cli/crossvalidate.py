@@ -55,8 +55,8 @@ class CrossvalidateArguments:
     teacher_weight: float = field(
         default=0.8,
         metadata={
-            "help": "Share of the classifier's target that a model of n-grams sets, which learned from the same rows and "
-            "also says how to score the text after each word; the label sets the rest. 0: labels alone."
+            "help": "Share of the classifier's target that a model of n-grams sets, which learned from the same rows; "
+            "the label sets the rest. It also says how to score a text after each of its words. 0: labels alone."
         },
     )
     per_device_train_batch_size: int = field(default=64, metadata={"help": "Texts of a step."})
