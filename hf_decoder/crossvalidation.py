@@ -1,9 +1,9 @@
 """k-fold cross-validation of a text classifier that sees nothing but the rows it is trained on.
 
-For every fold a tokenizer and a language model are trained from scratch on the texts of the other folds, and a
-classifier starts from that language model. It learns the labels and, beside them, to score a text after each of its
-words as a model of n-grams does that learned from the same rows: one text teaches as much as it has words. A
-bag-of-words model measured on the same folds says what that is worth.
+For every fold a tokenizer and a classifier are trained from scratch on the other folds, the classifier from a language
+model of their texts if wanted. It learns the labels and, beside them, to score a text after each of its words as a
+model of n-grams does that learned from the same rows: one text teaches as much as it has words. A bag-of-words model
+measured on the same folds says what that is worth.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from . import HfDecoderConfig, training
-from .classification import predict
+from .classification import class_probabilities
 from .examples import Row
 from .finetuning import add_dropout, class_rows
 from .ngrams import NgramClassifier
@@ -245,8 +245,8 @@ def _fit(
     ).train()
 
 
-def predicted_labels(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> list[str]:
-    """The likeliest label of each row, by a classifier of `train_classifier`."""
-    names: Any = model.config.id2label
-    texts = [row["text"] for row in _marked(rows, tokenizer)]
-    return [str(names[index]) for index in predict(model, tokenizer, texts, batch_size=32)]
+def label_probabilities(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]
+) -> torch.Tensor:
+    """(rows, labels): what a classifier of `train_classifier` says of each row."""
+    return class_probabilities(model, tokenizer, [row["text"] for row in _marked(rows, tokenizer)], batch_size=32)

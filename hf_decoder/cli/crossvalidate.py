@@ -6,7 +6,7 @@ import json
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,10 @@ from hf_decoder.presets import get_preset
 
 OUTPUT_DIR = "runs/crossvalidation"
 DESCRIPTION = (
-    "Holds every part of the rows out once, trains tokenizer, language model and classifier on the other parts, from "
-    "scratch, and measures on the part held out. Where scikit-learn is installed, TF-IDF and logistic regression are "
-    "measured on the same parts. A run that was interrupted goes on after the folds that --output_dir holds."
+    "Holds every part of the rows out once, trains a tokenizer and a classifier on the other parts, from scratch or, "
+    "with --pretraining_epochs, from a language model of their texts, and measures on the part held out. Where "
+    "scikit-learn is installed, TF-IDF and logistic regression are measured on the same parts. A run that was "
+    "interrupted goes on after the folds that --output_dir holds."
 )
 
 
@@ -45,7 +46,7 @@ class CrossvalidateArguments:
     vocab_size: int = field(
         default=16384, metadata={"help": "Words that the tokenizer of each fold knows at most, all seen twice."}
     )
-    pretraining_epochs: float = field(default=2, metadata={"help": "Epochs as a language model; 0 is none."})
+    pretraining_epochs: float = field(default=0, metadata={"help": "Epochs as a language model before that."})
     pretraining_learning_rate: float = field(default=1e-2, metadata={"help": "Peak learning rate of these."})
     pretraining_dropout: float = field(default=0.1, metadata={"help": "Dropout of these."})
     num_train_epochs: float = field(default=5, metadata={"help": "Epochs as a classifier."})
@@ -60,6 +61,10 @@ class CrossvalidateArguments:
         },
     )
     per_device_train_batch_size: int = field(default=64, metadata={"help": "Texts of a step."})
+    num_models: int = field(
+        default=1,
+        metadata={"help": "Classifiers of each fold, with seeds that follow, whose probabilities are averaged."},
+    )
     seed: int = field(default=42, metadata={"help": "Seed of folds, weights and draws."})
     output_dir: str = field(default=OUTPUT_DIR, metadata={"help": "Folder for results and predictions."})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Begin again in a folder with results."})
@@ -99,6 +104,8 @@ def crossvalidate(args: CrossvalidateArguments) -> dict[str, Any]:
             raise ValueError(f"--{name} {getattr(args, name)} must be at least 0 and below 1")
     if not 0 <= args.teacher_weight <= 1:
         raise ValueError(f"--teacher_weight {args.teacher_weight} must be between 0 and 1")
+    if args.num_models < 1:
+        raise ValueError(f"--num_models {args.num_models} must be at least 1")
     recipe = args.recipe()
     named = {"text": args.text_column, "label": args.label_column}
     rows = examples.select_columns(examples.read_rows(args.train_file), "classification", named, args.train_file)
@@ -108,7 +115,7 @@ def crossvalidate(args: CrossvalidateArguments) -> dict[str, Any]:
     label2id = label_map([row["label"] for row in rows])
     folds = crossvalidation.fold_of_each([row["label"] for row in rows], args.num_folds, args.seed)
     folder = Path(args.output_dir)
-    settings = {"rows": len(rows), "num_folds": args.num_folds, **asdict(recipe)}
+    settings = {"rows": len(rows), "num_folds": args.num_folds, "num_models": args.num_models, **asdict(recipe)}
     done = _results_so_far(folder, settings, overwrite=args.overwrite_output_dir)
     training.keep_freed_memory()
     logging.set_verbosity_error()
@@ -117,7 +124,8 @@ def crossvalidate(args: CrossvalidateArguments) -> dict[str, Any]:
             continue
         train = [row for row, of in zip(rows, folds, strict=True) if of != fold]
         held_out = [row for row, of in zip(rows, folds, strict=True) if of == fold]
-        done.append({"fold": fold, **_run_fold(train, held_out, label2id, recipe, folder, fold)})
+        recipes = [replace(recipe, seed=args.seed + number) for number in range(args.num_models)]
+        done.append({"fold": fold, **_run_fold(train, held_out, label2id, recipes, folder, fold)})
         _write(folder, settings, done)
         shown = [f"{kind} {done[-1][kind]:.4f}" for kind in ("accuracy", "baseline_accuracy") if kind in done[-1]]
         print(f"fold {fold + 1} of {args.num_folds}: {', '.join(shown)}, {done[-1]['seconds']:.0f} s", flush=True)
@@ -133,16 +141,26 @@ def _run_fold(
     train: list[examples.Row],
     held_out: list[examples.Row],
     label2id: dict[str, int],
-    recipe: crossvalidation.Recipe,
+    recipes: Sequence[crossvalidation.Recipe],
     folder: Path,
     fold: int,
 ) -> dict[str, Any]:
-    """Trains on `train`, appends the predictions for `held_out` to the file, and returns the measures."""
+    """Trains on `train` by each recipe, appends the predictions for `held_out` to the file, returns the measures."""
     labels = [str(row["label"]) for row in held_out]
     start, cpu = time.perf_counter(), time.process_time()
-    model, tokenizer = crossvalidation.train_classifier(train, label2id, recipe, str(folder))
-    guesses = crossvalidation.predicted_labels(model, tokenizer, held_out)
-    result: dict[str, Any] = {"accuracy": accuracy(guesses, labels), "parameters": model.num_parameters()}
+    names, parameters, found = list(label2id), 0, []
+    for recipe in recipes:
+        model, tokenizer = crossvalidation.train_classifier(train, label2id, recipe, str(folder))
+        found.append(crossvalidation.label_probabilities(model, tokenizer, held_out))
+        parameters += model.num_parameters()
+
+    def likeliest(probabilities: torch.Tensor) -> list[str]:
+        return [names[index] for index in probabilities.argmax(-1).tolist()]
+
+    guesses = likeliest(torch.stack(found).mean(0))
+    result: dict[str, Any] = {"accuracy": accuracy(guesses, labels), "parameters": parameters}
+    if len(found) > 1:
+        result["accuracy_of_each_model"] = [accuracy(likeliest(probabilities), labels) for probabilities in found]
     result |= {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
     lines = [
         {"fold": fold, "text": row["text"], "label": label, "prediction": guess}
