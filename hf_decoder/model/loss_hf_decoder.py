@@ -224,8 +224,10 @@ def _loss_and_gradients(
     """The sum, and the gradients that it needs, of rows, weight and bias, chunk by chunk."""
     needs_rows, needs_weight, needs_bias = needs
     grad_rows = torch.empty_like(rows) if needs_rows else None
-    # fp32 whatever the weights' type: many chunks are added up
-    grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+    # fp32 whatever the weights' type: many chunks are added up, the first one in place of zeros
+    grad_weight = torch.empty_like(weight, dtype=torch.float32) if needs_weight else None
+    if grad_weight is not None and not rows.shape[0]:
+        grad_weight.zero_()
     grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and needs_bias else None
     total = torch.zeros((), dtype=torch.float32, device=rows.device)
     vocab_size = weight.shape[0]
@@ -255,7 +257,11 @@ def _loss_and_gradients(
             for first in range(0, vocab_size, weight_rows):
                 part = grad_weight[first : first + weight_rows]
                 product, exact = (buffer[: len(part)] for buffer in products)
-                part += exact.copy_(torch.mm(logits[:, first : first + weight_rows].t(), chunk, out=product))
+                torch.mm(logits[:, first : first + weight_rows].t(), chunk, out=product)
+                if start:
+                    part += exact.copy_(product)
+                else:
+                    part.copy_(product)
         if grad_bias is not None:
             grad_bias += logits.sum(0, dtype=torch.float32)
     return total, grad_rows, grad_weight, grad_bias
