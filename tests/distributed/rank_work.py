@@ -144,7 +144,8 @@ def trainer_for(run: Run, model: Any = None) -> Trainer:
 
 def weights_of(trainer: Trainer) -> dict[str, torch.Tensor]:
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-    return {name: value.detach().cpu().clone() for name, value in state.items()}
+    # a compiled model's names begin with that of its wrapper
+    return {name.removeprefix("_orig_mod."): value.detach().cpu().clone() for name, value in state.items()}
 
 
 def count_held_logits() -> list[int]:

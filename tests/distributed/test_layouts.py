@@ -51,6 +51,18 @@ def test_two_processes_have_the_losses_of_one(layout, name, trained):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
+def test_two_compiled_processes_have_the_losses_of_one_that_is_not(layout, trained, tmp_path):
+    (one,) = trained("one", 1)
+    run = Run(layout=layout, folder=str(tmp_path), arguments={"torch_compile": True})
+    (first,), (second,) = run_ranks(2, train, [run], folder=tmp_path)
+    compare(one["muon"], first, "muon")
+    assert first["losses"] == second["losses"]
+    # FSDP2 gathers the head around a call of the module, which the compiler is not to look into
+    assert (first["logits_held"] > 0) == (layout == "fsdp2")
+
+
+@pytest.mark.slow
 def test_four_processes_have_the_losses_of_one_where_shards_are_uneven_and_matrices_fewer_than_ranks(trained):
     names = ["muon", "muon, accumulation"]
     (one,), (first, *_) = trained("one", 1), trained("fsdp2", 4, names)
