@@ -19,7 +19,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM
+from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM, training
 from hf_decoder.cli import finetune, parse_arguments
 from hf_decoder.cli.main import main
 from hf_decoder.finetuning import add_dropout, load_task
@@ -435,3 +435,11 @@ def test_an_evaluation_leaves_the_gradients_on_a_four_bit_base_as_they_are(run, 
     after = gradients()
     for name, gradient in before.items():
         assert torch.equal(after[name], gradient), name
+
+
+def test_memory_is_trimmed_on_the_way(run, tmp_path, monkeypatch):
+    """Every step has tensors of other sizes, and without it the process grows."""
+    trimmed = []
+    monkeypatch.setattr(training.TrimMemory, "on_step_end", lambda *args, **kwargs: trimmed.append(1))
+    run_task(run.folder, tmp_path, PAIRS)
+    assert trimmed == [1, 1]
