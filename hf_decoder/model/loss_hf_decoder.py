@@ -232,13 +232,15 @@ def _loss_and_gradients(
     total = torch.zeros((), dtype=torch.float32, device=rows.device)
     vocab_size = weight.shape[0]
     chunk_rows = min(max(MIN_CHUNK_ROWS, CHUNK_ELEMENTS // vocab_size), max(rows.shape[0], 1))
-    block_rows, weight_rows = chunk_rows, vocab_size
-    if rows.device.type == "cpu":
+    block_rows, weight_rows, on_cpu = chunk_rows, vocab_size, rows.device.type == "cpu"
+    if on_cpu:
         block_rows, weight_rows = min(chunk_rows, max(1, BLOCK_ELEMENTS // vocab_size)), min(vocab_size, WEIGHT_ROWS)
     # the same memory serves every chunk: fresh pages would cost as much as the arithmetic
     all_logits = rows.new_empty(chunk_rows, vocab_size)
     buffers = rows.new_empty(1 if settings[2] is None else 2, block_rows, vocab_size, dtype=torch.float32)
-    products = [weight.new_empty(weight_rows, weight.shape[1], dtype=kind) for kind in (weight.dtype, torch.float32)]
+    all_products = weight.new_empty(weight_rows if needs_weight else 0, weight.shape[1])
+    # a CPU adds tensors of two types several times slower than of one
+    upcast = torch.empty_like(all_products, dtype=torch.float32) if on_cpu else None
 
     for start in range(0, rows.shape[0], chunk_rows):
         chunk = rows[start : start + chunk_rows]
@@ -256,12 +258,12 @@ def _loss_and_gradients(
         if grad_weight is not None:
             for first in range(0, vocab_size, weight_rows):
                 part = grad_weight[first : first + weight_rows]
-                product, exact = (buffer[: len(part)] for buffer in products)
+                product = all_products[: len(part)]
                 torch.mm(logits[:, first : first + weight_rows].t(), chunk, out=product)
-                if start:
-                    part += exact.copy_(product)
-                else:
+                if not start:
                     part.copy_(product)
+                else:
+                    part += product if upcast is None else upcast[: len(part)].copy_(product)
         if grad_bias is not None:
             grad_bias += logits.sum(0, dtype=torch.float32)
     return total, grad_rows, grad_weight, grad_bias
