@@ -38,24 +38,19 @@ def encode_texts(tokenizer: Any, texts: Sequence[str], max_length: int | None) -
 
 
 @torch.inference_mode()
-def class_probabilities(model: Any, tokenizer: Any, texts: Sequence[str], *, batch_size: int = 8) -> torch.Tensor:
-    """(texts, classes), fp32, on the CPU. The model is put into evaluation mode and back."""
+def predict(model: Any, tokenizer: Any, texts: Sequence[str], *, batch_size: int = 8) -> list[int]:
+    """The likeliest class id of each text. The model is put into evaluation mode and back."""
     was_training = model.training
     model.eval()
     rows = encode_texts(tokenizer, texts, getattr(model.config, "max_position_embeddings", None))
-    found = [torch.empty(0, model.config.num_labels)]
+    classes: list[int] = []
     try:
         for start in range(0, len(rows), batch_size):
             batch = tokenizer.pad({"input_ids": rows[start : start + batch_size]}, return_tensors="pt")
             logits = model(
                 input_ids=batch["input_ids"].to(model.device), attention_mask=batch["attention_mask"].to(model.device)
             ).logits
-            found.append(logits.float().softmax(-1).cpu())
+            classes += logits.float().argmax(-1).tolist()
     finally:
         model.train(was_training)
-    return torch.cat(found)
-
-
-def predict(model: Any, tokenizer: Any, texts: Sequence[str], *, batch_size: int = 8) -> list[int]:
-    """The likeliest class id of each text."""
-    return class_probabilities(model, tokenizer, texts, batch_size=batch_size).argmax(-1).tolist()
+    return classes

@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from . import HfDecoderConfig, training
-from .classification import class_probabilities
+from .classification import predict
 from .examples import Row
 from .finetuning import add_dropout, class_rows
 from .ngrams import NgramClassifier
@@ -245,8 +245,8 @@ def _fit(
     ).train()
 
 
-def label_probabilities(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]
-) -> torch.Tensor:
-    """(rows, labels): what a classifier of `train_classifier` says of each row."""
-    return class_probabilities(model, tokenizer, [row["text"] for row in _marked(rows, tokenizer)], batch_size=32)
+def predicted_labels(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> list[str]:
+    """The likeliest label of each row, by a classifier of `train_classifier`."""
+    names: Any = model.config.id2label
+    texts = [row["text"] for row in _marked(rows, tokenizer)]
+    return [str(names[index]) for index in predict(model, tokenizer, texts, batch_size=32)]

@@ -6,7 +6,7 @@ import json
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -104,8 +104,6 @@ def crossvalidate(args: CrossvalidateArguments) -> dict[str, Any]:
             raise ValueError(f"--{name} {getattr(args, name)} must be at least 0 and below 1")
     if not 0 <= args.teacher_weight <= 1:
         raise ValueError(f"--teacher_weight {args.teacher_weight} must be between 0 and 1")
-    if args.num_models < 1:
-        raise ValueError(f"--num_models {args.num_models} must be at least 1")
     recipe = args.recipe()
     named = {"text": args.text_column, "label": args.label_column}
     rows = examples.select_columns(examples.read_rows(args.train_file), "classification", named, args.train_file)
@@ -115,7 +113,7 @@ def crossvalidate(args: CrossvalidateArguments) -> dict[str, Any]:
     label2id = label_map([row["label"] for row in rows])
     folds = crossvalidation.fold_of_each([row["label"] for row in rows], args.num_folds, args.seed)
     folder = Path(args.output_dir)
-    settings = {"rows": len(rows), "num_folds": args.num_folds, "num_models": args.num_models, **asdict(recipe)}
+    settings = {"rows": len(rows), "num_folds": args.num_folds, **asdict(recipe)}
     done = _results_so_far(folder, settings, overwrite=args.overwrite_output_dir)
     training.keep_freed_memory()
     logging.set_verbosity_error()
@@ -124,8 +122,7 @@ def crossvalidate(args: CrossvalidateArguments) -> dict[str, Any]:
             continue
         train = [row for row, of in zip(rows, folds, strict=True) if of != fold]
         held_out = [row for row, of in zip(rows, folds, strict=True) if of == fold]
-        recipes = [replace(recipe, seed=args.seed + number) for number in range(args.num_models)]
-        done.append({"fold": fold, **_run_fold(train, held_out, label2id, recipes, folder, fold)})
+        done.append({"fold": fold, **_run_fold(train, held_out, label2id, recipe, folder, fold)})
         _write(folder, settings, done)
         shown = [f"{kind} {done[-1][kind]:.4f}" for kind in ("accuracy", "baseline_accuracy") if kind in done[-1]]
         print(f"fold {fold + 1} of {args.num_folds}: {', '.join(shown)}, {done[-1]['seconds']:.0f} s", flush=True)
@@ -141,26 +138,16 @@ def _run_fold(
     train: list[examples.Row],
     held_out: list[examples.Row],
     label2id: dict[str, int],
-    recipes: Sequence[crossvalidation.Recipe],
+    recipe: crossvalidation.Recipe,
     folder: Path,
     fold: int,
 ) -> dict[str, Any]:
-    """Trains on `train` by each recipe, appends the predictions for `held_out` to the file, returns the measures."""
+    """Trains on `train`, appends the predictions for `held_out` to the file, and returns the measures."""
     labels = [str(row["label"]) for row in held_out]
     start, cpu = time.perf_counter(), time.process_time()
-    names, parameters, found = list(label2id), 0, []
-    for recipe in recipes:
-        model, tokenizer = crossvalidation.train_classifier(train, label2id, recipe, str(folder))
-        found.append(crossvalidation.label_probabilities(model, tokenizer, held_out))
-        parameters += model.num_parameters()
-
-    def likeliest(probabilities: torch.Tensor) -> list[str]:
-        return [names[index] for index in probabilities.argmax(-1).tolist()]
-
-    guesses = likeliest(torch.stack(found).mean(0))
-    result: dict[str, Any] = {"accuracy": accuracy(guesses, labels), "parameters": parameters}
-    if len(found) > 1:
-        result["accuracy_of_each_model"] = [accuracy(likeliest(probabilities), labels) for probabilities in found]
+    model, tokenizer = crossvalidation.train_classifier(train, label2id, recipe, str(folder))
+    guesses = crossvalidation.predicted_labels(model, tokenizer, held_out)
+    result: dict[str, Any] = {"accuracy": accuracy(guesses, labels), "parameters": model.num_parameters()}
     result |= {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
     lines = [
         {"fold": fold, "text": row["text"], "label": label, "prediction": guess}

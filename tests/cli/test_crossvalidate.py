@@ -3,7 +3,6 @@
 import json
 import random
 from collections import Counter
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -35,7 +34,7 @@ class Untrained:
 
 
 def always_pos(model, tokenizer, rows):
-    return torch.tensor([[0.2, 0.8]]).expand(len(rows), 2)
+    return ["pos"] * len(rows)
 
 
 @pytest.fixture
@@ -116,7 +115,7 @@ def test_an_interrupted_run_goes_on(train_file, tmp_path, monkeypatch, capsys):
         return Untrained(), None
 
     monkeypatch.setattr(crossvalidation, "train_classifier", broken_off_at_the_third)
-    monkeypatch.setattr(crossvalidation, "label_probabilities", always_pos)
+    monkeypatch.setattr(crossvalidation, "predicted_labels", always_pos)
     argv = ["crossvalidate", "--train_file", train_file, "--output_dir", str(tmp_path / "out"), *FLAGS]
     assert main([*argv, "--max_folds", "1"]) == 0
     assert len(calls) == 1
@@ -194,30 +193,7 @@ def test_without_a_teacher_the_labels_alone_are_learned(rows, monkeypatch):
     monkeypatch.setattr(crossvalidation, "NgramClassifier", None)
     recipe = crossvalidation.Recipe({"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1}, 600, 0, 1e-2, 0.0, 6, 1e-2, 0.0, 0.0, 0.0, 8, 0)  # fmt: skip # noqa: E501
     model, tokenizer = crossvalidation.train_classifier(rows, {"neg": 0, "pos": 1}, recipe, "nowhere")
-    found = crossvalidation.label_probabilities(model, tokenizer, rows)
-    torch.testing.assert_close(found.sum(-1), torch.ones(len(rows)))
-    assert found.argmax(-1).tolist() == [int(row["label"] == "pos") for row in rows]
-
-
-def test_the_probabilities_of_several_models_are_averaged(train_file, tmp_path, monkeypatch):
-    seeds, said = [], {42: [0.9, 0.1], 43: [0.45, 0.55], 44: [0.4, 0.6]}
-
-    def trained(rows, label2id, recipe, folder):
-        seeds.append(recipe.seed)
-        return SimpleNamespace(seed=recipe.seed, num_parameters=lambda: 10), None
-
-    monkeypatch.setattr(crossvalidation, "train_classifier", trained)
-    monkeypatch.setattr(
-        crossvalidation, "label_probabilities", lambda m, t, rows: torch.tensor([said[m.seed]]).expand(len(rows), 2)
-    )
-    argv = ["crossvalidate", "--train_file", train_file, "--output_dir", str(tmp_path / "out"), *FLAGS]
-    assert main([*argv, "--num_models", "3", "--max_folds", "2"]) == 0
-    assert seeds == [42, 43, 44] * 2
-    results = json.loads((tmp_path / "out/crossvalidation_results.json").read_text())
-    lines = [json.loads(line) for line in (tmp_path / "out/predictions.jsonl").read_text().splitlines()]
-    assert {line["prediction"] for line in lines} == {"neg"}  # two of three say pos, less surely
-    assert results["folds"][0]["parameters"] == 30
-    assert results["folds"][0]["accuracy_of_each_model"] == [0.5, 0.5, 0.5]
+    assert crossvalidation.predicted_labels(model, tokenizer, rows) == [row["label"] for row in rows]
 
 
 @pytest.mark.parametrize(
@@ -228,7 +204,6 @@ def test_the_probabilities_of_several_models_are_averaged(train_file, tmp_path, 
         (["--dropout", "1"], "--dropout 1.0"),
         (["--word_dropout", "1"], "--word_dropout 1.0"),
         (["--teacher_weight", "1.5"], "--teacher_weight 1.5"),
-        (["--num_models", "0"], "--num_models 0"),
         (["--preset", "huge"], "huge"),
         (["--text_column", "txt"], "txt"),
         (["--vocab_size", "3"], "vocab_size 3"),
@@ -240,7 +215,7 @@ def test_what_a_user_can_get_wrong(fails, train_file, tmp_path, flags, reason):
 
 def test_results_of_other_settings_are_not_mixed(fails, train_file, tmp_path, monkeypatch):
     monkeypatch.setattr(crossvalidation, "train_classifier", lambda *args: (Untrained(), None))
-    monkeypatch.setattr(crossvalidation, "label_probabilities", always_pos)
+    monkeypatch.setattr(crossvalidation, "predicted_labels", always_pos)
     argv = ["crossvalidate", "--train_file", train_file, "--output_dir", str(tmp_path), *FLAGS]
     assert main(argv) == 0
     assert "other rows or settings" in fails(*argv, "--dropout", "0.2")
