@@ -14,7 +14,6 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.generation import GenerationMixin
-from transformers.integrations import use_kernel_forward_from_hub
 from transformers.masking_utils import (
     create_causal_mask,
     create_sliding_window_causal_mask,
@@ -45,32 +44,13 @@ from .cache_name_hf_decoder import CACHE_NAME, takes_either_cache_name
 from .configuration_hf_decoder import HfDecoderConfig
 from .decoding_hf_decoder import Decoding
 from .loss_hf_decoder import causal_lm_loss, linear_causal_lm_loss, softcap
+from .norm_hf_decoder import HfDecoderRMSNorm
 from .operators_hf_decoder import may_call_operators
 from .registry_hf_decoder import AUTO_MAP, register_names
 from .rotary_hf_decoder import HfDecoderRotaryEmbedding, apply_rotary_pos_emb
 from .sizes_hf_decoder import check_loaded_sizes
 
 register_names()
-
-
-@use_kernel_forward_from_hub("RMSNorm")
-class HfDecoderRMSNorm(nn.Module):
-    """x / rms(x) * weight, with the statistics in fp32 (Zhang and Sennrich 2019)."""
-
-    def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(hidden_size))
-        self.variance_epsilon = eps
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        input_dtype = hidden_states.dtype
-        hidden_states = hidden_states.to(torch.float32)
-        variance = hidden_states.pow(2).mean(-1, keepdim=True)
-        hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
-        return self.weight * hidden_states.to(input_dtype)
-
-    def extra_repr(self) -> str:
-        return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
 
 
 class HfDecoderMLP(nn.Module):
