@@ -138,6 +138,7 @@ def test_base_model_and_head_share_the_cache():
     torch.testing.assert_close(found, model(ids).logits[:, 6:], rtol=0, atol=2e-5)
 
 
+@pytest.mark.slow  # quanto builds its kernels first
 @torch.no_grad()
 def test_quantized_cache():
     model = tiny_model(head_dim=64)

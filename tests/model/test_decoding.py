@@ -317,7 +317,7 @@ def test_without_a_compiler_the_step_runs_as_it_is(failure: str, steps, monkeypa
     assert len(steps) == NEW_TOKENS - 1 and len(seen) == (1 if failure == "at once" else 3)
 
 
-@pytest.mark.parametrize("cache", [None, "static"])
+@pytest.mark.parametrize("cache", [None, pytest.param("static", marks=pytest.mark.slow)])  # that compiles for long
 def test_int8_weights(cache: str | None, steps, monkeypatch):
     torchao = pytest.importorskip("torchao.quantization")
     multiplied = []
