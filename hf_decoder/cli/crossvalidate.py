@@ -61,10 +61,6 @@ class CrossvalidateArguments:
         },
     )
     per_device_train_batch_size: int = field(default=64, metadata={"help": "Texts of a step."})
-    num_models: int = field(
-        default=1,
-        metadata={"help": "Classifiers of each fold, with seeds that follow, whose probabilities are averaged."},
-    )
     seed: int = field(default=42, metadata={"help": "Seed of folds, weights and draws."})
     output_dir: str = field(default=OUTPUT_DIR, metadata={"help": "Folder for results and predictions."})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Begin again in a folder with results."})
