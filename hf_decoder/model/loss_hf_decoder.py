@@ -252,7 +252,7 @@ def _loss_and_gradients(
             torch.addmm(bias, chunk, weight.t(), out=logits)
         for first in range(0, chunk.shape[0], block_rows):
             block = slice(first, first + block_rows)
-            total += _replace_by_gradient(logits[block], target[block], buffers, settings)
+            total += _loss_of_block(logits[block], target[block], buffers, settings, any(needs))
         if grad_rows is not None:
             torch.mm(logits, weight, out=grad_rows[start : start + chunk_rows])
         if grad_weight is not None:
@@ -269,13 +269,14 @@ def _loss_and_gradients(
     return total, grad_rows, grad_weight, grad_bias
 
 
-def _replace_by_gradient(
+def _loss_of_block(
     logits: torch.Tensor,
     target: torch.Tensor,
     buffers: torch.Tensor,
     settings: tuple[int, float, float | None, float],
+    needs_gradient: bool,
 ) -> torch.Tensor:
-    """The summed loss of (N, V) logits, which are overwritten by its gradient; `buffers` is fp32 memory for N rows."""
+    """The summed loss of (N, V) logits, which its gradient replaces if needed; `buffers` is fp32 memory for N rows."""
     ignore_index, z_loss_coef, cap, smoothing = settings
     vocab_size = logits.shape[-1]
     ignored = (target == ignore_index).unsqueeze(-1)
@@ -284,19 +285,26 @@ def _replace_by_gradient(
     slope = None
     if cap is not None:
         scores.div_(cap).tanh_()
-        slope = torch.mul(scores, scores, out=buffers[1, : logits.shape[0]]).neg_().add_(1.0)
+        if needs_gradient:
+            slope = torch.mul(scores, scores, out=buffers[1, : logits.shape[0]]).neg_().add_(1.0)
         scores.mul_(cap)
     # one exponential for each score: what the softmax and the loss need beside it is a number a row
     largest = scores.amax(-1, keepdim=True)
     target_score = scores.gather(-1, index)
-    mean_score = scores.mean(-1, keepdim=True) if smoothing else target_score
+    if smoothing:
+        target_score = target_score.lerp(scores.mean(-1, keepdim=True), smoothing)
     weights = scores.sub_(largest).exp_()
     weight_sum = weights.sum(-1, keepdim=True)
     log_partition = largest + weight_sum.log()
-    loss = log_partition - target_score.lerp(mean_score, smoothing)
-    scale = weight_sum.reciprocal()
+    loss = log_partition - target_score
     if z_loss_coef:
         loss += z_loss_coef * log_partition.square()
+    total = loss.masked_fill(ignored, 0.0).sum()
+    if not needs_gradient:
+        return total
+
+    scale = weight_sum.reciprocal()
+    if z_loss_coef:
         scale *= 1.0 + 2.0 * z_loss_coef * log_partition
     gradient = weights.mul_(scale)
     if smoothing:
@@ -308,7 +316,7 @@ def _replace_by_gradient(
     if torch.compiler.is_compiling() or target.device.type != "cpu" or ignored.any():
         gradient.masked_fill_(ignored, 0.0)
     logits.copy_(gradient)
-    return loss.masked_fill(ignored, 0.0).sum()
+    return total
 
 
 def _compute(rows, weight, bias, targets, needs, ignore_index, z_loss_coef, cap, smoothing) -> list[torch.Tensor]:
