@@ -48,7 +48,9 @@ from .norm_hf_decoder import HfDecoderRMSNorm
 from .operators_hf_decoder import may_call_operators
 from .registry_hf_decoder import AUTO_MAP, register_names
 from .rotary_hf_decoder import HfDecoderRotaryEmbedding, apply_rotary_pos_emb
+from .shared_input_hf_decoder import shared_input
 from .sizes_hf_decoder import check_loaded_sizes
+from .swiglu_hf_decoder import gated
 
 register_names()
 
@@ -64,7 +66,8 @@ class HfDecoderMLP(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        for_gate, for_up = shared_input(x, self.gate_proj, self.up_proj)
+        return self.down_proj(gated(self.gate_proj(for_gate), self.up_proj(for_up), self.act_fn))
 
 
 def repeat_kv(hidden_states: torch.Tensor, n_rep: int) -> torch.Tensor:
@@ -131,14 +134,15 @@ class HfDecoderAttention(nn.Module):
         past_key_values: Cache | None = kwargs.pop(CACHE_NAME, None)
         input_shape = hidden_states.shape[:-1]
         head_shape = (*input_shape, -1, self.head_dim)
-        query = self.q_proj(hidden_states).view(head_shape)  # (B, S, H, E)
-        key = self.k_proj(hidden_states).view(head_shape)  # (B, S, G, E)
-        value = self.v_proj(hidden_states).view(head_shape).transpose(1, 2)
+        for_query, for_key, for_value = shared_input(hidden_states, self.q_proj, self.k_proj, self.v_proj)
+        query = self.q_proj(for_query).view(head_shape)  # (B, S, H, E)
+        key = self.k_proj(for_key).view(head_shape)  # (B, S, G, E)
+        value = self.v_proj(for_value).view(head_shape).transpose(1, 2)
         if self.use_qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = query.transpose(1, 2), key.transpose(1, 2)
         if self.use_rope:
-            query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+            query, key = apply_rotary_pos_emb(query, key, *position_embeddings, for_cache=past_key_values is not None)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx, kwargs=kwargs)
 

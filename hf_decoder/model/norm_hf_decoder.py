@@ -10,8 +10,7 @@ import torch
 from torch import nn
 from transformers.integrations import use_kernel_forward_from_hub
 
-BLOCK_ELEMENTS = 2**17
-MIN_BLOCKED_ELEMENTS = 2**19  # fewer stay in the caches anyhow
+from .blocks_hf_decoder import blocks, is_for_blocks
 
 
 @use_kernel_forward_from_hub("RMSNorm")
@@ -24,7 +23,7 @@ class HfDecoderRMSNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if _is_for_blocks(hidden_states, self.weight):
+        if is_for_blocks(hidden_states, self.weight):
             return _BlockedRMSNorm.apply(hidden_states, self.weight, self.variance_epsilon)
         return _rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
@@ -40,26 +39,13 @@ def _rms_norm(hidden_states: torch.Tensor, weight: torch.Tensor, eps: float) -> 
     return weight * hidden_states.to(input_dtype)
 
 
-def _is_for_blocks(hidden_states: torch.Tensor, weight: torch.Tensor) -> bool:
-    return (
-        not torch.compiler.is_compiling()
-        and hidden_states.numel() >= MIN_BLOCKED_ELEMENTS
-        and type(hidden_states) is torch.Tensor
-        and type(weight) in (nn.Parameter, torch.Tensor)
-        and hidden_states.device.type == weight.device.type == "cpu"
-        and hidden_states.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        and not torch.jit.is_tracing()
-        and not torch._C._are_functorch_transforms_active()
-    )
-
-
 class _BlockedRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_states, weight, eps):
         rows = hidden_states.reshape(-1, hidden_states.shape[-1])
         output = rows.new_empty(rows.shape, dtype=torch.result_type(weight, hidden_states))
         scales = rows.new_empty(rows.shape[0], 1, dtype=torch.float32)
-        for block in _blocks(rows):
+        for block in blocks(*rows.shape):
             x, scale = rows[block].float(), scales[block]
             torch.mean(x * x, -1, keepdim=True, out=scale).add_(eps).rsqrt_()
             torch.mul(weight, (x * scale).to(rows.dtype), out=output[block])
@@ -79,7 +65,7 @@ class _BlockedRMSNorm(torch.autograd.Function):
         rows, grad_rows = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (hidden_states, grad_output))
         grad_hidden = torch.empty_like(rows) if needs[0] else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs[1] else None
-        for block in _blocks(rows):
+        for block in blocks(*rows.shape):
             grad, scale = grad_rows[block].float(), scales[block]
             normed = rows[block].float() * scale
             if grad_weight is not None:
@@ -91,11 +77,6 @@ class _BlockedRMSNorm(torch.autograd.Function):
         if grad_hidden is not None:
             grad_hidden = grad_hidden.view(hidden_states.shape)
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None
-
-
-def _blocks(rows: torch.Tensor) -> list[slice]:
-    size = max(1, BLOCK_ELEMENTS // rows.shape[1])
-    return [slice(start, start + size) for start in range(0, rows.shape[0], size)]
 
 
 __all__ = ["HfDecoderRMSNorm"]

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 
+from .blocks_hf_decoder import blocks, is_for_blocks
 from .configuration_hf_decoder import HfDecoderConfig
 
 
@@ -66,18 +67,70 @@ def rotate_half(x: torch.Tensor) -> torch.Tensor:
 
 
 def apply_rotary_pos_emb(
-    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, for_cache: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotates query (B, H, S, E) and key (B, G, S, E) by cos, sin (B or 1, S, R); the rest stays."""
+    """Rotates query (B, H, S, E) and key (B, G, S, E) by cos, sin (B or 1, S, R); the rest stays.
+
+    Long ones on a CPU in blocks. What goes into no cache comes out of these in the dtype that autocast, if it is on,
+    gives to attention: what attention rounds its inputs to then anyhow.
+    """
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return _rotate(query, cos, sin, for_cache), _rotate(key, cos, sin, for_cache)
 
-    def rotate(x: torch.Tensor) -> torch.Tensor:
-        if cos.shape[-1] == x.shape[-1]:
-            return x * cos + rotate_half(x) * sin
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, for_cache: bool) -> torch.Tensor:
+    """x (B, H, S, E) by cos, sin (B or 1, 1, S, R)."""
+    if cos.shape[-1] < x.shape[-1]:
         turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
-        return torch.cat((turned * cos + rotate_half(turned) * sin, rest), dim=-1)
+        return torch.cat((_rotate(turned, cos, sin, for_cache), rest), dim=-1)
+    if is_for_blocks(x, cos, sin) and not cos.requires_grad:
+        dtype = torch.result_type(x, cos)
+        if not for_cache and torch.is_autocast_enabled("cpu"):
+            dtype = torch.get_autocast_dtype("cpu")
+        return _BlockedRotation.apply(x, cos, sin, dtype)
+    return x * cos + rotate_half(x) * sin
 
-    return rotate(query), rotate(key)
+
+class _BlockedRotation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, cos, sin, dtype):
+        ctx.save_for_backward(cos, sin)
+        ctx.dtype = x.dtype
+        return _rotate_in_blocks(x, cos, sin, dtype)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        cos, sin = ctx.saved_tensors
+        if torch.is_grad_enabled():  # for a second derivative, from the formula itself
+            turned = grad_output * sin
+            grad = grad_output * cos - rotate_half(turned)
+            return grad.to(ctx.dtype), None, None, None
+        return _rotate_in_blocks(grad_output, cos, sin, ctx.dtype, backwards=True), None, None, None
+
+
+def _rotate_in_blocks(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, dtype: torch.dtype, backwards: bool = False
+) -> torch.Tensor:
+    """x (B, H, S, E) rotated, or rotated back, into memory laid out as (B, S, H, E), like that of a projection."""
+    batch, heads, length, head_dim = x.shape
+    half, inner = head_dim // 2, torch.result_type(x, cos)
+    output = x.new_empty(batch, length, heads, head_dim, dtype=dtype).transpose(1, 2)
+    # whole rows of the batch while they are short, else pieces of one
+    for rows in blocks(batch, length * heads * head_dim):
+        of_rows = rows if cos.shape[0] > 1 else slice(None)
+        for columns in blocks(length, heads * head_dim):
+            block = x[rows, :, columns].to(inner)
+            cosines, sines = cos[of_rows, :, columns], sin[of_rows, :, columns]
+            rotated = block * cosines
+            if backwards:
+                turned = block * sines
+                rotated[..., :half] += turned[..., half:]
+                rotated[..., half:] -= turned[..., :half]
+            else:
+                rotated[..., :half] -= block[..., half:] * sines[..., :half]
+                rotated[..., half:] += block[..., :half] * sines[..., half:]
+            output[rows, :, columns] = rotated
+    return output
 
 
 __all__ = ["HfDecoderRotaryEmbedding", "apply_rotary_pos_emb"]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_decoder.model import norm_hf_decoder
+from hf_decoder.model import blocks_hf_decoder, norm_hf_decoder
 from hf_decoder.model.norm_hf_decoder import HfDecoderRMSNorm
 
 TYPES = [(kind, kind) for kind in (torch.float32, torch.bfloat16, torch.float16)] + [(torch.bfloat16, torch.float32)]
@@ -13,8 +13,8 @@ BY_TYPE = pytest.mark.parametrize("dtype, weight_dtype", TYPES)
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch):
     """Blocks of three rows of 16."""
-    monkeypatch.setattr(norm_hf_decoder, "BLOCK_ELEMENTS", 50)
-    monkeypatch.setattr(norm_hf_decoder, "MIN_BLOCKED_ELEMENTS", 1)
+    monkeypatch.setattr(blocks_hf_decoder, "BLOCK_ELEMENTS", 50)
+    monkeypatch.setattr(blocks_hf_decoder, "MIN_BLOCKED_ELEMENTS", 1)
 
 
 def inputs(dtype=torch.float32, weight_dtype=torch.float32) -> tuple[HfDecoderRMSNorm, torch.Tensor]:
@@ -40,7 +40,7 @@ def found(norm: HfDecoderRMSNorm, x: torch.Tensor, grad: torch.Tensor) -> list[t
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("blocks", [True, False])
 def test_statistics_are_fp32(dtype: torch.dtype, blocks: bool, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(norm_hf_decoder, "MIN_BLOCKED_ELEMENTS", 1 if blocks else 2**30)
+    monkeypatch.setattr(blocks_hf_decoder, "MIN_BLOCKED_ELEMENTS", 1 if blocks else 2**30)
     norm = HfDecoderRMSNorm(256).to(dtype)
     values = torch.randn(4, 256, generator=torch.Generator().manual_seed(0)) * 3000  # squares overflow fp16
     x = values.to(dtype)
@@ -56,7 +56,7 @@ def test_blocks_give_what_the_whole_gives(dtype, weight_dtype, small_blocks, mon
     norm, x = inputs(dtype, weight_dtype)
     grad = torch.randn(x.shape)
     in_blocks, truth = found(norm, x, grad), exact(norm, x, grad.to(torch.result_type(x, norm.weight)))
-    monkeypatch.setattr(norm_hf_decoder, "MIN_BLOCKED_ELEMENTS", 2**30)
+    monkeypatch.setattr(blocks_hf_decoder, "MIN_BLOCKED_ELEMENTS", 2**30)
     whole = found(norm, x, grad)
     assert torch.equal(in_blocks[0], whole[0])
     for mine, other, true in zip(in_blocks, whole, truth, strict=True):
@@ -89,7 +89,7 @@ def test_there_is_a_second_derivative(small_blocks, monkeypatch):
     grad = torch.randn(x.shape).requires_grad_()
     results = []
     for least in (1, 2**30):
-        monkeypatch.setattr(norm_hf_decoder, "MIN_BLOCKED_ELEMENTS", least)
+        monkeypatch.setattr(blocks_hf_decoder, "MIN_BLOCKED_ELEMENTS", least)
         first = torch.autograd.grad(norm(x), (x, norm.weight), grad, create_graph=True)
         second = torch.autograd.grad(sum(gradient.square().sum() for gradient in first), (x, norm.weight, grad))
         results.append([*first, *second])
@@ -102,7 +102,7 @@ def test_blocks_are_for_long_inputs_and_for_nothing_that_looks_inside(monkeypatc
     apply = norm_hf_decoder._BlockedRMSNorm.apply
     monkeypatch.setattr(norm_hf_decoder._BlockedRMSNorm, "apply", lambda *args: calls.append(1) or apply(*args))
     norm = HfDecoderRMSNorm(512)
-    x = torch.randn(norm_hf_decoder.MIN_BLOCKED_ELEMENTS // 512, 512)
+    x = torch.randn(blocks_hf_decoder.MIN_BLOCKED_ELEMENTS // 512, 512)
     expected = norm(x)
     assert calls == [1]
     calls.clear()

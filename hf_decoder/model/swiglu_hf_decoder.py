@@ -1,0 +1,69 @@
+"""The gate of SwiGLU (Shazeer 2020): act(gate) * up.
+
+Of SiLU, in blocks of rows on a CPU: each tensor is read and written once, and of the forward pass nothing is kept but
+the two inputs, where the activation's result would be a third.
+Shapes: (..., F) intermediate_size.
+"""
+
+import torch
+from torch import nn
+from torch.nn.functional import silu
+from transformers.activations import ACT2FN
+
+from .blocks_hf_decoder import blocks, is_for_blocks
+
+SILU = type(ACT2FN["silu"])
+
+
+def gated(gate: torch.Tensor, up: torch.Tensor, activation: nn.Module) -> torch.Tensor:
+    """activation(gate) * up, both (..., F)."""
+    if (
+        type(activation) in (SILU, nn.SiLU)
+        and not activation._forward_hooks
+        and not activation._forward_pre_hooks
+        and gate.dtype == up.dtype
+        and gate.shape == up.shape
+        and is_for_blocks(gate, up)
+    ):
+        return _BlockedGatedSiLU.apply(gate, up)
+    return activation(gate) * up
+
+
+class _BlockedGatedSiLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        gates, ups = _rows(gate), _rows(up)
+        output = torch.empty_like(ups)
+        for block in blocks(*ups.shape):
+            torch.mul(silu(gates[block]), ups[block], out=output[block])
+        return output.view(up.shape)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        gate, up = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        if torch.is_grad_enabled():  # for a second derivative, from the formula itself
+            inputs = [tensor for tensor, needed in zip((gate, up), needs, strict=True) if needed]
+            found = iter(torch.autograd.grad(silu(gate) * up, inputs, grad_output, create_graph=True))
+            return tuple(next(found) if needed else None for needed in needs)
+        grads, gates, ups = _rows(grad_output), _rows(gate), _rows(up)
+        grad_gate = torch.empty_like(gates) if needs[0] else None
+        grad_up = torch.empty_like(ups) if needs[1] else None
+        for block in blocks(*ups.shape):
+            if grad_up is not None:
+                torch.mul(grads[block], silu(gates[block]), out=grad_up[block])
+            if grad_gate is not None:
+                grad = grads[block] * ups[block]
+                torch.ops.aten.silu_backward.grad_input(grad, gates[block], grad_input=grad_gate[block])
+        return (
+            None if grad_gate is None else grad_gate.view(gate.shape),
+            None if grad_up is None else grad_up.view(up.shape),
+        )
+
+
+def _rows(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+__all__ = ["gated"]
