@@ -19,6 +19,11 @@ from .operators_hf_decoder import operator
 MIN_TILED_TOKENS = 64  # of a row; below, one call of the stock kernel is as fast, forward and backward
 MIN_TILED_TOKENS_IN_INFERENCE = 288  # of all rows: forward alone, that kernel is as fast up to here
 SHORT_SEQUENCE = 256
+# what this CPU multiplies in half precision faster than number by number; elsewhere oneDNN has no products of it
+FAST_HALF_PRECISION = {
+    torch.bfloat16: torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+    torch.float16: torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_fp16_supported(),
+}
 TILE_ROWS = {"short": 64, "long": 128}  # measured on two AVX-512 cores, forward and backward
 
 
@@ -43,6 +48,14 @@ class CausalTiles(NamedTuple):
     """In place of a plan in a compiled graph, where it is worked out by the operator: one document a row."""
 
     window: int | None
+
+
+def stock_kernel_is_faster(hidden_states: torch.Tensor) -> bool:
+    """Whether rows (B, S, D) of one document each are attended to at least as fast by torch's own kernel, on a CPU."""
+    if not torch.is_grad_enabled() and hidden_states.shape[:2].numel() < MIN_TILED_TOKENS_IN_INFERENCE:
+        return True
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else hidden_states.dtype
+    return not FAST_HALF_PRECISION.get(dtype, True)
 
 
 def document_starts(position_ids: torch.Tensor) -> torch.Tensor:
@@ -226,9 +239,9 @@ class _CompiledTiledAttention(torch.autograd.Function):
 
 __all__ = [
     "MIN_TILED_TOKENS",
-    "MIN_TILED_TOKENS_IN_INFERENCE",
     "CausalTiles",
     "TilePlan",
     "plan_tiles",
+    "stock_kernel_is_faster",
     "tiled_attention_forward",
 ]

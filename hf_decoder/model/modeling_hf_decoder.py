@@ -33,10 +33,10 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .attention_hf_decoder import (
     MIN_TILED_TOKENS,
-    MIN_TILED_TOKENS_IN_INFERENCE,
     CausalTiles,
     TilePlan,
     plan_tiles,
+    stock_kernel_is_faster,
     tiled_attention_forward,
 )
 from .bitsandbytes_hf_decoder import settle_layers, settle_tied_head, unpack_layers
@@ -341,7 +341,13 @@ class HfDecoderModel(HfDecoderPreTrainedModel):
         if torch.compiler.is_compiling():
             # documents and padding would have to be looked for in the data, which a graph cannot do
             whole = document_positions is None and attention_mask is None and past_key_values is None
-            if whole and self.training and may_call_operators() and self._tiles_are_faster(inputs_embeds):
+            if (
+                whole
+                and self.training
+                and may_call_operators()
+                and self._may_be_faster_in_tiles(inputs_embeds)
+                and not stock_kernel_is_faster(inputs_embeds)
+            ):
                 return {kind: CausalTiles(windows[kind]) for kind in kinds}
         elif self._can_tile(inputs_embeds, attention_mask, document_positions, past_key_values):
             position_ids = document_positions
@@ -367,11 +373,10 @@ class HfDecoderModel(HfDecoderPreTrainedModel):
         past_key_values: Cache | None,
     ) -> bool:
         """Whether these are whole sequences without padding, on a device where tiles beat the stock kernel."""
-        few_tokens = inputs_embeds.shape[:2].numel() < MIN_TILED_TOKENS_IN_INFERENCE
         return (
-            self._tiles_are_faster(inputs_embeds)
-            # of several documents the stock kernel would need a mask
-            and not (few_tokens and document_positions is None and not torch.is_grad_enabled())
+            self._may_be_faster_in_tiles(inputs_embeds)
+            # of several documents that kernel would need a mask
+            and not (document_positions is None and stock_kernel_is_faster(inputs_embeds))
             and not torch.jit.is_tracing()
             and not torch._C._are_functorch_transforms_active()
             and (
@@ -381,7 +386,7 @@ class HfDecoderModel(HfDecoderPreTrainedModel):
             and (attention_mask is None or (attention_mask.ndim == 2 and bool(attention_mask.all())))
         )
 
-    def _tiles_are_faster(self, inputs_embeds: torch.Tensor) -> bool:
+    def _may_be_faster_in_tiles(self, inputs_embeds: torch.Tensor) -> bool:
         return (
             self.config._attn_implementation == "sdpa"
             and getattr(self.config, "is_causal", True)

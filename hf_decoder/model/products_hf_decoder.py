@@ -16,6 +16,8 @@ from .operators_hf_decoder import operator
 
 LONG_ROW = 2048
 INT8_BLOCK = 16
+SPLIT, MIN_SPLIT_ELEMENTS = 8, 2**20
+MAX_TRANSPOSED_ROWS = 16
 
 
 class Weights(NamedTuple):
@@ -93,7 +95,32 @@ def multiply(x: torch.Tensor, weights: AnyWeights) -> torch.Tensor:
         else:
             product = torch._weight_int8pack_mm(x.reshape(x.shape[0], -1), weights.values, scales).unsqueeze(1)
         return product if weights.bias is None else product + weights.bias
+    plain = type(weights.weight) in (nn.Parameter, torch.Tensor)  # quantized weights have products of their own
+    if plain and x.dtype == weights.weight.dtype == torch.float32 and x.device.type == "cpu":
+        return _multiply_fp32(x, *weights)
     return linear(x, *weights)
+
+
+def _multiply_fp32(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """The product as MKL computes it fastest on a CPU, x (B, 1, N) -> (B, 1, M).
+
+    Its matrix-vector product of one row keeps to one thread: parts of a large weight, as a batch, do not (4.4 against
+    8.5 ms for 32,000 outputs of 512 inputs on two AVX2 cores). Of a few rows it multiplies the weight by the rows, not
+    the rows by the weight, about twice as fast (40M parameters, 24 tokens: 0.53 against 1.05 s of two rows, 0.55
+    against 1.31 of four, 0.90 against 1.40 of eight, 1.19 against 1.56 of sixteen).
+    """
+    outputs, inputs = weight.shape
+    if x.shape[0] == 1:
+        if weight.numel() < MIN_SPLIT_ELEMENTS or outputs % SPLIT or not weight.is_contiguous():
+            return linear(x, weight, bias)
+        # a column by its strides too: with those of a row MKL takes a kernel that is slower than the one product
+        column = x.view(1, inputs).t().expand(SPLIT, inputs, 1)
+        product = torch.bmm(weight.view(SPLIT, -1, inputs), column).view(1, 1, outputs)
+    elif torch.compiler.is_compiling() or x.shape[0] <= MAX_TRANSPOSED_ROWS:  # a graph is for any number of rows
+        product = torch.mm(weight, x.squeeze(1).t()).t().contiguous().unsqueeze(1)
+    else:
+        return linear(x, weight, bias)
+    return product if bias is None else product + bias
 
 
 def multiply_written_out(x: torch.Tensor, weights: AnyWeights) -> torch.Tensor:

@@ -9,7 +9,7 @@ from tiny_models import random_ids, tiny_config, tiny_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_decoder.model import attention_hf_decoder, modeling_hf_decoder
+from hf_decoder.model import attention_hf_decoder
 from hf_decoder.model.attention_hf_decoder import (
     MIN_TILED_TOKENS,
     MIN_TILED_TOKENS_IN_INFERENCE,
@@ -44,7 +44,7 @@ CASES = pytest.mark.parametrize(
 @pytest.fixture
 def tiles_of_few_tokens(monkeypatch: pytest.MonkeyPatch):
     """Without gradients, too, the length of a row alone decides between tiles and the stock kernel."""
-    monkeypatch.setattr(modeling_hf_decoder, "MIN_TILED_TOKENS_IN_INFERENCE", 0)
+    monkeypatch.setattr(attention_hf_decoder, "MIN_TILED_TOKENS_IN_INFERENCE", 0)
 
 
 def reference(ids: torch.Tensor, config: Any, parameters: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -321,7 +321,32 @@ def test_tiles_are_used_for_long_rows_and_not_where_they_cannot(monkeypatch: pyt
     assert not calls
 
 
-def test_tiles_in_bf16_and_under_autocast_are_close_to_fp32():
+@pytest.mark.parametrize("is_fast", [True, False])
+def test_half_precision_takes_tiles_where_this_cpu_multiplies_it(is_fast: bool, monkeypatch: pytest.MonkeyPatch):
+    calls = count_tiled(monkeypatch)
+    monkeypatch.setitem(attention_hf_decoder.FAST_HALF_PRECISION, torch.bfloat16, is_fast)
+    ids = random_ids(2, 160)
+    documents = torch.arange(160)[None] % 50
+    model = tiny_model(attn_implementation="sdpa", max_position_embeddings=256)
+    half = tiny_model(attn_implementation="sdpa", max_position_embeddings=256).bfloat16()
+    layers = model.config.num_hidden_layers
+
+    def count(model: nn.Module, **inputs: torch.Tensor) -> int:
+        calls.clear()
+        model(**inputs)
+        return len(calls)
+
+    assert count(half, input_ids=ids) == (layers if is_fast else 0)
+    with torch.no_grad():
+        assert count(half, input_ids=ids) == (layers if is_fast else 0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert count(model, input_ids=ids) == (layers if is_fast else 0)
+        assert count(model, input_ids=ids, position_ids=documents) == layers  # else a mask of length squared
+    assert count(model, input_ids=ids) == layers
+
+
+def test_tiles_in_bf16_and_under_autocast_are_close_to_fp32(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(attention_hf_decoder.FAST_HALF_PRECISION, torch.bfloat16, True)
     ids = random_ids(2, 150)
     model = tiny_model(attn_implementation="sdpa", max_position_embeddings=256, **WINDOWS).train()
     exact = model(ids, labels=ids).loss

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 
 from hf_decoder.model import decoding_hf_decoder, products_hf_decoder
 from hf_decoder.model.decoding_hf_decoder import DecodingStep
-from hf_decoder.model.products_hf_decoder import Int8Weights, multiply
+from hf_decoder.model.products_hf_decoder import Int8Weights, Weights, multiply
 
 NEW_TOKENS = 10
 VARIANTS = {
@@ -365,6 +365,22 @@ def test_int8_products_of_rows_of_any_length(columns, rows):
     expected = x.double() @ (values.double() * scales.double()).T
     found = multiply(x, Int8Weights(values, scales, None)).double()
     assert (found - expected).abs().max() <= 0.01 * expected.abs().max()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [1, 2, 16, 17])
+@pytest.mark.parametrize("outputs", [8, 12])
+def test_fp32_products_of_a_few_rows(outputs, rows, bias, monkeypatch):
+    monkeypatch.setattr(products_hf_decoder, "MIN_SPLIT_ELEMENTS", 1)
+    torch.manual_seed(0)
+    module = torch.nn.Linear(40, outputs, bias=bias)
+    x = torch.randn(rows, 1, 40)
+    found = multiply(x, Weights(module.weight, module.bias))
+    exact = torch.nn.functional.linear(x.double(), module.weight.double(), module.bias.double() if bias else None)
+    assert found.shape == exact.shape and found.is_contiguous()
+    torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=1e-6)
+    apart = torch.empty(40, outputs).copy_(module.weight.detach().t()).t()
+    torch.testing.assert_close(multiply(x, Weights(apart, module.bias)), found)
 
 
 def test_disable_compile_is_heard(monkeypatch):
