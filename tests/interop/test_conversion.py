@@ -293,7 +293,8 @@ def test_auto_finds_the_class_that_expresses_a_config(name: str, tmp_path):
     assert convert(str(tmp_path / "ours"), tmp_path / "stock") == name
     stock = load(tmp_path / "stock")
     assert type(stock).__name__ == name
-    torch.testing.assert_close(stock(ids(2, 24)).logits, model(ids(2, 24)).logits, **TOLERANCE)
+    again = load(tmp_path / "ours")  # with the same attention: two of them round differently on some CPUs
+    torch.testing.assert_close(stock(ids(2, 24)).logits, again(ids(2, 24)).logits, **TOLERANCE)
 
 
 @pytest.mark.parametrize(
