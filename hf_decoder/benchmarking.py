@@ -115,6 +115,7 @@ def _status_bytes(field: str) -> int:
 def matmul_rate(setting: Setting, size: int = 2048) -> float:
     """FLOP/s of a square matrix product in the setting's dtype: the limit that arithmetic runs into."""
     a, b = (torch.randn(size, size, device=setting.device).to(setting.dtype) for _ in range(2))
+    b = b.t()  # as linear layers multiply: otherwise a CPU without bf16 products takes a minute for one
     torch.mm(a, b)
     times = [seconds(lambda: torch.mm(a, b), setting.device) for _ in range(max(setting.repeats, 5))]
     return 2 * size**3 / min(times)

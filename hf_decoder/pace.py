@@ -171,10 +171,11 @@ def matmul_peak(device: torch.device, dtype: torch.dtype, size: int | None = Non
     """FLOP/s of a large square matrix product on `device`, the best of a few."""
     size = size or (1024 if device.type == "cpu" else 8192)
     a = torch.ones(size, size, device=device, dtype=dtype)
+    b = a.t()  # as linear layers multiply: otherwise a CPU without bf16 products takes seconds for one
     best = 0.0
     for _ in range(4):
         start = time.perf_counter()
-        a @ a
+        a @ b
         if device.type != "cpu":
             torch.accelerator.synchronize(device)
         best = max(best, 2 * size**3 / (time.perf_counter() - start))

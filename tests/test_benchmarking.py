@@ -132,6 +132,15 @@ def test_command_writes_json_and_chart(tmp_path, capsys):
     assert (tmp_path / "rows.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("supported, dtype", [(True, torch.bfloat16), (False, torch.float32)])
+def test_half_precision_is_measured_where_the_hardware_multiplies_it(supported, dtype, monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr("hf_decoder.cli.benchmark.bf16_supported", lambda: supported)
+    monkeypatch.setattr("hf_decoder.cli.benchmark.SUITES", {"load": lambda setting: seen.append(setting.dtype) or ()})
+    assert main(["benchmark", "--suites", "load", "--preset", "nano"]) == 0
+    assert seen == [dtype] and str(dtype).removeprefix("torch.") in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "flags, reason",
     [

@@ -15,6 +15,7 @@ from hf_decoder import accounting
 from hf_decoder.benchmarking import SUITES, Row, Setting
 from hf_decoder.cli import parse_arguments, parse_overrides
 from hf_decoder.presets import get_preset
+from hf_decoder.training import bf16_supported
 
 DESCRIPTION = (
     "Measures our model against transformers' Llama of the same shape with the same weights, in one process, "
@@ -35,7 +36,10 @@ class BenchmarkArguments:
         metadata={"help": "Changes of the preset, `name=value,name=value`, in Llama's fields."},
     )
     vocab_size: int = field(default=32000, metadata={"help": "Vocabulary of the models."})
-    dtype: str = field(default="bfloat16", metadata={"help": "bfloat16, float16 or float32."})
+    dtype: str = field(
+        default="auto",
+        metadata={"help": "bfloat16, float16, float32, or auto: bfloat16 where the hardware multiplies it."},
+    )
     device: str = field(default="auto", metadata={"help": "cpu, cuda, or auto: an accelerator if there is one."})
     repeats: int = field(default=5, metadata={"help": "Timed calls of each side."})
     json: str | None = field(default=None, metadata={"help": "File for the results as JSON."})
@@ -50,7 +54,8 @@ def main(argv: Sequence[str]) -> int:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
-    print(f"preset {args.preset}, vocabulary {args.vocab_size:,}, {args.dtype} on {setting.device}")
+    dtype = str(setting.dtype).removeprefix("torch.")
+    print(f"preset {args.preset}, vocabulary {args.vocab_size:,}, {dtype} on {setting.device}")
     print(
         f"{'suite':9}{'case':32}{'ours ms':>10}{'stock ms':>10}{'ratio':>7}{'of limit':>12}{'peak MB':>9}{'stock':>7}"
         f"{'llama.cpp ms':>14}{'ratio':>7}"
@@ -82,9 +87,12 @@ def _setting(args: BenchmarkArguments) -> Setting:
     unknown = [suite for suite in args.suites if suite not in SUITES]
     if unknown:
         raise ValueError(f"suite {unknown[0]!r} is unknown; choose among {', '.join(SUITES)}")
-    dtype = getattr(torch, args.dtype, None)
+    name = args.dtype
+    if name == "auto":
+        name = "bfloat16" if bf16_supported() else "float32"
+    dtype = getattr(torch, name, None)
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise ValueError(f"--dtype {args.dtype} is unknown; choose bfloat16, float16 or float32")
+        raise ValueError(f"--dtype {args.dtype} is unknown; choose auto, bfloat16, float16 or float32")
     if args.repeats < 1:
         raise ValueError(f"--repeats {args.repeats} must be at least 1")
     device = args.device
