@@ -15,7 +15,8 @@ def shared_input(x: torch.Tensor, *modules: nn.Module) -> tuple[torch.Tensor, ..
     if (
         torch.is_autocast_enabled("cpu")
         and x.dtype == torch.float32
-        and all(type(module) is nn.Linear for module in modules)  # an adapter or a quantizer casts in its own way
+        # an adapter or a quantizer casts in its own way, and a hook may write into what it is given
+        and all(type(module) is nn.Linear and not module._forward_pre_hooks for module in modules)
         and is_for_blocks(x)
     ):
         return _SharedCast.apply(x, torch.get_autocast_dtype("cpu"), len(modules))

@@ -178,6 +178,8 @@ def test_shared_input_leaves_to_each_module_what_only_it_knows(small_blocks):
     with torch.autocast("cpu", torch.bfloat16):
         assert all(mine is x for mine in shared_input(x, plain[0], Quantized(16, 8)))
         assert all(mine is half for mine in shared_input(half, *plain))
+        plain[1].register_forward_pre_hook(lambda module, args: args[0].mul_(2))
+        assert all(mine is x for mine in shared_input(x, *plain))
 
 
 def test_blocks_cover_every_row_once():
