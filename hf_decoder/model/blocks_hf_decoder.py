@@ -5,8 +5,12 @@ the memory, and fresh pages for each, when it is written tensor by tensor. Done 
 written once. The modules that do so ask here whether it pays and is allowed.
 """
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import nn
+
+from .operators_hf_decoder import runs_as_written
 
 BLOCK_ELEMENTS = 2**18
 MIN_BLOCKED_ELEMENTS = 2**19  # fewer stay in the caches anyhow
@@ -15,11 +19,7 @@ MIN_BLOCKED_ELEMENTS = 2**19  # fewer stay in the caches anyhow
 def is_for_blocks(x: torch.Tensor, *others: torch.Tensor) -> bool:
     """Whether x is long enough, all are plain floating-point tensors on a CPU, and nothing looks inside a function."""
     return (
-        not torch.compiler.is_compiling()
-        and x.numel() >= MIN_BLOCKED_ELEMENTS
-        and all(_is_plain(tensor) for tensor in (x, *others))
-        and not torch.jit.is_tracing()
-        and not torch._C._are_functorch_transforms_active()
+        runs_as_written() and x.numel() >= MIN_BLOCKED_ELEMENTS and all(_is_plain(tensor) for tensor in (x, *others))
     )
 
 
@@ -37,4 +37,18 @@ def blocks(count: int, width: int) -> list[slice]:
     return [slice(start, start + size) for start in range(0, count, size)]
 
 
-__all__ = ["blocks", "is_for_blocks"]
+def as_rows(x: torch.Tensor) -> torch.Tensor:
+    """(..., D) -> (N, D)."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def gradients_of_formula(
+    formula: Callable[..., torch.Tensor], inputs: Sequence[torch.Tensor], needs: Sequence[bool], grad: torch.Tensor
+) -> list[torch.Tensor | None]:
+    """Of the inputs that need one, from the formula written out, so that there is a second derivative."""
+    needed = [tensor for tensor, is_needed in zip(inputs, needs, strict=True) if is_needed]
+    found = iter(torch.autograd.grad(formula(*inputs), needed, grad, create_graph=True))
+    return [next(found) if is_needed else None for is_needed in needs]
+
+
+__all__ = ["as_rows", "blocks", "gradients_of_formula", "is_for_blocks"]

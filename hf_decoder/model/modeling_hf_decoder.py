@@ -45,7 +45,7 @@ from .configuration_hf_decoder import HfDecoderConfig
 from .decoding_hf_decoder import Decoding
 from .loss_hf_decoder import causal_lm_loss, linear_causal_lm_loss, softcap
 from .norm_hf_decoder import HfDecoderRMSNorm
-from .operators_hf_decoder import may_call_operators
+from .operators_hf_decoder import may_call_operators, runs_as_written
 from .registry_hf_decoder import AUTO_MAP, register_names
 from .rotary_hf_decoder import HfDecoderRotaryEmbedding, apply_rotary_pos_emb
 from .shared_input_hf_decoder import shared_input
@@ -377,8 +377,7 @@ class HfDecoderModel(HfDecoderPreTrainedModel):
             self._may_be_faster_in_tiles(inputs_embeds)
             # of several documents that kernel would need a mask
             and not (document_positions is None and stock_kernel_is_faster(inputs_embeds))
-            and not torch.jit.is_tracing()
-            and not torch._C._are_functorch_transforms_active()
+            and runs_as_written()
             and (
                 past_key_values is None
                 or (type(past_key_values) is DynamicCache and past_key_values.get_seq_length() == 0)

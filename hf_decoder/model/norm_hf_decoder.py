@@ -6,11 +6,13 @@ on two cores), and keep a number a row for the backward pass in place of a secon
 Shapes: N rows, D hidden_size.
 """
 
+from functools import partial
+
 import torch
 from torch import nn
 from transformers.integrations import use_kernel_forward_from_hub
 
-from .blocks_hf_decoder import blocks, is_for_blocks
+from .blocks_hf_decoder import as_rows, blocks, gradients_of_formula, is_for_blocks
 
 
 @use_kernel_forward_from_hub("RMSNorm")
@@ -42,7 +44,7 @@ def _rms_norm(hidden_states: torch.Tensor, weight: torch.Tensor, eps: float) -> 
 class _BlockedRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_states, weight, eps):
-        rows = hidden_states.reshape(-1, hidden_states.shape[-1])
+        rows = as_rows(hidden_states)
         output = rows.new_empty(rows.shape, dtype=torch.result_type(weight, hidden_states))
         scales = rows.new_empty(rows.shape[0], 1, dtype=torch.float32)
         for block in blocks(*rows.shape):
@@ -57,12 +59,10 @@ class _BlockedRMSNorm(torch.autograd.Function):
     def backward(ctx, grad_output):
         hidden_states, weight, scales = ctx.saved_tensors
         needs = ctx.needs_input_grad[:2]
-        if torch.is_grad_enabled():  # for a second derivative, from the formula itself
-            inputs = [tensor for tensor, needed in zip((hidden_states, weight), needs, strict=True) if needed]
-            output = _rms_norm(hidden_states, weight, ctx.eps)
-            found = iter(torch.autograd.grad(output, inputs, grad_output, create_graph=True))
-            return *(next(found) if needed else None for needed in needs), None
-        rows, grad_rows = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (hidden_states, grad_output))
+        if torch.is_grad_enabled():
+            norm = partial(_rms_norm, eps=ctx.eps)
+            return *gradients_of_formula(norm, (hidden_states, weight), needs, grad_output), None
+        rows, grad_rows = as_rows(hidden_states), as_rows(grad_output)
         grad_hidden = torch.empty_like(rows) if needs[0] else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs[1] else None
         for block in blocks(*rows.shape):

@@ -32,6 +32,11 @@ def may_call_operators() -> bool:
     return torch.compiler.is_compiling() and not getattr(torch.compiler, "_is_exporting_flag", False)
 
 
+def runs_as_written() -> bool:
+    """Whether nothing looks inside a function: no compiler, no tracer, no transform of `torch.func`."""
+    return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active())
+
+
 _libraries: list[torch.library.Library] = []
 
-__all__ = ["may_call_operators", "operator"]
+__all__ = ["may_call_operators", "operator", "runs_as_written"]

@@ -102,8 +102,7 @@ class _BlockedRotation(torch.autograd.Function):
     def backward(ctx, grad_output):
         cos, sin = ctx.saved_tensors
         if torch.is_grad_enabled():  # for a second derivative, from the formula itself
-            turned = grad_output * sin
-            grad = grad_output * cos - rotate_half(turned)
+            grad = grad_output * cos - rotate_half(grad_output * sin)
             return grad.to(ctx.dtype), None, None, None
         return _rotate_in_blocks(grad_output, cos, sin, ctx.dtype, backwards=True), None, None, None
 

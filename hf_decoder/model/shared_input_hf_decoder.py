@@ -7,7 +7,7 @@ cast is made once, and the gradients are added up, in fp32 too, block by block.
 import torch
 from torch import nn
 
-from .blocks_hf_decoder import blocks, is_for_blocks
+from .blocks_hf_decoder import as_rows, blocks, is_for_blocks
 
 
 def shared_input(x: torch.Tensor, *modules: nn.Module) -> tuple[torch.Tensor, ...]:
@@ -37,7 +37,7 @@ class _SharedCast(torch.autograd.Function):
             return None, None, None
         if torch.is_grad_enabled():  # for a second derivative
             return sum(grad.float() for grad in found), None, None
-        rows = [grad.reshape(-1, grad.shape[-1]) for grad in found]
+        rows = [as_rows(grad) for grad in found]
         total = torch.empty_like(rows[0], dtype=torch.float32)
         for block in blocks(*total.shape):
             part = total[block].copy_(rows[0][block])

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.functional import silu
 from transformers.activations import ACT2FN
 
-from .blocks_hf_decoder import blocks, is_for_blocks
+from .blocks_hf_decoder import as_rows, blocks, gradients_of_formula, is_for_blocks
 
 SILU = type(ACT2FN["silu"])
 
@@ -33,7 +33,7 @@ class _BlockedGatedSiLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up):
         ctx.save_for_backward(gate, up)
-        gates, ups = _rows(gate), _rows(up)
+        gates, ups = as_rows(gate), as_rows(up)
         output = torch.empty_like(ups)
         for block in blocks(*ups.shape):
             torch.mul(silu(gates[block]), ups[block], out=output[block])
@@ -43,11 +43,9 @@ class _BlockedGatedSiLU(torch.autograd.Function):
     def backward(ctx, grad_output):
         gate, up = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        if torch.is_grad_enabled():  # for a second derivative, from the formula itself
-            inputs = [tensor for tensor, needed in zip((gate, up), needs, strict=True) if needed]
-            found = iter(torch.autograd.grad(silu(gate) * up, inputs, grad_output, create_graph=True))
-            return tuple(next(found) if needed else None for needed in needs)
-        grads, gates, ups = _rows(grad_output), _rows(gate), _rows(up)
+        if torch.is_grad_enabled():
+            return tuple(gradients_of_formula(lambda gate, up: silu(gate) * up, (gate, up), needs, grad_output))
+        grads, gates, ups = as_rows(grad_output), as_rows(gate), as_rows(up)
         grad_gate = torch.empty_like(gates) if needs[0] else None
         grad_up = torch.empty_like(ups) if needs[1] else None
         for block in blocks(*ups.shape):
@@ -60,10 +58,6 @@ class _BlockedGatedSiLU(torch.autograd.Function):
             None if grad_gate is None else grad_gate.view(gate.shape),
             None if grad_up is None else grad_up.view(up.shape),
         )
-
-
-def _rows(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.reshape(-1, tensor.shape[-1])
 
 
 __all__ = ["gated"]
