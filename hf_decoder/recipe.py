@@ -19,6 +19,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers import Trainer, TrainingArguments
 
+from hf_decoder.model.attention_hf_decoder import FAST_HALF_PRECISION
+
 # Coefficients of the quintic iteration (Jordan et al. 2024): steep at zero, so that few iterations are enough.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
@@ -60,14 +62,20 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [group for group in groups if group["params"]]
 
 
+def newton_schulz_dtype(device: torch.device) -> torch.dtype:
+    """bf16, which the iteration bears; fp32 on a CPU without products of bf16, where it would be most of a step."""
+    slow = device.type == "cpu" and not FAST_HALF_PRECISION.get(NEWTON_SCHULZ_DTYPE, True)
+    return torch.float32 if slow else NEWTON_SCHULZ_DTYPE
+
+
 @torch.no_grad()
 def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
-    """(N, rows, columns) -> the same, with the singular values of each matrix near 1, in `NEWTON_SCHULZ_DTYPE`.
+    """(N, rows, columns) -> the same, with the singular values of each matrix near 1, in `newton_schulz_dtype`.
 
     All matrices of one shape go through the Newton-Schulz iteration together.
     """
     tall = matrices.shape[-2] > matrices.shape[-1]
-    x = matrices.to(NEWTON_SCHULZ_DTYPE)
+    x = matrices.to(newton_schulz_dtype(matrices.device))
     if tall:
         x = x.mT
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
@@ -100,7 +108,8 @@ def orthogonalise_any(matrices: list[torch.Tensor]) -> list[torch.Tensor]:
     if _devices_that_share(first) == 1:
         results = orthogonalise(torch.stack([matrix.full_tensor() for matrix in matrices]))  # type: ignore[attr-defined]
         return [_cut_as(matrix, result) for matrix, result in zip(matrices, results, strict=True)]
-    stack = torch.stack(matrices).to(NEWTON_SCHULZ_DTYPE)
+    stack = torch.stack(matrices)
+    stack = stack.to(newton_schulz_dtype(stack.device))
     inside, across = stack.placements, [Shard(0)] * mesh.ndim  # type: ignore[attr-defined]
     whole = stack.redistribute(mesh, across)  # type: ignore[attr-defined]
     results = DTensor.from_local(

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM
+from hf_decoder.model.attention_hf_decoder import FAST_HALF_PRECISION
 from hf_decoder.recipe import (
     MuonAdamW,
     grouped_optimizer,
@@ -51,6 +52,13 @@ def test_a_frozen_embedding_is_in_no_group():
     assert [id(p) for p in group["params"]] == [id(linear.weight)]
 
 
+@pytest.mark.parametrize("is_fast, dtype", [(True, torch.bfloat16), (False, torch.float32)])
+def test_the_iteration_is_in_bf16_where_this_cpu_multiplies_it(is_fast, dtype, monkeypatch):
+    monkeypatch.setitem(FAST_HALF_PRECISION, torch.bfloat16, is_fast)
+    assert orthogonalise(torch.randn(2, 8, 4)).dtype == dtype
+    assert orthogonalise(torch.empty(2, 8, 4, device="meta")).dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("shape", [(3, 16, 16), (2, 8, 24), (2, 24, 8)])
 def test_orthogonalised_matrices_have_singular_values_near_one(shape):
     torch.manual_seed(0)
@@ -64,7 +72,8 @@ def test_orthogonalised_matrices_have_singular_values_near_one(shape):
     assert (turned - torch.diag_embed(torch.diagonal(turned, dim1=-2, dim2=-1))).abs().max() < 0.1
 
 
-def test_steps_equal_those_of_torch_muon_and_torch_adamw():
+def test_steps_equal_those_of_torch_muon_and_torch_adamw(monkeypatch):
+    monkeypatch.setitem(FAST_HALF_PRECISION, torch.bfloat16, True)  # torch's own is in bf16 everywhere
     ours, theirs = tiny_model(tie_word_embeddings=False), tiny_model(tie_word_embeddings=False)
     settings = {"lr": 0.01, "weight_decay": 0.1}
     optimizer = MuonAdamW(parameter_groups(ours, 0.1), betas=(0.9, 0.95), **settings)
