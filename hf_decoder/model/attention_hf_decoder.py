@@ -50,6 +50,11 @@ class CausalTiles(NamedTuple):
     window: int | None
 
 
+def may_be_faster_in_tiles(hidden_states: torch.Tensor) -> bool:
+    """Whether tiles are for rows (B, S, D) of this length on this device."""
+    return hidden_states.device.type == "cpu" and hidden_states.shape[1] >= MIN_TILED_TOKENS
+
+
 def stock_kernel_is_faster(hidden_states: torch.Tensor) -> bool:
     """Whether rows (B, S, D) of one document each are attended to at least as fast by torch's own kernel, on a CPU."""
     if not torch.is_grad_enabled() and hidden_states.shape[:2].numel() < MIN_TILED_TOKENS_IN_INFERENCE:
@@ -64,6 +69,32 @@ def document_starts(position_ids: torch.Tensor) -> torch.Tensor:
     starts = torch.ones_like(position_ids, dtype=torch.bool)
     starts[:, 1:] = position_ids.diff(dim=-1) != 1
     return torch.where(starts, columns, 0).cummax(dim=-1).values
+
+
+def tile_masks(
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    document_positions: torch.Tensor | None,
+    windows: dict[str, int | None],
+) -> dict[str, TilePlan] | None:
+    """What stands in for the mask of each type of layer; `None` where the stock kernel is as fast or rows are padded.
+
+    Args:
+        inputs_embeds: (B, S, D), before which nothing is cached.
+        attention_mask: (B, S), 1 for tokens, 0 for padding.
+        document_positions: (B or 1, S); positions that do not go up by one mark the start of a document.
+        windows: the window of each type of layer.
+    """
+    if not may_be_faster_in_tiles(inputs_embeds):
+        return None
+    if document_positions is None and stock_kernel_is_faster(inputs_embeds):
+        return None  # of several documents that kernel would need a mask
+    if attention_mask is not None and not bool(attention_mask.all()):
+        return None
+    if document_positions is None:
+        document_positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0)
+    dtype = inputs_embeds.dtype
+    return {kind: plan_tiles(document_positions, dtype, window) for kind, window in windows.items()}
 
 
 def plan_tiles(position_ids: torch.Tensor, dtype: torch.dtype, sliding_window: int | None = None) -> TilePlan:
@@ -241,7 +272,10 @@ __all__ = [
     "MIN_TILED_TOKENS",
     "CausalTiles",
     "TilePlan",
+    "document_starts",
+    "may_be_faster_in_tiles",
     "plan_tiles",
     "stock_kernel_is_faster",
+    "tile_masks",
     "tiled_attention_forward",
 ]

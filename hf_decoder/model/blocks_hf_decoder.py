@@ -1,34 +1,69 @@
-"""Long tensors in blocks of rows that stay in a CPU's caches.
+"""Long tensors in blocks of rows that stay in a CPU's caches, or by the kernels of triton_hf_decoder.py on a GPU.
 
 What stands between the matrix products of a training step (norms, rotations, gates, casts) is a dozen passes through
-the memory, and fresh pages for each, when it is written tensor by tensor. Done block by block, each tensor is read and
-written once. The modules that do so ask here whether it pays and is allowed.
+the memory, and on a CPU fresh pages for each, when it is written tensor by tensor. Done block by block, each tensor is
+read and written once. The modules that do so ask here whether it pays and is allowed.
 """
 
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
 from .operators_hf_decoder import runs_as_written
 
+logger = logging.get_logger(__name__)
+
 BLOCK_ELEMENTS = 2**18
 MIN_BLOCKED_ELEMENTS = 2**19  # fewer stay in the caches anyhow
+MIN_KERNEL_ELEMENTS = 2**14  # with fewer, a GPU waits for its launches whatever they do
+PLAIN = (torch.Tensor, nn.Parameter)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def is_for_blocks(x: torch.Tensor, *others: torch.Tensor) -> bool:
-    """Whether x is long enough, all are plain floating-point tensors on a CPU, and nothing looks inside a function."""
-    return (
-        runs_as_written() and x.numel() >= MIN_BLOCKED_ELEMENTS and all(_is_plain(tensor) for tensor in (x, *others))
-    )
+    """Whether x is long enough, all are plain floating-point tensors, and nothing looks inside a function.
+
+    They lie on a CPU, or all on one GPU that kernels run on.
+    """
+    # asked a dozen times a layer while a GPU waits: plainly written, it takes half the time
+    on_cpu = x.is_cpu
+    if not runs_as_written() or x.numel() < (MIN_BLOCKED_ELEMENTS if on_cpu else MIN_KERNEL_ELEMENTS):
+        return False
+    device = x.device
+    for tensor in (x, *others):
+        if not _is_plain(tensor, device):
+            return False
+    return on_cpu or _kernels_run_on(device)
 
 
-def _is_plain(tensor: torch.Tensor) -> bool:
-    return (
-        type(tensor) in (nn.Parameter, torch.Tensor)
-        and tensor.device.type == "cpu"
-        and tensor.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    )
+def _is_plain(tensor: torch.Tensor, device: torch.device) -> bool:
+    return type(tensor) in PLAIN and tensor.device == device and tensor.dtype in DTYPES
+
+
+def has_kernels(x: torch.Tensor) -> bool:
+    """Whether the kernels take this tensor."""
+    return type(x) in PLAIN and x.dtype in DTYPES and _kernels_run_on(x.device)
+
+
+@cache
+def _kernels_run_on(device: torch.device) -> bool:
+    """Whether this is a GPU of NVIDIA's that has bf16, and Triton, which needs a C compiler, works."""
+    if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    try:
+        from .triton_hf_decoder import sum_in_fp32
+
+        one = torch.ones(1, device=device)
+        sum_in_fp32(one, one)
+    except ImportError:
+        return False
+    except Exception as error:
+        logger.warning(f"Triton does not work here, so that training is slower: {error}")
+        return False
+    return True
 
 
 def blocks(count: int, width: int) -> list[slice]:
@@ -51,4 +86,4 @@ def gradients_of_formula(
     return [next(found) if is_needed else None for is_needed in needs]
 
 
-__all__ = ["as_rows", "blocks", "gradients_of_formula", "is_for_blocks"]
+__all__ = ["as_rows", "blocks", "gradients_of_formula", "has_kernels", "is_for_blocks"]

@@ -4,7 +4,7 @@
 the calls of a hundred modules, without masks where nothing is hidden, with the query heads of a group side by side, so
 that their keys are read once, and with matrix-vector kernels that read the weights at the rate of the memory. With a
 static cache on a CPU the same function is compiled into one graph, or, for several rows, has its weights packed.
-`generate()` asks once whether nothing hangs on the modules that a direct way would pass by; every step that this way
+`DecodingStep.of` asks whether nothing hangs on the modules that a direct way would pass by; every step that this way
 does not cover goes through the modules.
 
 Shapes: B rows, D hidden_size, H query heads, G key/value heads, E head_dim, K cached tokens and the new one, V
@@ -14,7 +14,6 @@ vocab_size.
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from functools import partial
 from types import FunctionType, MethodType
 from typing import Any, NamedTuple
@@ -22,7 +21,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import rms_norm, scaled_dot_product_attention
 from transformers.cache_utils import (
     DynamicCache,
     DynamicLayer,
@@ -32,7 +31,8 @@ from transformers.cache_utils import (
 )
 from transformers.utils import logging
 
-from .cache_name_hf_decoder import CACHE_NAME
+from .blocks_hf_decoder import has_kernels
+from .captured_step_hf_decoder import CapturedStep, is_capturable
 from .loss_hf_decoder import softcap
 from .products_hf_decoder import (
     AnyWeights,
@@ -47,23 +47,22 @@ from .rotary_hf_decoder import apply_rotary_pos_emb
 
 logger = logging.get_logger(__name__)
 
+Norm = Callable[[torch.Tensor], torch.Tensor]
 Store = Callable[[torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
 
 GROWING_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
-PACKED_BYTES = 2**30  # more is not copied unasked
-STEPS_BEFORE_PACKING = 8
 HALF_PRECISION = (torch.bfloat16, torch.float16)
 
 
 class LayerParts(NamedTuple):
     """What one layer computes with."""
 
-    input_norm: Callable[[torch.Tensor], torch.Tensor]
+    input_norm: Norm
     heads: tuple[AnyWeights, ...]  # of queries, keys and values, each by itself or all joined
-    query_norm: Callable[[torch.Tensor], torch.Tensor] | None
-    key_norm: Callable[[torch.Tensor], torch.Tensor] | None
+    query_norm: Norm | None
+    key_norm: Norm | None
     output: AnyWeights
-    mlp_norm: Callable[[torch.Tensor], torch.Tensor]
+    mlp_norm: Norm
     gate: AnyWeights
     up: AnyWeights
     down: AnyWeights
@@ -87,6 +86,8 @@ class DecodingStep:
         self.heads_per_group = config.num_attention_heads // config.num_key_value_heads
         self.scaling = self.head_dim**-0.5
         self._compiled: dict[bool, Callable] = {}  # for packed weights, and for others; shared by copies
+        self._captured: CapturedStep | None = None
+        self._may_capture = True
 
     @staticmethod
     def of(model: Any) -> "DecodingStep | None":
@@ -118,6 +119,19 @@ class DecodingStep:
         step = copy.copy(self)
         step.layers, step.head = tuple(pack_layer(layer) for layer in self.layers), packed_weights(self.head)
         return step
+
+    def captured(self) -> CapturedStep | None:
+        """The step as one graph on CUDA, where its kernels cover it; the same one as long as its weights stay."""
+        if self._captured is not None and not self._captured.is_current():
+            self._captured, self._may_capture = None, True
+        if self._captured is None and self._may_capture:
+            self._may_capture = False
+            if has_kernels(self.embedding) and is_capturable(self):
+                try:
+                    self._captured = CapturedStep(self)
+                except Exception as error:  # said once, then as transformers does it
+                    logger.warning(f"The decoding step could not be captured and runs without that: {error}")
+        return self._captured
 
     def nbytes(self) -> int:
         """Of the weights that products read."""
@@ -183,7 +197,7 @@ class DecodingStep:
                 bias = bias[:, None, None]
         if position_ids is None:
             position_ids = torch.full((1, 1), past, device=input_ids.device)
-        with reading_weights_once(input_ids, self.embedding.dtype):
+        with reading_weights_once(input_ids, self.embedding.dtype), attending_without_plans(input_ids):
             try:
                 hidden = nn.functional.embedding(input_ids, self.embedding)
             except IndexError:  # the model says it in words
@@ -228,11 +242,12 @@ class DecodingStep:
         rows, compiling = hidden.shape[0], torch.compiler.is_compiling()
         product = multiply_written_out if compiling and rows == 1 else multiply
         attend = _attention_written_out if compiling else _attention
+        normed = _normed if hidden.device.type == "cpu" else _normed_in_few_calls
         for index, layer in enumerate(self.layers):
-            x = layer.input_norm(hidden)
+            x = normed(layer.input_norm, hidden)
             query, key, value = self._heads([product(x, weights) for weights in layer.heads])
             if layer.query_norm is not None and layer.key_norm is not None:
-                query, key = layer.query_norm(query), layer.key_norm(key)
+                query, key = normed(layer.query_norm, query), normed(layer.key_norm, key)
             if layer.use_rope:
                 query, key = apply_rotary_pos_emb(query, key, cos, sin)
             key, value = store(key, value, index)
@@ -241,10 +256,10 @@ class DecodingStep:
             seen = bias if bias is None else bias[..., -key.shape[2] :]
             attended = attend(query, key, value, seen, self.scaling)
             hidden = hidden + product(attended.reshape(rows, 1, -1), layer.output)
-            x = layer.mlp_norm(hidden)
+            x = normed(layer.mlp_norm, hidden)
             x = layer.activation(product(x, layer.gate)) * product(x, layer.up)
             hidden = hidden + product(x, layer.down)
-        return softcap(product(self.norm(hidden), self.head), self.cap)
+        return softcap(product(normed(self.norm, hidden), self.head), self.cap)
 
     def _heads(self, products: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Query (B, G, H / G, E), key and value (B, G, 1, E) of the products of a layer's weights for heads."""
@@ -308,6 +323,16 @@ def _mark_varying_sizes(
             torch._dynamo.mark_dynamic(tensor, dimension)
 
 
+def _normed(norm: Norm, x: torch.Tensor) -> torch.Tensor:
+    return norm(x)
+
+
+def _normed_in_few_calls(norm: Any, x: torch.Tensor) -> torch.Tensor:
+    """The same with half the kernels, where it is their launches that cost; rounded as the module rounds it."""
+    module = norm.__self__
+    return module.weight * rms_norm(x.float(), (x.shape[-1],), eps=module.variance_epsilon).to(x.dtype)
+
+
 def _attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None, scaling: float
 ) -> torch.Tensor:
@@ -348,15 +373,17 @@ def reading_weights_once(input_ids: torch.Tensor, dtype: torch.dtype) -> Iterato
         torch._C._set_mkldnn_enabled(True)
 
 
-def _is_fast_packed(input_ids: torch.Tensor | None, dtype: torch.dtype) -> bool:
-    return (
-        input_ids is not None
-        and input_ids.shape[0] > 1
-        and input_ids.shape[1] == 1
-        and dtype == torch.bfloat16
-        and torch._C._get_mkldnn_enabled()
-        and torch.backends.cpu.get_cpu_capability() == "AVX512"
-    )
+@contextmanager
+def attending_without_plans(input_ids: torch.Tensor) -> Iterator[None]:
+    """On CUDA, has attention without cuDNN, which plans it anew for every number of keys."""
+    if input_ids.device.type != "cuda" or not torch.backends.cuda.cudnn_sdp_enabled():
+        yield
+        return
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)
 
 
 def _parts(layer: Any) -> LayerParts:
@@ -379,7 +406,7 @@ def _parts(layer: Any) -> LayerParts:
 
 def _flatten(value) -> Iterator:
     if isinstance(value, dict):
-        value = [value[name] for name in sorted(value) if name != "_compiled"]
+        value = [value[name] for name in sorted(value) if not name.startswith("_")]
     if isinstance(value, tuple | list):
         for item in value:
             yield from _flatten(item)
@@ -418,83 +445,6 @@ def _is_hooked(module: nn.Module) -> bool:
 
 
 _steps: "WeakKeyDictionary[nn.Module, DecodingStep]" = WeakKeyDictionary()
-_active: ContextVar["Decoding | None"] = ContextVar("hf_decoder_decoding", default=None)
 
 
-class Decoding:
-    """One call of `generate()`: while it lasts, the model's direct step, if there is one, takes the single tokens."""
-
-    def __init__(self, model: Any):
-        self.model = model
-        self.step = DecodingStep.of(model)
-        self.compiles = False  # set where the generation config asks for a static cache, on a CPU
-        self._steps = 0  # of several rows
-        self._packed: DecodingStep | None = None  # for this call alone: weights may change before the next one
-
-    @classmethod
-    def of(cls, model: Any) -> "Decoding | None":
-        """The running call of this model in this thread, None where its modules must be called."""
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return None
-        running = _active.get()
-        return running if running is not None and running.model is model and running.step is not None else None
-
-    def logits(
-        self,
-        input_ids: torch.Tensor | None,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-        cache: Any,
-    ) -> torch.Tensor | None:
-        """As the step gives them, in the quickest way that this call of `generate()` allows."""
-        step = self.step
-        if step is None:
-            return None
-        if _is_fast_packed(input_ids, step.embedding.dtype) and self._may_pack(step, cache):
-            self._packed = self._packed or step.packed()
-            step = self._packed
-        return step(input_ids, attention_mask, position_ids, cache, self.compiles)
-
-    def _may_pack(self, step: DecodingStep, cache: Any) -> bool:
-        """With the switch for speed, at once; else where the copy is small, after as many steps as it costs."""
-        if self.compiles and type(cache) is StaticCache:
-            return True
-        self._steps += 1
-        return self._steps > STEPS_BEFORE_PACKING and step.nbytes() <= PACKED_BYTES
-
-    def prepare_inputs(
-        self,
-        input_ids: torch.Tensor,
-        next_sequence_length: int | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        is_first_iteration: bool = False,
-        **kwargs,
-    ) -> dict | None:
-        """The model's inputs for one token a row, without masks; None where transformers is to prepare them."""
-        step, cache = self.step, kwargs.pop(CACHE_NAME, None)
-        if (
-            step is None
-            or next_sequence_length != 1
-            or is_first_iteration
-            or kwargs.keys() - {"use_cache", "logits_to_keep"}
-        ):
-            return None
-        input_ids = input_ids[:, -1:]
-        if input_ids.device != step.embedding.device or not step.covers(input_ids, cache):
-            return None
-        if position_ids is not None:
-            position_ids = position_ids[:, -1:]
-        inputs = {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": attention_mask, **kwargs}
-        return {**inputs, CACHE_NAME: cache}
-
-    def __enter__(self) -> "Decoding":
-        self._token = _active.set(self)
-        return self
-
-    def __exit__(self, *exception) -> None:
-        _active.reset(self._token)
-
-
-__all__ = ["Decoding", "reading_weights_once"]
+__all__ = ["DecodingStep", "reading_weights_once"]

@@ -2,21 +2,28 @@
 
 The second form works through the rows in chunks and forms the gradients in the same pass, because they need the same
 logits: memory is one chunk of logits instead of several copies of all of them. The idea is that of Wijmans et al. 2024
-("Cut Your Losses") and of Liger Kernel; this one is plain PyTorch and runs on any device.
+("Cut Your Losses") and of Liger Kernel; this one is plain PyTorch and runs on any device. On CUDA a kernel does what
+stands between the products.
 Shapes: N rows (tokens), D hidden_size, V vocab_size.
 """
 
 from collections.abc import Sequence
-from typing import cast
+from functools import cache
+from typing import Any, cast
 
 import torch
 from torch import nn
 
-from .operators_hf_decoder import may_call_operators, operator
+from .blocks_hf_decoder import has_kernels
+from .operators_hf_decoder import may_call_operators, operator, runs_as_written
 
 # Elements of one chunk of logits, at least; large enough for full matmul speed.
 CHUNK_ELEMENTS = 2**21
 MIN_CHUNK_ROWS = 512
+TILE_ROWS = 128
+# Of one chunk where a kernel takes the logits as they are: 256 MiB in half precision. Each chunk more adds a read and
+# a write of the weight's gradient, and few rows leave a part of a large GPU idle.
+KERNEL_CHUNK_ELEMENTS = 2**27
 # What a CPU works through at a time between the matmuls, small enough for its caches: logits in fp32, and rows of the
 # weight's gradient. Elsewhere a chunk is done whole, because there it is the launches of kernels that cost.
 BLOCK_ELEMENTS = 2**20
@@ -152,7 +159,8 @@ def _loss_of_rows(
     valid = targets != ignore_index
     if not torch.compiler.is_compiling():  # positions without a label never reach the head
         counted = valid.nonzero().squeeze(-1)
-        rows, targets = rows[counted], targets[counted]
+        # not by brackets, whose gradient is for rows that may be picked twice, which a GPU has to sort
+        rows, targets = rows.index_select(0, counted), targets.index_select(0, counted)
     total = linear_cross_entropy(rows, weight, targets, bias, ignore_index, z_loss_coef, cap)
     return _normalise(total, valid.sum(), num_items_in_batch)
 
@@ -231,16 +239,21 @@ def _loss_and_gradients(
     grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and needs_bias else None
     total = torch.zeros((), dtype=torch.float32, device=rows.device)
     vocab_size = weight.shape[0]
-    chunk_rows = min(max(MIN_CHUNK_ROWS, CHUNK_ELEMENTS // vocab_size), max(rows.shape[0], 1))
+    has_kernel = runs_as_written() and has_kernels(rows)
+    chunk_rows = _chunk_rows(rows.shape[0], vocab_size, has_kernel)
     block_rows, weight_rows, on_cpu = chunk_rows, vocab_size, rows.device.type == "cpu"
     if on_cpu:
         block_rows, weight_rows = min(chunk_rows, max(1, BLOCK_ELEMENTS // vocab_size)), min(vocab_size, WEIGHT_ROWS)
     # the same memory serves every chunk: fresh pages would cost as much as the arithmetic
     all_logits = rows.new_empty(chunk_rows, vocab_size)
-    buffers = rows.new_empty(1 if settings[2] is None else 2, block_rows, vocab_size, dtype=torch.float32)
-    all_products = weight.new_empty(weight_rows if needs_weight else 0, weight.shape[1])
+    buffer_shape = (0 if has_kernel else 1 if settings[2] is None else 2, block_rows, vocab_size)
+    buffers = rows.new_empty(buffer_shape, dtype=torch.float32)
+    adds_products = has_kernel and needs_weight and _adds_products_in_fp32(rows.device, rows.dtype)
+    all_products = weight.new_empty(weight_rows if needs_weight and not adds_products else 0, weight.shape[1])
     # a CPU adds tensors of two types several times slower than of one
     upcast = torch.empty_like(all_products, dtype=torch.float32) if on_cpu else None
+    if has_kernel:
+        _assert_targets(targets, vocab_size, settings[0])
 
     for start in range(0, rows.shape[0], chunk_rows):
         chunk = rows[start : start + chunk_rows]
@@ -250,12 +263,19 @@ def _loss_and_gradients(
             torch.mm(chunk, weight.t(), out=logits)
         else:
             torch.addmm(bias, chunk, weight.t(), out=logits)
-        for first in range(0, chunk.shape[0], block_rows):
-            block = slice(first, first + block_rows)
-            total += _loss_of_block(logits[block], target[block], buffers, settings, any(needs))
+        if has_kernel:
+            from .triton_hf_decoder import cross_entropy
+
+            total += cross_entropy(logits, target, *settings, needs_gradient=any(needs)).sum()
+        else:
+            for first in range(0, chunk.shape[0], block_rows):
+                block = slice(first, first + block_rows)
+                total += _loss_of_block(logits[block], target[block], buffers, settings, any(needs))
         if grad_rows is not None:
             torch.mm(logits, weight, out=grad_rows[start : start + chunk_rows])
-        if grad_weight is not None:
+        if grad_weight is not None and adds_products:
+            _add_product(grad_weight, logits.t(), chunk, is_first=not start)
+        elif grad_weight is not None:
             for first in range(0, vocab_size, weight_rows):
                 part = grad_weight[first : first + weight_rows]
                 product = all_products[: len(part)]
@@ -267,6 +287,38 @@ def _loss_and_gradients(
         if grad_bias is not None:
             grad_bias += logits.sum(0, dtype=torch.float32)
     return total, grad_rows, grad_weight, grad_bias
+
+
+def _chunk_rows(rows: int, vocab_size: int, has_kernel: bool) -> int:
+    """Rows of all chunks but the last."""
+    limit = max(MIN_CHUNK_ROWS, (KERNEL_CHUNK_ELEMENTS if has_kernel else CHUNK_ELEMENTS) // vocab_size)
+    if has_kernel and rows > limit:  # of about one size, in whole tiles of a product
+        count = -(-rows // limit)
+        limit = min(limit, -(-rows // (count * TILE_ROWS)) * TILE_ROWS)
+    return min(limit, max(rows, 1))
+
+
+def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, is_first: bool) -> None:
+    """total (M, N), fp32, += a (M, K) @ b (K, N); the first product takes its place, whatever it holds."""
+    kinds: dict[str, Any] = {} if a.dtype == torch.float32 else {"out_dtype": torch.float32}
+    torch.addmm(total, a, b, **kinds, beta=0 if is_first else 1, out=total)
+
+
+@cache
+def _adds_products_in_fp32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether products of this dtype can be added up in fp32 at once, which torch has for CUDA alone."""
+    factor = torch.ones(8, 8, device=device, dtype=dtype)
+    try:
+        _add_product(torch.empty(8, 8, device=device), factor, factor, is_first=True)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _assert_targets(targets: torch.Tensor, vocab_size: int, ignore_index: int) -> None:
+    """What indexing would assert on the device, without waiting for it."""
+    fits = (targets == ignore_index) | ((targets >= 0) & (targets < vocab_size))
+    torch._assert_async(fits.all(), "a label is outside the vocabulary")
 
 
 def _loss_of_block(

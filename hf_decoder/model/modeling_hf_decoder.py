@@ -32,25 +32,26 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention_hf_decoder import (
-    MIN_TILED_TOKENS,
     CausalTiles,
     TilePlan,
-    plan_tiles,
+    may_be_faster_in_tiles,
     stock_kernel_is_faster,
+    tile_masks,
     tiled_attention_forward,
 )
 from .bitsandbytes_hf_decoder import settle_layers, settle_tied_head, unpack_layers
 from .cache_name_hf_decoder import CACHE_NAME, takes_either_cache_name
 from .configuration_hf_decoder import HfDecoderConfig
-from .decoding_hf_decoder import Decoding
+from .generation_hf_decoder import Decoding
 from .loss_hf_decoder import causal_lm_loss, linear_causal_lm_loss, softcap
 from .norm_hf_decoder import HfDecoderRMSNorm
 from .operators_hf_decoder import may_call_operators, runs_as_written
 from .registry_hf_decoder import AUTO_MAP, register_names
 from .rotary_hf_decoder import HfDecoderRotaryEmbedding, apply_rotary_pos_emb
-from .shared_input_hf_decoder import shared_input
+from .shared_input_hf_decoder import normed_for, shared_input
 from .sizes_hf_decoder import check_loaded_sizes
 from .swiglu_hf_decoder import gated
+from .varlen_hf_decoder import Documents, varlen_attention_forward, varlen_masks
 
 register_names()
 
@@ -65,8 +66,11 @@ class HfDecoderMLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
         self.act_fn = ACT2FN[config.hidden_act]
 
+    def input_maps(self) -> tuple[nn.Module, ...]:
+        return self.gate_proj, self.up_proj
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for_gate, for_up = shared_input(x, self.gate_proj, self.up_proj)
+        for_gate, for_up = shared_input(x, *self.input_maps())
         return self.down_proj(gated(self.gate_proj(for_gate), self.up_proj(for_up), self.act_fn))
 
 
@@ -124,6 +128,9 @@ class HfDecoderAttention(nn.Module):
             self.q_norm = HfDecoderRMSNorm(self.head_dim, eps=config.rms_norm_eps)
             self.k_norm = HfDecoderRMSNorm(self.head_dim, eps=config.rms_norm_eps)
 
+    def input_maps(self) -> tuple[nn.Module, ...]:
+        return self.q_proj, self.k_proj, self.v_proj
+
     def forward(
         self,
         hidden_states: torch.Tensor,  # (B, S, D)
@@ -134,7 +141,7 @@ class HfDecoderAttention(nn.Module):
         past_key_values: Cache | None = kwargs.pop(CACHE_NAME, None)
         input_shape = hidden_states.shape[:-1]
         head_shape = (*input_shape, -1, self.head_dim)
-        for_query, for_key, for_value = shared_input(hidden_states, self.q_proj, self.k_proj, self.v_proj)
+        for_query, for_key, for_value = shared_input(hidden_states, *self.input_maps())
         query = self.q_proj(for_query).view(head_shape)  # (B, S, H, E)
         key = self.k_proj(for_key).view(head_shape)  # (B, S, G, E)
         value = self.v_proj(for_value).view(head_shape).transpose(1, 2)
@@ -151,6 +158,8 @@ class HfDecoderAttention(nn.Module):
         )
         if isinstance(attention_mask, TilePlan | CausalTiles):
             attention_interface = tiled_attention_forward
+        elif isinstance(attention_mask, Documents):
+            attention_interface = varlen_attention_forward
         attn_output, attn_weights = attention_interface(
             self,
             query,
@@ -186,7 +195,7 @@ class HfDecoderLayer(GradientCheckpointingLayer):
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         attn_output, _ = self.self_attn(
-            hidden_states=self.input_layernorm(hidden_states),
+            hidden_states=normed_for(self.self_attn, self.input_layernorm, hidden_states),
             position_embeddings=position_embeddings,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -194,7 +203,7 @@ class HfDecoderLayer(GradientCheckpointingLayer):
             **kwargs,
         )
         hidden_states = hidden_states + attn_output
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states + self.mlp(normed_for(self.mlp, self.post_attention_layernorm, hidden_states))
 
 
 class HfDecoderPreTrainedModel(PreTrainedModel):
@@ -334,10 +343,10 @@ class HfDecoderModel(HfDecoderPreTrainedModel):
         attention_mask: torch.Tensor | None,
         document_positions: torch.Tensor | None,
         past_key_values: Cache | None,
-    ) -> dict[str, torch.Tensor | TilePlan | CausalTiles | None]:
-        """One mask for each type of layer that there is, or the plan of a tiled attention in its place."""
-        kinds = dict.fromkeys(self.config.layer_types)
-        windows = {"full_attention": None, "sliding_attention": self.config.sliding_window}
+    ) -> dict[str, torch.Tensor | TilePlan | CausalTiles | Documents | None]:
+        """One mask for each type of layer that there is, or what stands in its place for an attention of our own."""
+        of_kind = {"full_attention": None, "sliding_attention": self.config.sliding_window}
+        windows = {kind: of_kind[kind] for kind in self.config.layer_types}
         if torch.compiler.is_compiling():
             # documents and padding would have to be looked for in the data, which a graph cannot do
             whole = document_positions is None and attention_mask is None and past_key_values is None
@@ -345,15 +354,16 @@ class HfDecoderModel(HfDecoderPreTrainedModel):
                 whole
                 and self.training
                 and may_call_operators()
-                and self._may_be_faster_in_tiles(inputs_embeds)
+                and self._may_replace_stock_kernel()
+                and may_be_faster_in_tiles(inputs_embeds)
                 and not stock_kernel_is_faster(inputs_embeds)
             ):
-                return {kind: CausalTiles(windows[kind]) for kind in kinds}
-        elif self._can_tile(inputs_embeds, attention_mask, document_positions, past_key_values):
-            position_ids = document_positions
-            if position_ids is None:
-                position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0)
-            return {kind: plan_tiles(position_ids, inputs_embeds.dtype, windows[kind]) for kind in kinds}
+                return {kind: CausalTiles(window) for kind, window in windows.items()}
+        elif self._may_replace_stock_kernel() and runs_as_written() and _starts_rows(attention_mask, past_key_values):
+            inputs = inputs_embeds, attention_mask, document_positions, windows
+            masks = varlen_masks(*inputs, self.config.head_dim, self.training) or tile_masks(*inputs)
+            if masks is not None:
+                return masks
         mask_kwargs = {
             "config": self.config,
             "inputs_embeds": inputs_embeds,
@@ -363,36 +373,21 @@ class HfDecoderModel(HfDecoderPreTrainedModel):
             "position_ids": document_positions,
         }
         create = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
-        return {kind: create[kind](**mask_kwargs) for kind in kinds}
+        return {kind: create[kind](**mask_kwargs) for kind in windows}
 
-    def _can_tile(
-        self,
-        inputs_embeds: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        document_positions: torch.Tensor | None,
-        past_key_values: Cache | None,
-    ) -> bool:
-        """Whether these are whole sequences without padding, on a device where tiles beat the stock kernel."""
-        return (
-            self._may_be_faster_in_tiles(inputs_embeds)
-            # of several documents that kernel would need a mask
-            and not (document_positions is None and stock_kernel_is_faster(inputs_embeds))
-            and runs_as_written()
-            and (
-                past_key_values is None
-                or (type(past_key_values) is DynamicCache and past_key_values.get_seq_length() == 0)
-            )
-            and (attention_mask is None or (attention_mask.ndim == 2 and bool(attention_mask.all())))
-        )
-
-    def _may_be_faster_in_tiles(self, inputs_embeds: torch.Tensor) -> bool:
+    def _may_replace_stock_kernel(self) -> bool:
         return (
             self.config._attn_implementation == "sdpa"
             and getattr(self.config, "is_causal", True)
-            and inputs_embeds.device.type == "cpu"
-            and inputs_embeds.shape[1] >= MIN_TILED_TOKENS
             and not (self.training and self.config.attention_dropout)
         )
+
+
+def _starts_rows(attention_mask: torch.Tensor | None, past_key_values: Cache | None) -> bool:
+    """Whether a call is for rows from their start, and marks no more than their padding."""
+    if past_key_values is not None and (type(past_key_values) is not DynamicCache or past_key_values.get_seq_length()):
+        return False
+    return attention_mask is None or attention_mask.ndim == 2
 
 
 class HfDecoderForCausalLM(HfDecoderPreTrainedModel, GenerationMixin):
@@ -509,11 +504,19 @@ class HfDecoderForCausalLM(HfDecoderPreTrainedModel, GenerationMixin):
             inputs["past_key_values"] = inputs.pop(CACHE_NAME)
         return inputs
 
+    @wraps(GenerationMixin._sample)
+    def _sample(self, *args, **kwargs):
+        if (decoding := Decoding.of(self)) is not None:
+            return decoding.sample(super()._sample, *args, **kwargs)
+        return super()._sample(*args, **kwargs)
+
     def _valid_auto_compile_criteria(self, model_kwargs, generation_config) -> bool:
         whole_model = super()._valid_auto_compile_criteria(model_kwargs, generation_config)
         if (decoding := Decoding.of(self)) is not None:
-            if whole_model:  # transformers compiles the call of the modules, for which it prepares the masks
-                decoding.step = None
+            if whole_model:
+                if not generation_config.compile_config and decoding.captures(model_kwargs.get(CACHE_NAME)):
+                    return False
+                decoding.step = None  # transformers compiles the call of the modules, for which it prepares the masks
             else:  # as on every CPU; there our step compiles itself
                 decoding.compiles = self.device.type == "cpu" and not generation_config.disable_compile
         return whole_model

@@ -3,13 +3,13 @@
 Shapes: B batch, S tokens, H query heads, G key/value heads, E head_dim, R its rotated part.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 
-from .blocks_hf_decoder import blocks, is_for_blocks
+from .blocks_hf_decoder import blocks, has_kernels, is_for_blocks
 from .configuration_hf_decoder import HfDecoderConfig
 
 
@@ -71,55 +71,80 @@ def apply_rotary_pos_emb(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotates query (B, H, S, E) and key (B, G, S, E) by cos, sin (B or 1, S, R); the rest stays.
 
-    Long ones on a CPU in blocks. What goes into no cache comes out of these in the dtype that autocast, if it is on,
-    gives to attention: what attention rounds its inputs to then anyhow.
+    Long ones on a CPU in blocks, and on CUDA by a kernel for both. What goes into no cache comes out of these in the
+    dtype that autocast, if it is on, gives to attention: what attention rounds its inputs to then anyhow.
     """
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    if is_for_blocks(query, key, cos, sin) and has_kernels(query) and not cos.requires_grad:
+        return _BlockedRotation.apply(cos, sin, _dtype_for_attention(query, for_cache), query, key)
     return _rotate(query, cos, sin, for_cache), _rotate(key, cos, sin, for_cache)
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, for_cache: bool) -> torch.Tensor:
-    """x (B, H, S, E) by cos, sin (B or 1, 1, S, R)."""
+    """x (B, H, S, E) by cos, sin (B or 1, S, R)."""
+    if is_for_blocks(x, cos, sin) and not cos.requires_grad:
+        return _BlockedRotation.apply(cos, sin, _dtype_for_attention(x, for_cache), x)[0]
     if cos.shape[-1] < x.shape[-1]:
         turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
         return torch.cat((_rotate(turned, cos, sin, for_cache), rest), dim=-1)
-    if is_for_blocks(x, cos, sin) and not cos.requires_grad:
-        dtype = torch.result_type(x, cos)
-        if not for_cache and torch.is_autocast_enabled("cpu"):
-            dtype = torch.get_autocast_dtype("cpu")
-        return _BlockedRotation.apply(x, cos, sin, dtype)
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     return x * cos + rotate_half(x) * sin
 
 
+def _dtype_for_attention(x: torch.Tensor, for_cache: bool) -> torch.dtype | None:
+    """None means the dtype of the product with the cosines."""
+    device_type = x.device.type
+    if for_cache or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
+
+
 class _BlockedRotation(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, cos, sin, dtype):
-        ctx.save_for_backward(cos, sin)
-        ctx.dtype = x.dtype
-        return _rotate_in_blocks(x, cos, sin, dtype)
+    """Of query and key both by a kernel, or else of one tensor."""
 
     @staticmethod
-    def backward(ctx, grad_output):
+    def forward(ctx, cos, sin, dtype, *tensors):
+        ctx.save_for_backward(cos, sin)
+        ctx.dtypes = [x.dtype for x in tensors]
+        dtypes = [dtype or torch.result_type(x, cos) for x in tensors]
+        return _rotated(tensors, cos, sin, dtypes, backwards=False)
+
+    @staticmethod
+    def backward(ctx, *grads):
         cos, sin = ctx.saved_tensors
         if torch.is_grad_enabled():  # for a second derivative, from the formula itself
-            grad = grad_output * cos - rotate_half(grad_output * sin)
-            return grad.to(ctx.dtype), None, None, None
-        return _rotate_in_blocks(grad_output, cos, sin, ctx.dtype, backwards=True), None, None, None
+            return None, None, None, *(_rotated_back(*pair, cos, sin) for pair in zip(grads, ctx.dtypes, strict=True))
+        return None, None, None, *_rotated(grads, cos, sin, ctx.dtypes, backwards=True)
 
 
-def _rotate_in_blocks(
-    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, dtype: torch.dtype, backwards: bool = False
-) -> torch.Tensor:
-    """x (B, H, S, E) rotated, or rotated back, into memory laid out as (B, S, H, E), like that of a projection."""
+def _rotated_back(grad: torch.Tensor, dtype: torch.dtype, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    turned, rest = grad[..., : cos.shape[-1]], grad[..., cos.shape[-1] :]
+    return torch.cat((turned * cos - rotate_half(turned * sin), rest), dim=-1).to(dtype)
+
+
+def _rotated(
+    tensors: Sequence[torch.Tensor],
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    dtypes: Sequence[torch.dtype],
+    backwards: bool,
+) -> tuple[torch.Tensor, ...]:
+    """Tensors (B, heads, S, E) rotated, or back, into memory laid out as (B, S, heads, E), like a projection's."""
+    if len(tensors) == 2:
+        from .triton_hf_decoder import rotated
+
+        return rotated(*tensors, cos, sin, dtypes, backwards)
+    (x,), (dtype,) = tensors, dtypes
     batch, heads, length, head_dim = x.shape
-    half, inner = head_dim // 2, torch.result_type(x, cos)
+    rotary_dim, inner = cos.shape[-1], torch.result_type(x, cos)
+    half = rotary_dim // 2
     output = x.new_empty(batch, length, heads, head_dim, dtype=dtype).transpose(1, 2)
     # whole rows of the batch while they are short, else pieces of one
     for rows in blocks(batch, length * heads * head_dim):
         of_rows = rows if cos.shape[0] > 1 else slice(None)
         for columns in blocks(length, heads * head_dim):
-            block = x[rows, :, columns].to(inner)
-            cosines, sines = cos[of_rows, :, columns], sin[of_rows, :, columns]
+            block = x[rows, :, columns, :rotary_dim].to(inner)
+            cosines, sines = cos[of_rows, None, columns], sin[of_rows, None, columns]
             rotated = block * cosines
             if backwards:
                 turned = block * sines
@@ -128,8 +153,9 @@ def _rotate_in_blocks(
             else:
                 rotated[..., :half] -= block[..., half:] * sines[..., :half]
                 rotated[..., half:] += block[..., :half] * sines[..., half:]
-            output[rows, :, columns] = rotated
-    return output
+            output[rows, :, columns, :rotary_dim] = rotated
+            output[rows, :, columns, rotary_dim:] = x[rows, :, columns, rotary_dim:]
+    return (output,)
 
 
 __all__ = ["HfDecoderRotaryEmbedding", "apply_rotary_pos_emb"]

@@ -1,7 +1,7 @@
 """The gate of SwiGLU (Shazeer 2020): act(gate) * up.
 
-Of SiLU, in blocks of rows on a CPU: each tensor is read and written once, and of the forward pass nothing is kept but
-the two inputs, where the activation's result would be a third.
+Of SiLU, in blocks of rows on a CPU and by a kernel on CUDA: each tensor is read and written once, and of the forward
+pass nothing is kept but the two inputs, where the activation's result would be a third.
 Shapes: (..., F) intermediate_size.
 """
 
@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.functional import silu
 from transformers.activations import ACT2FN
 
-from .blocks_hf_decoder import as_rows, blocks, gradients_of_formula, is_for_blocks
+from .blocks_hf_decoder import as_rows, blocks, gradients_of_formula, has_kernels, is_for_blocks
 
 SILU = type(ACT2FN["silu"])
 
@@ -33,6 +33,10 @@ class _BlockedGatedSiLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up):
         ctx.save_for_backward(gate, up)
+        if has_kernels(up):
+            from .triton_hf_decoder import gated_silu
+
+            return gated_silu(gate, up)
         gates, ups = as_rows(gate), as_rows(up)
         output = torch.empty_like(ups)
         for block in blocks(*ups.shape):
@@ -45,6 +49,10 @@ class _BlockedGatedSiLU(torch.autograd.Function):
         needs = ctx.needs_input_grad
         if torch.is_grad_enabled():
             return tuple(gradients_of_formula(lambda gate, up: silu(gate) * up, (gate, up), needs, grad_output))
+        if has_kernels(up):
+            from .triton_hf_decoder import gated_silu_gradients
+
+            return gated_silu_gradients(grad_output, gate, up, *needs)
         grads, gates, ups = as_rows(grad_output), as_rows(gate), as_rows(up)
         grad_gate = torch.empty_like(gates) if needs[0] else None
         grad_up = torch.empty_like(ups) if needs[1] else None

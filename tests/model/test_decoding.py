@@ -11,7 +11,7 @@ from tiny_models import tiny_model as eager_model
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 
-from hf_decoder.model import decoding_hf_decoder, products_hf_decoder
+from hf_decoder.model import decoding_hf_decoder, generation_hf_decoder, products_hf_decoder
 from hf_decoder.model.decoding_hf_decoder import DecodingStep
 from hf_decoder.model.products_hf_decoder import Int8Weights, Weights, multiply
 
@@ -132,7 +132,7 @@ def test_masks_that_are_prepared_already_go_to_the_modules(steps, monkeypatch):
     settings = {"attention_mask": mask, "cache_implementation": "static", "disable_compile": True}
     expected = generated(model, ids, **settings)[0]
     steps.clear()
-    monkeypatch.setattr(decoding_hf_decoder.Decoding, "prepare_inputs", lambda *inputs, **others: None)
+    monkeypatch.setattr(generation_hf_decoder.Decoding, "prepare_inputs", lambda *inputs, **others: None)
     assert torch.equal(generated(model, ids, **settings)[0], expected) and not steps
 
 
@@ -234,7 +234,7 @@ def test_packed_weights_of_several_rows(cache: str | None, steps, monkeypatch):
     packed = []
     pack = DecodingStep.packed
     monkeypatch.setattr(DecodingStep, "packed", lambda self: packed.append(1) or pack(self))
-    monkeypatch.setattr(decoding_hf_decoder, "STEPS_BEFORE_PACKING", 2)
+    monkeypatch.setattr(generation_hf_decoder, "STEPS_BEFORE_PACKING", 2)
     model = tiny_model(attention_bias=True, tie_word_embeddings=False)
     ids, mask = padded(3, 9)
     tokens, _ = generated(model, ids, attention_mask=mask)
@@ -251,7 +251,7 @@ def test_packed_weights_of_several_rows(cache: str | None, steps, monkeypatch):
     torch.testing.assert_close(doubled.float(), 2 * truth, rtol=0, atol=2 * 6 * float(error[1]))
     gc.collect()  # the compiler leaves cycles behind
     assert packed == [1, 1] and not products_hf_decoder._packed  # the copies are gone with the calls
-    monkeypatch.setattr(decoding_hf_decoder, "PACKED_BYTES", 10)
+    monkeypatch.setattr(generation_hf_decoder, "PACKED_BYTES", 10)
     generated(half, ids, **forced, cache_implementation=cache)
     assert packed == ([1, 1] if cache is None else [1, 1, 1])
 
@@ -271,7 +271,7 @@ def test_the_kernels_are_given_back_when_a_step_fails(monkeypatch):
 def test_a_token_out_of_range_is_named():
     model = tiny_model()
     cache = DynamicCache(config=model.config)
-    with torch.no_grad(), decoding_hf_decoder.Decoding(model):
+    with torch.no_grad(), generation_hf_decoder.Decoding(model):
         model(random_ids(1, 5), past_key_values=cache, use_cache=True)
         with pytest.raises(ValueError, match="vocabulary ends at"):
             model(torch.tensor([[10**6]]), past_key_values=cache, use_cache=True)
@@ -388,3 +388,12 @@ def test_disable_compile_is_heard(monkeypatch):
     model = tiny_model()
     settings = {"cache_implementation": "static", "disable_compile": True}
     assert torch.equal(generated(model, random_ids(1, 5), **settings)[0], generated(model, random_ids(1, 5))[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_norms_in_few_calls_are_the_modules(dtype):
+    norm = tiny_model().to(dtype).model.norm
+    hidden = (3 * torch.randn(5, 1, norm.weight.shape[0])).to(dtype)
+    found = decoding_hf_decoder._normed_in_few_calls(norm.forward, hidden)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, norm(hidden))

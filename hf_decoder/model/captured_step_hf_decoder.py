@@ -1,0 +1,379 @@
+"""The decoding step on CUDA: Triton kernels for one row on a static cache, captured into one graph.
+
+Launched one by one, the kernels of a step take longer to launch than to run. A graph of them is launched at once, and
+it serves every cache: where keys and values lie is read from a table. Of greedy text the graph chooses the next token
+too, so that the device goes on without waiting to be told.
+
+Shapes: D hidden_size, H query heads, G key/value heads, E head_dim, V vocab_size, L layers.
+"""
+
+from collections.abc import Callable, Collection, Iterator
+from functools import partial
+from threading import RLock
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.cache_utils import StaticCache, StaticLayer
+
+from .loss_hf_decoder import softcap
+from .norm_hf_decoder import HfDecoderRMSNorm
+from .products_hf_decoder import Weights
+
+STEPS_AHEAD = 8  # launched before it is looked whether the text has ended
+WHOLE_ROW = 2048  # inputs of a product that one block holds
+BLOCK = 1024  # of them, where a block does not
+MIN_BLOCKS = 1024  # of a product, so that every multiprocessor of a large GPU has several
+MAX_BLOCK_ELEMENTS = 8192
+MIN_LATE_INPUTS = 1024  # of a product that is long enough to hide what it takes to start the next kernel
+FIXED_ANGLES = ("default", "linear", "llama3", "yarn", "proportional")  # the others change with the length
+SILU = type(ACT2FN["silu"])
+BLOCK_KEYS = {torch.float32: 32}  # of a step of attention; of half precision by the width of the heads
+PRECISION = "ieee"  # of products of attention in fp32: never tf32
+
+
+class CapturedStep:
+    """One token through the decoder: id in, logits (1, 1, V) out, the static cache one token longer."""
+
+    def __init__(self, step: Any):
+        """step: a `DecodingStep` that `is_capturable`. Compiles the kernels and captures them."""
+        self._step = step
+        self.lock = RLock()  # a step is one at a time, whoever generates
+        self._cache: StaticCache | None = None
+        self._next_past = -1
+        self._addresses = _addresses(step)
+        weight = step.embedding
+        device, dtype, groups = weight.device, weight.dtype, step.groups
+        heads = groups * step.heads_per_group
+        # see `state_ptr` and `buffers_ptr` in triton_decoding_hf_decoder.py
+        self._state = torch.zeros(5, dtype=torch.int64, device=device)
+        self._buffers = torch.zeros(len(step.layers), 4, dtype=torch.int64, device=device)
+        self._ids = torch.zeros(1, dtype=torch.int64, device=device)
+        self._hidden = torch.empty(weight.shape[1], dtype=dtype, device=device)
+        self._heads = torch.empty((heads + 2 * groups) * step.head_dim, dtype=dtype, device=device)
+        self._attended = torch.empty(heads * step.head_dim, dtype=dtype, device=device)
+        self._gated = torch.empty(step.layers[0].gate.weight.shape[0], dtype=dtype, device=device)
+        self._logits = torch.empty(step.head.weight.shape[0], dtype=dtype, device=device)
+        self._launches = self._plan()
+        self._graphs: dict[bool, torch.cuda.CUDAGraph] = {}
+        if device.type == "cuda":
+            self._capture()
+
+    def is_current(self) -> bool:
+        """Whether the weights still lie where the graph reads them."""
+        return self._addresses == _addresses(self._step)
+
+    def begin(
+        self,
+        cache: StaticCache,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        text: torch.Tensor | None = None,
+    ) -> bool:
+        """Gets ready for the next token; False where the mask hides more than the first ones, or the cache is full.
+
+        Args:
+            cache: of the tokens before.
+            attention_mask: (1, K), 0 for padding.
+            position_ids: (1, 1), of that token; without it, the number of tokens that it sees.
+            text: ids, the cached ones and that token at least; chosen tokens go there, behind it.
+        """
+        goes_on = text is None and self._cache is cache
+        layers: list[Any] = cache.layers
+        if attention_mask is not None:
+            past = attention_mask.shape[1] - 1
+        else:
+            past = self._next_past if goes_on else int(cache.get_seq_length())
+        if past >= layers[0].keys.shape[2]:
+            return False
+        if goes_on and self._next_past == past:
+            return True
+        first = 0
+        if attention_mask is not None:
+            first = int((attention_mask == 0).sum())
+            if first and not (first <= past and bool(attention_mask[:, first:].all())):
+                return False
+        rows = [
+            [layer.keys.data_ptr(), layer.values.data_ptr(), layer.cumulative_length.data_ptr(), 0] for layer in layers
+        ]
+        self._buffers.copy_(torch.tensor(rows))
+        address = 0 if text is None else text.data_ptr()
+        self._state.copy_(torch.tensor([past, past - first, first, layers[0].keys.shape[2], address]))
+        if position_ids is not None:
+            self._state[1].copy_(position_ids[0, -1])
+        self._cache, self._next_past = cache, past
+        return True
+
+    def end(self) -> None:
+        """Forgets the cache, which may change before it is seen again."""
+        self._cache = None
+
+    def logits(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """(1, 1) -> (1, 1, V), of the token that was begun with."""
+        self._ids.copy_(input_ids.view(-1))
+        self._run(chooses=False)
+        self._next_past += 1
+        return self._logits.clone().view(1, 1, -1)
+
+    def greedy(
+        self,
+        ids: torch.Tensor,
+        cache: StaticCache,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        length: int,
+        ends: Collection[int],
+    ) -> torch.Tensor | None:
+        """Goes on with ids (1, n) to `length` tokens, or to the first that is in `ends`; None where it cannot begin.
+
+        The cache lacks the last of the ids; in the end it lacks the last of the text, as after any step. Mask and
+        positions are those of the ids, as for `begin`.
+        """
+        made = ids.shape[1]
+        text = ids.new_empty(length)
+        text[:made] = ids[0]
+        if not self.begin(cache, attention_mask, position_ids, text) or self._next_past != made - 1:
+            return None
+        self._ids.copy_(ids[0, -1:])
+        stop: int | None = None
+        looking: _Copy | None = None
+        while made < length and stop is None:
+            before, made = made, min(made + STEPS_AHEAD, length)
+            for _ in range(before, made):
+                self._run(chooses=True)
+            if ends:  # looked for while the next tokens are on their way
+                found, looking = looking, _Copy(text, before, made)
+                stop = None if found is None else found.first_of(ends)
+        if looking is not None and stop is None:
+            stop = looking.first_of(ends)
+        self.end()
+        if stop is None:
+            return text.view(1, -1)
+        layers: list[Any] = cache.layers
+        for layer in layers:
+            layer.cumulative_length.fill_(stop - 1)
+        return text[:stop].view(1, -1)
+
+    def _run(self, chooses: bool) -> None:
+        if self._graphs:
+            self._graphs[chooses].replay()
+        else:  # the interpreter of Triton
+            self._launch(chooses)
+
+    def _launch(self, chooses: bool) -> None:
+        from .triton_decoding_hf_decoder import advance_kernel
+
+        for launch in self._launches:
+            launch()
+        if self._step.cap is not None:
+            self._logits.copy_(softcap(self._logits, self._step.cap))
+        chosen = torch.argmax(self._logits) if chooses else self._ids
+        layers = len(self._buffers)
+        advance_kernel[(1,)](chosen, self._ids, self._state, self._buffers, layers, chooses, _power_of_2(layers))
+
+    @torch.no_grad()
+    def _capture(self) -> None:
+        step, device = self._step, self._state.device
+        # a cache of two tokens and a text to run on once, which compiles the kernels
+        room = torch.zeros(2, step.groups * 2 * step.head_dim, dtype=step.embedding.dtype, device=device)
+        numbers = torch.zeros(3, dtype=torch.int64, device=device)
+        row = [room[0].data_ptr(), room[1].data_ptr(), numbers.data_ptr(), 0]
+        self._buffers.copy_(torch.tensor([row] * len(step.layers)))
+        with torch.cuda.device(device):
+            for chooses in (False, True):
+                self._state.copy_(torch.tensor([0, 0, 0, 2, numbers.data_ptr()]))
+                self._launch(chooses)
+                torch.cuda.synchronize()
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                    self._launch(chooses)
+                self._graphs[chooses] = graph
+
+    def _plan(self) -> list[Callable[[], Any]]:
+        """The kernels of a step, with all that they are called with."""
+        from .triton_decoding_hf_decoder import embedding_kernel, head_kernel
+
+        step, size, norm = self._step, self._hidden.shape[0], self._step.norm.__self__
+        embedding = embedding_kernel[(_blocks(size, BLOCK),)]
+        launches: list[Callable[[], Any]] = [
+            partial(embedding, self._ids, step.embedding, self._hidden, size, BLOCK_N=BLOCK, **_early(size))
+        ]
+        for layer in self._plan_layers():
+            launches += layer
+        outputs = self._logits.shape[0]
+        blocks, settings = _settings(outputs, size)
+        normed = (self._hidden, norm.weight, norm.variance_epsilon)
+        launches.append(
+            partial(head_kernel[(blocks,)], *normed, step.head.weight, self._logits, outputs, size, **settings)
+        )
+        return launches
+
+    def _plan_layers(self) -> Iterator[list[Callable[[], Any]]]:
+        from .triton_decoding_hf_decoder import (
+            KEYS_PER_SPLIT,
+            SPLITS,
+            attention_kernel,
+            gate_kernel,
+            heads_kernel,
+            residual_kernel,
+        )
+
+        step, device, hidden = self._step, self._state.device, self._hidden
+        heads, groups, head_dim = step.groups * step.heads_per_group, step.groups, step.head_dim
+        size, width, group_width = hidden.shape[0], heads * head_dim, groups * head_dim
+        inner, rotary = self._gated.shape[0], step.rotary.__self__
+        frequencies = rotary.inv_freq.to(device=device, dtype=torch.float32).contiguous()
+        # what programs of attention leave for each other; one set is enough, for a layer ends before the next begins
+        sums = torch.empty(SPLITS, width, dtype=torch.float32, device=device)
+        weights = torch.empty(SPLITS, 2, heads, dtype=torch.float32, device=device)
+        arrived = torch.zeros(groups, dtype=torch.int32, device=device)
+        between = (self._attended, sums, weights, arrived)
+        sizes = {
+            "H": heads,
+            "G": groups,
+            "E": head_dim,
+            "R": 2 * frequencies.shape[0],
+            "BLOCK_H": max(16, _power_of_2(step.heads_per_group)),
+            "BLOCK_K": BLOCK_KEYS.get(hidden.dtype, 128 if head_dim <= 64 else 64),
+            "BLOCK_E": max(16, _power_of_2(head_dim)),
+            "SPLITS": SPLITS,
+            "KEYS_PER_SPLIT": KEYS_PER_SPLIT,
+            "PRECISION": PRECISION,
+            **_early(size),
+        }
+
+        def residual(x: torch.Tensor, of: Weights) -> Callable[[], Any]:
+            blocks, settings = _settings(size, x.shape[0])
+            product = residual_kernel[(blocks,)]
+            return partial(product, x, of.weight, _bias(of), hidden, size, x.shape[0], of.bias is not None, **settings)
+
+        for layer, buffers in zip(step.layers, self._buffers, strict=True):
+            query, key, value = layer.heads
+            norm, mlp_norm = layer.input_norm.__self__, layer.mlp_norm.__self__
+            normed = (hidden, norm.weight, norm.variance_epsilon)
+            _, settings = _settings(width, size)
+            rows = settings["BLOCK_M"]
+            blocks = _blocks(width, rows) + 2 * _blocks(group_width, rows)
+            maps = (query.weight, key.weight, value.weight, *map(_bias, layer.heads))
+            shape = (self._heads, size, width, group_width, query.bias is not None)
+            project = partial(heads_kernel[(blocks,)], *normed, *maps, *shape, **settings)
+
+            head_norms: tuple[Any, ...] = (norm.weight, norm.weight, 0.0)  # anything stands in for none
+            if layer.query_norm is not None:
+                norms = layer.query_norm.__self__, layer.key_norm.__self__
+                head_norms = (norms[0].weight, norms[1].weight, norms[0].variance_epsilon)
+            scales = (frequencies, float(rotary.attention_scaling), step.scaling, self._state, buffers)
+            kinds = {"NORMED": layer.query_norm is not None, "ROPE": layer.use_rope}
+            attend = partial(
+                attention_kernel[(groups, SPLITS)], self._heads, *head_norms, *scales, *between, **kinds, **sizes
+            )
+
+            blocks, settings = _settings(inner, size)
+            normed = (hidden, mlp_norm.weight, mlp_norm.variance_epsilon)
+            maps = (layer.gate.weight, layer.up.weight, _bias(layer.gate), _bias(layer.up))
+            gate_shape = (self._gated, inner, size, layer.gate.bias is not None)
+            gate = partial(gate_kernel[(blocks,)], *normed, *maps, *gate_shape, **settings)
+            yield [project, attend, residual(self._attended, layer.output), gate, residual(self._gated, layer.down)]
+
+
+class _Copy:
+    """Tokens on their way to the host."""
+
+    def __init__(self, text: torch.Tensor, start: int, stop: int):
+        self._start = start
+        on_device = text.device.type == "cuda"
+        self._tokens = torch.empty(stop - start, dtype=text.dtype, pin_memory=on_device)
+        self._tokens.copy_(text[start:stop], non_blocking=True)
+        self._arrived = torch.cuda.Event() if on_device else None
+        if self._arrived is not None:
+            self._arrived.record()
+
+    def first_of(self, ends: Collection[int]) -> int | None:
+        """The number of tokens up to the first of `ends`, if there is one."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        for place, token in enumerate(self._tokens.tolist(), self._start):
+            if token in ends:
+                return place + 1
+        return None
+
+
+def is_capturable(step: Any) -> bool:
+    """Whether the kernels compute what this step does: plain weights of one type, SiLU, no windows, fixed angles."""
+    weights, dtype = _weights(step), step.embedding.dtype
+    tensors = [step.embedding] + [of.weight for of in weights if isinstance(of, Weights)]
+    return (
+        all(type(layer.activation) in (SILU, nn.SiLU) and layer.window is None for layer in step.layers)
+        and len(tensors) == len(weights) + 1
+        and all(type(norm) is HfDecoderRMSNorm and norm.weight.dtype == dtype for norm in _norms(step))
+        and all(type(tensor) in (nn.Parameter, torch.Tensor) for tensor in tensors)
+        and all(tensor.dtype == dtype and tensor.is_contiguous() for tensor in tensors)
+        and dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and step.rotary.__self__.rope_type in FIXED_ANGLES
+        and step.head_dim <= 256
+    )
+
+
+def is_for_capture(step: Any, input_ids: torch.Tensor, cache: Any) -> bool:
+    """Whether this is one row with a static cache that the kernels can extend."""
+    return (
+        input_ids.shape[0] == 1
+        and input_ids.device == step.embedding.device
+        and type(cache) is StaticCache
+        and not cache.offloading
+        and len(cache.layers) == len(step.layers)
+        and all(type(layer) is StaticLayer for layer in cache.layers)
+        and not torch.is_autocast_enabled(input_ids.device.type)
+    )
+
+
+def _weights(step: Any) -> list[Any]:
+    of_layers = [[*layer.heads, layer.output, layer.gate, layer.up, layer.down] for layer in step.layers]
+    return [step.head, *(weights for layer in of_layers for weights in layer)]
+
+
+def _norms(step: Any) -> list[Any]:
+    """The modules."""
+    of_layers = [(layer.input_norm, layer.query_norm, layer.key_norm, layer.mlp_norm) for layer in step.layers]
+    return [
+        norm.__self__ for norm in (step.norm, *(norm for layer in of_layers for norm in layer)) if norm is not None
+    ]
+
+
+def _addresses(step: Any) -> list[int]:
+    tensors = [step.embedding, *(norm.weight for norm in _norms(step))]
+    for of in _weights(step):
+        tensors += [of.weight] if of.bias is None else [of.weight, of.bias]
+    return [tensor.data_ptr() for tensor in tensors]
+
+
+def _bias(of: Weights) -> torch.Tensor:
+    return of.weight if of.bias is None else of.bias  # anything stands in for none
+
+
+def _early(inputs: int) -> dict[str, bool]:
+    """How a kernel is told to start while the one before it ends, which pays where both are short."""
+    pdl = inputs < MIN_LATE_INPUTS and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+    return {"PDL": True, "launch_pdl": True} if pdl else {"PDL": False}
+
+
+def _settings(outputs: int, inputs: int) -> tuple[int, dict[str, Any]]:
+    """Number of blocks of a product, and what its kernel is told about them."""
+    whole = inputs <= WHOLE_ROW
+    columns = max(16, _power_of_2(inputs)) if whole else BLOCK
+    rows = 1
+    while rows < 16 and outputs // (2 * rows) >= MIN_BLOCKS and 2 * rows * columns <= MAX_BLOCK_ELEMENTS:
+        rows *= 2
+    return _blocks(outputs, rows), {"WHOLE": whole, "BLOCK_M": rows, "BLOCK_N": columns, **_early(inputs)}
+
+
+def _blocks(count: int, size: int) -> int:
+    return -(-count // size)
+
+
+def _power_of_2(number: int) -> int:
+    return 1 << (number - 1).bit_length()
+
+
+__all__ = ["CapturedStep", "is_capturable", "is_for_capture"]

@@ -1,0 +1,221 @@
+"""One call of `generate()`: which of its steps go past the modules, and in which way.
+
+A single token a row goes through the `DecodingStep`, if the model has one; compiled, with packed weights or captured
+for CUDA where that is faster and asked for. What none of them covers goes through the modules. Greedy text of a
+captured step is chosen on the device, without transformers' loop.
+"""
+
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from functools import partial
+from typing import Any
+
+import torch
+from transformers.cache_utils import StaticCache
+from transformers.generation import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
+
+from .cache_name_hf_decoder import CACHE_NAME
+from .captured_step_hf_decoder import CapturedStep, is_for_capture
+from .decoding_hf_decoder import DecodingStep
+
+PACKED_BYTES = 2**30  # more is not copied unasked
+STEPS_BEFORE_PACKING = 8
+
+_active: ContextVar["Decoding | None"] = ContextVar("hf_decoder_decoding", default=None)
+
+
+class Decoding:
+    """One call of `generate()`: while it lasts, the model's direct step, if there is one, takes the single tokens."""
+
+    def __init__(self, model: Any):
+        self.model = model
+        self.step = DecodingStep.of(model)
+        self.compiles = False  # set where the generation config asks for a static cache, on a CPU
+        self._captured: CapturedStep | None = None  # set where it does so on CUDA
+        self._input_ids: torch.Tensor | None = None  # the prompt, while transformers' loop for single rows is at work
+        self._steps = 0  # of several rows
+        self._packed: DecodingStep | None = None  # for this call alone: weights may change before the next one
+
+    @classmethod
+    def of(cls, model: Any) -> "Decoding | None":
+        """The running call of this model in this thread, None where its modules must be called."""
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return None
+        running = _active.get()
+        return running if running is not None and running.model is model and running.step is not None else None
+
+    def logits(
+        self,
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        cache: Any,
+    ) -> torch.Tensor | None:
+        """As the step gives them, in the quickest way that this call of `generate()` allows."""
+        step = self.step
+        if step is None or input_ids is None:
+            return None
+        if self._is_captured(input_ids[:, -1:], cache):
+            return self._captured_logits(input_ids, attention_mask, position_ids, cache)
+        if _is_fast_packed(input_ids, step.embedding.dtype) and self._may_pack(step, cache):
+            self._packed = self._packed or step.packed()
+            step = self._packed
+        return step(input_ids, attention_mask, position_ids, cache, self.compiles)
+
+    def sample(
+        self,
+        sample: Callable,
+        input_ids: torch.Tensor,
+        logits_processor: Sequence[Any],
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs,
+    ) -> Any:
+        """What `sample`, transformers' loop, returns of these; greedy text of a captured step without that loop."""
+        self._input_ids = input_ids
+        go_on = partial(
+            sample,
+            logits_processor=logits_processor,
+            generation_config=generation_config,
+            synced_gpus=synced_gpus,
+            streamer=streamer,
+            **model_kwargs,
+        )
+        cache: Any = model_kwargs.get(CACHE_NAME)
+        mask = model_kwargs.get("attention_mask")
+        config = generation_config
+        ends, length = _ends(stopping_criteria), stopping_criteria.max_length
+        if (
+            (config.do_sample or config.return_dict_in_generate or synced_gpus or streamer or logits_processor)
+            or (config.disable_compile or config.compile_config or config.is_assistant)
+            or (ends is None or length is None)
+            or (mask is not None and getattr(mask, "shape", None) != input_ids.shape)
+            or not self.captures(cache)
+        ):
+            return go_on(input_ids, stopping_criteria=stopping_criteria)
+        # the prompt and its first token as ever
+        first = StoppingCriteriaList([MaxLengthCriteria(input_ids.shape[1] + 1), *stopping_criteria])
+        ids = go_on(input_ids, stopping_criteria=first)
+        if ids.shape[1] >= length or (ends and int(ids[0, -1]) in ends):
+            return ids
+        if mask is not None:
+            mask = torch.cat((mask, mask.new_ones(1, 1)), 1)
+        positions = model_kwargs.get("position_ids")
+        if positions is not None:
+            positions = positions[:, -1:] + 1
+        captured = self._captured
+        if (
+            captured is not None
+            and self._is_captured(ids[:, -1:], cache)
+            and cache.layers[0].keys.shape[2] >= length - 1
+        ):
+            with captured.lock:
+                text = captured.greedy(ids, cache, mask, positions, length, ends)
+            if text is not None:
+                return text
+        go_on.keywords.update(attention_mask=mask, position_ids=positions)
+        return go_on(ids, stopping_criteria=stopping_criteria)
+
+    def captures(self, cache: Any) -> bool:
+        """Whether the steps of this call, on a static cache on CUDA, are one graph; they are from now on, if so."""
+        if self.step is None or self._input_ids is None or not is_for_capture(self.step, self._input_ids, cache):
+            return False
+        self._captured = self.step.captured()
+        if self._captured is None:
+            return False
+        self._captured.end()
+        return True
+
+    def _is_captured(self, input_ids: torch.Tensor, cache: Any) -> bool:
+        return (
+            self.step is not None
+            and self._captured is not None
+            and is_for_capture(self.step, input_ids, cache)
+            and cache.layers[-1].is_initialized
+            and cache.layers[-1].keys.dtype == self.step.embedding.dtype
+        )
+
+    def _captured_logits(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        cache: Any,
+    ) -> torch.Tensor | None:
+        captured = self._captured
+        if (
+            captured is None
+            or input_ids.shape[1] != 1
+            # masks that transformers has prepared, one a layer type, are for the modules
+            or not (attention_mask is None or (isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2))
+        ):
+            return None
+        with captured.lock:
+            return captured.logits(input_ids) if captured.begin(cache, attention_mask, position_ids) else None
+
+    def _may_pack(self, step: DecodingStep, cache: Any) -> bool:
+        """With the switch for speed, at once; else where the copy is small, after as many steps as it costs."""
+        if self.compiles and type(cache) is StaticCache:
+            return True
+        self._steps += 1
+        return self._steps > STEPS_BEFORE_PACKING and step.nbytes() <= PACKED_BYTES
+
+    def prepare_inputs(
+        self,
+        input_ids: torch.Tensor,
+        next_sequence_length: int | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        is_first_iteration: bool = False,
+        **kwargs,
+    ) -> dict | None:
+        """The model's inputs for one token a row, without masks; None where transformers is to prepare them."""
+        step, cache = self.step, kwargs.pop(CACHE_NAME, None)
+        if (
+            step is None
+            or next_sequence_length != 1
+            or is_first_iteration
+            or kwargs.keys() - {"use_cache", "logits_to_keep"}
+        ):
+            return None
+        input_ids = input_ids[:, -1:]
+        if input_ids.device != step.embedding.device:
+            return None
+        if not step.covers(input_ids, cache) and not self._is_captured(input_ids, cache):
+            return None
+        if position_ids is not None:
+            position_ids = position_ids[:, -1:]
+        inputs = {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": attention_mask, **kwargs}
+        return {**inputs, CACHE_NAME: cache}
+
+    def __enter__(self) -> "Decoding":
+        self._token = _active.set(self)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        _active.reset(self._token)
+
+
+def _is_fast_packed(input_ids: torch.Tensor | None, dtype: torch.dtype) -> bool:
+    return (
+        input_ids is not None
+        and input_ids.shape[0] > 1
+        and input_ids.shape[1] == 1
+        and dtype == torch.bfloat16
+        and torch._C._get_mkldnn_enabled()
+        and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    )
+
+
+def _ends(criteria: Sequence[Any]) -> frozenset[int] | None:
+    """The tokens that end a text, None where more than these and a length may end it."""
+    if any(type(criterion) not in (MaxLengthCriteria, EosTokenCriteria) for criterion in criteria):
+        return None
+    of_tokens = [criterion.eos_token_id for criterion in criteria if type(criterion) is EosTokenCriteria]
+    return frozenset(int(token) for tokens in of_tokens for token in tokens.flatten().tolist())
+
+
+__all__ = ["Decoding"]
