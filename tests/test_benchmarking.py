@@ -1,5 +1,6 @@
 """The benchmark compares before it times, counts what it says, and writes what it measured."""
 
+import functools
 import importlib.machinery
 import json
 import sys
@@ -52,6 +53,32 @@ def test_what_disagrees_is_not_timed(monkeypatch):
     ):
         with pytest.raises(Disagreement):
             next(suite)
+
+
+@torch.no_grad()
+def test_greedy_text_may_break_ties_within_the_rounding_of_the_stock_model():
+    _, stock = benchmarking.twins(SETTING, torch.bfloat16)
+    ids = torch.randint(1, 320, (1, 9))
+    mask = torch.ones_like(ids)
+    top = stock(ids).logits[0, -1].topk(320)
+    for place in (0, 1, 100):
+        text = torch.cat((ids, top.indices[None, place : place + 1]), 1)
+        below = (top.values[0] - top.values[place]).item()
+        for noise in (0.0, 0.6 * below):  # twice that is enough
+            exact = functools.partial(_off_by, noise, stock)
+            is_tie = below <= max(2 * noise, 0.1 * top.values.float().std().item())
+            if is_tie:
+                benchmarking.check_greedy(stock, text, mask, "text", exact)
+            else:
+                with pytest.raises(Disagreement):
+                    benchmarking.check_greedy(stock, text, mask, "text", exact)
+
+
+def _off_by(noise, stock, **inputs):
+    """A model from which the stock one is that far off."""
+    logits = stock(**inputs).logits.float()
+    logits[..., 0] += noise
+    return types.SimpleNamespace(logits=logits)
 
 
 def test_calls_alternate_after_one_warm_up_each_and_the_median_counts(monkeypatch):

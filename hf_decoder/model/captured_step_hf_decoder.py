@@ -106,7 +106,7 @@ class CapturedStep:
         return True
 
     def end(self) -> None:
-        """Forgets the cache, which may change before it is seen again."""
+        """Lets go of the cache, which may change before it is seen again."""
         self._cache = None
 
     def logits(self, input_ids: torch.Tensor) -> torch.Tensor:

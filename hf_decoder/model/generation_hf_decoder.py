@@ -197,6 +197,8 @@ class Decoding:
 
     def __exit__(self, *exception) -> None:
         _active.reset(self._token)
+        if self._captured is not None:
+            self._captured.end()
 
 
 def _is_fast_packed(input_ids: torch.Tensor | None, dtype: torch.dtype) -> bool:
