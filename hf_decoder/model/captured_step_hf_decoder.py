@@ -319,6 +319,7 @@ def is_for_capture(step: Any, input_ids: torch.Tensor, cache: Any) -> bool:
     """Whether this is one row with a static cache that the kernels can extend."""
     return (
         input_ids.shape[0] == 1
+        and input_ids.dtype == torch.int64
         and input_ids.device == step.embedding.device
         and type(cache) is StaticCache
         and not cache.offloading

@@ -91,8 +91,9 @@ class Decoding:
             (config.do_sample or config.return_dict_in_generate or synced_gpus or streamer or logits_processor)
             or (config.disable_compile or config.compile_config or config.is_assistant)
             or (ends is None or length is None)
-            or (mask is not None and getattr(mask, "shape", None) != input_ids.shape)
             or not self.captures(cache)
+            # ids of the whole text, whatever of it is cached
+            or (int(cache.get_seq_length()) > 0 if mask is None else mask.shape != input_ids.shape)
         ):
             return go_on(input_ids, stopping_criteria=stopping_criteria)
         # the prompt and its first token as ever

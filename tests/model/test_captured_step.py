@@ -228,6 +228,23 @@ def test_text_ends_with_its_first_end_token(runs, place):
     assert more.equal(dynamic(model, expected, mask, max_new_tokens=3))
 
 
+@pytest.mark.parametrize("first", [0, 6])
+def test_a_text_goes_on_from_a_cache_by_all_its_ids_or_the_new_ones(runs, monkeypatch, first):
+    model = tiny_model()
+    text = random_ids(1, 9).to(DEVICE)
+    found = []
+    for captures in (True, False):
+        if not captures:
+            monkeypatch.setattr(DecodingStep, "captured", lambda self: None)
+        cache = StaticCache(config=model.config, max_cache_len=20)
+        with torch.no_grad():
+            model(text[:, :6], past_key_values=cache, use_cache=True)
+        settings = {"cache_implementation": None, "past_key_values": cache, "max_new_tokens": 4}
+        mask = torch.ones_like(text) if first else None
+        found.append(model.generate(text[:, first:], attention_mask=mask, do_sample=False, pad_token_id=0, **settings))
+    assert found[0].equal(found[1]) and found[0].shape[1] == 13 - first
+
+
 class NoMoreThan(StoppingCriteria):
     """Ends a text at this many tokens, in a way of its own."""
 
