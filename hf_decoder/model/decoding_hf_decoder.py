@@ -128,7 +128,9 @@ class DecodingStep:
             self._may_capture = False
             if has_kernels(self.embedding) and is_capturable(self):
                 try:
-                    self._captured = CapturedStep(self)
+                    # it outlives this call, and a tensor made in inference mode can be written to there alone
+                    with torch.inference_mode(False), torch.no_grad():
+                        self._captured = CapturedStep(self)
                 except Exception as error:  # said once, then as transformers does it
                     logger.warning(f"The decoding step could not be captured and runs without that: {error}")
         return self._captured

@@ -339,6 +339,16 @@ def test_weights_that_moved_are_captured_anew(runs):
     assert step.captured() is None
 
 
+def test_a_step_captured_in_inference_mode_serves_outside_of_it(runs):
+    model = tiny_model()
+    ids = random_ids(1, 5).to(DEVICE)
+    with torch.inference_mode():
+        first = static(model, ids, max_new_tokens=3)
+    assert static(model, ids, max_new_tokens=3, repetition_penalty=1.0001).equal(first)
+    assert static(model, ids, max_new_tokens=3).equal(first)
+    assert runs == [True, True, False, False, True, True]
+
+
 def test_masks_with_holes_are_refused():
     model = tiny_model()
     captured = CapturedStep(DecodingStep(model))
