@@ -59,8 +59,13 @@ def stock_kernel_is_faster(hidden_states: torch.Tensor) -> bool:
     """Whether rows (B, S, D) of one document each are attended to at least as fast by torch's own kernel, on a CPU."""
     if not torch.is_grad_enabled() and hidden_states.shape[:2].numel() < MIN_TILED_TOKENS_IN_INFERENCE:
         return True
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else hidden_states.dtype
-    return not FAST_HALF_PRECISION.get(dtype, True)
+    return not FAST_HALF_PRECISION.get(attention_dtype(hidden_states), True)
+
+
+def attention_dtype(hidden_states: torch.Tensor) -> torch.dtype:
+    """In which rows (B, S, D) are attended to: autocast's, where it is on."""
+    device_type = hidden_states.device.type
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else hidden_states.dtype
 
 
 def document_starts(position_ids: torch.Tensor) -> torch.Tensor:
@@ -272,6 +277,7 @@ __all__ = [
     "MIN_TILED_TOKENS",
     "CausalTiles",
     "TilePlan",
+    "attention_dtype",
     "document_starts",
     "may_be_faster_in_tiles",
     "plan_tiles",

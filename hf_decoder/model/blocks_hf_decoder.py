@@ -48,10 +48,15 @@ def has_kernels(x: torch.Tensor) -> bool:
     return type(x) in PLAIN and x.dtype in DTYPES and _kernels_run_on(x.device)
 
 
+def is_nvidia_with_bf16(device: torch.device) -> bool:
+    """Whether kernels written for NVIDIA's GPUs from Ampere on run here; a ROCm device goes by the same name."""
+    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 @cache
 def _kernels_run_on(device: torch.device) -> bool:
-    """Whether this is a GPU of NVIDIA's that has bf16, and Triton, which needs a C compiler, works."""
-    if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0):
+    """Whether this is such a GPU, and Triton, which needs a C compiler, works."""
+    if not is_nvidia_with_bf16(device):
         return False
     try:
         from .triton_hf_decoder import sum_in_fp32
@@ -86,4 +91,13 @@ def gradients_of_formula(
     return [next(found) if is_needed else None for is_needed in needs]
 
 
-__all__ = ["as_rows", "blocks", "gradients_of_formula", "has_kernels", "is_for_blocks"]
+__all__ = [
+    "DTYPES",
+    "PLAIN",
+    "as_rows",
+    "blocks",
+    "gradients_of_formula",
+    "has_kernels",
+    "is_for_blocks",
+    "is_nvidia_with_bf16",
+]

@@ -9,17 +9,17 @@ Shapes: D hidden_size, H query heads, G key/value heads, E head_dim, V vocab_siz
 
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
-from threading import RLock
+from threading import Lock
 from typing import Any
 
 import torch
-from torch import nn
-from transformers.activations import ACT2FN
 from transformers.cache_utils import StaticCache, StaticLayer
 
+from .blocks_hf_decoder import DTYPES, PLAIN
 from .loss_hf_decoder import softcap
 from .norm_hf_decoder import HfDecoderRMSNorm
 from .products_hf_decoder import Weights
+from .swiglu_hf_decoder import SILU
 
 STEPS_AHEAD = 8  # launched before it is looked whether the text has ended
 WHOLE_ROW = 2048  # inputs of a product that one block holds
@@ -28,7 +28,6 @@ MIN_BLOCKS = 1024  # of a product, so that every multiprocessor of a large GPU h
 MAX_BLOCK_ELEMENTS = 8192
 MIN_LATE_INPUTS = 1024  # of a product that is long enough to hide what it takes to start the next kernel
 FIXED_ANGLES = ("default", "linear", "llama3", "yarn", "proportional")  # the others change with the length
-SILU = type(ACT2FN["silu"])
 BLOCK_KEYS = {torch.float32: 32}  # of a step of attention; of half precision by the width of the heads
 PRECISION = "ieee"  # of products of attention in fp32: never tf32
 
@@ -39,7 +38,7 @@ class CapturedStep:
     def __init__(self, step: Any):
         """step: a `DecodingStep` that `is_capturable`. Compiles the kernels and captures them."""
         self._step = step
-        self.lock = RLock()  # a step is one at a time, whoever generates
+        self.lock = Lock()  # a step is one at a time, whoever generates
         self._cache: StaticCache | None = None
         self._next_past = -1
         self._addresses = _addresses(step)
@@ -304,12 +303,12 @@ def is_capturable(step: Any) -> bool:
     weights, dtype = _weights(step), step.embedding.dtype
     tensors = [step.embedding] + [of.weight for of in weights if isinstance(of, Weights)]
     return (
-        all(type(layer.activation) in (SILU, nn.SiLU) and layer.window is None for layer in step.layers)
+        all(type(layer.activation) in SILU and layer.window is None for layer in step.layers)
         and len(tensors) == len(weights) + 1
         and all(type(norm) is HfDecoderRMSNorm and norm.weight.dtype == dtype for norm in _norms(step))
-        and all(type(tensor) in (nn.Parameter, torch.Tensor) for tensor in tensors)
+        and all(type(tensor) in PLAIN for tensor in tensors)
         and all(tensor.dtype == dtype and tensor.is_contiguous() for tensor in tensors)
-        and dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and dtype in DTYPES
         and step.rotary.__self__.rope_type in FIXED_ANGLES
         and step.head_dim <= 256
     )

@@ -12,13 +12,13 @@ from transformers.activations import ACT2FN
 
 from .blocks_hf_decoder import as_rows, blocks, gradients_of_formula, has_kernels, is_for_blocks
 
-SILU = type(ACT2FN["silu"])
+SILU = (type(ACT2FN["silu"]), nn.SiLU)
 
 
 def gated(gate: torch.Tensor, up: torch.Tensor, activation: nn.Module) -> torch.Tensor:
     """activation(gate) * up, both (..., F)."""
     if (
-        type(activation) in (SILU, nn.SiLU)
+        type(activation) in SILU
         and not activation._forward_hooks
         and not activation._forward_pre_hooks
         and gate.dtype == up.dtype
@@ -68,4 +68,4 @@ class _BlockedGatedSiLU(torch.autograd.Function):
         )
 
 
-__all__ = ["gated"]
+__all__ = ["SILU", "gated"]

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 from transformers.utils.import_utils import is_tracing
 
-from .attention_hf_decoder import document_starts
+from .attention_hf_decoder import attention_dtype, document_starts
+from .blocks_hf_decoder import is_nvidia_with_bf16
 
 MAX_HEAD_DIM = 256
 
@@ -53,7 +54,7 @@ def varlen_masks(
     if not kernel_takes(inputs_embeds, head_dim) or is_tracing(inputs_embeds):
         return None
     batch, length = inputs_embeds.shape[:2]
-    device, dtype = inputs_embeds.device, _attention_dtype(inputs_embeds)
+    device, dtype = inputs_embeds.device, attention_dtype(inputs_embeds)
     documents: Documents | None
     if document_positions is not None:
         documents = _packed_documents(document_positions.to(device).expand(batch, -1), dtype)
@@ -75,20 +76,12 @@ def varlen_masks(
 
 def kernel_takes(inputs_embeds: torch.Tensor, head_dim: int) -> bool:
     """Whether attention of a model with these inputs (B, S, D) is for `attend_documents`."""
-    device = inputs_embeds.device
     return (
-        device.type == "cuda"
-        and torch.version.cuda is not None  # not a ROCm device, which goes by the same name
-        and torch.cuda.get_device_capability(device) >= (8, 0)
-        and _attention_dtype(inputs_embeds) in (torch.bfloat16, torch.float16)
+        is_nvidia_with_bf16(inputs_embeds.device)
+        and attention_dtype(inputs_embeds) in (torch.bfloat16, torch.float16)
         and head_dim <= MAX_HEAD_DIM
         and head_dim % 8 == 0
     )
-
-
-def _attention_dtype(inputs_embeds: torch.Tensor) -> torch.dtype:
-    device_type = inputs_embeds.device.type
-    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else inputs_embeds.dtype
 
 
 def _packed_documents(position_ids: torch.Tensor, dtype: torch.dtype) -> Documents:

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import random_ids, tiny_config, tiny_model
+from tiny_models import ATTENTION_KINDS as KINDS
+from tiny_models import WINDOWS, random_ids, tiny_config, tiny_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -24,14 +25,6 @@ from hf_decoder.model.modeling_hf_decoder import (
 
 FEW_TOKENS_TOO = pytest.mark.usefixtures("tiles_of_few_tokens")
 TOLERANCE = {"rtol": 0.0, "atol": 2e-5}
-WINDOWS = {"sliding_window": 5, "layer_types": ["full_attention", "sliding_attention"]}
-KINDS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "windows": WINDOWS,
-    "only-windows": {"sliding_window": 4},
-    "qk-norm-nope": {"qk_norm": True, "no_rope_layers": [1, 0]},
-    "multi-query-bias": {"num_key_value_heads": 1, "attention_bias": True},
-}
 # on either side of the length from which sdpa turns to tiles, and past the end of a tile
 LENGTHS = (7, MIN_TILED_TOKENS + 5, 137)
 # flex_attention is slow on a CPU, and differs from the others only in its masks

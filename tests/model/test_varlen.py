@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import random_ids, tiny_model
+from tiny_models import ATTENTION_KINDS, WINDOWS, random_ids, tiny_model
 from torch import nn
 
 from hf_decoder.model import varlen_hf_decoder
@@ -18,15 +18,7 @@ from hf_decoder.model.varlen_hf_decoder import Documents, varlen_attention_forwa
 CUDA = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
 HEAD_DIM = 16  # of multiples of 8
-WINDOWS = {"sliding_window": 5, "layer_types": ["full_attention", "sliding_attention"]}
-KINDS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "windows": WINDOWS,
-    "only-windows": {"sliding_window": 4},
-    "qk-norm-nope": {"qk_norm": True, "no_rope_layers": [1, 0]},
-    "multi-query-bias": {"num_key_value_heads": 1, "attention_bias": True},
-    "many-heads": {"num_key_value_heads": 4},
-}
+KINDS = {**ATTENTION_KINDS, "many-heads": {"num_key_value_heads": 4}}
 EACH_KIND = pytest.mark.parametrize("kind", KINDS)
 PACKINGS = [[[20, 1, 9, 15]], [[7, 30, 8], [45]], [[45], [1, 43, 1]]]  # (B, S) rows of documents
 LEFT, RIGHT, BOTH = [[(3, 7)], [(0, 2)]], [[(0, 11)], [(0, 33)]], [[(2, 9)], [(5, 1)], [(0, 0)]]

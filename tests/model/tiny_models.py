@@ -19,6 +19,15 @@ SHAPE: dict[str, Any] = {
     "max_position_embeddings": 64,
 }
 
+WINDOWS = {"sliding_window": 5, "layer_types": ["full_attention", "sliding_attention"]}
+ATTENTION_KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "windows": WINDOWS,
+    "only-windows": {"sliding_window": 4},
+    "qk-norm-nope": {"qk_norm": True, "no_rope_layers": [1, 0]},
+    "multi-query-bias": {"num_key_value_heads": 1, "attention_bias": True},
+}
+
 
 def tiny_config(**overrides: Any) -> HfDecoderConfig:
     attention = overrides.pop("attn_implementation", "eager")
