@@ -38,6 +38,16 @@ for name in HIDDEN:
 """
 
 
+@pytest.fixture(autouse=True)
+def no_graphs_of_other_tests():
+    """torch.compile keeps eight graphs of a function, and `forward` is one function for all models of a process.
+
+    Past the limit it raises, or leaves the code uncompiled and says nothing that a test would see.
+    """
+    if dynamo := sys.modules.get("torch._dynamo"):
+        dynamo.reset()
+
+
 @pytest.fixture
 def run_python(tmp_path):
     """Runs code in a fresh process, in an empty folder, with its own caches and no terminal; returns its output.

@@ -136,7 +136,6 @@ def test_gradient_checkpointing_of_the_base_model(reentrant: bool, length: int):
 
 @torch.no_grad()
 def test_forward_compiles_in_one_graph():
-    torch._dynamo.reset()
     model = tiny_model(attn_implementation="sdpa", **MIXED)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     ids = random_ids(2, 12)
@@ -151,7 +150,6 @@ def test_forward_compiles_in_one_graph():
 
 def test_training_loss_compiles_in_one_graph():
     """Packed rows and ignored labels: value and gradients."""
-    torch._dynamo.reset()
     model = tiny_model(attn_implementation="sdpa", z_loss_coef=1e-3, final_logit_softcapping=20.0).train()
     ids = random_ids(2, 70)
     positions = (torch.arange(70) % 25).expand(2, -1)
@@ -196,7 +194,6 @@ def test_forward_exports(attention: str):
 @pytest.mark.parametrize("kind", [{}, MIXED], ids=["full", "mixed"])
 def test_generate_compiles_the_decoding_step_once(kind: dict):
     """`generate` with a static cache: one graph serves every token, in windows and past their end."""
-    torch._dynamo.reset()
     model = tiny_model(attn_implementation="sdpa", eos_token_id=None, **kind)
     ids = random_ids(1, 6)
     settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False}
