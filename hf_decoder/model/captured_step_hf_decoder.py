@@ -9,17 +9,14 @@ Shapes: D hidden_size, H query heads, G key/value heads, E head_dim, V vocab_siz
 
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
-from threading import Lock
 from typing import Any
 
 import torch
-from transformers.cache_utils import StaticCache, StaticLayer
 
-from .blocks_hf_decoder import DTYPES, PLAIN
+from .blocks_hf_decoder import DTYPES
 from .loss_hf_decoder import softcap
-from .norm_hf_decoder import HfDecoderRMSNorm
 from .products_hf_decoder import Weights
-from .swiglu_hf_decoder import SILU
+from .static_step_hf_decoder import StaticStep, is_for_kernels
 
 STEPS_AHEAD = 8  # launched before it is looked whether the text has ended
 WHOLE_ROW = 2048  # inputs of a product that one block holds
@@ -27,132 +24,39 @@ BLOCK = 1024  # of them, where a block does not
 MIN_BLOCKS = 1024  # of a product, so that every multiprocessor of a large GPU has several
 MAX_BLOCK_ELEMENTS = 8192
 MIN_LATE_INPUTS = 1024  # of a product that is long enough to hide what it takes to start the next kernel
-FIXED_ANGLES = ("default", "linear", "llama3", "yarn", "proportional")  # the others change with the length
 BLOCK_KEYS = {torch.float32: 32}  # of a step of attention; of half precision by the width of the heads
 PRECISION = "ieee"  # of products of attention in fp32: never tf32
 
 
-class CapturedStep:
-    """One token through the decoder: id in, logits (1, 1, V) out, the static cache one token longer."""
+class CapturedStep(StaticStep):
+    """The step as one graph, or, of greedy text, as one that chooses the next token too."""
 
     def __init__(self, step: Any):
         """step: a `DecodingStep` that `is_capturable`. Compiles the kernels and captures them."""
-        self._step = step
-        self.lock = Lock()  # a step is one at a time, whoever generates
-        self._cache: StaticCache | None = None
-        self._next_past = -1
-        self._addresses = _addresses(step)
+        super().__init__(step)
         weight = step.embedding
         device, dtype, groups = weight.device, weight.dtype, step.groups
         heads = groups * step.heads_per_group
-        # see `state_ptr` and `buffers_ptr` in triton_decoding_hf_decoder.py
-        self._state = torch.zeros(5, dtype=torch.int64, device=device)
-        self._buffers = torch.zeros(len(step.layers), 4, dtype=torch.int64, device=device)
-        self._ids = torch.zeros(1, dtype=torch.int64, device=device)
         self._hidden = torch.empty(weight.shape[1], dtype=dtype, device=device)
         self._heads = torch.empty((heads + 2 * groups) * step.head_dim, dtype=dtype, device=device)
         self._attended = torch.empty(heads * step.head_dim, dtype=dtype, device=device)
         self._gated = torch.empty(step.layers[0].gate.weight.shape[0], dtype=dtype, device=device)
-        self._logits = torch.empty(step.head.weight.shape[0], dtype=dtype, device=device)
         self._launches = self._plan()
         self._graphs: dict[bool, torch.cuda.CUDAGraph] = {}
         if device.type == "cuda":
             self._capture()
 
-    def is_current(self) -> bool:
-        """Whether the weights still lie where the graph reads them."""
-        return self._addresses == _addresses(self._step)
-
-    def begin(
-        self,
-        cache: StaticCache,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-        text: torch.Tensor | None = None,
-    ) -> bool:
-        """Gets ready for the next token; False where the mask hides more than the first ones, or the cache is full.
-
-        Args:
-            cache: of the tokens before.
-            attention_mask: (1, K), 0 for padding.
-            position_ids: (1, 1), of that token; without it, the number of tokens that it sees.
-            text: ids, the cached ones and that token at least; chosen tokens go there, behind it.
-        """
-        goes_on = text is None and self._cache is cache
-        layers: list[Any] = cache.layers
-        if attention_mask is not None:
-            past = attention_mask.shape[1] - 1
-        else:
-            past = self._next_past if goes_on else int(cache.get_seq_length())
-        if past >= layers[0].keys.shape[2]:
-            return False
-        if goes_on and self._next_past == past:
-            return True
-        first = 0
-        if attention_mask is not None:
-            first = int((attention_mask == 0).sum())
-            if first and not (first <= past and bool(attention_mask[:, first:].all())):
-                return False
-        rows = [
-            [layer.keys.data_ptr(), layer.values.data_ptr(), layer.cumulative_length.data_ptr(), 0] for layer in layers
-        ]
-        self._buffers.copy_(torch.tensor(rows))
-        address = 0 if text is None else text.data_ptr()
-        self._state.copy_(torch.tensor([past, past - first, first, layers[0].keys.shape[2], address]))
-        if position_ids is not None:
-            self._state[1].copy_(position_ids[0, -1])
-        self._cache, self._next_past = cache, past
-        return True
-
-    def end(self) -> None:
-        """Lets go of the cache, which may change before it is seen again."""
-        self._cache = None
-
-    def logits(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """(1, 1) -> (1, 1, V), of the token that was begun with."""
-        self._ids.copy_(input_ids.view(-1))
-        self._run(chooses=False)
-        self._next_past += 1
-        return self._logits.clone().view(1, 1, -1)
-
-    def greedy(
-        self,
-        ids: torch.Tensor,
-        cache: StaticCache,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-        length: int,
-        ends: Collection[int],
-    ) -> torch.Tensor | None:
-        """Goes on with ids (1, n) to `length` tokens, or to the first that is in `ends`; None where it cannot begin.
-
-        The cache lacks the last of the ids; in the end it lacks the last of the text, as after any step. Mask and
-        positions are those of the ids, as for `begin`.
-        """
-        made = ids.shape[1]
-        text = ids.new_empty(length)
-        text[:made] = ids[0]
-        if not self.begin(cache, attention_mask, position_ids, text) or self._next_past != made - 1:
-            return None
-        self._ids.copy_(ids[0, -1:])
+    def _write(self, text: torch.Tensor, made: int, ends: Collection[int]) -> int | None:
         stop: int | None = None
         looking: _Copy | None = None
-        while made < length and stop is None:
-            before, made = made, min(made + STEPS_AHEAD, length)
+        while made < len(text) and stop is None:
+            before, made = made, min(made + STEPS_AHEAD, len(text))
             for _ in range(before, made):
                 self._run(chooses=True)
             if ends:  # looked for while the next tokens are on their way
                 found, looking = looking, _Copy(text, before, made)
                 stop = None if found is None else found.first_of(ends)
-        if looking is not None and stop is None:
-            stop = looking.first_of(ends)
-        self.end()
-        if stop is None:
-            return text.view(1, -1)
-        layers: list[Any] = cache.layers
-        for layer in layers:
-            layer.cumulative_length.fill_(stop - 1)
-        return text[:stop].view(1, -1)
+        return looking.first_of(ends) if looking is not None and stop is None else stop
 
     def _run(self, chooses: bool) -> None:
         if self._graphs:
@@ -299,53 +203,8 @@ class _Copy:
 
 
 def is_capturable(step: Any) -> bool:
-    """Whether the kernels compute what this step does: plain weights of one type, SiLU, no windows, fixed angles."""
-    weights, dtype = _weights(step), step.embedding.dtype
-    tensors = [step.embedding] + [of.weight for of in weights if isinstance(of, Weights)]
-    return (
-        all(type(layer.activation) in SILU and layer.window is None for layer in step.layers)
-        and len(tensors) == len(weights) + 1
-        and all(type(norm) is HfDecoderRMSNorm and norm.weight.dtype == dtype for norm in _norms(step))
-        and all(type(tensor) in PLAIN for tensor in tensors)
-        and all(tensor.dtype == dtype and tensor.is_contiguous() for tensor in tensors)
-        and dtype in DTYPES
-        and step.rotary.__self__.rope_type in FIXED_ANGLES
-        and step.head_dim <= 256
-    )
-
-
-def is_for_capture(step: Any, input_ids: torch.Tensor, cache: Any) -> bool:
-    """Whether this is one row with a static cache that the kernels can extend."""
-    return (
-        input_ids.shape[0] == 1
-        and input_ids.dtype == torch.int64
-        and input_ids.device == step.embedding.device
-        and type(cache) is StaticCache
-        and not cache.offloading
-        and len(cache.layers) == len(step.layers)
-        and all(type(layer) is StaticLayer for layer in cache.layers)
-        and not torch.is_autocast_enabled(input_ids.device.type)
-    )
-
-
-def _weights(step: Any) -> list[Any]:
-    of_layers = [[*layer.heads, layer.output, layer.gate, layer.up, layer.down] for layer in step.layers]
-    return [step.head, *(weights for layer in of_layers for weights in layer)]
-
-
-def _norms(step: Any) -> list[Any]:
-    """The modules."""
-    of_layers = [(layer.input_norm, layer.query_norm, layer.key_norm, layer.mlp_norm) for layer in step.layers]
-    return [
-        norm.__self__ for norm in (step.norm, *(norm for layer in of_layers for norm in layer)) if norm is not None
-    ]
-
-
-def _addresses(step: Any) -> list[int]:
-    tensors = [step.embedding, *(norm.weight for norm in _norms(step))]
-    for of in _weights(step):
-        tensors += [of.weight] if of.bias is None else [of.weight, of.bias]
-    return [tensor.data_ptr() for tensor in tensors]
+    """Whether the kernels compute what this step does."""
+    return is_for_kernels(step, Weights) and step.embedding.dtype in DTYPES and step.head_dim <= 256
 
 
 def _bias(of: Weights) -> torch.Tensor:
@@ -376,4 +235,4 @@ def _power_of_2(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-__all__ = ["CapturedStep", "is_capturable", "is_for_capture"]
+__all__ = ["CapturedStep", "is_capturable"]

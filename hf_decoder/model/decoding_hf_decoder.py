@@ -34,6 +34,7 @@ from transformers.utils import logging
 from .blocks_hf_decoder import has_kernels
 from .captured_step_hf_decoder import CapturedStep, is_capturable
 from .loss_hf_decoder import softcap
+from .native_step_hf_decoder import NativeStep, is_for_native
 from .products_hf_decoder import (
     AnyWeights,
     PackedWeights,
@@ -44,6 +45,7 @@ from .products_hf_decoder import (
     weights_of,
 )
 from .rotary_hf_decoder import apply_rotary_pos_emb
+from .static_step_hf_decoder import StaticStep
 
 logger = logging.get_logger(__name__)
 
@@ -86,8 +88,8 @@ class DecodingStep:
         self.heads_per_group = config.num_attention_heads // config.num_key_value_heads
         self.scaling = self.head_dim**-0.5
         self._compiled: dict[bool, Callable] = {}  # for packed weights, and for others; shared by copies
-        self._captured: CapturedStep | None = None
-        self._may_capture = True
+        self._static: StaticStep | None = None
+        self._may_be_static = True
 
     @staticmethod
     def of(model: Any) -> "DecodingStep | None":
@@ -120,20 +122,25 @@ class DecodingStep:
         step.layers, step.head = tuple(pack_layer(layer) for layer in self.layers), packed_weights(self.head)
         return step
 
-    def captured(self) -> CapturedStep | None:
-        """The step as one graph on CUDA, where its kernels cover it; the same one as long as its weights stay."""
-        if self._captured is not None and not self._captured.is_current():
-            self._captured, self._may_capture = None, True
-        if self._captured is None and self._may_capture:
-            self._may_capture = False
+    def on_static_cache(self) -> StaticStep | None:
+        """The step by kernels of its own, where they cover it; the same one as long as its weights stay."""
+        if self._static is not None and not self._static.is_current():
+            self._static, self._may_be_static = None, True
+        if self._static is None and self._may_be_static:
+            self._may_be_static = False
+            kind: type[StaticStep] | None = None
             if has_kernels(self.embedding) and is_capturable(self):
+                kind = CapturedStep
+            elif is_for_native(self):
+                kind = NativeStep
+            if kind is not None:
                 try:
                     # it outlives this call, and a tensor made in inference mode can be written to there alone
                     with torch.inference_mode(False), torch.no_grad():
-                        self._captured = CapturedStep(self)
-                except Exception as error:  # said once, then as transformers does it
-                    logger.warning(f"The decoding step could not be captured and runs without that: {error}")
-        return self._captured
+                        self._static = kind(self)
+                except Exception as error:  # said once, then without it
+                    logger.warning(f"The decoding step could not be compiled for a static cache: {error}")
+        return self._static
 
     def nbytes(self) -> int:
         """Of the weights that products read."""

@@ -1,8 +1,8 @@
 """One call of `generate()`: which of its steps go past the modules, and in which way.
 
-A single token a row goes through the `DecodingStep`, if the model has one; compiled, with packed weights or captured
-for CUDA where that is faster and asked for. What none of them covers goes through the modules. Greedy text of a
-captured step is chosen on the device, without transformers' loop.
+A single token a row goes through the `DecodingStep`, if the model has one; with packed weights, compiled or by kernels
+of its own where that is faster and asked for. What none of them covers goes through the modules. Greedy text by those
+kernels is chosen by them, without transformers' loop.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,8 +15,8 @@ from transformers.cache_utils import StaticCache
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
 
 from .cache_name_hf_decoder import CACHE_NAME
-from .captured_step_hf_decoder import CapturedStep, is_for_capture
 from .decoding_hf_decoder import DecodingStep
+from .static_step_hf_decoder import StaticStep, is_for_static_step
 
 PACKED_BYTES = 2**30  # more is not copied unasked
 STEPS_BEFORE_PACKING = 8
@@ -31,7 +31,7 @@ class Decoding:
         self.model = model
         self.step = DecodingStep.of(model)
         self.compiles = False  # set where the generation config asks for a static cache, on a CPU
-        self._captured: CapturedStep | None = None  # set where it does so on CUDA
+        self._static: StaticStep | None = None  # set where it does so, for one row
         self._input_ids: torch.Tensor | None = None  # the prompt, while transformers' loop for single rows is at work
         self._steps = 0  # of several rows
         self._packed: DecodingStep | None = None  # for this call alone: weights may change before the next one
@@ -55,8 +55,10 @@ class Decoding:
         step = self.step
         if step is None or input_ids is None:
             return None
-        if self._is_captured(input_ids[:, -1:], cache):
-            return self._captured_logits(input_ids, attention_mask, position_ids, cache)
+        if self._is_static(input_ids[:, -1:], cache):
+            logits = self._static_logits(input_ids, attention_mask, position_ids, cache)
+            if logits is not None:
+                return logits
         if _is_fast_packed(input_ids, step.embedding.dtype) and self._may_pack(step, cache):
             self._packed = self._packed or step.packed()
             step = self._packed
@@ -73,7 +75,7 @@ class Decoding:
         streamer: Any = None,
         **model_kwargs,
     ) -> Any:
-        """What `sample`, transformers' loop, returns of these; greedy text of a captured step without that loop."""
+        """What `sample`, transformers' loop, returns of these; greedy text of a `StaticStep` without that loop."""
         self._input_ids = input_ids
         go_on = partial(
             sample,
@@ -91,7 +93,7 @@ class Decoding:
             (config.do_sample or config.return_dict_in_generate or synced_gpus or streamer or logits_processor)
             or (config.disable_compile or config.compile_config or config.is_assistant)
             or (ends is None or length is None)
-            or not self.captures(cache)
+            or not self.has_static_step(cache)
             # ids of the whole text, whatever of it is cached
             or (int(cache.get_seq_length()) > 0 if mask is None else mask.shape != input_ids.shape)
         ):
@@ -106,55 +108,53 @@ class Decoding:
         positions = model_kwargs.get("position_ids")
         if positions is not None:
             positions = positions[:, -1:] + 1
-        captured = self._captured
-        if (
-            captured is not None
-            and self._is_captured(ids[:, -1:], cache)
-            and cache.layers[0].keys.shape[2] >= length - 1
-        ):
-            with captured.lock:
-                text = captured.greedy(ids, cache, mask, positions, length, ends)
+        static = self._static
+        if static is not None and self._is_static(ids[:, -1:], cache) and cache.layers[0].keys.shape[2] >= length - 1:
+            with static.lock:
+                text = static.greedy(ids, cache, mask, positions, length, ends)
             if text is not None:
                 return text
         go_on.keywords.update(attention_mask=mask, position_ids=positions)
         return go_on(ids, stopping_criteria=stopping_criteria)
 
-    def captures(self, cache: Any) -> bool:
-        """Whether the steps of this call, on a static cache on CUDA, are one graph; they are from now on, if so."""
-        if self.step is None or self._input_ids is None or not is_for_capture(self.step, self._input_ids, cache):
+    def has_static_step(self, cache: Any) -> bool:
+        """Whether kernels of their own take the steps of this call; from now on, if so."""
+        if self.step is None or self._input_ids is None or not is_for_static_step(self.step, self._input_ids, cache):
             return False
-        self._captured = self.step.captured()
-        if self._captured is None:
+        self._static = self.step.on_static_cache()
+        if self._static is None:
             return False
-        self._captured.end()
+        self._static.end()
         return True
 
-    def _is_captured(self, input_ids: torch.Tensor, cache: Any) -> bool:
+    def _is_static(self, input_ids: torch.Tensor, cache: Any) -> bool:
         return (
             self.step is not None
-            and self._captured is not None
-            and is_for_capture(self.step, input_ids, cache)
+            and self._static is not None
+            and is_for_static_step(self.step, input_ids, cache)
             and cache.layers[-1].is_initialized
             and cache.layers[-1].keys.dtype == self.step.embedding.dtype
         )
 
-    def _captured_logits(
+    def _static_logits(
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
         cache: Any,
     ) -> torch.Tensor | None:
-        captured = self._captured
+        static = self._static
         if (
-            captured is None
+            static is None
             or input_ids.shape[1] != 1
             # masks that transformers has prepared, one a layer type, are for the modules
             or not (attention_mask is None or (isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2))
+            # the modules say it in words; looking on another device would wait for it
+            or (input_ids.device.type == "cpu" and not 0 <= int(input_ids) < static.vocab_size)
         ):
             return None
-        with captured.lock:
-            return captured.logits(input_ids) if captured.begin(cache, attention_mask, position_ids) else None
+        with static.lock:
+            return static.logits(input_ids) if static.begin(cache, attention_mask, position_ids) else None
 
     def _may_pack(self, step: DecodingStep, cache: Any) -> bool:
         """With the switch for speed, at once; else where the copy is small, after as many steps as it costs."""
@@ -185,7 +185,7 @@ class Decoding:
         input_ids = input_ids[:, -1:]
         if input_ids.device != step.embedding.device:
             return None
-        if not step.covers(input_ids, cache) and not self._is_captured(input_ids, cache):
+        if not step.covers(input_ids, cache) and not self._is_static(input_ids, cache):
             return None
         if position_ids is not None:
             position_ids = position_ids[:, -1:]
@@ -198,8 +198,8 @@ class Decoding:
 
     def __exit__(self, *exception) -> None:
         _active.reset(self._token)
-        if self._captured is not None:
-            self._captured.end()
+        if self._static is not None:
+            self._static.end()
 
 
 def _is_fast_packed(input_ids: torch.Tensor | None, dtype: torch.dtype) -> bool:

@@ -514,11 +514,12 @@ class HfDecoderForCausalLM(HfDecoderPreTrainedModel, GenerationMixin):
         whole_model = super()._valid_auto_compile_criteria(model_kwargs, generation_config)
         if (decoding := Decoding.of(self)) is not None:
             if whole_model:
-                if not generation_config.compile_config and decoding.captures(model_kwargs.get(CACHE_NAME)):
+                if not generation_config.compile_config and decoding.has_static_step(model_kwargs.get(CACHE_NAME)):
                     return False
                 decoding.step = None  # transformers compiles the call of the modules, for which it prepares the masks
-            else:  # as on every CPU; there our step compiles itself
-                decoding.compiles = self.device.type == "cpu" and not generation_config.disable_compile
+            elif self.device.type == "cpu" and not generation_config.disable_compile:  # our step compiles itself
+                decoding.compiles = True
+                decoding.has_static_step(model_kwargs.get(CACHE_NAME))
         return whole_model
 
 

@@ -1,6 +1,11 @@
-"""The step of Triton kernels gives what the modules give. Without CUDA the kernels are interpreted, on a CPU."""
+"""The steps by kernels of their own, in Triton and in C++, give what the modules give.
+
+Without CUDA Triton's kernels are interpreted, on a CPU.
+"""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -10,17 +15,37 @@ from transformers import GenerationMixin, StaticCache, TextStreamer
 from transformers.generation import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM
-from hf_decoder.model import captured_step_hf_decoder, decoding_hf_decoder
+from hf_decoder.model import captured_step_hf_decoder, decoding_hf_decoder, native_step_hf_decoder
 from hf_decoder.model.captured_step_hf_decoder import CapturedStep, is_capturable
 from hf_decoder.model.decoding_hf_decoder import DecodingStep
+from hf_decoder.model.native_step_hf_decoder import NativeStep, is_for_native
 
-pytest.importorskip("triton", reason="the kernels are Triton's, which this system has not")
-from hf_decoder.model import triton_decoding_hf_decoder
+try:
+    from hf_decoder.model import triton_decoding_hf_decoder
+except ImportError:  # which this system has not
+    triton_decoding_hf_decoder = None  # type: ignore[assignment]
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# the interpreter multiplies matrices of bf16 wrongly
-DTYPES = [torch.float32, torch.bfloat16 if DEVICE == "cuda" else torch.float16]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+CUDA = torch.cuda.is_available()
+
+
+class Kind(NamedTuple):
+    """Of kernels."""
+
+    step: Any
+    covers: Any
+    device: str
+    half: torch.dtype
+
+
+TRITON = Kind(CapturedStep, is_capturable, "cuda", torch.bfloat16)
+if not CUDA:  # the interpreter multiplies matrices of bf16 wrongly
+    TRITON = TRITON._replace(device="cpu", half=torch.float16)
+NATIVE = Kind(NativeStep, is_for_native, "cpu", torch.bfloat16)
+TRITON_PARAM = pytest.param(
+    TRITON, id="triton", marks=pytest.mark.skipif(triton_decoding_hf_decoder is None, reason="triton is not installed")
+)
+KINDS = [TRITON_PARAM, pytest.param(NATIVE, id="c++")]
 VARIANTS = {
     "plain": {},
     "qk-norm": {"qk_norm": True},
@@ -36,44 +61,44 @@ VARIANTS = {
 }
 
 
-def tiny_model(dtype: torch.dtype = torch.float32, **overrides):
-    return eager_model(attn_implementation="sdpa", **overrides).to(DEVICE, dtype)
+def tiny_model(kind: Kind, dtype: torch.dtype = torch.float32, **overrides):
+    return eager_model(attn_implementation="sdpa", **overrides).to(kind.device, dtype)
 
 
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch):
     """The interpreter runs them one after the other."""
-    if DEVICE == "cpu":
+    if triton_decoding_hf_decoder is not None and not CUDA:
         monkeypatch.setattr(captured_step_hf_decoder, "MIN_BLOCKS", 1)
         monkeypatch.setattr(triton_decoding_hf_decoder, "SPLITS", 1)
     monkeypatch.setattr(captured_step_hf_decoder, "STEPS_AHEAD", 3)
 
 
-def padded_ids(length: int, hidden: int) -> tuple[torch.Tensor, torch.Tensor]:
-    ids = random_ids(1, length).to(DEVICE)
+def padded_ids(kind: Kind, length: int, hidden: int) -> tuple[torch.Tensor, torch.Tensor]:
+    ids = random_ids(1, length).to(kind.device)
     mask = torch.ones_like(ids)
     mask[:, :hidden] = 0
     return ids, mask
 
 
 @torch.no_grad()
-def check_steps(model, length: int, hidden: int, steps: int = 2) -> None:
+def check_steps(kind: Kind, model, length: int, hidden: int, steps: int = 2) -> None:
     """The logits and the cache of steps after a prompt whose first tokens are hidden."""
-    captured = CapturedStep(DecodingStep(model))
-    ids, mask = padded_ids(length, hidden)
+    static_step = kind.step(DecodingStep(model))
+    ids, mask = padded_ids(kind, length, hidden)
     ours = StaticCache(config=model.config, max_cache_len=length + steps)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     model(ids, past_key_values=ours, use_cache=True, attention_mask=mask, position_ids=positions)
     theirs = copy.deepcopy(ours)
     for step in range(steps):
-        token = random_ids(1, 1, seed=step + 1).to(DEVICE)
+        token = random_ids(1, 1, seed=step + 1).to(kind.device)
         mask = torch.cat((mask, mask.new_ones(1, 1)), 1)
         positions = mask.sum(-1, keepdim=True) - 1
         expected = model(
             token, past_key_values=theirs, use_cache=True, attention_mask=mask, position_ids=positions
         ).logits
-        assert captured.begin(ours, mask, None)
-        found = captured.logits(token)
+        assert static_step.begin(ours, mask, None)
+        found = static_step.logits(token)
         tolerance = TOLERANCE[model.dtype]
         torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * expected.abs().max().item())
     for our_layer, their_layer in zip(ours.layers, theirs.layers, strict=True):
@@ -85,29 +110,36 @@ def check_steps(model, length: int, hidden: int, steps: int = 2) -> None:
         assert int(our_layer.cumulative_length) == int(their_layer.cumulative_length) == length + steps
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("precision", ["full", "half"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_steps_are_those_of_the_modules(variant, dtype):
-    check_steps(tiny_model(dtype, **VARIANTS[variant]), length=9, hidden=0)
+@pytest.mark.parametrize("kind", KINDS)
+def test_steps_are_those_of_the_modules(kind, variant, precision):
+    dtype = kind.half if precision == "half" else torch.float32
+    check_steps(kind, tiny_model(kind, dtype, **VARIANTS[variant]), length=9, hidden=0)
 
 
-@pytest.mark.parametrize(("length", "hidden"), [(1, 0), (5, 3), (31, 31), (70, 20), (70, 69)])
-def test_lengths_and_padding_over_several_programs(monkeypatch, length, hidden):
-    monkeypatch.setattr(triton_decoding_hf_decoder, "KEYS_PER_SPLIT", 16)
-    monkeypatch.setattr(triton_decoding_hf_decoder, "SPLITS", 4)
-    monkeypatch.setattr(captured_step_hf_decoder, "BLOCK_KEYS", {torch.float32: 16})
-    if hidden == length:
-        hidden -= 1
-    check_steps(tiny_model(), length, hidden)
+@pytest.mark.parametrize(("length", "hidden"), [(1, 0), (5, 3), (31, 30), (70, 20), (70, 69)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_lengths_and_padding(kind, monkeypatch, length, hidden):
+    if kind is TRITON:  # over several programs
+        monkeypatch.setattr(triton_decoding_hf_decoder, "KEYS_PER_SPLIT", 16)
+        monkeypatch.setattr(triton_decoding_hf_decoder, "SPLITS", 4)
+        monkeypatch.setattr(captured_step_hf_decoder, "BLOCK_KEYS", {torch.float32: 16})
+    check_steps(kind, tiny_model(kind), length, hidden)
 
 
-# of real models where there is a GPU; the interpreter would take minutes for these
-SIZES = [(576, 9, 3, 1536), (2048, 16, 4, 5632)] if DEVICE == "cuda" else [(96, 3, 1, 320)]
+REAL, SMALL = [(576, 9, 3, 1536), (2048, 16, 4, 5632)], [(96, 3, 1, 320)]
+# the interpreter would take minutes for real sizes
+TO_THE_TRUTH = [(NATIVE, size, length) for size in REAL[:1] + SMALL for length in (40, 300)] + [
+    (TRITON, size, length) for size in (REAL if CUDA else SMALL) for length in ([40, 300, 1000] if CUDA else [40, 300])
+]
 
 
-@pytest.mark.parametrize("length", [40, 300, 1000] if DEVICE == "cuda" else [40, 300])
-@pytest.mark.parametrize(("hidden_size", "heads", "groups", "inner"), SIZES)
-def test_half_precision_is_as_near_to_the_truth_as_the_modules(hidden_size, heads, groups, inner, length):
+@pytest.mark.parametrize(("kind", "size", "length"), TO_THE_TRUTH)
+def test_half_precision_is_as_near_to_the_truth_as_the_modules(kind, size, length):
+    if kind is TRITON:
+        pytest.importorskip("triton")
+    hidden_size, heads, groups, inner = size
     config = HfDecoderConfig(
         vocab_size=1000,
         hidden_size=hidden_size,
@@ -117,35 +149,37 @@ def test_half_precision_is_as_near_to_the_truth_as_the_modules(hidden_size, head
         num_key_value_heads=groups,
     )
     torch.manual_seed(0)
-    with torch.device(DEVICE):
-        model = HfDecoderForCausalLM(config).eval().to(DTYPES[-1])
+    with torch.device(kind.device):
+        model = HfDecoderForCausalLM(config).eval().to(kind.half)
         ids = torch.randint(1000, (1, length + 1))
     exact = copy.deepcopy(model).double()
     with torch.no_grad():
         expected = exact(ids, logits_to_keep=1).logits
         logits = []
-        for captured in (None, CapturedStep(DecodingStep(model))):
+        for static_step in (None, kind.step(DecodingStep(model))):
             cache = StaticCache(config=config, max_cache_len=length + 8)
             model(ids[:, :-1], past_key_values=cache, use_cache=True)
-            if captured is None:
+            if static_step is None:
                 logits.append(model(ids[:, -1:], past_key_values=cache, use_cache=True).logits)
             else:
-                assert captured.begin(cache, torch.ones_like(ids), None)
-                logits.append(captured.logits(ids[:, -1:]))
+                assert static_step.begin(cache, torch.ones_like(ids), None)
+                logits.append(static_step.logits(ids[:, -1:]))
     theirs, ours = ((found.double() - expected).norm() / expected.norm() for found in logits)
     assert 0 < ours < 1.2 * theirs, (ours.item(), theirs.item())
 
 
-def test_rows_longer_than_a_block(monkeypatch):
+@pytest.mark.parametrize("kind", [TRITON_PARAM])
+def test_rows_longer_than_a_block(kind, monkeypatch):
     monkeypatch.setattr(captured_step_hf_decoder, "WHOLE_ROW", 16)
     monkeypatch.setattr(captured_step_hf_decoder, "BLOCK", 16)
-    check_steps(tiny_model(qk_norm=True), length=5, hidden=1)
+    check_steps(kind, tiny_model(kind, qk_norm=True), length=5, hidden=1)
 
 
 @pytest.mark.parametrize("blocks", [3, 30])
-def test_rows_of_a_block(monkeypatch, blocks):
+@pytest.mark.parametrize("kind", [TRITON_PARAM])
+def test_rows_of_a_block(kind, monkeypatch, blocks):
     monkeypatch.setattr(captured_step_hf_decoder, "MIN_BLOCKS", blocks)
-    check_steps(tiny_model(attention_bias=True), length=5, hidden=0, steps=1)
+    check_steps(kind, tiny_model(kind, attention_bias=True), length=5, hidden=0, steps=1)
 
 
 @pytest.mark.parametrize(
@@ -156,29 +190,36 @@ def test_rows_of_a_block(monkeypatch, blocks):
         {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
     ],
 )
-def test_what_the_kernels_do_not_compute_is_left_to_the_modules(overrides):
-    assert not is_capturable(DecodingStep(tiny_model(**overrides)))
-    assert is_capturable(DecodingStep(tiny_model()))
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_the_kernels_do_not_compute_is_left_to_the_modules(kind, overrides):
+    assert not kind.covers(DecodingStep(tiny_model(kind, **overrides)))
+    assert kind.covers(DecodingStep(tiny_model(kind)))
 
 
-def test_weights_of_other_types_are_left_to_the_modules():
-    model = tiny_model()
-    model.model.layers[0].mlp.up_proj.to(torch.float16)
-    assert not is_capturable(DecodingStep(model))
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_of_other_types_are_left_to_the_modules(kind):
+    for part in ("mlp.up_proj", "input_layernorm"):
+        model = tiny_model(kind)
+        model.model.layers[0].get_submodule(part).to(torch.float16)
+        assert not kind.covers(DecodingStep(model)), part
+    apart = tiny_model(kind)
+    weight = apart.model.layers[0].mlp.up_proj.weight
+    weight.data = weight.data.t().contiguous().t()
+    assert not kind.covers(DecodingStep(apart))
 
 
 @pytest.fixture
-def runs(monkeypatch) -> list[bool]:
-    """Has `generate` with a static cache capture its steps, as on CUDA; records of each whether it chose a token."""
+def runs(kind, monkeypatch) -> list[bool]:
+    """Records of each step by kernels whether it chose a token. Without CUDA Triton's are made to be taken."""
     taken: list[bool] = []
-    run = CapturedStep._run
+    run = kind.step._run
 
     def recorded(self, chooses: bool) -> None:
         taken.append(chooses)
         run(self, chooses)
 
-    monkeypatch.setattr(CapturedStep, "_run", recorded)
-    if DEVICE == "cpu":
+    monkeypatch.setattr(kind.step, "_run", recorded)
+    if kind is TRITON and not CUDA:
         monkeypatch.setattr(decoding_hf_decoder, "has_kernels", lambda x: True)
         monkeypatch.setattr(
             GenerationMixin, "_valid_auto_compile_criteria", lambda self, kwargs, config: not config.disable_compile
@@ -197,9 +238,10 @@ def dynamic(model, ids, mask=None, **settings):
 
 
 @pytest.mark.parametrize("hidden", [0, 4])
-def test_greedy_text_is_chosen_on_the_device(runs, hidden):
-    model = tiny_model()
-    ids, mask = padded_ids(7, hidden)
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_text_is_chosen_by_the_kernels(kind, runs, hidden):
+    model = tiny_model(kind)
+    ids, mask = padded_ids(kind, 7, hidden)
     expected = dynamic(model, ids, mask, max_new_tokens=10)
     assert not runs
     assert static(model, ids, mask, max_new_tokens=10).equal(expected)
@@ -212,9 +254,10 @@ def test_greedy_text_is_chosen_on_the_device(runs, hidden):
 
 
 @pytest.mark.parametrize("place", [0, 1, 3, 4, 5, 9])
-def test_text_ends_with_its_first_end_token(runs, place):
-    model = tiny_model()
-    ids, mask = padded_ids(7, 0)
+@pytest.mark.parametrize("kind", KINDS)
+def test_text_ends_with_its_first_end_token(kind, runs, place):
+    model = tiny_model(kind)
+    ids, mask = padded_ids(kind, 7, 0)
     whole = dynamic(model, ids, mask, max_new_tokens=10)
     end = int(whole[0, 7 + place])
     expected = dynamic(model, ids, mask, max_new_tokens=10, eos_token_id=[end, 60])
@@ -229,13 +272,14 @@ def test_text_ends_with_its_first_end_token(runs, place):
 
 
 @pytest.mark.parametrize("first", [0, 6])
-def test_a_text_goes_on_from_a_cache_by_all_its_ids_or_the_new_ones(runs, monkeypatch, first):
-    model = tiny_model()
-    text = random_ids(1, 9).to(DEVICE)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_text_goes_on_from_a_cache_by_all_its_ids_or_the_new_ones(kind, runs, monkeypatch, first):
+    model = tiny_model(kind)
+    text = random_ids(1, 9).to(kind.device)
     found = []
     for captures in (True, False):
         if not captures:
-            monkeypatch.setattr(DecodingStep, "captured", lambda self: None)
+            monkeypatch.setattr(DecodingStep, "on_static_cache", lambda self: None)
         cache = StaticCache(config=model.config, max_cache_len=20)
         with torch.no_grad():
             model(text[:, :6], past_key_values=cache, use_cache=True)
@@ -255,9 +299,10 @@ class NoMoreThan(StoppingCriteria):
         return torch.full((input_ids.shape[0],), input_ids.shape[1] >= self.length, device=input_ids.device)
 
 
-def test_everything_else_keeps_the_loop_of_transformers(runs):
-    model = tiny_model()
-    ids, mask = padded_ids(7, 2)
+@pytest.mark.parametrize("kind", KINDS)
+def test_everything_else_keeps_the_loop_of_transformers(kind, runs):
+    model = tiny_model(kind)
+    ids, mask = padded_ids(kind, 7, 2)
     tokens: list[torch.Tensor] = []
 
     class Streamer(TextStreamer):
@@ -292,11 +337,12 @@ def test_everything_else_keeps_the_loop_of_transformers(runs):
     assert len(tokens) == 2 * 5
 
 
-def test_several_rows_and_a_user_who_wants_no_compiler_go_through_the_modules(runs, monkeypatch):
-    model = tiny_model()
+@pytest.mark.parametrize("kind", [TRITON_PARAM])
+def test_several_rows_and_a_user_who_wants_no_compiler_go_through_the_modules(kind, runs, monkeypatch):
+    model = tiny_model(kind)
     compiled = []
     monkeypatch.setattr(model, "get_compiled_call", lambda config: compiled.append(1) or model.__call__)
-    ids = random_ids(2, 7).to(DEVICE)
+    ids = random_ids(2, 7).to(kind.device)
     assert static(model, ids, max_new_tokens=3).equal(dynamic(model, ids, max_new_tokens=3))
     assert compiled
     one = ids[:1]
@@ -304,11 +350,12 @@ def test_several_rows_and_a_user_who_wants_no_compiler_go_through_the_modules(ru
     assert not runs
 
 
-def test_two_texts_in_turn_keep_their_places(runs):
-    model = tiny_model()
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_texts_in_turn_keep_their_places(kind, runs):
+    model = tiny_model(kind)
     step = DecodingStep(model)
-    captured = CapturedStep(step)
-    first, second = random_ids(1, 5).to(DEVICE), random_ids(1, 8, seed=1).to(DEVICE)
+    static_step = kind.step(step)
+    first, second = random_ids(1, 5).to(kind.device), random_ids(1, 8, seed=1).to(kind.device)
     caches, logits = [], []
     with torch.no_grad():
         for ids in (first, second):
@@ -317,31 +364,33 @@ def test_two_texts_in_turn_keep_their_places(runs):
         for column in (-2, -1):
             for ids, cache in zip((first, second), caches, strict=True):
                 seen = ids[:, : ids.shape[1] + column + 1]
-                assert captured.begin(cache, torch.ones_like(seen), None)
-                logits.append(captured.logits(seen[:, -1:]))
+                assert static_step.begin(cache, torch.ones_like(seen), None)
+                logits.append(static_step.logits(seen[:, -1:]))
         torch.testing.assert_close(logits[2], model(first).logits[:, -1:], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(logits[3], model(second).logits[:, -1:], rtol=1e-4, atol=1e-4)
 
 
-def test_weights_that_moved_are_captured_anew(runs):
-    model = tiny_model()
-    ids = random_ids(1, 5).to(DEVICE)
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_that_moved_are_read_where_they_are(kind, runs):
+    model = tiny_model(kind)
+    ids = random_ids(1, 5).to(kind.device)
     first = static(model, ids, max_new_tokens=3)
     step = DecodingStep.of(model)
-    captured = step.captured()
-    assert step.captured() is captured
+    first_step = step.on_static_cache()
+    assert step.on_static_cache() is first_step
     for parameter in model.parameters():  # as `model.to(device)` does it: the same parameter, memory of its own
         parameter.data = parameter.data * 1.5
     second = static(model, ids, max_new_tokens=3)
-    assert step.captured() is not captured
+    assert step.on_static_cache() is not first_step
     assert second.equal(dynamic(model, ids, max_new_tokens=3)) and not second.equal(first)
     model.to(torch.float64)
-    assert step.captured() is None
+    assert step.on_static_cache() is None
 
 
-def test_a_step_captured_in_inference_mode_serves_outside_of_it(runs):
-    model = tiny_model()
-    ids = random_ids(1, 5).to(DEVICE)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_made_in_inference_mode_serves_outside_of_it(kind, runs):
+    model = tiny_model(kind)
+    ids = random_ids(1, 5).to(kind.device)
     with torch.inference_mode():
         first = static(model, ids, max_new_tokens=3)
     assert static(model, ids, max_new_tokens=3, repetition_penalty=1.0001).equal(first)
@@ -349,12 +398,77 @@ def test_a_step_captured_in_inference_mode_serves_outside_of_it(runs):
     assert runs == [True, True, False, False, True, True]
 
 
-def test_masks_with_holes_are_refused():
-    model = tiny_model()
-    captured = CapturedStep(DecodingStep(model))
+@pytest.mark.parametrize("kind", KINDS)
+def test_masks_with_holes_are_refused(kind):
+    model = tiny_model(kind)
+    static_step = kind.step(DecodingStep(model))
     cache = StaticCache(config=model.config, max_cache_len=8)
-    ids = random_ids(1, 5).to(DEVICE)
+    ids = random_ids(1, 5).to(kind.device)
     with torch.no_grad():
         model(ids, past_key_values=cache, use_cache=True)
     for mask in ([1, 1, 0, 1, 1, 1], [0, 1, 0, 1, 1, 1], [1, 1, 1, 1, 1, 0], [0] * 6):
-        assert not captured.begin(cache, torch.tensor([mask], device=DEVICE), None)
+        assert not static_step.begin(cache, torch.tensor([mask], device=kind.device), None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("quantized", ["layers", "head"])
+def test_int8_weights_are_multiplied_as_they_are(dtype, quantized):
+    torchao = pytest.importorskip("torchao.quantization")
+    model = tiny_model(NATIVE, dtype, attention_bias=True, tie_word_embeddings=False)
+    torchao.quantize_(model.model if quantized == "layers" else model, torchao.Int8WeightOnlyConfig())
+    assert is_for_native(DecodingStep(model))
+    check_steps(NATIVE, model, length=9, hidden=2)
+
+
+@pytest.mark.parametrize("threads", [1, 3, 7])
+def test_threads_share_a_step(threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        check_steps(NATIVE, tiny_model(NATIVE, num_key_value_heads=1, qk_norm=True), length=5, hidden=0)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_what_is_no_number_is_chosen_as_argmax_chooses_it():
+    model = tiny_model(NATIVE, tie_word_embeddings=False)
+    ids = random_ids(1, 5)
+    model.lm_head.weight.data[[20, 40]] = float("nan")
+    assert static(model, ids, max_new_tokens=3)[0, 5:].tolist() == [20] * 3
+    model.lm_head.weight.data[:] = 1.0
+    assert static(model, ids, max_new_tokens=3)[0, 6:].tolist() == [0] * 2  # the first token is torch's
+
+
+def test_a_token_out_of_range_is_named():
+    model = tiny_model(NATIVE)
+    cache = StaticCache(config=model.config, max_cache_len=12)
+    ids = random_ids(1, 5)
+    with torch.no_grad():
+        model(ids, past_key_values=cache, use_cache=True)
+    ids = torch.cat((ids, torch.tensor([[10**6]])), 1)
+    with pytest.raises(ValueError, match="vocabulary ends at"):
+        model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, do_sample=False)
+
+
+def test_without_a_compiler_the_step_runs_uncompiled(monkeypatch):
+    def fail(*inputs, **options):
+        raise RuntimeError("no C++ compiler found")
+
+    monkeypatch.setattr(native_step_hf_decoder, "_library", fail)
+    monkeypatch.setattr(torch, "compile", lambda *inputs, **options: fail)
+    said = []
+    monkeypatch.setattr(decoding_hf_decoder.logger, "warning", said.append)
+    model = tiny_model(NATIVE)
+    ids = random_ids(1, 5)
+    for _ in range(2):
+        assert static(model, ids, max_new_tokens=3).equal(dynamic(model, ids, max_new_tokens=3))
+    assert said and len(said) == len(set(said)) and all("no C++ compiler found" in text for text in said)
+
+
+def test_texts_in_several_threads_are_those_of_one():
+    model = tiny_model(NATIVE)
+    prompts = [random_ids(1, 4 + seed, seed=seed) for seed in range(4)]
+    expected = [dynamic(model, ids, max_new_tokens=20) for ids in prompts]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda ids: static(model, ids, max_new_tokens=20), prompts * 3))
+    assert all(one.equal(other) for one, other in zip(found, expected * 3, strict=True))

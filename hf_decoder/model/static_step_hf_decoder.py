@@ -1,0 +1,196 @@
+"""A decoding step that goes past torch: one row on a static cache, by kernels that read from where tensors lie.
+
+What the step on a CPU and the one on CUDA have in common: how a text is begun, and how a greedy one is written.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection
+from threading import Lock
+from typing import Any
+
+import torch
+from transformers.cache_utils import StaticCache, StaticLayer
+
+from .blocks_hf_decoder import PLAIN
+from .norm_hf_decoder import HfDecoderRMSNorm
+from .products_hf_decoder import Int8Weights
+from .swiglu_hf_decoder import SILU
+
+FIXED_ANGLES = ("default", "linear", "llama3", "yarn", "proportional")  # the others change with the length
+
+
+class StaticStep(ABC):
+    """One token through the decoder: id in, logits (1, 1, V) out, the static cache one token longer."""
+
+    def __init__(self, step: Any):
+        """step: a `DecodingStep` that `is_for_kernels`."""
+        self._step = step
+        self.lock = Lock()  # a step is one at a time, whoever generates
+        self._cache: StaticCache | None = None
+        self._next_past = -1
+        self._addresses = _addresses(step)
+        weight = step.embedding
+        self.vocab_size = weight.shape[0]
+        # the number of cached tokens, the next one's position, the first token it sees, the room, and where text goes
+        self._state = torch.zeros(5, dtype=torch.int64, device=weight.device)
+        # of each layer, where keys, values and the number of cached tokens lie
+        self._buffers = torch.zeros(len(step.layers), 4, dtype=torch.int64, device=weight.device)
+        self._ids = torch.zeros(1, dtype=torch.int64, device=weight.device)
+        self._logits = torch.empty(step.head[0].shape[0], dtype=weight.dtype, device=weight.device)
+
+    @abstractmethod
+    def _run(self, chooses: bool) -> None:
+        """The step on `_ids`, which writes `_logits`, the cache and `_state`; it may choose the next token, too.
+
+        What it chooses becomes the next of the ids, and of the text.
+        """
+
+    @abstractmethod
+    def _write(self, text: torch.Tensor, made: int, ends: Collection[int]) -> int | None:
+        """Chooses the tokens of text (length,) behind the first `made`. Where one is in `ends`, the length up to it."""
+
+    def is_current(self) -> bool:
+        """Whether the weights still lie where the kernels read them."""
+        return self._addresses == _addresses(self._step)
+
+    def begin(
+        self,
+        cache: StaticCache,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        text: torch.Tensor | None = None,
+    ) -> bool:
+        """Gets ready for the next token; False where the mask hides more than the first ones, or the cache is full.
+
+        Args:
+            cache: of the tokens before.
+            attention_mask: (1, K), 0 for padding.
+            position_ids: (1, 1), of that token; without it, the number of tokens that it sees.
+            text: ids, the cached ones and that token at least; chosen tokens go there, behind it.
+        """
+        goes_on = text is None and self._cache is cache
+        layers: list[Any] = cache.layers
+        if attention_mask is not None:
+            past = attention_mask.shape[1] - 1
+        else:
+            past = self._next_past if goes_on else int(cache.get_seq_length())
+        if past >= layers[0].keys.shape[2]:
+            return False
+        if goes_on and self._next_past == past:
+            return True
+        first = 0
+        if attention_mask is not None:
+            first = int((attention_mask == 0).sum())
+            if first and not (first <= past and bool(attention_mask[:, first:].all())):
+                return False
+        rows = [
+            [layer.keys.data_ptr(), layer.values.data_ptr(), layer.cumulative_length.data_ptr(), 0] for layer in layers
+        ]
+        self._buffers.copy_(torch.tensor(rows))
+        address = 0 if text is None else text.data_ptr()
+        self._state.copy_(torch.tensor([past, past - first, first, layers[0].keys.shape[2], address]))
+        if position_ids is not None:
+            self._state[1].copy_(position_ids[0, -1])
+        self._cache, self._next_past = cache, past
+        return True
+
+    def end(self) -> None:
+        """Lets go of the cache, which may change before it is seen again."""
+        self._cache = None
+
+    def logits(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """(1, 1) -> (1, 1, V), of the token that was begun with."""
+        self._ids.copy_(input_ids.view(-1))
+        self._run(chooses=False)
+        self._next_past += 1
+        return self._logits.clone().view(1, 1, -1)
+
+    def greedy(
+        self,
+        ids: torch.Tensor,
+        cache: StaticCache,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        length: int,
+        ends: Collection[int],
+    ) -> torch.Tensor | None:
+        """Goes on with ids (1, n) to `length` tokens, or to the first that is in `ends`; None where it cannot begin.
+
+        The cache lacks the last of the ids; in the end it lacks the last of the text, as after any step. Mask and
+        positions are those of the ids, as for `begin`.
+        """
+        made = ids.shape[1]
+        text = ids.new_empty(length)
+        text[:made] = ids[0]
+        if not self.begin(cache, attention_mask, position_ids, text) or self._next_past != made - 1:
+            return None
+        self._ids.copy_(ids[0, -1:])
+        stop = self._write(text, made, ends)
+        self.end()
+        if stop is None:
+            return text.view(1, -1)
+        layers: list[Any] = cache.layers
+        for layer in layers:
+            layer.cumulative_length.fill_(stop - 1)
+        return text[:stop].view(1, -1)
+
+
+def is_for_static_step(step: Any, input_ids: torch.Tensor, cache: Any) -> bool:
+    """Whether this is one row with a static cache that the kernels can extend."""
+    return (
+        input_ids.shape[0] == 1
+        and input_ids.dtype == torch.int64
+        and input_ids.device == step.embedding.device
+        and type(cache) is StaticCache
+        and not cache.offloading
+        and len(cache.layers) == len(step.layers)
+        and all(type(layer) is StaticLayer for layer in cache.layers)
+        and not torch.is_autocast_enabled(input_ids.device.type)
+    )
+
+
+def is_for_kernels(step: Any, *kinds: type) -> bool:
+    """Whether kernels compute what this step does: weights of these kinds, SiLU, no windows, fixed angles."""
+    dtype, products = step.embedding.dtype, weights_of_products(step)
+    of_type = [step.embedding, *(norm.weight for norm in norms(step))]
+    others: list[torch.Tensor] = []
+    for of in products:
+        if type(of) not in kinds:
+            return False
+        if isinstance(of, Int8Weights):
+            if of.values.dtype != torch.int8 or of.scales.dtype not in (dtype, torch.float32):
+                return False
+            others += [of.values, of.scales]
+        else:
+            of_type.append(of.weight)
+        if of.bias is not None:
+            of_type.append(of.bias)
+    return (
+        all(tensor.dtype == dtype for tensor in of_type)
+        and all(type(tensor) in PLAIN and tensor.is_contiguous() for tensor in of_type + others)
+        and all(type(layer.activation) in SILU and layer.window is None for layer in step.layers)
+        and all(type(norm) is HfDecoderRMSNorm for norm in norms(step))
+        and step.rotary.__self__.rope_type in FIXED_ANGLES
+    )
+
+
+def weights_of_products(step: Any) -> list[Any]:
+    """The head's first."""
+    of_layers = [[*layer.heads, layer.output, layer.gate, layer.up, layer.down] for layer in step.layers]
+    return [step.head, *(weights for layer in of_layers for weights in layer)]
+
+
+def norms(step: Any) -> list[Any]:
+    """The modules."""
+    of_layers = [(layer.input_norm, layer.query_norm, layer.key_norm, layer.mlp_norm) for layer in step.layers]
+    return [
+        norm.__self__ for norm in (step.norm, *(norm for layer in of_layers for norm in layer)) if norm is not None
+    ]
+
+
+def _addresses(step: Any) -> list[int]:
+    products = [tensor for of in weights_of_products(step) for tensor in of if tensor is not None]
+    return [tensor.data_ptr() for tensor in (step.embedding, *(norm.weight for norm in norms(step)), *products)]
+
+
+__all__ = ["StaticStep", "is_for_kernels", "is_for_static_step", "norms", "weights_of_products"]
