@@ -15,7 +15,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from types import FunctionType, MethodType
+from types import FunctionType
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -94,13 +94,15 @@ class DecodingStep:
     @staticmethod
     def of(model: Any) -> "DecodingStep | None":
         """The model's step, the same one as long as its parts are the same; None where modules must be called."""
-        if not _is_direct(model):
+        parts = _parts_of(model)
+        if parts is None:
             _steps.pop(model, None)
             return None
-        step, known = DecodingStep(model), _steps.get(model)
-        if known is not None and known._is_made_of(step):
-            return known
-        _steps[model] = step
+        known = _steps.get(model)
+        if known is not None and known[0] == parts:
+            return known[1]
+        step = DecodingStep(model)
+        _steps[model] = parts, step
         return step
 
     def packed(self) -> "DecodingStep":
@@ -148,12 +150,6 @@ class DecodingStep:
         for layer in self.layers:
             products += [*layer.heads, layer.output, layer.gate, layer.up, layer.down]
         return sum(tensor.nbytes for weights in products for tensor in weights if isinstance(tensor, torch.Tensor))
-
-    def _is_made_of(self, other: "DecodingStep") -> bool:
-        mine, theirs = ([*_flatten(vars(step))] for step in (self, other))
-        return len(mine) == len(theirs) and all(
-            a is b or (not isinstance(a, torch.Tensor) and a == b) for a, b in zip(mine, theirs, strict=True)
-        )
 
     def covers(self, inputs: torch.Tensor, cache: Any) -> bool:
         """Whether inputs (B, S, ...) are one token a row, and the cache is filled and of a kind to extend."""
@@ -413,47 +409,51 @@ def _parts(layer: Any) -> LayerParts:
     )
 
 
-def _flatten(value) -> Iterator:
-    if isinstance(value, dict):
-        value = [value[name] for name in sorted(value) if not name.startswith("_")]
-    if isinstance(value, tuple | list):
-        for item in value:
-            yield from _flatten(item)
-    elif isinstance(value, MethodType):
-        yield value.__self__
-        yield value.__func__
-    else:
-        yield value
+def _parts_of(model: Any) -> tuple[list[int], list[Any]] | None:
+    """What a step is made of, tensors and modules by identity, and its settings.
 
-
-def _is_direct(model: Any) -> bool:
-    """Whether the decoder's modules may be passed by: plain ones, without hooks, on one device, in evaluation mode."""
+    None where the decoder's modules may not be passed by, which they may if they are plain ones, without hooks, on one
+    device, in evaluation mode.
+    """
     if model.training or torch.nn.modules.module._has_any_global_hook() or model.config._attn_implementation != "sdpa":
-        return False
+        return None
     config = model.config
     if getattr(config, "output_hidden_states", False) or getattr(config, "output_attentions", False):
-        return False
+        return None
     decoder, package = model.model, __name__.rpartition(".")[0]
     activations = {id(layer.mlp.act_fn) for layer in decoder.layers if hasattr(layer, "mlp")}
-    modules = [*decoder.modules(), model.lm_head]
-    for module in modules:
-        ours = type(module).__module__.rpartition(".")[0] == package
-        if not ours and type(module) not in (nn.Linear, nn.Embedding, nn.ModuleList) and id(module) not in activations:
-            return False
-    devices = {
-        parameter.device for parameter in (decoder.embed_tokens.weight, decoder.norm.weight, model.lm_head.weight)
-    }
-    return len(devices) == 1 and not any(_is_hooked(module) for module in modules)
+    identities = []
+    for module in (*decoder.modules(), model.lm_head):
+        kind = type(module)
+        if not (
+            kind in (nn.Linear, nn.Embedding, nn.ModuleList)
+            or kind.__module__.rpartition(".")[0] == package
+            or id(module) in activations
+        ) or _is_hooked(module):
+            return None
+        identities.append(id(module))
+        identities += map(id, module._parameters.values())
+    weights = (decoder.embed_tokens.weight, decoder.norm.weight, model.lm_head.weight)
+    if len({weight.device for weight in weights}) > 1:
+        return None
+    layers = decoder.layers[: config.num_hidden_layers]
+    attentions = [layer.self_attn for layer in layers]
+    settings: list[Any] = [(each.use_qk_norm, each.use_rope, each.sliding_window) for each in attentions]
+    sizes = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+    return identities, [*settings, *sizes, config.final_logit_softcapping]
 
 
 def _is_hooked(module: nn.Module) -> bool:
+    if not module._forward_hooks and not module._forward_pre_hooks:
+        return "forward" in module.__dict__
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
     # transformers leaves its recorders of hidden states on the modules; a step that records goes through these
     foreign = [hook for hook in hooks if getattr(hook, "__module__", "") != "transformers.utils.output_capturing"]
     return bool(foreign) or "forward" in module.__dict__
 
 
-_steps: "WeakKeyDictionary[nn.Module, DecodingStep]" = WeakKeyDictionary()
+# of each model, what its step is made of; these ids stay those of the same objects, because the step holds them
+_steps: "WeakKeyDictionary[nn.Module, tuple[Any, DecodingStep]]" = WeakKeyDictionary()
 
 
 __all__ = ["DecodingStep", "reading_weights_once"]

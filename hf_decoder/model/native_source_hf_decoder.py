@@ -1,8 +1,8 @@
 """The decoding step of one row on a CPU in C++: what the compiler is given.
 
 A step reads each weight once and has little else to do, so it is one parallel region: threads share the outputs of
-every product, norm the token each for itself, and meet five times a layer. Between the weights, which are read in their
-own type, everything is fp32; keys and values are rounded to the type of the cache, logits to that of the weights.
+every product, norm the token each for itself, and meet five times a layer. Weights are read in their own type and all
+else is fp32; keys and values are rounded to the type of the cache, logits to that of the weights.
 
 Shapes: D hidden_size, H query heads, G key/value heads, E head_dim, R its rotated part, F intermediate_size, V
 vocab_size, K cached tokens and the new one; M outputs and N inputs of a product.

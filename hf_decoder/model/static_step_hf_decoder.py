@@ -47,7 +47,7 @@ class StaticStep(ABC):
 
     @abstractmethod
     def _write(self, text: torch.Tensor, made: int, ends: Collection[int]) -> int | None:
-        """Chooses the tokens of text (length,) behind the first `made`. Where one is in `ends`, the length up to it."""
+        """Chooses the tokens of text (length,) from `made` on; gives the length up to the first of `ends`, if any."""
 
     def is_current(self) -> bool:
         """Whether the weights still lie where the kernels read them."""

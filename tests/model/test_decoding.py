@@ -358,7 +358,7 @@ def test_int8_weights_in_half_precision(steps):
     forced = {"prefix_allowed_tokens_fn": lambda row, seen: [int(tokens[row, len(seen)])]}
     settings: list[dict] = [{}, {"cache_implementation": "static"}]
     errors = [(generated(model, ids, **forced, **more)[1].float() - truth).square().mean().sqrt() for more in settings]
-    assert len(steps) == 2 * (NEW_TOKENS - 1)
+    assert len(steps) == NEW_TOKENS - 1  # those on the static cache are the function's in C++
     slow = (through_modules(model, ids, **forced)[1].float() - truth).square().mean().sqrt()
     assert max(errors) <= 1.1 * slow
 
