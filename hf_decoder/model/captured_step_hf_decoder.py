@@ -31,9 +31,9 @@ PRECISION = "ieee"  # of products of attention in fp32: never tf32
 class CapturedStep(StaticStep):
     """The step as one graph, or, of greedy text, as one that chooses the next token too."""
 
-    def __init__(self, step: Any):
+    def __init__(self, step: Any, rows: int = 1):
         """step: a `DecodingStep` that `is_capturable`. Compiles the kernels and captures them."""
-        super().__init__(step)
+        super().__init__(step, rows)
         weight = step.embedding
         device, dtype, groups = weight.device, weight.dtype, step.groups
         heads = groups * step.heads_per_group
@@ -46,15 +46,16 @@ class CapturedStep(StaticStep):
         if device.type == "cuda":
             self._capture()
 
-    def _write(self, text: torch.Tensor, made: int, ends: Collection[int]) -> int | None:
+    def _write(self, text: torch.Tensor, made: int, ends: Collection[int], pad: int) -> int | None:
+        (row,) = text
         stop: int | None = None
         looking: _Copy | None = None
-        while made < len(text) and stop is None:
-            before, made = made, min(made + STEPS_AHEAD, len(text))
+        while made < len(row) and stop is None:
+            before, made = made, min(made + STEPS_AHEAD, len(row))
             for _ in range(before, made):
                 self._run(chooses=True)
             if ends:  # looked for while the next tokens are on their way
-                found, looking = looking, _Copy(text, before, made)
+                found, looking = looking, _Copy(row, before, made)
                 stop = None if found is None else found.first_of(ends)
         return looking.first_of(ends) if looking is not None and stop is None else stop
 
@@ -104,7 +105,7 @@ class CapturedStep(StaticStep):
         ]
         for layer in self._plan_layers():
             launches += layer
-        outputs = self._logits.shape[0]
+        outputs = self._logits.shape[1]
         blocks, settings = _settings(outputs, size)
         normed = (self._hidden, norm.weight, norm.variance_epsilon)
         launches.append(

@@ -15,6 +15,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from threading import Lock
 from types import FunctionType
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -90,6 +91,7 @@ class DecodingStep:
         self._compiled: dict[bool, Callable] = {}  # for packed weights, and for others; shared by copies
         self._static: StaticStep | None = None
         self._may_be_static = True
+        self._making = Lock()
 
     @staticmethod
     def of(model: Any) -> "DecodingStep | None":
@@ -124,25 +126,34 @@ class DecodingStep:
         step.layers, step.head = tuple(pack_layer(layer) for layer in self.layers), packed_weights(self.head)
         return step
 
-    def on_static_cache(self) -> StaticStep | None:
-        """The step by kernels of its own, where they cover it; the same one as long as its weights stay."""
-        if self._static is not None and not self._static.is_current():
-            self._static, self._may_be_static = None, True
-        if self._static is None and self._may_be_static:
-            self._may_be_static = False
-            kind: type[StaticStep] | None = None
-            if has_kernels(self.embedding) and is_capturable(self):
-                kind = CapturedStep
-            elif is_for_native(self):
-                kind = NativeStep
-            if kind is not None:
-                try:
-                    # it outlives this call, and a tensor made in inference mode can be written to there alone
-                    with torch.inference_mode(False), torch.no_grad():
-                        self._static = kind(self)
-                except Exception as error:  # said once, then without it
-                    logger.warning(f"The decoding step could not be compiled for a static cache: {error}")
-        return self._static
+    def on_static_cache(self, rows: int) -> StaticStep | None:
+        """The step of so many rows by kernels of its own, where they cover it.
+
+        It is the same one as long as weights and rows stay the same.
+        """
+        with self._making:
+            known = self._static
+            if known is not None and not (known.rows == rows and known.is_current()):
+                self._static, self._may_be_static = None, True
+            if self._static is None and self._may_be_static:
+                self._make_static(rows)
+            return self._static
+
+    def _make_static(self, rows: int) -> None:
+        kind: type[StaticStep] | None = None
+        if has_kernels(self.embedding) and is_capturable(self):
+            kind = CapturedStep
+        elif is_for_native(self):
+            kind = NativeStep
+        if kind is None or rows > kind.max_rows:
+            return
+        self._may_be_static = False
+        try:
+            # it outlives this call, and a tensor made in inference mode can be written to there alone
+            with torch.inference_mode(False), torch.no_grad():
+                self._static = kind(self, rows)
+        except Exception as error:  # said once, then without it
+            logger.warning(f"The decoding step could not be compiled for a static cache: {error}")
 
     def nbytes(self) -> int:
         """Of the weights that products read."""

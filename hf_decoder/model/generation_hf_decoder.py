@@ -16,7 +16,7 @@ from transformers.generation import EosTokenCriteria, MaxLengthCriteria, Stoppin
 
 from .cache_name_hf_decoder import CACHE_NAME
 from .decoding_hf_decoder import DecodingStep
-from .static_step_hf_decoder import StaticStep, is_for_static_step
+from .static_step_hf_decoder import StaticStep, first_seen, is_for_static_step
 
 PACKED_BYTES = 2**30  # more is not copied unasked
 STEPS_BEFORE_PACKING = 8
@@ -96,22 +96,26 @@ class Decoding:
             or not self.has_static_step(cache)
             # ids of the whole text, whatever of it is cached
             or (int(cache.get_seq_length()) > 0 if mask is None else mask.shape != input_ids.shape)
+            or (cache.layers[0].max_cache_len < length - 1)
+            or (mask is not None and first_seen(mask) is None)
         ):
             return go_on(input_ids, stopping_criteria=stopping_criteria)
         # the prompt and its first token as ever
         first = StoppingCriteriaList([MaxLengthCriteria(input_ids.shape[1] + 1), *stopping_criteria])
         ids = go_on(input_ids, stopping_criteria=first)
-        if ids.shape[1] >= length or (ends and int(ids[0, -1]) in ends):
+        if ids.shape[1] >= length or (ends and ends.issuperset(ids[:, -1].tolist())):
             return ids
         if mask is not None:
-            mask = torch.cat((mask, mask.new_ones(1, 1)), 1)
+            mask = torch.cat((mask, mask.new_ones(len(mask), 1)), 1)
         positions = model_kwargs.get("position_ids")
         if positions is not None:
             positions = positions[:, -1:] + 1
         static = self._static
-        if static is not None and self._is_static(ids[:, -1:], cache) and cache.layers[0].keys.shape[2] >= length - 1:
+        if static is not None and self._is_static(ids[:, -1:], cache):
+            # what is missing is of no use to a single row, and refused for several before
+            pad = 0 if config._pad_token_tensor is None else int(config._pad_token_tensor)
             with static.lock:
-                text = static.greedy(ids, cache, mask, positions, length, ends)
+                text = static.greedy(ids, cache, mask, positions, length, ends, pad)
             if text is not None:
                 return text
         go_on.keywords.update(attention_mask=mask, position_ids=positions)
@@ -121,7 +125,7 @@ class Decoding:
         """Whether kernels of their own take the steps of this call; from now on, if so."""
         if self.step is None or self._input_ids is None or not is_for_static_step(self.step, self._input_ids, cache):
             return False
-        self._static = self.step.on_static_cache()
+        self._static = self.step.on_static_cache(len(self._input_ids))
         if self._static is None:
             return False
         self._static.end()
@@ -133,6 +137,7 @@ class Decoding:
             and self._static is not None
             and is_for_static_step(self.step, input_ids, cache)
             and cache.layers[-1].is_initialized
+            and len(input_ids) == len(cache.layers[-1].keys) == self._static.rows
             and cache.layers[-1].keys.dtype == self.step.embedding.dtype
         )
 
@@ -150,7 +155,7 @@ class Decoding:
             # masks that transformers has prepared, one a layer type, are for the modules
             or not (attention_mask is None or (isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2))
             # the modules say it in words; looking on another device would wait for it
-            or (input_ids.device.type == "cpu" and not 0 <= int(input_ids) < static.vocab_size)
+            or (input_ids.device.type == "cpu" and not _are_in(input_ids, static.vocab_size))
         ):
             return None
         with static.lock:
@@ -211,6 +216,10 @@ def _is_fast_packed(input_ids: torch.Tensor | None, dtype: torch.dtype) -> bool:
         and torch._C._get_mkldnn_enabled()
         and torch.backends.cpu.get_cpu_capability() == "AVX512"
     )
+
+
+def _are_in(input_ids: torch.Tensor, vocab_size: int) -> bool:
+    return all(0 <= token < vocab_size for (token,) in input_ids.tolist())
 
 
 def _ends(criteria: Sequence[Any]) -> frozenset[int] | None:

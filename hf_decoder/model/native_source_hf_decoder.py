@@ -1,10 +1,10 @@
-"""The decoding step of one row on a CPU in C++: what the compiler is given.
+"""The decoding step of a few rows on a CPU in C++: what the compiler is given.
 
 A step reads each weight once and has little else to do, so it is one parallel region: threads share the outputs of
 every product, norm the token each for itself, and meet five times a layer. Weights are read in their own type and all
 else is fp32; keys and values are rounded to the type of the cache, logits to that of the weights.
 
-Shapes: D hidden_size, H query heads, G key/value heads, E head_dim, R its rotated part, F intermediate_size, V
+Shapes: B rows, D hidden_size, H query heads, G key/value heads, E head_dim, R its rotated part, F intermediate_size, V
 vocab_size, K cached tokens and the new one; M outputs and N inputs of a product.
 """
 
@@ -19,6 +19,8 @@ SOURCE = r"""
 #ifdef __AVX2__
 #include <immintrin.h>
 #endif
+
+#define MAX_ROWS 8
 
 #ifdef __AVX512F__
 #define LANES 16
@@ -132,6 +134,32 @@ template <class W> static inline float dot(const W *row, const float *x, int64_t
     return total;
 }
 
+// The same of several rows of x, which share what is loaded of the weights.
+template <int ROWS, class W>
+static inline void dots(const W *row, const float *x, int64_t count, int64_t stride, float *y) {
+    Floats sums[ROWS] = {};
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) {
+        if (i * sizeof(W) % 64 == 0) __builtin_prefetch((const char *)(row + i) + 2048);
+        const Floats weights = load(row + i);
+#pragma GCC unroll 8
+        for (int of = 0; of < ROWS; of++) sums[of] += weights * load(x + of * stride + i);
+    }
+    for (int of = 0; of < ROWS; of++) {
+        y[of] = sum(sums[of]);
+        for (int64_t rest = i; rest < count; rest++) y[of] += number(row[rest]) * x[of * stride + rest];
+    }
+}
+
+template <class W>
+static inline void dots(const W *row, const float *x, int64_t count, int64_t stride, int64_t rows, float *y) {
+    int64_t of = 0;
+    for (; of + 8 <= rows; of += 8) dots<8>(row, x + of * stride, count, stride, y + of);
+    for (; of + 4 <= rows; of += 4) dots<4>(row, x + of * stride, count, stride, y + of);
+    for (; of + 2 <= rows; of += 2) dots<2>(row, x + of * stride, count, stride, y + of);
+    if (of < rows) y[of] = dot(row, x + of * stride, count);
+}
+
 struct Norm {
     const void *weight;
     double epsilon;
@@ -157,16 +185,16 @@ struct Step {
     Product head;
     const float *frequencies;  // (R / 2,)
     double rotary_scale, score_scale, cap;  // a cap of 0: none
-    int64_t depth, size, heads, groups, width, rotated, inner;  // layers, D, H, G, E, R, F
+    int64_t rows, depth, size, heads, groups, width, rotated, inner;  // B, layers, D, H, G, E, R, F
 };
 
 struct Buffers {  // of one layer of a static cache
-    int64_t keys, values;  // addresses, of (G, length, E) each
+    int64_t keys, values;  // addresses, of (B, G, length, E) each
     int64_t filled;        // address of an int64
     int64_t unused;
 };
 
-struct State {
+struct State {  // of one row
     int64_t past, position, first, length, text;  // cached tokens; of the new one; the first seen; room; an address
 };
 
@@ -178,17 +206,21 @@ template <class T> static void normed(const Norm &norm, const float *x, int64_t 
     for (; i < size; i++) y[i] = x[i] * scale * number(weight[i]);
 }
 
-template <class T, class F> static void multiply(const Product &of, const float *x, int64_t from, int64_t to, F take) {
+// The outputs `from` to `to` of x (B, N), each handed to `take` with its row.
+template <class T, class F>
+static void multiply(const Product &of, const float *x, int64_t rows, int64_t from, int64_t to, F take) {
     const T *bias = (const T *)of.bias;
-    for (int64_t row = from; row < to; row++) {
-        float y;
+    float y[MAX_ROWS];
+    for (int64_t output = from; output < to; output++) {
+        float scale = 1;
         if (of.scales) {
-            const float scale = of.wide ? ((const float *)of.scales)[row] : number(((const T *)of.scales)[row]);
-            y = dot((const int8_t *)of.weight + row * of.inputs, x, of.inputs) * scale;
+            scale = of.wide ? ((const float *)of.scales)[output] : number(((const T *)of.scales)[output]);
+            dots((const int8_t *)of.weight + output * of.inputs, x, of.inputs, of.inputs, rows, y);
         } else {
-            y = dot((const T *)of.weight + row * of.inputs, x, of.inputs);
+            dots((const T *)of.weight + output * of.inputs, x, of.inputs, of.inputs, rows, y);
         }
-        take(row, bias ? y + number(bias[row]) : y);
+        for (int64_t row = 0; row < rows; row++)
+            take(row, output, y[row] * scale + (bias ? number(bias[output]) : 0.0f));
     }
 }
 
@@ -201,16 +233,16 @@ struct Team {
     int64_t to(int64_t count) const { return start(count, thread + 1); }
 };
 
-// What threads share, (D + (H + 2 G) E + H E + 2 F,) in fp32.
+// What threads share, (B, D), (B, (H + 2 G) E), (B, H E) and twice (B, F) in fp32.
 struct Shared {
     float *hidden, *heads, *attended, *gate, *up;
 
     Shared(const Step &step, float *room) {
         hidden = room;
-        heads = hidden + step.size;
-        attended = heads + (step.heads + 2 * step.groups) * step.width;
-        gate = attended + step.heads * step.width;
-        up = gate + step.inner;
+        heads = hidden + step.rows * step.size;
+        attended = heads + step.rows * (step.heads + 2 * step.groups) * step.width;
+        gate = attended + step.rows * step.heads * step.width;
+        up = gate + step.rows * step.inner;
     }
 };
 
@@ -266,21 +298,24 @@ static void attend(const float *query, const T *keys, const T *values, const flo
 }
 
 template <class T>
-static void attend_heads(const Step &step, const Layer &layer, const Buffers &buffers, const State &state,
+static void attend_heads(const Step &step, const Layer &layer, const Buffers &buffers, const State *states,
                          const float *angles, const Shared &shared, const Team &team) {
     static thread_local std::vector<float> room;
-    const int64_t width = step.width, past = state.past, length = state.length;
+    const int64_t width = step.width, heads = step.heads, groups = step.groups, per_group = heads / groups;
+    const int64_t past = states->past, all = step.rows * heads;
     room.resize(3 * width + past + 1);
     float *query = room.data(), *key = query + width, *value = key + width, *scores = value + width;
-    const int64_t per_group = step.heads / step.groups, thread = team.thread, threads = team.threads;
-    int64_t group = -1;
-    for (int64_t head = step.heads * thread / threads; head < step.heads * (thread + 1) / threads; head++) {
-        T *keys = (T *)buffers.keys + head / per_group * length * width;
-        T *values = (T *)buffers.values + head / per_group * length * width;
+    int64_t group = -1;  // of all rows' groups
+    for (int64_t head = all * team.thread / team.threads; head < all * (team.thread + 1) / team.threads; head++) {
+        const int64_t row = head / heads, head_of_row = head % heads;
+        const float *turn = angles + row * step.rotated;
+        float *of_row = shared.heads + row * (heads + 2 * groups) * width;
+        T *keys = (T *)buffers.keys + head / per_group * states->length * width;
+        T *values = (T *)buffers.values + head / per_group * states->length * width;
         if (head / per_group != group) {  // every thread makes its own key; that of the group's first head stores it
             group = head / per_group;
-            prepare<T>(step, layer, layer.key_norm, angles, shared.heads + (step.heads + group) * width, key);
-            const float *new_value = shared.heads + (step.heads + step.groups + group) * width;
+            prepare<T>(step, layer, layer.key_norm, turn, of_row + (heads + group % groups) * width, key);
+            const float *new_value = of_row + (heads + groups + group % groups) * width;
             for (int64_t e = 0; e < width; e++) {
                 T rounded[2];
                 put(rounded, key[e]);
@@ -293,109 +328,130 @@ static void attend_heads(const Step &step, const Layer &layer, const Buffers &bu
                 }
             }
         }
-        prepare<T>(step, layer, layer.query_norm, angles, shared.heads + head * width, query);
+        prepare<T>(step, layer, layer.query_norm, turn, of_row + head_of_row * width, query);
         for (int64_t e = 0; e < width; e++) query[e] *= (float)step.score_scale;
-        attend(query, keys, values, key, value, state.first, past, width, scores, shared.attended + head * width);
+        float *y = shared.attended + head * width;
+        attend(query, keys, values, key, value, states[row].first, past, width, scores, y);
     }
 }
 
-static void gate_and_up(const Shared &shared, int64_t from, int64_t to) {
+static void gate_and_up(float *gate, const float *up, int64_t from, int64_t to) {
     int64_t i = from;
     for (; i + LANES <= to; i += LANES) {
-        const Floats gate = load(shared.gate + i);
-        store(shared.gate + i, gate / (exponential(-gate) + 1.0f) * load(shared.up + i));
+        const Floats x = load(gate + i);
+        store(gate + i, x / (exponential(-x) + 1.0f) * load(up + i));
     }
-    for (; i < to; i++) shared.gate[i] = shared.gate[i] / (exponential(-shared.gate[i]) + 1.0f) * shared.up[i];
+    for (; i < to; i++) gate[i] = gate[i] / (exponential(-gate[i]) + 1.0f) * up[i];
 }
 
-// Logits of the token that `ids` holds; its keys and values join the cache. The likeliest next one, if it is to be
-// chosen, joins the text and comes next.
+// The first of the highest numbers, or of those that are none, as argmax has it.
+template <class T> static int64_t likeliest(const T *logits, int64_t count) {
+    Floats tops = Floats{} - INFINITY;
+    Integers none = {};
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) {
+        const Floats x = load(logits + i);
+        tops = x > tops ? x : tops;
+        none |= x != x;
+    }
+    float top = -INFINITY;
+    bool any = false;
+    for (; i < count; i++) {
+        top = std::max(top, number(logits[i]));
+        any |= std::isnan(number(logits[i]));
+    }
+    for (int lane = 0; lane < LANES; lane++) {
+        top = std::max(top, tops[lane]);
+        any |= none[lane] != 0;
+    }
+    for (i = 0; i < count; i++)
+        if (any ? std::isnan(number(logits[i])) : number(logits[i]) == top) return i;
+    return 0;
+}
+
+// Logits (B, V) of the tokens that `ids` holds; their keys and values join the cache. The likeliest next ones, if they
+// are to be chosen, join their texts and come next.
 template <class T>
-static void run(const Step &step, const Buffers *buffers, State &state, int64_t *ids, T *logits, float *room,
-                   int64_t threads, bool chooses) {
+static void run(const Step &step, const Buffers *buffers, State *states, int64_t *ids, T *logits, float *room,
+                int64_t threads, bool chooses) {
     const Shared shared(step, room);
-    const int64_t of_queries = step.heads * step.width, of_keys = step.groups * step.width;
-    std::vector<int64_t> best(threads, -1);
+    const int64_t rows = step.rows, size = step.size, inner = step.inner, vocab_size = step.head.outputs;
+    const int64_t all_heads = (step.heads + 2 * step.groups) * step.width;
 #pragma omp parallel num_threads(threads)
     {
         const Team team{omp_get_thread_num(), omp_get_num_threads()};
         static thread_local std::vector<float> own;
-        own.resize(step.size + step.rotated);
-        float *x = own.data(), *angles = x + step.size;
-        for (int64_t i = 0; i < step.rotated / 2; i++) {
-            const float angle = (float)state.position * step.frequencies[i];
-            angles[i] = std::cos(angle) * (float)step.rotary_scale;
-            angles[i + step.rotated / 2] = std::sin(angle) * (float)step.rotary_scale;
+        own.resize(rows * (size + step.rotated));
+        float *x = own.data(), *angles = x + rows * size;
+        const int64_t half = step.rotated / 2;
+        for (int64_t row = 0; row < rows; row++) {
+            float *turn = angles + row * step.rotated;
+            for (int64_t i = 0; i < half; i++) {
+                const float angle = (float)states[row].position * step.frequencies[i];
+                turn[i] = std::cos(angle) * (float)step.rotary_scale;
+                turn[i + half] = std::sin(angle) * (float)step.rotary_scale;
+            }
+            for (int64_t i = team.from(size); i < team.to(size); i++)
+                shared.hidden[row * size + i] = number(((const T *)step.embedding)[ids[row] * size + i]);
         }
-        for (int64_t i = team.from(step.size); i < team.to(step.size); i++)
-            shared.hidden[i] = number(((const T *)step.embedding)[*ids * step.size + i]);
-        const auto add = [&](int64_t row, float y) { shared.hidden[row] += y; };
+        const auto norm_rows = [&](const Norm &norm) {
+            for (int64_t row = 0; row < rows; row++) normed<T>(norm, shared.hidden + row * size, size, x + row * size);
+        };
+        const auto add = [&](int64_t row, int64_t output, float y) { shared.hidden[row * size + output] += y; };
         for (int64_t index = 0; index < step.depth; index++) {
             const Layer &layer = step.layers[index];
 #pragma omp barrier
-            normed<T>(layer.input_norm, shared.hidden, step.size, x);
+            norm_rows(layer.input_norm);
             int64_t before = 0;
             for (const Product *part : {&layer.query, &layer.key, &layer.value}) {
-                const int64_t all = of_queries + 2 * of_keys;
-                const int64_t from = std::clamp(team.from(all) - before, (int64_t)0, part->outputs);
-                const int64_t to = std::clamp(team.to(all) - before, (int64_t)0, part->outputs);
-                float *y = shared.heads + before;
-                multiply<T>(*part, x, from, to, [=](int64_t row, float value) { y[row] = value; });
+                const int64_t from = std::clamp(team.from(all_heads) - before, (int64_t)0, part->outputs);
+                const int64_t to = std::clamp(team.to(all_heads) - before, (int64_t)0, part->outputs);
+                float *heads = shared.heads + before;
+                multiply<T>(*part, x, rows, from, to,
+                            [=](int64_t row, int64_t output, float y) { heads[row * all_heads + output] = y; });
                 before += part->outputs;
             }
 #pragma omp barrier
-            attend_heads<T>(step, layer, buffers[index], state, angles, shared, team);
+            attend_heads<T>(step, layer, buffers[index], states, angles, shared, team);
 #pragma omp barrier
-            multiply<T>(layer.output, shared.attended, team.from(step.size), team.to(step.size), add);
+            multiply<T>(layer.output, shared.attended, rows, team.from(size), team.to(size), add);
 #pragma omp barrier
-            normed<T>(layer.mlp_norm, shared.hidden, step.size, x);
-            const int64_t from = team.from(step.inner), to = team.to(step.inner);
-            multiply<T>(layer.gate, x, from, to, [&](int64_t row, float y) { shared.gate[row] = y; });
-            multiply<T>(layer.up, x, from, to, [&](int64_t row, float y) { shared.up[row] = y; });
-            gate_and_up(shared, from, to);
+            norm_rows(layer.mlp_norm);
+            const int64_t from = team.from(inner), to = team.to(inner);
+            multiply<T>(layer.gate, x, rows, from, to,
+                        [&](int64_t row, int64_t output, float y) { shared.gate[row * inner + output] = y; });
+            multiply<T>(layer.up, x, rows, from, to,
+                        [&](int64_t row, int64_t output, float y) { shared.up[row * inner + output] = y; });
+            for (int64_t row = 0; row < rows; row++)
+                gate_and_up(shared.gate + row * inner, shared.up + row * inner, from, to);
 #pragma omp barrier
-            multiply<T>(layer.down, shared.gate, team.from(step.size), team.to(step.size), add);
+            multiply<T>(layer.down, shared.gate, rows, team.from(size), team.to(size), add);
         }
 #pragma omp barrier
-        normed<T>(step.norm, shared.hidden, step.size, x);
-        const int64_t from = team.from(step.head.outputs), to = team.to(step.head.outputs);
-        int64_t chosen = -1;
-        float highest = 0;
-        multiply<T>(step.head, x, from, to, [&](int64_t row, float y) {
-            if (step.cap) y = (float)step.cap * std::tanh(y / (float)step.cap);
-            put(logits + row, y);
-            y = number(logits[row]);
-            // the first of the highest ones, or of those that are no number, as argmax has it
-            if (chosen < 0 || y > highest || (y != y && highest == highest)) {
-                chosen = row;
-                highest = y;
-            }
-        });
-        best[team.thread] = chosen;
+        norm_rows(step.norm);
+        const float cap = (float)step.cap;
+        multiply<T>(step.head, x, rows, team.from(vocab_size), team.to(vocab_size),
+                    [&](int64_t row, int64_t output, float y) {
+                        put(logits + row * vocab_size + output, cap ? cap * std::tanh(y / cap) : y);
+                    });
     }
-    int64_t token = -1;
-    for (int64_t other : best) {
-        if (other < 0) continue;
-        const float y = number(logits[other]), highest = token < 0 ? 0 : number(logits[token]);
-        if (token < 0 || y > highest || (y != y && highest == highest)) token = other;
+    for (int64_t row = 0; row < rows; row++) {
+        State &state = states[row];
+        state.past++;
+        state.position++;
+        if (chooses) ids[row] = ((int64_t *)state.text)[state.past] = likeliest(logits + row * vocab_size, vocab_size);
     }
-    state.past++;
-    state.position++;
-    for (int64_t index = 0; index < step.depth; index++) *(int64_t *)buffers[index].filled = state.past;
-    if (chooses) {
-        *ids = token;
-        ((int64_t *)state.text)[state.past] = token;
-    }
+    for (int64_t index = 0; index < step.depth; index++) *(int64_t *)buffers[index].filled = states->past;
 }
 
 extern "C" {
-void run_float32(const Step *step, const Buffers *buffers, State *state, int64_t *ids, float *logits, float *room,
+void run_float32(const Step *step, const Buffers *buffers, State *states, int64_t *ids, float *logits, float *room,
                  int64_t threads, int64_t chooses) {
-    run(*step, buffers, *state, ids, logits, room, threads, chooses);
+    run(*step, buffers, states, ids, logits, room, threads, chooses);
 }
-void run_bfloat16(const Step *step, const Buffers *buffers, State *state, int64_t *ids, bfloat16 *logits, float *room,
+void run_bfloat16(const Step *step, const Buffers *buffers, State *states, int64_t *ids, bfloat16 *logits, float *room,
                   int64_t threads, int64_t chooses) {
-    run(*step, buffers, *state, ids, logits, room, threads, chooses);
+    run(*step, buffers, states, ids, logits, room, threads, chooses);
 }
 }
 """

@@ -1,4 +1,4 @@
-"""The decoding step of one row on a CPU, as one call of a function in C++ that torch's compiler builds.
+"""The decoding step of a few rows on a CPU, as one call of a function in C++ that torch's compiler builds.
 
 Its weights, of fp32, bf16 or torchao's int8, are read where they lie. A graph of torch.compile spends about as long
 on its buffers and guards as a small model's step takes: see the README.
@@ -47,26 +47,28 @@ class _Step(Structure):
         ("head", _Product),
         ("frequencies", c_void_p),
         *((name, c_double) for name in ("rotary_scale", "score_scale", "cap")),
-        *((name, c_int64) for name in ("depth", "size", "heads", "groups", "width", "rotated", "inner")),
+        *((name, c_int64) for name in ("rows", "depth", "size", "heads", "groups", "width", "rotated", "inner")),
     ]
 
 
 class NativeStep(StaticStep):
     """The step by `run` of native_source_hf_decoder.py."""
 
-    def __init__(self, step: Any):
+    max_rows = 8  # of more, products are bound by arithmetic, which libraries do faster
+
+    def __init__(self, step: Any, rows: int = 1):
         """step: a `DecodingStep` that `is_for_native`. Compiles the function, if no process has before.
 
         Raises:
             RuntimeError: where there is no compiler, or not one that knows vectors.
         """
-        super().__init__(step)
+        super().__init__(step, rows)
         self._function = getattr(_library(), FUNCTIONS[step.embedding.dtype])
         size, heads, width = step.embedding.shape[1], step.groups * step.heads_per_group, step.head_dim
         inner = step.layers[0].gate[0].shape[0]
         rotary = step.rotary.__self__
         self._frequencies = rotary.inv_freq.float().contiguous()
-        self._room = torch.empty(size + (2 * heads + 2 * step.groups) * width + 2 * inner)
+        self._room = torch.empty(rows, size + (2 * heads + 2 * step.groups) * width + 2 * inner)
         self._layers = (_Layer * len(step.layers))(*map(_layer, step.layers))
         self._struct = _Step(
             self._layers,
@@ -77,6 +79,7 @@ class NativeStep(StaticStep):
             rotary.attention_scaling,
             step.scaling,
             step.cap or 0.0,
+            rows,
             len(step.layers),
             size,
             heads,
@@ -91,10 +94,18 @@ class NativeStep(StaticStep):
     def _run(self, chooses: bool) -> None:
         self._function(*self._inputs, torch.get_num_threads(), chooses)
 
-    def _write(self, text: torch.Tensor, made: int, ends: Collection[int]) -> int | None:
-        for place in range(made, len(text)):
+    def _write(self, text: torch.Tensor, made: int, ends: Collection[int], pad: int) -> int | None:
+        ended = {row for row, token in enumerate(self._ids.tolist()) if token in ends}
+        for place in range(made, text.shape[1]):
             self._run(chooses=True)
-            if ends and int(self._ids) in ends:
+            if not ends:
+                continue
+            for row, token in enumerate(self._ids.tolist()):
+                if row in ended:
+                    self._ids[row] = text[row, place] = pad
+                elif token in ends:
+                    ended.add(row)
+            if len(ended) == self.rows:
                 return place + 1
         return None
 

@@ -1,6 +1,8 @@
-"""A decoding step that goes past torch: one row on a static cache, by kernels that read from where tensors lie.
+"""A decoding step that goes past torch: a few rows on a static cache, by kernels that read from where tensors lie.
 
-What the step on a CPU and the one on CUDA have in common: how a text is begun, and how a greedy one is written.
+What the step on a CPU and the one on CUDA have in common: how texts are begun, and how greedy ones are written.
+
+Shapes: B rows, K cached tokens and the new one, V vocab_size.
 """
 
 from abc import ABC, abstractmethod
@@ -20,23 +22,26 @@ FIXED_ANGLES = ("default", "linear", "llama3", "yarn", "proportional")  # the ot
 
 
 class StaticStep(ABC):
-    """One token through the decoder: id in, logits (1, 1, V) out, the static cache one token longer."""
+    """One token a row through the decoder: ids in, logits out, the static cache one token longer."""
 
-    def __init__(self, step: Any):
+    max_rows = 1
+
+    def __init__(self, step: Any, rows: int = 1):
         """step: a `DecodingStep` that `is_for_kernels`."""
         self._step = step
+        self.rows = rows
+        self.vocab_size = step.embedding.shape[0]
         self.lock = Lock()  # a step is one at a time, whoever generates
         self._cache: StaticCache | None = None
         self._next_past = -1
         self._addresses = _addresses(step)
-        weight = step.embedding
-        self.vocab_size = weight.shape[0]
+        device, dtype = step.embedding.device, step.embedding.dtype
         # the number of cached tokens, the next one's position, the first token it sees, the room, and where text goes
-        self._state = torch.zeros(5, dtype=torch.int64, device=weight.device)
+        self._state = torch.zeros(rows, 5, dtype=torch.int64, device=device)
         # of each layer, where keys, values and the number of cached tokens lie
-        self._buffers = torch.zeros(len(step.layers), 4, dtype=torch.int64, device=weight.device)
-        self._ids = torch.zeros(1, dtype=torch.int64, device=weight.device)
-        self._logits = torch.empty(step.head[0].shape[0], dtype=weight.dtype, device=weight.device)
+        self._buffers = torch.zeros(len(step.layers), 4, dtype=torch.int64, device=device)
+        self._ids = torch.zeros(rows, dtype=torch.int64, device=device)
+        self._logits = torch.empty(rows, step.head[0].shape[0], dtype=dtype, device=device)
 
     @abstractmethod
     def _run(self, chooses: bool) -> None:
@@ -46,8 +51,11 @@ class StaticStep(ABC):
         """
 
     @abstractmethod
-    def _write(self, text: torch.Tensor, made: int, ends: Collection[int]) -> int | None:
-        """Chooses the tokens of text (length,) from `made` on; gives the length up to the first of `ends`, if any."""
+    def _write(self, text: torch.Tensor, made: int, ends: Collection[int], pad: int) -> int | None:
+        """Chooses the tokens of text (B, length) from `made` on; gives the length at which all have ended, if any.
+
+        A row ends with the first of `ends`, and goes on with `pad`.
+        """
 
     def is_current(self) -> bool:
         """Whether the weights still lie where the kernels read them."""
@@ -64,9 +72,9 @@ class StaticStep(ABC):
 
         Args:
             cache: of the tokens before.
-            attention_mask: (1, K), 0 for padding.
-            position_ids: (1, 1), of that token; without it, the number of tokens that it sees.
-            text: ids, the cached ones and that token at least; chosen tokens go there, behind it.
+            attention_mask: (B, K), 0 for padding.
+            position_ids: (B or 1, 1), of that token; without them, the number of tokens that it sees.
+            text: ids (B, n), the cached ones and that token at least; chosen tokens go there, behind it.
         """
         goes_on = text is None and self._cache is cache
         layers: list[Any] = cache.layers
@@ -74,23 +82,26 @@ class StaticStep(ABC):
             past = attention_mask.shape[1] - 1
         else:
             past = self._next_past if goes_on else int(cache.get_seq_length())
-        if past >= layers[0].keys.shape[2]:
+        room = layers[0].keys.shape[2]
+        if past >= room:
             return False
         if goes_on and self._next_past == past:
             return True
-        first = 0
+        firsts = [0] * self.rows
         if attention_mask is not None:
-            first = int((attention_mask == 0).sum())
-            if first and not (first <= past and bool(attention_mask[:, first:].all())):
+            hidden = first_seen(attention_mask)
+            if hidden is None:
                 return False
+            firsts = hidden
         rows = [
             [layer.keys.data_ptr(), layer.values.data_ptr(), layer.cumulative_length.data_ptr(), 0] for layer in layers
         ]
         self._buffers.copy_(torch.tensor(rows))
-        address = 0 if text is None else text.data_ptr()
-        self._state.copy_(torch.tensor([past, past - first, first, layers[0].keys.shape[2], address]))
+        addresses = [0] * self.rows if text is None else [row.data_ptr() for row in text]
+        states = zip(firsts, addresses, strict=True)
+        self._state.copy_(torch.tensor([[past, past - first, first, room, address] for first, address in states]))
         if position_ids is not None:
-            self._state[1].copy_(position_ids[0, -1])
+            self._state[:, 1].copy_(position_ids[:, -1])
         self._cache, self._next_past = cache, past
         return True
 
@@ -99,11 +110,11 @@ class StaticStep(ABC):
         self._cache = None
 
     def logits(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """(1, 1) -> (1, 1, V), of the token that was begun with."""
+        """(B, 1) -> (B, 1, V), of the tokens that were begun with."""
         self._ids.copy_(input_ids.view(-1))
         self._run(chooses=False)
         self._next_past += 1
-        return self._logits.clone().view(1, 1, -1)
+        return self._logits.clone().unsqueeze(1)
 
     def greedy(
         self,
@@ -113,33 +124,43 @@ class StaticStep(ABC):
         position_ids: torch.Tensor | None,
         length: int,
         ends: Collection[int],
+        pad: int,
     ) -> torch.Tensor | None:
-        """Goes on with ids (1, n) to `length` tokens, or to the first that is in `ends`; None where it cannot begin.
+        """Goes on with ids (B, n) to `length` tokens, or till all rows have ended; None where it cannot begin.
 
-        The cache lacks the last of the ids; in the end it lacks the last of the text, as after any step. Mask and
-        positions are those of the ids, as for `begin`.
+        A row ends with the first of `ends`, and goes on with `pad`. The cache lacks the last of the ids; in the end it
+        lacks the last of the text, as after any step. Mask and positions are those of the ids, as for `begin`.
         """
         made = ids.shape[1]
-        text = ids.new_empty(length)
-        text[:made] = ids[0]
+        text = ids.new_empty(len(ids), length)
+        text[:, :made] = ids
         if not self.begin(cache, attention_mask, position_ids, text) or self._next_past != made - 1:
             return None
-        self._ids.copy_(ids[0, -1:])
-        stop = self._write(text, made, ends)
+        self._ids.copy_(ids[:, -1])
+        stop = self._write(text, made, ends, pad)
         self.end()
         if stop is None:
-            return text.view(1, -1)
+            return text
         layers: list[Any] = cache.layers
         for layer in layers:
             layer.cumulative_length.fill_(stop - 1)
-        return text[:stop].view(1, -1)
+        return text[:, :stop]
+
+
+def first_seen(attention_mask: torch.Tensor) -> list[int] | None:
+    """How many tokens of each row a mask (B, K) hides with 0, None where these are not the first ones alone."""
+    hidden = attention_mask == 0
+    if not bool(hidden.any()):
+        return [0] * len(hidden)
+    if bool(hidden[:, -1].any() | (hidden[:, 1:] & ~hidden[:, :-1]).any()):
+        return None
+    return hidden.sum(1).tolist()
 
 
 def is_for_static_step(step: Any, input_ids: torch.Tensor, cache: Any) -> bool:
-    """Whether this is one row with a static cache that the kernels can extend."""
+    """Whether these are rows with a static cache that the kernels can extend."""
     return (
-        input_ids.shape[0] == 1
-        and input_ids.dtype == torch.int64
+        input_ids.dtype == torch.int64
         and input_ids.device == step.embedding.device
         and type(cache) is StaticCache
         and not cache.offloading
@@ -193,4 +214,4 @@ def _addresses(step: Any) -> list[int]:
     return [tensor.data_ptr() for tensor in (step.embedding, *(norm.weight for norm in norms(step)), *products)]
 
 
-__all__ = ["StaticStep", "is_for_kernels", "is_for_static_step", "norms", "weights_of_products"]
+__all__ = ["StaticStep", "first_seen", "is_for_kernels", "is_for_static_step", "norms", "weights_of_products"]

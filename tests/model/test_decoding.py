@@ -54,7 +54,7 @@ def steps(monkeypatch) -> list[torch.Tensor]:
 
 @pytest.fixture
 def without_native_step(monkeypatch):
-    """Single rows on a static cache are left to torch.compile, as where there is no compiler for the step in C++."""
+    """Rows on a static cache are left to torch.compile, as where the step in C++ does not compute what they need."""
     monkeypatch.setattr(decoding_hf_decoder, "is_for_native", lambda step: False)
 
 
@@ -234,7 +234,7 @@ def test_half_precision_is_no_further_from_the_truth_than_the_modules_are(steps)
 
 @torch.no_grad()
 @pytest.mark.parametrize("cache", ["static", None])
-def test_packed_weights_of_several_rows(cache: str | None, steps, monkeypatch):
+def test_packed_weights_of_several_rows(cache: str | None, steps, without_native_step, monkeypatch):
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         pytest.skip("weights are packed on AVX-512 alone")
     packed = []

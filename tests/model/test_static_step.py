@@ -74,25 +74,27 @@ def few_programs(monkeypatch):
     monkeypatch.setattr(captured_step_hf_decoder, "STEPS_AHEAD", 3)
 
 
-def padded_ids(kind: Kind, length: int, hidden: int) -> tuple[torch.Tensor, torch.Tensor]:
-    ids = random_ids(1, length).to(kind.device)
+def padded_ids(kind: Kind, length: int, hidden: int, rows: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of several rows each hides one token less than the one before."""
+    ids = random_ids(rows, length).to(kind.device)
     mask = torch.ones_like(ids)
-    mask[:, :hidden] = 0
+    for row in range(rows):
+        mask[row, : max(hidden - row, 0)] = 0
     return ids, mask
 
 
 @torch.no_grad()
-def check_steps(kind: Kind, model, length: int, hidden: int, steps: int = 2) -> None:
+def check_steps(kind: Kind, model, length: int, hidden: int, steps: int = 2, rows: int = 1) -> None:
     """The logits and the cache of steps after a prompt whose first tokens are hidden."""
-    static_step = kind.step(DecodingStep(model))
-    ids, mask = padded_ids(kind, length, hidden)
+    static_step = kind.step(DecodingStep(model), rows)
+    ids, mask = padded_ids(kind, length, hidden, rows)
     ours = StaticCache(config=model.config, max_cache_len=length + steps)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     model(ids, past_key_values=ours, use_cache=True, attention_mask=mask, position_ids=positions)
     theirs = copy.deepcopy(ours)
     for step in range(steps):
-        token = random_ids(1, 1, seed=step + 1).to(kind.device)
-        mask = torch.cat((mask, mask.new_ones(1, 1)), 1)
+        token = random_ids(rows, 1, seed=step + 1).to(kind.device)
+        mask = torch.cat((mask, mask.new_ones(rows, 1)), 1)
         positions = mask.sum(-1, keepdim=True) - 1
         expected = model(
             token, past_key_values=theirs, use_cache=True, attention_mask=mask, position_ids=positions
@@ -279,7 +281,7 @@ def test_a_text_goes_on_from_a_cache_by_all_its_ids_or_the_new_ones(kind, runs, 
     found = []
     for captures in (True, False):
         if not captures:
-            monkeypatch.setattr(DecodingStep, "on_static_cache", lambda self: None)
+            monkeypatch.setattr(DecodingStep, "on_static_cache", lambda self, rows: None)
         cache = StaticCache(config=model.config, max_cache_len=20)
         with torch.no_grad():
             model(text[:, :6], past_key_values=cache, use_cache=True)
@@ -376,15 +378,15 @@ def test_weights_that_moved_are_read_where_they_are(kind, runs):
     ids = random_ids(1, 5).to(kind.device)
     first = static(model, ids, max_new_tokens=3)
     step = DecodingStep.of(model)
-    first_step = step.on_static_cache()
-    assert step.on_static_cache() is first_step
+    first_step = step.on_static_cache(1)
+    assert step.on_static_cache(1) is first_step
     for parameter in model.parameters():  # as `model.to(device)` does it: the same parameter, memory of its own
         parameter.data = parameter.data * 1.5
     second = static(model, ids, max_new_tokens=3)
-    assert step.on_static_cache() is not first_step
+    assert step.on_static_cache(1) is not first_step
     assert second.equal(dynamic(model, ids, max_new_tokens=3)) and not second.equal(first)
     model.to(torch.float64)
-    assert step.on_static_cache() is None
+    assert step.on_static_cache(1) is None
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -418,6 +420,44 @@ def test_int8_weights_are_multiplied_as_they_are(dtype, quantized):
     torchao.quantize_(model.model if quantized == "layers" else model, torchao.Int8WeightOnlyConfig())
     assert is_for_native(DecodingStep(model))
     check_steps(NATIVE, model, length=9, hidden=2)
+
+
+@pytest.mark.parametrize("precision", ["full", "half", "int8"])
+@pytest.mark.parametrize("rows", [2, 3, 7, 8])
+def test_several_rows(rows, precision):
+    model = tiny_model(NATIVE, NATIVE.half if precision == "half" else torch.float32, qk_norm=True, mlp_bias=True)
+    if precision == "int8":
+        torchao = pytest.importorskip("torchao.quantization")
+        torchao.quantize_(model.model, torchao.Int8WeightOnlyConfig())
+    check_steps(NATIVE, model, length=9, hidden=5, rows=rows)
+
+
+@pytest.mark.parametrize("kind", [pytest.param(NATIVE, id="c++")])
+@pytest.mark.parametrize("rows", [2, 5, 8])
+def test_greedy_texts_of_several_rows_end_by_themselves(runs, kind, rows):
+    model = tiny_model(kind)
+    ids, mask = padded_ids(kind, 7, 4, rows)
+    whole = dynamic(model, ids, mask, max_new_tokens=12)
+    assert static(model, ids, mask, max_new_tokens=12).equal(whole)
+    assert runs == [True] * 11
+    ends_of = [
+        {"eos_token_id": [int(whole[0, 7]), int(whole[1, 9])]},
+        {"eos_token_id": whole[:, 10].unique().tolist()},
+    ]
+    for ends in ends_of:
+        expected = dynamic(model, ids, mask, max_new_tokens=12, **ends, pad_token_id=3)
+        assert static(model, ids, mask, max_new_tokens=12, **ends, pad_token_id=3).equal(expected)
+        assert (expected == 3).sum() > (ids == 3).sum()  # rows that ended before the last one did
+    assert static(model, ids[:1], max_new_tokens=2).equal(dynamic(model, ids[:1], max_new_tokens=2))
+
+
+def test_more_rows_than_the_function_is_for_are_left_to_the_compiler(monkeypatch):
+    model = tiny_model(NATIVE)
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compiled.append(1) or function)
+    ids = random_ids(NativeStep.max_rows + 1, 5)
+    assert static(model, ids, max_new_tokens=3).equal(dynamic(model, ids, max_new_tokens=3))
+    assert compiled
 
 
 @pytest.mark.parametrize("threads", [1, 3, 7])
