@@ -68,7 +68,8 @@ class NativeStep(StaticStep):
         inner = step.layers[0].gate[0].shape[0]
         rotary = step.rotary.__self__
         self._frequencies = rotary.inv_freq.float().contiguous()
-        self._room = torch.empty(rows, size + (2 * heads + 2 * step.groups) * width + 2 * inner)
+        numbers = size + (2 * heads + 2 * step.groups) * width + 2 * inner
+        self._room = torch.zeros(rows, numbers, dtype=torch.float32, device="cpu")
         self._layers = (_Layer * len(step.layers))(*map(_layer, step.layers))
         self._struct = _Step(
             self._layers,

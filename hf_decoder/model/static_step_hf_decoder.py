@@ -27,7 +27,13 @@ class StaticStep(ABC):
     max_rows = 1
 
     def __init__(self, step: Any, rows: int = 1):
-        """step: a `DecodingStep` that `is_for_kernels`."""
+        """step: a `DecodingStep` that `is_for_kernels`.
+
+        Raises:
+            ValueError: on more than `max_rows` rows.
+        """
+        if rows > self.max_rows:
+            raise ValueError(f"{type(self).__name__} takes {self.max_rows} rows at most, not {rows}")
         self._step = step
         self.rows = rows
         self.vocab_size = step.embedding.shape[0]

@@ -456,6 +456,8 @@ def test_more_rows_than_the_function_is_for_are_left_to_the_compiler(monkeypatch
     ids = random_ids(NativeStep.max_rows + 1, 5)
     assert static(model, ids, max_new_tokens=3).equal(dynamic(model, ids, max_new_tokens=3))
     assert compiled
+    with pytest.raises(ValueError, match="takes 8 rows at most, not 9"):
+        NativeStep(DecodingStep(model), 9)
 
 
 @pytest.mark.parametrize("threads", [1, 3, 7])
@@ -466,6 +468,15 @@ def test_threads_share_a_step(threads):
         check_steps(NATIVE, tiny_model(NATIVE, num_key_value_heads=1, qk_norm=True), length=5, hidden=0)
     finally:
         torch.set_num_threads(before)
+
+
+def test_room_is_in_fp32_whatever_the_default_is():
+    model = tiny_model(NATIVE, torch.bfloat16)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert NativeStep(DecodingStep(model))._room.dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_what_is_no_number_is_chosen_as_argmax_chooses_it():
