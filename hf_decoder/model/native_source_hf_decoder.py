@@ -9,6 +9,8 @@ vocab_size, K cached tokens and the new one; M outputs and N inputs of a product
 """
 
 SOURCE = r"""
+#include <Python.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -159,6 +161,8 @@ static inline void dots(const W *row, const float *x, int64_t count, int64_t str
     for (; of + 2 <= rows; of += 2) dots<2>(row, x + of * stride, count, stride, y + of);
     if (of < rows) y[of] = dot(row, x + of * stride, count);
 }
+
+// What Python writes, eight bytes a field.
 
 struct Norm {
     const void *weight;
@@ -444,16 +448,20 @@ static void run(const Step &step, const Buffers *buffers, State *states, int64_t
     for (int64_t index = 0; index < step.depth; index++) *(int64_t *)buffers[index].filled = states->past;
 }
 
-extern "C" {
-void run_float32(const Step *step, const Buffers *buffers, State *states, int64_t *ids, float *logits, float *room,
-                 int64_t threads, int64_t chooses) {
-    run(*step, buffers, states, ids, logits, room, threads, chooses);
-}
-void run_bfloat16(const Step *step, const Buffers *buffers, State *states, int64_t *ids, bfloat16 *logits, float *room,
-                  int64_t threads, int64_t chooses) {
-    run(*step, buffers, states, ids, logits, room, threads, chooses);
-}
+extern "C" void kernel(const int64_t *step, const int64_t *buffers, int64_t *states, int64_t *ids, void *logits,
+                       float *room, int64_t is_half, int64_t threads, int64_t chooses) {
+    const auto take = [&](auto *of_type) {
+        run(*(const Step *)step, (const Buffers *)buffers, (State *)states, ids, of_type, room, threads, chooses);
+    };
+    Py_BEGIN_ALLOW_THREADS
+    if (is_half)
+        take((bfloat16 *)logits);
+    else
+        take((float *)logits);
+    Py_END_ALLOW_THREADS
 }
 """
 
-__all__ = ["SOURCE"]
+ARGUMENTS = (*["const int64_t*"] * 2, *["int64_t*"] * 2, "void*", "float*", *["int64_t"] * 3)
+
+__all__ = ["ARGUMENTS", "SOURCE"]

@@ -5,8 +5,7 @@ on its buffers and guards as a small model's step takes: see the README.
 """
 
 import sys
-from collections.abc import Collection
-from ctypes import POINTER, Structure, byref, c_double, c_int64, c_void_p
+from collections.abc import Callable, Collection
 from functools import cache
 from typing import Any
 
@@ -15,40 +14,7 @@ import torch
 from .products_hf_decoder import AnyWeights, Int8Weights, Weights
 from .static_step_hf_decoder import StaticStep, is_for_kernels
 
-FUNCTIONS = {torch.float32: "run_float32", torch.bfloat16: "run_bfloat16"}
-
-
-class _Norm(Structure):
-    _fields_ = [("weight", c_void_p), ("epsilon", c_double)]
-
-
-class _Product(Structure):
-    _fields_ = [
-        ("weight", c_void_p),
-        ("scales", c_void_p),
-        ("bias", c_void_p),
-        *((name, c_int64) for name in ("wide", "outputs", "inputs")),
-    ]
-
-
-class _Layer(Structure):
-    _fields_ = [
-        *((name, _Norm) for name in ("input_norm", "query_norm", "key_norm", "mlp_norm")),
-        *((name, _Product) for name in ("query", "key", "value", "output", "gate", "up", "down")),
-        ("rotates", c_int64),
-    ]
-
-
-class _Step(Structure):
-    _fields_ = [
-        ("layers", POINTER(_Layer)),
-        ("embedding", c_void_p),
-        ("norm", _Norm),
-        ("head", _Product),
-        ("frequencies", c_void_p),
-        *((name, c_double) for name in ("rotary_scale", "score_scale", "cap")),
-        *((name, c_int64) for name in ("rows", "depth", "size", "heads", "groups", "width", "rotated", "inner")),
-    ]
+DTYPES = (torch.float32, torch.bfloat16)
 
 
 class NativeStep(StaticStep):
@@ -63,37 +29,28 @@ class NativeStep(StaticStep):
             RuntimeError: where there is no compiler, or not one that knows vectors.
         """
         super().__init__(step, rows)
-        self._function = getattr(_library(), FUNCTIONS[step.embedding.dtype])
+        self._function = _function()
         size, heads, width = step.embedding.shape[1], step.groups * step.heads_per_group, step.head_dim
         inner = step.layers[0].gate[0].shape[0]
         rotary = step.rotary.__self__
         self._frequencies = rotary.inv_freq.float().contiguous()
+        # the struct `Step` and those it points to
+        self._layers = _table([_layer(layer) for layer in step.layers])
+        self._struct = _table(
+            [
+                *(self._layers.data_ptr(), step.embedding.data_ptr(), *_norm(step.norm), *_product(step.head)),
+                self._frequencies.data_ptr(),
+                *map(_bits, (rotary.attention_scaling, step.scaling, step.cap or 0.0)),
+                *(rows, len(step.layers), size, heads, step.groups, width, 2 * len(self._frequencies), inner),
+            ]
+        )
         numbers = size + (2 * heads + 2 * step.groups) * width + 2 * inner
         self._room = torch.zeros(rows, numbers, dtype=torch.float32, device="cpu")
-        self._layers = (_Layer * len(step.layers))(*map(_layer, step.layers))
-        self._struct = _Step(
-            self._layers,
-            step.embedding.data_ptr(),
-            _norm(step.norm),
-            _product(step.head),
-            self._frequencies.data_ptr(),
-            rotary.attention_scaling,
-            step.scaling,
-            step.cap or 0.0,
-            rows,
-            len(step.layers),
-            size,
-            heads,
-            step.groups,
-            width,
-            2 * len(self._frequencies),
-            inner,
-        )
-        places = (self._buffers, self._state, self._ids, self._logits, self._room)
-        self._inputs = (byref(self._struct), *(c_void_p(place.data_ptr()) for place in places))
+        self._is_half = step.embedding.dtype == torch.bfloat16
 
     def _run(self, chooses: bool) -> None:
-        self._function(*self._inputs, torch.get_num_threads(), chooses)
+        places = (self._struct, self._buffers, self._state, self._ids, self._logits, self._room)
+        self._function(*places, self._is_half, torch.get_num_threads(), chooses)
 
     def _write(self, text: torch.Tensor, made: int, ends: Collection[int], pad: int) -> int | None:
         ended = {row for row, token in enumerate(self._ids.tolist()) if token in ends}
@@ -116,42 +73,48 @@ def is_for_native(step: Any) -> bool:
     return (
         sys.platform != "win32"  # where torch's compiler is one without GCC's vectors
         and step.embedding.device.type == "cpu"
-        and step.embedding.dtype in FUNCTIONS
+        and step.embedding.dtype in DTYPES
         and is_for_kernels(step, Weights, Int8Weights)
     )
 
 
 @cache
-def _library() -> Any:
-    from torch._inductor.codecache import CppCodeCache  # takes long to import
+def _function() -> Callable:
+    from torch._inductor import config  # takes long to import
+    from torch._inductor.codecache import CppPythonBindingsCodeCache
 
-    from .native_source_hf_decoder import SOURCE
+    from .native_source_hf_decoder import ARGUMENTS, SOURCE
 
-    # products and sums as one instruction, whatever torch's own kernels are compiled with
-    library = CppCodeCache.load(SOURCE, device_type="cpu", extra_flags=("-ffp-contract=fast",))
-    for name in FUNCTIONS.values():
-        function = getattr(library, name)
-        function.argtypes = [*[c_void_p] * 6, c_int64, c_int64]
-        function.restype = None
-    return library
+    with config.patch(cpp_cache_precompile_headers=False):  # none is included that is worth it
+        # products and sums as one instruction, whatever torch's own kernels are compiled with
+        return CppPythonBindingsCodeCache.load_pybinding(ARGUMENTS, SOURCE, extra_flags=("-ffp-contract=fast",))
 
 
-def _norm(norm: Any) -> _Norm:
+def _table(fields: list) -> torch.Tensor:
+    return torch.tensor(fields, dtype=torch.int64, device="cpu")
+
+
+def _bits(number: float) -> int:
+    return int(torch.tensor(number, dtype=torch.float64, device="cpu").view(torch.int64))
+
+
+def _norm(norm: Any) -> list[int]:
     if norm is None:
-        return _Norm(None, 0.0)
-    return _Norm(norm.__self__.weight.data_ptr(), norm.__self__.variance_epsilon)
+        return [0, 0]
+    return [norm.__self__.weight.data_ptr(), _bits(norm.__self__.variance_epsilon)]
 
 
-def _product(of: AnyWeights) -> _Product:
+def _product(of: AnyWeights) -> list[int]:
     scales = of.scales if isinstance(of, Int8Weights) else None
-    places = [None if tensor is None else tensor.data_ptr() for tensor in (of[0], scales, of.bias)]
-    return _Product(*places, scales is not None and scales.dtype == torch.float32, *of[0].shape)
+    places = [0 if tensor is None else tensor.data_ptr() for tensor in (of[0], scales, of.bias)]
+    return [*places, scales is not None and scales.dtype == torch.float32, *of[0].shape]
 
 
-def _layer(layer: Any) -> _Layer:
+def _layer(layer: Any) -> list[int]:
     norms = (layer.input_norm, layer.query_norm, layer.key_norm, layer.mlp_norm)
     products = (*layer.heads, layer.output, layer.gate, layer.up, layer.down)
-    return _Layer(*map(_norm, norms), *map(_product, products), layer.use_rope)
+    fields = [field for part in (*map(_norm, norms), *map(_product, products)) for field in part]
+    return [*fields, layer.use_rope]
 
 
 __all__ = ["NativeStep", "is_for_native"]

@@ -3,8 +3,11 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
+import torch
+import torch.nn.attention.flex_attention
 from tiny_models import SHAPE
 from transformers import masking_utils
+from transformers.integrations import flex_attention
 from transformers.utils import logging
 
 from hf_decoder.model import loss_hf_decoder
@@ -13,12 +16,20 @@ logging.disable_progress_bar()
 
 
 @pytest.fixture(autouse=True)
-def block_masks_without_compiler(monkeypatch):
-    """transformers compiles the mask of flex_attention anew for every shape: seconds each, and the same mask."""
-    create = masking_utils.create_block_mask
+def flex_attention_without_compiler(monkeypatch):
+    """transformers compiles flex_attention and its masks anew for every shape, for minutes, and what is computed is
+    the same. Compiled for a growing number of keys, torch 2.13's kernel for AVX2 is no valid C++.
+    """
+    create, compiled = masking_utils.create_block_mask, flex_attention.compile_friendly_flex_attention
     monkeypatch.setattr(
         masking_utils, "create_block_mask", lambda *args, **kwargs: create(*args, **kwargs | {"_compile": False})
     )
+    monkeypatch.setattr(flex_attention, "compile_friendly_flex_attention", _flex_attention)
+    return compiled
+
+
+def _flex_attention(query, key, value, training=False, **settings):
+    return torch.nn.attention.flex_attention.flex_attention(query, key, value, **settings)
 
 
 @pytest.fixture

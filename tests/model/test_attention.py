@@ -9,6 +9,7 @@ from tiny_models import ATTENTION_KINDS as KINDS
 from tiny_models import WINDOWS, random_ids, tiny_config, tiny_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.integrations import flex_attention
 
 from hf_decoder.model import attention_hf_decoder
 from hf_decoder.model.attention_hf_decoder import (
@@ -96,6 +97,16 @@ def test_equals_the_definition_written_out(kind: str, length: int):
     for attention in ("eager", "sdpa", *(["flex_attention"] if (kind, length) == FLEX[1:] else [])):
         model.set_attn_implementation(attention)
         torch.testing.assert_close(model(ids).logits[0].double(), expected, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_flex_attention_as_transformers_compiles_it(flex_attention_without_compiler, monkeypatch):
+    monkeypatch.setattr(flex_attention, "compile_friendly_flex_attention", flex_attention_without_compiler)
+    model = tiny_model(attn_implementation="flex_attention", **KINDS["windows"])
+    ids = random_ids(1, 7)
+    expected = reference(ids[0], model.config, model.state_dict())
+    torch.testing.assert_close(model(ids).logits[0].double(), expected, rtol=1e-5, atol=2e-5)
 
 
 @torch.no_grad()

@@ -503,7 +503,7 @@ def test_without_a_compiler_the_step_runs_uncompiled(monkeypatch):
     def fail(*inputs, **options):
         raise RuntimeError("no C++ compiler found")
 
-    monkeypatch.setattr(native_step_hf_decoder, "_library", fail)
+    monkeypatch.setattr(native_step_hf_decoder, "_function", fail)
     monkeypatch.setattr(torch, "compile", lambda *inputs, **options: fail)
     said = []
     monkeypatch.setattr(decoding_hf_decoder.logger, "warning", said.append)
