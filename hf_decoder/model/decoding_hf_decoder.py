@@ -46,7 +46,7 @@ from .products_hf_decoder import (
     weights_of,
 )
 from .rotary_hf_decoder import apply_rotary_pos_emb
-from .static_step_hf_decoder import StaticStep
+from .static_step_hf_decoder import StaticStep, weights_of_products
 
 logger = logging.get_logger(__name__)
 
@@ -157,10 +157,12 @@ class DecodingStep:
 
     def nbytes(self) -> int:
         """Of the weights that products read."""
-        products = [self.head]
-        for layer in self.layers:
-            products += [*layer.heads, layer.output, layer.gate, layer.up, layer.down]
-        return sum(tensor.nbytes for weights in products for tensor in weights if isinstance(tensor, torch.Tensor))
+        return sum(
+            tensor.nbytes
+            for weights in weights_of_products(self)
+            for tensor in weights
+            if isinstance(tensor, torch.Tensor)
+        )
 
     def covers(self, inputs: torch.Tensor, cache: Any) -> bool:
         """Whether inputs (B, S, ...) are one token a row, and the cache is filled and of a kind to extend."""

@@ -179,7 +179,7 @@ def is_for_static_step(step: Any, input_ids: torch.Tensor, cache: Any) -> bool:
 def is_for_kernels(step: Any, *kinds: type) -> bool:
     """Whether kernels compute what this step does: weights of these kinds, SiLU, no windows, fixed angles."""
     dtype, products = step.embedding.dtype, weights_of_products(step)
-    of_type = [step.embedding, *(norm.weight for norm in norms(step))]
+    of_type = [step.embedding, *(norm.weight for norm in _norms(step))]
     others: list[torch.Tensor] = []
     for of in products:
         if type(of) not in kinds:
@@ -196,7 +196,7 @@ def is_for_kernels(step: Any, *kinds: type) -> bool:
         all(tensor.dtype == dtype for tensor in of_type)
         and all(type(tensor) in PLAIN and tensor.is_contiguous() for tensor in of_type + others)
         and all(type(layer.activation) in SILU and layer.window is None for layer in step.layers)
-        and all(type(norm) is HfDecoderRMSNorm for norm in norms(step))
+        and all(type(norm) is HfDecoderRMSNorm for norm in _norms(step))
         and step.rotary.__self__.rope_type in FIXED_ANGLES
     )
 
@@ -207,7 +207,7 @@ def weights_of_products(step: Any) -> list[Any]:
     return [step.head, *(weights for layer in of_layers for weights in layer)]
 
 
-def norms(step: Any) -> list[Any]:
+def _norms(step: Any) -> list[Any]:
     """The modules."""
     of_layers = [(layer.input_norm, layer.query_norm, layer.key_norm, layer.mlp_norm) for layer in step.layers]
     return [
@@ -217,7 +217,7 @@ def norms(step: Any) -> list[Any]:
 
 def _addresses(step: Any) -> list[int]:
     products = [tensor for of in weights_of_products(step) for tensor in of if tensor is not None]
-    return [tensor.data_ptr() for tensor in (step.embedding, *(norm.weight for norm in norms(step)), *products)]
+    return [tensor.data_ptr() for tensor in (step.embedding, *(norm.weight for norm in _norms(step)), *products)]
 
 
-__all__ = ["StaticStep", "first_seen", "is_for_kernels", "is_for_static_step", "norms", "weights_of_products"]
+__all__ = ["StaticStep", "first_seen", "is_for_kernels", "is_for_static_step", "weights_of_products"]
