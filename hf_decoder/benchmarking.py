@@ -27,6 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from hf_decoder.accounting import flops_per_token
 from hf_decoder.interop.conversion import convert
 from hf_decoder.model.configuration_hf_decoder import HfDecoderConfig
+from hf_decoder.model.half_products_hf_decoder import fast_dtype
 from hf_decoder.model.loss_hf_decoder import linear_causal_lm_loss
 from hf_decoder.model.modeling_hf_decoder import HfDecoderForCausalLM
 from hf_decoder.tokenization import train_tokenizer
@@ -115,8 +116,8 @@ def _status_bytes(field: str) -> int:
 
 def matmul_rate(setting: Setting, size: int = 2048) -> float:
     """FLOP/s of a square matrix product in the setting's dtype: the limit that arithmetic runs into."""
-    a, b = (torch.randn(size, size, device=setting.device).to(setting.dtype) for _ in range(2))
-    b = b.t()  # as linear layers multiply: otherwise a CPU without bf16 products takes a minute for one
+    dtype = fast_dtype(torch.device(setting.device), setting.dtype)
+    a, b = (torch.randn(size, size, device=setting.device, dtype=dtype) for _ in range(2))
     torch.mm(a, b)
     times = [seconds(lambda: torch.mm(a, b), setting.device) for _ in range(max(setting.repeats, 5))]
     return 2 * size**3 / min(times)

@@ -14,6 +14,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import SchedulerType
 
 from hf_decoder.accounting import flops_per_token, mfu
+from hf_decoder.model.half_products_hf_decoder import fast_dtype
 from hf_decoder.recipe import DECAY_SHARE
 
 _UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0}
@@ -170,12 +171,11 @@ class StepMetrics(TrainerCallback):
 def matmul_peak(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:
     """FLOP/s of a large square matrix product on `device`, the best of a few."""
     size = size or (1024 if device.type == "cpu" else 8192)
-    a = torch.ones(size, size, device=device, dtype=dtype)
-    b = a.t()  # as linear layers multiply: otherwise a CPU without bf16 products takes seconds for one
+    a = torch.ones(size, size, device=device, dtype=fast_dtype(device, dtype))
     best = 0.0
     for _ in range(4):
         start = time.perf_counter()
-        a @ b
+        a @ a
         if device.type != "cpu":
             torch.accelerator.synchronize(device)
         best = max(best, 2 * size**3 / (time.perf_counter() - start))

@@ -19,7 +19,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers import Trainer, TrainingArguments
 
-from hf_decoder.model.attention_hf_decoder import FAST_HALF_PRECISION
+from hf_decoder.model.half_products_hf_decoder import fast_dtype
 
 # Coefficients of the quintic iteration (Jordan et al. 2024): steep at zero, so that few iterations are enough.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -64,8 +64,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 def newton_schulz_dtype(device: torch.device) -> torch.dtype:
     """bf16, which the iteration bears; fp32 on a CPU without products of bf16, where it would be most of a step."""
-    slow = device.type == "cpu" and not FAST_HALF_PRECISION.get(NEWTON_SCHULZ_DTYPE, True)
-    return torch.float32 if slow else NEWTON_SCHULZ_DTYPE
+    return fast_dtype(device, NEWTON_SCHULZ_DTYPE)
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from transformers import (
 from transformers.utils import logging
 
 from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM
+from hf_decoder.model.half_products_hf_decoder import FAST_HALF_PRECISION
 
 SHAPE = {
     "vocab_size": 96,
@@ -114,7 +115,9 @@ def perplexity(model) -> float:
 
 @torch.no_grad()
 @pytest.mark.parametrize("method", NAMES)
-def test_quantized_on_load_as_the_stock_class_is(method: str, folder, stock):
+def test_quantized_on_load_as_the_stock_class_is(method: str, folder, stock, monkeypatch):
+    for dtype in FAST_HALF_PRECISION:  # torch's own products, as in the stock class, whatever this CPU has
+        monkeypatch.setitem(FAST_HALF_PRECISION, dtype, True)
     plain, model, theirs = load(folder), load(folder, method), load(stock, method)
     assert isinstance(model, HfDecoderForCausalLM) and isinstance(theirs, LlamaForCausalLM)
     ids = sentences(2, 1000)

@@ -14,16 +14,12 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from .half_products_hf_decoder import fast_dtype
 from .operators_hf_decoder import operator
 
 MIN_TILED_TOKENS = 64  # of a row; below, one call of the stock kernel is as fast, forward and backward
 MIN_TILED_TOKENS_IN_INFERENCE = 288  # of all rows: forward alone, that kernel is as fast up to here
 SHORT_SEQUENCE = 256
-# what this CPU multiplies in half precision faster than number by number; elsewhere oneDNN has no products of it
-FAST_HALF_PRECISION = {
-    torch.bfloat16: torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported(),
-    torch.float16: torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_fp16_supported(),
-}
 TILE_ROWS = {"short": 64, "long": 128}  # measured on two AVX-512 cores, forward and backward
 
 
@@ -57,15 +53,7 @@ def may_be_faster_in_tiles(hidden_states: torch.Tensor) -> bool:
 
 def stock_kernel_is_faster(hidden_states: torch.Tensor) -> bool:
     """Whether rows (B, S, D) of one document each are attended to at least as fast by torch's own kernel, on a CPU."""
-    if not torch.is_grad_enabled() and hidden_states.shape[:2].numel() < MIN_TILED_TOKENS_IN_INFERENCE:
-        return True
-    return not FAST_HALF_PRECISION.get(attention_dtype(hidden_states), True)
-
-
-def attention_dtype(hidden_states: torch.Tensor) -> torch.dtype:
-    """In which rows (B, S, D) are attended to: autocast's, where it is on."""
-    device_type = hidden_states.device.type
-    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else hidden_states.dtype
+    return not torch.is_grad_enabled() and hidden_states.shape[:2].numel() < MIN_TILED_TOKENS_IN_INFERENCE
 
 
 def document_starts(position_ids: torch.Tensor) -> torch.Tensor:
@@ -179,10 +167,16 @@ def _weights(query, key, tile: Tile, scaling: float) -> torch.Tensor:
     return torch.softmax(scores, dim=-1)  # in fp32 inside, whatever the dtype
 
 
+def _in_fast_precision(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    dtype = fast_dtype(tensors[0].device, tensors[0].dtype)
+    return [tensor.to(dtype) for tensor in tensors]
+
+
 def _attend(query, key, value, plan: TilePlan, scaling: float) -> torch.Tensor:
     batch, heads, length, head_dim = query.shape
     groups = key.shape[1]
     output = query.new_empty(batch, length, heads, head_dim)
+    query, key, value = _in_fast_precision(query, key, value)
     for tile in plan.tiles:
         tile_value = value[:, :, tile.first_key : tile.stop].reshape(batch * groups, -1, head_dim)
         tile_output = torch.bmm(_weights(query, key, tile, scaling), tile_value)
@@ -195,7 +189,8 @@ def _gradients(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     batch, heads, _, head_dim = query.shape
     groups = key.shape[1]
-    grad_query = torch.empty_like(query)
+    dtype, grad_query = query.dtype, torch.empty_like(query)
+    grad_output, query, key, value = _in_fast_precision(grad_output, query, key, value)
     # fp32 whatever the dtype: many tiles are added up
     grad_key = torch.zeros_like(key, dtype=torch.float32)
     grad_value = torch.zeros_like(value, dtype=torch.float32)
@@ -214,7 +209,7 @@ def _gradients(
         grad_scores *= scaling
         grad_query[:, :, rows] = torch.bmm(grad_scores, tile_key).view(batch, heads, -1, head_dim)
         grad_key[:, :, keys] += torch.bmm(grad_scores.transpose(1, 2), tile_query).view(shape)
-    return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype)
+    return grad_query, grad_key.to(dtype), grad_value.to(dtype)
 
 
 class _TiledAttention(torch.autograd.Function):
@@ -227,7 +222,8 @@ class _TiledAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
-        return *_gradients(grad_output, *ctx.saved_tensors, ctx.plan, ctx.scaling), None, None
+        with torch.autocast(grad_output.device.type, enabled=False):
+            return *_gradients(grad_output, *ctx.saved_tensors, ctx.plan, ctx.scaling), None, None
 
 
 @lru_cache(maxsize=16)
@@ -277,7 +273,6 @@ __all__ = [
     "MIN_TILED_TOKENS",
     "CausalTiles",
     "TilePlan",
-    "attention_dtype",
     "document_starts",
     "may_be_faster_in_tiles",
     "plan_tiles",

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from .blocks_hf_decoder import has_kernels
+from .half_products_hf_decoder import fast_dtype, fast_products, product_dtype
 from .operators_hf_decoder import may_call_operators, operator, runs_as_written
 
 # Elements of one chunk of logits, at least; large enough for full matmul speed.
@@ -139,7 +140,9 @@ def linear_causal_lm_loss(
             return lm_head(hidden_states)
         finally:
             del lm_head.forward
-    logits = softcap(lm_head(hidden_states), final_logit_softcapping)
+    with fast_products(hidden_states):
+        logits = lm_head(hidden_states)
+    logits = softcap(logits, final_logit_softcapping)
     return causal_lm_loss(logits, None, logits.shape[-1], num_items_in_batch, ignore_index, targets, z_loss_coef)
 
 
@@ -213,9 +216,10 @@ def linear_cross_entropy(
         A scalar in fp32.
     """
     device_type = rows.device.type
-    if torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
-        rows, weight, bias = rows.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    dtype = product_dtype(rows)
+    fast = fast_dtype(rows.device, dtype)
+    if torch.is_autocast_enabled(device_type) or fast != dtype:
+        rows, weight, bias = rows.to(fast), weight.to(fast), None if bias is None else bias.to(fast)
     settings = (ignore_index, z_loss_coef, final_logit_softcapping, label_smoothing)
     with torch.autocast(device_type, enabled=False):
         return _LinearCrossEntropy.apply(rows, weight, bias, targets, torch.is_grad_enabled(), settings)

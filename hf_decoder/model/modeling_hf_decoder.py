@@ -43,6 +43,7 @@ from .bitsandbytes_hf_decoder import settle_layers, settle_tied_head, unpack_lay
 from .cache_name_hf_decoder import CACHE_NAME, takes_either_cache_name
 from .configuration_hf_decoder import HfDecoderConfig
 from .generation_hf_decoder import Decoding
+from .half_products_hf_decoder import fast_products
 from .loss_hf_decoder import causal_lm_loss, linear_causal_lm_loss, softcap
 from .norm_hf_decoder import HfDecoderRMSNorm
 from .operators_hf_decoder import may_call_operators, runs_as_written
@@ -194,16 +195,17 @@ class HfDecoderLayer(GradientCheckpointingLayer):
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        attn_output, _ = self.self_attn(
-            hidden_states=normed_for(self.self_attn, self.input_layernorm, hidden_states),
-            position_embeddings=position_embeddings,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            use_cache=use_cache,
-            **kwargs,
-        )
-        hidden_states = hidden_states + attn_output
-        return hidden_states + self.mlp(normed_for(self.mlp, self.post_attention_layernorm, hidden_states))
+        with fast_products(hidden_states):
+            attn_output, _ = self.self_attn(
+                hidden_states=normed_for(self.self_attn, self.input_layernorm, hidden_states),
+                position_embeddings=position_embeddings,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                use_cache=use_cache,
+                **kwargs,
+            )
+            hidden_states = hidden_states + attn_output
+            return hidden_states + self.mlp(normed_for(self.mlp, self.post_attention_layernorm, hidden_states))
 
 
 class HfDecoderPreTrainedModel(PreTrainedModel):
@@ -475,7 +477,9 @@ class HfDecoderForCausalLM(HfDecoderPreTrainedModel, GenerationMixin):
             loss_kwargs = {"z_loss_coef": self._z_loss_coef(), "final_logit_softcapping": cap, **kwargs}
             loss = linear_causal_lm_loss(hidden_states, self.lm_head, labels, **loss_kwargs)
         else:
-            logits = softcap(self.lm_head(hidden_states), config.final_logit_softcapping)
+            with fast_products(hidden_states):
+                logits = self.lm_head(hidden_states)
+            logits = softcap(logits, config.final_logit_softcapping)
             if wants_loss:
                 loss = self.loss_function(logits=logits, labels=labels, vocab_size=config.vocab_size, **kwargs)
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from .products_hf_decoder import AnyWeights, Int8Weights, Weights
+from .int8_hf_decoder import Int8Weights
+from .products_hf_decoder import AnyWeights, Weights
 from .static_step_hf_decoder import StaticStep, is_for_kernels
 
 DTYPES = (torch.float32, torch.bfloat16)

@@ -5,13 +5,15 @@ Shapes: B rows, M outputs, N inputs.
 
 import itertools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from weakref import finalize
 
 import torch
 from torch import nn
 from torch.nn.functional import linear
 
+from .half_products_hf_decoder import MIN_ROWS, fast_dtype, linear_in_fp32
+from .int8_hf_decoder import Int8Weights, int8_weights
 from .operators_hf_decoder import operator
 
 LONG_ROW = 2048
@@ -35,32 +37,12 @@ class PackedWeights(NamedTuple):
     bias: torch.Tensor | None
 
 
-class Int8Weights(NamedTuple):
-    """Those of torchao's int8 weight-only quantization, one scale a row."""
-
-    values: torch.Tensor  # (M, N), int8
-    scales: torch.Tensor  # (M, 1)
-    bias: torch.Tensor | None
-
-
 AnyWeights = Weights | PackedWeights | Int8Weights
 
 
 def weights_of(module: nn.Linear) -> AnyWeights:
     """The module's own tensors, the same objects at every call."""
-    weight: Any = module.weight
-    kind = type(weight)
-    if (
-        kind.__name__ == "Int8Tensor"
-        and kind.__module__.partition(".")[0] == "torchao"
-        and weight.device.type == "cpu"
-        and weight.act_quant_kwargs is None  # activations are not quantized too
-        and weight.act_pre_scale is None
-        and list(weight.block_size) == [1, weight.shape[1]]
-        and tuple(weight.scale.shape) == (weight.shape[0], 1)
-    ):
-        return Int8Weights(weight.qdata, weight.scale, module.bias)
-    return Weights(weight, module.bias)
+    return int8_weights(module.weight, module.bias) or Weights(module.weight, module.bias)
 
 
 def joined(several: Sequence[AnyWeights]) -> tuple[AnyWeights, ...]:
@@ -95,9 +77,13 @@ def multiply(x: torch.Tensor, weights: AnyWeights) -> torch.Tensor:
         else:
             product = torch._weight_int8pack_mm(x.reshape(x.shape[0], -1), weights.values, scales).unsqueeze(1)
         return product if weights.bias is None else product + weights.bias
-    plain = type(weights.weight) in (nn.Parameter, torch.Tensor)  # quantized weights have products of their own
-    if plain and x.dtype == weights.weight.dtype == torch.float32 and x.device.type == "cpu":
+    # quantized weights have products of their own
+    plain = type(weights.weight) in (nn.Parameter, torch.Tensor) and x.device.type == "cpu"
+    if plain and x.dtype == weights.weight.dtype == torch.float32:
         return _multiply_fp32(x, *weights)
+    is_slow = fast_dtype(x.device, x.dtype) != x.dtype
+    if plain and is_slow and x.shape[0] >= MIN_ROWS and not torch.compiler.is_compiling():
+        return linear_in_fp32(x, *weights)
     return linear(x, *weights)
 
 

@@ -14,8 +14,8 @@ import torch
 from transformers.cache_utils import StaticCache, StaticLayer
 
 from .blocks_hf_decoder import PLAIN
+from .int8_hf_decoder import Int8Weights
 from .norm_hf_decoder import HfDecoderRMSNorm
-from .products_hf_decoder import Int8Weights
 from .swiglu_hf_decoder import SILU
 
 FIXED_ANGLES = ("default", "linear", "llama3", "yarn", "proportional")  # the others change with the length

@@ -14,8 +14,9 @@ import torch
 from torch import nn
 from transformers.utils.import_utils import is_tracing
 
-from .attention_hf_decoder import attention_dtype, document_starts
+from .attention_hf_decoder import document_starts
 from .blocks_hf_decoder import is_nvidia_with_bf16
+from .half_products_hf_decoder import product_dtype
 
 MAX_HEAD_DIM = 256
 
@@ -54,7 +55,7 @@ def varlen_masks(
     if not kernel_takes(inputs_embeds, head_dim) or is_tracing(inputs_embeds):
         return None
     batch, length = inputs_embeds.shape[:2]
-    device, dtype = inputs_embeds.device, attention_dtype(inputs_embeds)
+    device, dtype = inputs_embeds.device, product_dtype(inputs_embeds)
     documents: Documents | None
     if document_positions is not None:
         documents = _packed_documents(document_positions.to(device).expand(batch, -1), dtype)
@@ -78,7 +79,7 @@ def kernel_takes(inputs_embeds: torch.Tensor, head_dim: int) -> bool:
     """Whether attention of a model with these inputs (B, S, D) is for `attend_documents`."""
     return (
         is_nvidia_with_bf16(inputs_embeds.device)
-        and attention_dtype(inputs_embeds) in (torch.bfloat16, torch.float16)
+        and product_dtype(inputs_embeds) in (torch.bfloat16, torch.float16)
         and head_dim <= MAX_HEAD_DIM
         and head_dim % 8 == 0
     )

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.integrations import flex_attention
 
-from hf_decoder.model import attention_hf_decoder
+from hf_decoder.model import attention_hf_decoder, half_products_hf_decoder
 from hf_decoder.model.attention_hf_decoder import (
     MIN_TILED_TOKENS,
     MIN_TILED_TOKENS_IN_INFERENCE,
@@ -326,31 +326,26 @@ def test_tiles_are_used_for_long_rows_and_not_where_they_cannot(monkeypatch: pyt
 
 
 @pytest.mark.parametrize("is_fast", [True, False])
-def test_half_precision_takes_tiles_where_this_cpu_multiplies_it(is_fast: bool, monkeypatch: pytest.MonkeyPatch):
-    calls = count_tiled(monkeypatch)
-    monkeypatch.setitem(attention_hf_decoder.FAST_HALF_PRECISION, torch.bfloat16, is_fast)
-    ids = random_ids(2, 160)
-    documents = torch.arange(160)[None] % 50
+def test_tiles_in_half_precision_are_multiplied_as_is_fast_here(is_fast: bool, monkeypatch: pytest.MonkeyPatch):
+    calls, factors = count_tiled(monkeypatch), []
+    monkeypatch.setitem(half_products_hf_decoder.FAST_HALF_PRECISION, torch.bfloat16, is_fast)
+    bmm = torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda a, b: factors.append(a.dtype) or bmm(a, b))
     model = tiny_model(attn_implementation="sdpa", max_position_embeddings=256)
     half = tiny_model(attn_implementation="sdpa", max_position_embeddings=256).bfloat16()
-    layers = model.config.num_hidden_layers
-
-    def count(model: nn.Module, **inputs: torch.Tensor) -> int:
+    ids = random_ids(2, 160)
+    for watched, autocast in ((half, False), (model, True)):
         calls.clear()
-        model(**inputs)
-        return len(calls)
-
-    assert count(half, input_ids=ids) == (layers if is_fast else 0)
-    with torch.no_grad():
-        assert count(half, input_ids=ids) == (layers if is_fast else 0)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert count(model, input_ids=ids) == (layers if is_fast else 0)
-        assert count(model, input_ids=ids, position_ids=documents) == layers  # else a mask of length squared
-    assert count(model, input_ids=ids) == layers
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            logits = watched(ids).logits
+        logits.sum().backward()
+        assert logits.dtype == torch.bfloat16
+        assert len(calls) == model.config.num_hidden_layers
+    assert set(factors) == {torch.bfloat16 if is_fast else torch.float32}
 
 
 def test_tiles_in_bf16_and_under_autocast_are_close_to_fp32(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(attention_hf_decoder.FAST_HALF_PRECISION, torch.bfloat16, True)
+    monkeypatch.setitem(half_products_hf_decoder.FAST_HALF_PRECISION, torch.bfloat16, True)
     ids = random_ids(2, 150)
     model = tiny_model(attn_implementation="sdpa", max_position_embeddings=256, **WINDOWS).train()
     exact = model(ids, labels=ids).loss

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 
 from hf_decoder.model import decoding_hf_decoder, generation_hf_decoder, products_hf_decoder
 from hf_decoder.model.decoding_hf_decoder import DecodingStep
-from hf_decoder.model.products_hf_decoder import Int8Weights, Weights, multiply
+from hf_decoder.model.int8_hf_decoder import Int8Weights
+from hf_decoder.model.products_hf_decoder import Weights, multiply
 
 NEW_TOKENS = 10
 VARIANTS = {
