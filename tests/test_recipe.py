@@ -9,7 +9,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM
-from hf_decoder.model.half_products_hf_decoder import FAST_HALF_PRECISION
+from hf_decoder.model.parts_hf_decoder import FAST_HALF_PRECISION
 from hf_decoder.recipe import (
     MuonAdamW,
     grouped_optimizer,

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from .half_products_hf_decoder import fast_dtype
 from .operators_hf_decoder import operator
+from .parts_hf_decoder import fast_dtype
 
 MIN_TILED_TOKENS = 64  # of a row; below, one call of the stock kernel is as fast, forward and backward
 MIN_TILED_TOKENS_IN_INFERENCE = 288  # of all rows: forward alone, that kernel is as fast up to here

@@ -3,6 +3,12 @@
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn.functional import linear
+
+from .parts_hf_decoder import linear_in_parts
+
+KERNEL_MULTIPLE = 16
+MAX_KERNEL_ROWS = 16
 
 
 class Int8Weights(NamedTuple):
@@ -29,4 +35,22 @@ def int8_weights(weight: Any, bias: torch.Tensor | None) -> Int8Weights | None:
     return None
 
 
-__all__ = ["Int8Weights", "int8_weights"]
+def int8_linear(x: torch.Tensor, weights: Int8Weights) -> torch.Tensor:
+    """x (..., N) -> (..., M), on a CPU.
+
+    Of a few rows in half precision by torch's own kernel, which reads the weights as they are: 1.5 ms of eight rows on
+    two AVX2 cores, 4,864 x 896, against 3.5 in parts; 32 rows take 5.4 and 5. In fp32 it takes 4 ms a row.
+    """
+    values, scales, bias = weights
+    is_compiling, rows = torch.compiler.is_compiling(), x.shape[:-1].numel()
+    if not is_compiling and (x.dtype == torch.float32 or rows > MAX_KERNEL_ROWS):
+        return linear_in_parts(x, values, bias, scales)
+    scales = scales.to(x.dtype).view(-1)
+    if x.shape[-1] % KERNEL_MULTIPLE:  # in bf16 torch's kernel reads past the ends of such rows (2.13)
+        product = linear(x, values.to(x.dtype)) * scales
+    else:
+        product = torch._weight_int8pack_mm(x.reshape(rows, -1), values, scales).view(*x.shape[:-1], -1)
+    return product if bias is None else product + bias
+
+
+__all__ = ["Int8Weights", "int8_linear", "int8_weights"]

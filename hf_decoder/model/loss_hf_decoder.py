@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from .blocks_hf_decoder import has_kernels
-from .half_products_hf_decoder import fast_dtype, fast_products, product_dtype
+from .fast_products_hf_decoder import fast_products
 from .operators_hf_decoder import may_call_operators, operator, runs_as_written
+from .parts_hf_decoder import fast_dtype, product_dtype
 
 # Elements of one chunk of logits, at least; large enough for full matmul speed.
 CHUNK_ELEMENTS = 2**21
@@ -140,7 +141,7 @@ def linear_causal_lm_loss(
             return lm_head(hidden_states)
         finally:
             del lm_head.forward
-    with fast_products(hidden_states):
+    with fast_products(hidden_states, lm_head):
         logits = lm_head(hidden_states)
     logits = softcap(logits, final_logit_softcapping)
     return causal_lm_loss(logits, None, logits.shape[-1], num_items_in_batch, ignore_index, targets, z_loss_coef)

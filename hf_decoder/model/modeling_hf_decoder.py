@@ -42,8 +42,8 @@ from .attention_hf_decoder import (
 from .bitsandbytes_hf_decoder import settle_layers, settle_tied_head, unpack_layers
 from .cache_name_hf_decoder import CACHE_NAME, takes_either_cache_name
 from .configuration_hf_decoder import HfDecoderConfig
+from .fast_products_hf_decoder import fast_products
 from .generation_hf_decoder import Decoding
-from .half_products_hf_decoder import fast_products
 from .loss_hf_decoder import causal_lm_loss, linear_causal_lm_loss, softcap
 from .norm_hf_decoder import HfDecoderRMSNorm
 from .operators_hf_decoder import may_call_operators, runs_as_written
@@ -195,7 +195,7 @@ class HfDecoderLayer(GradientCheckpointingLayer):
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        with fast_products(hidden_states):
+        with fast_products(hidden_states, self.mlp.down_proj):
             attn_output, _ = self.self_attn(
                 hidden_states=normed_for(self.self_attn, self.input_layernorm, hidden_states),
                 position_embeddings=position_embeddings,
@@ -477,7 +477,7 @@ class HfDecoderForCausalLM(HfDecoderPreTrainedModel, GenerationMixin):
             loss_kwargs = {"z_loss_coef": self._z_loss_coef(), "final_logit_softcapping": cap, **kwargs}
             loss = linear_causal_lm_loss(hidden_states, self.lm_head, labels, **loss_kwargs)
         else:
-            with fast_products(hidden_states):
+            with fast_products(hidden_states, self.lm_head):
                 logits = self.lm_head(hidden_states)
             logits = softcap(logits, config.final_logit_softcapping)
             if wants_loss:

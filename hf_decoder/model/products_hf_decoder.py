@@ -12,12 +12,11 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from .half_products_hf_decoder import MIN_ROWS, fast_dtype, linear_in_fp32
-from .int8_hf_decoder import Int8Weights, int8_weights
+from .int8_hf_decoder import Int8Weights, int8_linear, int8_weights
 from .operators_hf_decoder import operator
+from .parts_hf_decoder import MIN_HALF_ROWS, fast_dtype, linear_in_parts
 
 LONG_ROW = 2048
-INT8_BLOCK = 16
 SPLIT, MIN_SPLIT_ELEMENTS = 8, 2**20
 MAX_TRANSPOSED_ROWS = 16
 
@@ -71,19 +70,14 @@ def multiply(x: torch.Tensor, weights: AnyWeights) -> torch.Tensor:
     if isinstance(weights, PackedWeights):
         return _packed_linear(x, *weights)
     if isinstance(weights, Int8Weights):
-        scales = weights.scales.to(x.dtype).view(-1)
-        if x.shape[-1] % INT8_BLOCK:  # in bf16 torch's product reads past the ends of such rows (2.13)
-            product = linear(x, weights.values.to(x.dtype)) * scales
-        else:
-            product = torch._weight_int8pack_mm(x.reshape(x.shape[0], -1), weights.values, scales).unsqueeze(1)
-        return product if weights.bias is None else product + weights.bias
+        return int8_linear(x, weights)
     # quantized weights have products of their own
     plain = type(weights.weight) in (nn.Parameter, torch.Tensor) and x.device.type == "cpu"
     if plain and x.dtype == weights.weight.dtype == torch.float32:
         return _multiply_fp32(x, *weights)
     is_slow = fast_dtype(x.device, x.dtype) != x.dtype
-    if plain and is_slow and x.shape[0] >= MIN_ROWS and not torch.compiler.is_compiling():
-        return linear_in_fp32(x, *weights)
+    if plain and is_slow and x.shape[0] >= MIN_HALF_ROWS and not torch.compiler.is_compiling():
+        return linear_in_parts(x, *weights)
     return linear(x, *weights)
 
 

@@ -16,7 +16,7 @@ from transformers.utils.import_utils import is_tracing
 
 from .attention_hf_decoder import document_starts
 from .blocks_hf_decoder import is_nvidia_with_bf16
-from .half_products_hf_decoder import product_dtype
+from .parts_hf_decoder import product_dtype
 
 MAX_HEAD_DIM = 256
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.integrations import flex_attention
 
-from hf_decoder.model import attention_hf_decoder, half_products_hf_decoder
+from hf_decoder.model import attention_hf_decoder, parts_hf_decoder
 from hf_decoder.model.attention_hf_decoder import (
     MIN_TILED_TOKENS,
     MIN_TILED_TOKENS_IN_INFERENCE,
@@ -328,7 +328,7 @@ def test_tiles_are_used_for_long_rows_and_not_where_they_cannot(monkeypatch: pyt
 @pytest.mark.parametrize("is_fast", [True, False])
 def test_tiles_in_half_precision_are_multiplied_as_is_fast_here(is_fast: bool, monkeypatch: pytest.MonkeyPatch):
     calls, factors = count_tiled(monkeypatch), []
-    monkeypatch.setitem(half_products_hf_decoder.FAST_HALF_PRECISION, torch.bfloat16, is_fast)
+    monkeypatch.setitem(parts_hf_decoder.FAST_HALF_PRECISION, torch.bfloat16, is_fast)
     bmm = torch.bmm
     monkeypatch.setattr(torch, "bmm", lambda a, b: factors.append(a.dtype) or bmm(a, b))
     model = tiny_model(attn_implementation="sdpa", max_position_embeddings=256)
@@ -345,7 +345,7 @@ def test_tiles_in_half_precision_are_multiplied_as_is_fast_here(is_fast: bool, m
 
 
 def test_tiles_in_bf16_and_under_autocast_are_close_to_fp32(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(half_products_hf_decoder.FAST_HALF_PRECISION, torch.bfloat16, True)
+    monkeypatch.setitem(parts_hf_decoder.FAST_HALF_PRECISION, torch.bfloat16, True)
     ids = random_ids(2, 150)
     model = tiny_model(attn_implementation="sdpa", max_position_embeddings=256, **WINDOWS).train()
     exact = model(ids, labels=ids).loss

@@ -328,8 +328,10 @@ def test_without_a_compiler_the_step_runs_as_it_is(failure: str, steps, without_
 def test_int8_weights(cache: str | None, steps, without_native_step, monkeypatch):
     torchao = pytest.importorskip("torchao.quantization")
     multiplied = []
-    kernel = torch._weight_int8pack_mm
-    monkeypatch.setattr(torch, "_weight_int8pack_mm", lambda *inputs: multiplied.append(1) or kernel(*inputs))
+    int8_linear = products_hf_decoder.int8_linear
+    monkeypatch.setattr(
+        products_hf_decoder, "int8_linear", lambda *inputs: multiplied.append(1) or int8_linear(*inputs)
+    )
     model = tiny_model(attention_bias=True)
     torchao.quantize_(model.model, torchao.Int8WeightOnlyConfig())
     ids, mask = padded(3, 9)
@@ -364,11 +366,12 @@ def test_int8_weights_in_half_precision(steps):
     assert max(errors) <= 1.1 * slow
 
 
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("rows", [1, 3, 17])
 @pytest.mark.parametrize("columns", [32, 44, 48])
-def test_int8_products_of_rows_of_any_length(columns, rows):
+def test_int8_products_of_rows_of_any_length(columns, rows, dtype):
     values = torch.randint(-127, 128, (34, columns), dtype=torch.int8)
-    x, scales = torch.randn(rows, 1, columns).bfloat16(), torch.rand(34, 1).bfloat16()
+    x, scales = torch.randn(rows, 1, columns).to(dtype), torch.rand(34, 1).to(dtype)
     expected = x.double() @ (values.double() * scales.double()).T
     found = multiply(x, Int8Weights(values, scales, None)).double()
     assert (found - expected).abs().max() <= 0.01 * expected.abs().max()

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from hf_decoder import HfDecoderForCausalLM
-from hf_decoder.model import attention_hf_decoder, half_products_hf_decoder, loss_hf_decoder
+from hf_decoder.model import attention_hf_decoder, loss_hf_decoder, parts_hf_decoder
 
 VOCAB = SHAPE["vocab_size"]
 SKIP = pytest.mark.parametrize("skip_logits", [True, False], ids=["without_logits", "with_logits"])
@@ -395,7 +395,7 @@ def test_compiled_training_is_eager_training(variant: str, monkeypatch):
     monkeypatch.setattr(
         loss_hf_decoder, "_loss_and_gradients", lambda rows, *rest: reached.append(len(rows)) or form(rows, *rest)
     )
-    monkeypatch.setitem(half_products_hf_decoder.FAST_HALF_PRECISION, torch.bfloat16, True)  # tiles on any CPU
+    monkeypatch.setitem(parts_hf_decoder.FAST_HALF_PRECISION, torch.bfloat16, True)  # tiles on any CPU
     taken = []
     attend = attention_hf_decoder._attend
     monkeypatch.setattr(attention_hf_decoder, "_attend", lambda *inputs: taken.append(1) or attend(*inputs))

@@ -16,20 +16,22 @@ from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_decoder import HfDecoderForCausalLM
-from hf_decoder.model import half_products_hf_decoder
-from hf_decoder.model.half_products_hf_decoder import MIN_ROWS, fast_dtype, fast_products, linear_in_fp32
+from hf_decoder.model import fast_products_hf_decoder, parts_hf_decoder
+from hf_decoder.model.fast_products_hf_decoder import fast_products
+from hf_decoder.model.parts_hf_decoder import MIN_HALF_ROWS, fast_dtype, linear_in_parts
 
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = pytest.mark.parametrize("dtype", HALF, ids=["bf16", "fp16"])
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "addmv", "mv", "linear")
 IDS = random_ids(2, 150)
+PLAIN = torch.nn.Linear(1, 1)
 LABELS = IDS.masked_fill(torch.arange(150) < 30, -100)
 
 
 @pytest.fixture(autouse=True)
 def slow_cpu(monkeypatch: pytest.MonkeyPatch):
     for dtype in HALF:
-        monkeypatch.setitem(half_products_hf_decoder.FAST_HALF_PRECISION, dtype, False)
+        monkeypatch.setitem(parts_hf_decoder.FAST_HALF_PRECISION, dtype, False)
 
 
 @contextmanager
@@ -37,7 +39,7 @@ def products_of_torch() -> Iterator[None]:
     """As on a CPU that multiplies half precision."""
     patch = pytest.MonkeyPatch()
     for dtype in HALF:
-        patch.setitem(half_products_hf_decoder.FAST_HALF_PRECISION, dtype, True)
+        patch.setitem(parts_hf_decoder.FAST_HALF_PRECISION, dtype, True)
     yield
     patch.undo()
 
@@ -45,9 +47,9 @@ def products_of_torch() -> Iterator[None]:
 @pytest.fixture(params=[40, 2**20], ids=["small-blocks", "one-block"])
 def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
     """Parts of a few rows and a few outputs, the last ones cut short; or all in one."""
-    monkeypatch.setattr(half_products_hf_decoder, "BLOCK_ELEMENTS", request.param)
+    monkeypatch.setattr(parts_hf_decoder, "PART_ELEMENTS", request.param)
     if request.param == 40:
-        monkeypatch.setattr(half_products_hf_decoder, "BLOCK_ROWS", 11)
+        monkeypatch.setattr(parts_hf_decoder, "PART_ROWS", 11)
 
 
 class NoProducts(TorchDispatchMode):
@@ -79,12 +81,12 @@ def error(found: torch.Tensor, exact: torch.Tensor) -> float:
 
 @DTYPES
 @pytest.mark.parametrize("with_bias", [True, False])
-@pytest.mark.parametrize("rows", [MIN_ROWS, 129, 150])
+@pytest.mark.parametrize("rows", [MIN_HALF_ROWS, 129, 150])
 @pytest.mark.usefixtures("blocks")
 def test_values_and_gradients_are_exact_but_for_one_rounding(rows: int, with_bias: bool, dtype: torch.dtype):
     mine = leaves(dtype, rows, with_bias)
     true = [leaf.detach().double().requires_grad_() for leaf in mine]
-    with fast_products(mine[0]), NoProducts():
+    with fast_products(mine[0], PLAIN), NoProducts():
         output = linear(*mine)
     exact = linear(*true)
     assert output.dtype == dtype
@@ -104,7 +106,7 @@ def test_values_and_gradients_are_exact_but_for_one_rounding(rows: int, with_bia
 def test_under_autocast_factors_are_rounded_and_gradients_of_weights_are_not(dtype: torch.dtype):
     mine = leaves(torch.float32, 40)
     true = [leaf.detach().to(dtype).double().requires_grad_() for leaf in mine]
-    with torch.autocast("cpu", dtype), fast_products(mine[0]), NoProducts():
+    with torch.autocast("cpu", dtype), fast_products(mine[0], PLAIN), NoProducts():
         output = linear(*mine)
     exact = linear(*true)
     assert output.dtype == dtype
@@ -123,7 +125,7 @@ def test_only_what_is_asked_for_gets_a_gradient():
     for needed in ([x], [weight], [bias]):
         for tensor in (x, weight, bias):
             tensor.requires_grad_(any(tensor is one for one in needed))
-        with fast_products(x), NoProducts() as products:
+        with fast_products(x, PLAIN), NoProducts() as products:
             linear(x, weight, bias).sum().backward()
         assert [tensor.grad is not None for tensor in (x, weight, bias)] == [
             any(tensor is one for one in needed) for tensor in (x, weight, bias)
@@ -136,7 +138,7 @@ def test_there_is_a_second_derivative():
     found = []
     for dtype in (torch.bfloat16, torch.float64):
         inputs = [leaf.detach().to(dtype).requires_grad_() for leaf in leaves(torch.bfloat16, 20)]
-        with fast_products(inputs[0]):
+        with fast_products(inputs[0], PLAIN):
             output = linear(*inputs)
         first = torch.autograd.grad(output.square().sum(), inputs, create_graph=True)
         found.append(torch.autograd.grad(sum(gradient.double().square().sum() for gradient in first), inputs))
@@ -147,7 +149,7 @@ def test_there_is_a_second_derivative():
 def test_scaled_integers():
     values = torch.randint(-128, 128, (17, 13), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
     scales, (x, _, bias) = torch.rand(17, 1) / 100, leaves(torch.bfloat16, 20)
-    found = linear_in_fp32(x.detach(), values, bias.detach(), scales)
+    found = linear_in_parts(x.detach(), values, bias.detach(), scales)
     assert error(found, linear(x.double(), values * scales.double(), bias.double())) < 2**-9
 
 
@@ -252,7 +254,7 @@ def test_prompts_and_logits(dtype: torch.dtype):
 @pytest.mark.parametrize("cache", [None, "static"])
 def test_many_rows_are_generated_without_slow_products(cache: str | None, dtype: torch.dtype):
     model = tiny_model(**SHAPE, eos_token_id=None).to(dtype)
-    prompts = random_ids(MIN_ROWS, 6)
+    prompts = random_ids(MIN_HALF_ROWS, 6)
     options = {"max_new_tokens": 8, "do_sample": False, "cache_implementation": cache, "disable_compile": True}
     with NoProducts() as products:
         text = model.generate(prompts, **options)
@@ -264,9 +266,9 @@ def test_many_rows_are_generated_without_slow_products(cache: str | None, dtype:
 
 def test_where_nothing_is_to_be_done(monkeypatch: pytest.MonkeyPatch):
     def is_active(x: torch.Tensor) -> bool:
-        return not isinstance(fast_products(x), nullcontext)
+        return not isinstance(fast_products(x, PLAIN), nullcontext)
 
-    long = torch.ones(2, MIN_ROWS // 2, 5, dtype=torch.bfloat16)
+    long = torch.ones(2, MIN_HALF_ROWS // 2, 5, dtype=torch.bfloat16)
     assert is_active(long)
     assert not is_active(long[:, :-1])
     assert not is_active(long.float())
@@ -296,7 +298,7 @@ def test_what_does_not_fit_is_refused_by_torch(wrong: str):
     x, weight, _ = (leaf.detach() for leaf in leaves(torch.bfloat16, 20))
     weight = weight.float() if wrong == "dtype" else weight[:, 1:]
     messages = []
-    for context in (nullcontext(), fast_products(x)):
+    for context in (nullcontext(), fast_products(x, PLAIN)):
         with context, pytest.raises(RuntimeError) as caught:
             linear(x, weight)
         messages.append(str(caught.value))
@@ -306,24 +308,60 @@ def test_what_does_not_fit_is_refused_by_torch(wrong: str):
 def test_other_products_of_a_layer():
     a, b = torch.randn(2, 3, 20, 8).bfloat16(), torch.randn(2, 3, 8, 20).bfloat16()
     exact = (a.double() @ b.double()).float().bfloat16()
-    with fast_products(a), NoProducts() as products:
+    with fast_products(a, PLAIN), NoProducts() as products:
         for found in (torch.matmul(a, b), a.matmul(b), a @ b):
             assert error(found, exact.double()) < 1e-3
     assert products.count == 3
 
 
-def test_int8_weights_of_a_prompt():
+@pytest.mark.parametrize("is_fast", [True, False])
+@pytest.mark.parametrize("rows", [1, 5, 150])
+@pytest.mark.parametrize("way", ["fp32", "bf16", "autocast"])
+def test_int8_weights_are_not_multiplied_out(way: str, rows: int, is_fast: bool, monkeypatch: pytest.MonkeyPatch):
     torchao = pytest.importorskip("torchao.quantization")
-    exact = tiny_model(**SHAPE).bfloat16()
-    torchao.quantize_(exact, torchao.Int8WeightOnlyConfig())
-    model = tiny_model(**SHAPE).bfloat16()
-    torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
+    monkeypatch.setitem(parts_hf_decoder.FAST_HALF_PRECISION, torch.bfloat16, is_fast)
+    monkeypatch.setattr(parts_hf_decoder, "PART_ELEMENTS", 40)
+    models = []
+    for _ in range(2):
+        models.append(tiny_model(**SHAPE).to(torch.bfloat16 if way == "bf16" else torch.float32))
+        torchao.quantize_(models[-1], torchao.Int8WeightOnlyConfig())
+    model, exact = models
     for module in exact.modules():
         if isinstance(module, torch.nn.Linear) and type(module.weight).__name__ == "Int8Tensor":
             module.weight = torch.nn.Parameter(module.weight.dequantize().double())
+    kind = type(model.model.layers[0].mlp.down_proj.weight)
+    monkeypatch.setattr(kind, "dequantize", lambda *_: pytest.fail("the weight was multiplied out"))
+    taken = []
+    int8_linear = fast_products_hf_decoder.int8_linear
+    monkeypatch.setattr(
+        fast_products_hf_decoder, "int8_linear", lambda x, weights: taken.append(x.dtype) or int8_linear(x, weights)
+    )
+    ids = IDS[:1, :rows]
     with torch.no_grad():
-        wanted = exact.double()(IDS[:, :64]).logits
-        with NoProducts() as products:
-            logits = model(IDS[:, :64]).logits
-    assert products.count == 2 * 7 + 1
-    assert error(logits, wanted) < 0.05
+        with torch.autocast("cpu", torch.bfloat16, enabled=way == "autocast"):
+            logits = model(ids).logits
+        wanted = exact.double()(ids).logits
+    quantized = [m for m in model.modules() if type(getattr(m, "weight", None)) is kind]
+    assert len(taken) == len(quantized) >= 2 * 7
+    assert set(taken) == {torch.float32 if way == "fp32" else torch.bfloat16}
+    assert error(logits, wanted) < (1e-5 if way == "fp32" else 0.05)
+
+
+def test_int8_weights_under_an_adapter_that_trains():
+    """The way of torchao, through which there are gradients."""
+    torchao = pytest.importorskip("torchao.quantization")
+    model = tiny_model(**SHAPE)
+    torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False))
+    grads = []
+    for active in (True, False):
+        patch = pytest.MonkeyPatch()
+        if not active:
+            patch.setattr(fast_products_hf_decoder, "int8_weights", lambda *_: None)
+        model(input_ids=IDS, labels=LABELS).loss.backward()
+        patch.undo()
+        grads.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
+        model.zero_grad()
+    assert len(grads[0]) == 2 * 2 * 2
+    for mine, by_torchao in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, by_torchao)
