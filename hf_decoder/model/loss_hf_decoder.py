@@ -216,14 +216,10 @@ def linear_cross_entropy(
     Returns:
         A scalar in fp32.
     """
-    device_type = rows.device.type
-    dtype = product_dtype(rows)
-    fast = fast_dtype(rows.device, dtype)
-    if torch.is_autocast_enabled(device_type) or fast != dtype:
-        rows, weight, bias = rows.to(fast), weight.to(fast), None if bias is None else bias.to(fast)
+    dtype = fast_dtype(rows.device, product_dtype(rows))
     settings = (ignore_index, z_loss_coef, final_logit_softcapping, label_smoothing)
-    with torch.autocast(device_type, enabled=False):
-        return _LinearCrossEntropy.apply(rows, weight, bias, targets, torch.is_grad_enabled(), settings)
+    with torch.autocast(rows.device.type, enabled=False):
+        return _LinearCrossEntropy.apply(rows, weight, bias, targets, torch.is_grad_enabled(), dtype, settings)
 
 
 def _loss_and_gradients(
@@ -408,11 +404,16 @@ _operator = operator(
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Forms the gradients in the forward pass; the backward pass only scales them."""
+    """Forms the gradients in the forward pass; the backward pass only scales them.
+
+    What is multiplied in half precision is cast in here, so that gradients of fp32 tensors are never rounded to it.
+    """
 
     @staticmethod
-    def forward(ctx, rows, weight, bias, targets, grad_enabled, settings):
+    def forward(ctx, rows, weight, bias, targets, grad_enabled, dtype, settings):
         needs = [grad_enabled and needed for needed in ctx.needs_input_grad[:3]]
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (rows, weight, bias)]
+        rows, weight, bias = (None if tensor is None else tensor.to(dtype) for tensor in (rows, weight, bias))
         if may_call_operators():
             results = _operator(rows, weight, bias, targets, needs, *settings)
             total = results[0]
@@ -420,7 +421,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
         else:
             total, *gradients = _loss_and_gradients(rows, weight, bias, targets, needs, settings)
         ctx.save_for_backward(*gradients)
-        ctx.weight_dtype = weight.dtype
         return total
 
     @staticmethod
@@ -428,15 +428,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # `once_differentiable` would say so only if grad_total itself had a gradient
             raise RuntimeError("this loss has no second derivative; pass skip_logits=False for one that has")
-        grad_rows, grad_weight, grad_bias = ctx.saved_tensors
 
-        def scaled(grad):
+        def scaled(grad, dtype):
             # grad_total is 1 / number of tokens: applied in fp32, so that half precision does not lose small values
             if grad is None or torch.compiler.is_compiling():  # the compiler makes one pass of two
-                return None if grad is None else (grad * grad_total).to(ctx.weight_dtype)
-            return torch.mul(grad, grad_total, out=torch.empty_like(grad, dtype=ctx.weight_dtype))
+                return None if grad is None else (grad * grad_total).to(dtype)
+            return torch.mul(grad, grad_total, out=torch.empty_like(grad, dtype=dtype))
 
-        return scaled(grad_rows), scaled(grad_weight), scaled(grad_bias), None, None, None
+        return *map(scaled, ctx.saved_tensors, ctx.dtypes), None, None, None, None
 
 
 __all__ = ["causal_lm_loss", "linear_causal_lm_loss", "linear_cross_entropy", "softcap"]

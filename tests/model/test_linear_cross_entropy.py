@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from hf_decoder.model import loss_hf_decoder
 from hf_decoder.model.loss_hf_decoder import linear_cross_entropy
+from hf_decoder.model.parts_hf_decoder import FAST_HALF_PRECISION
 
 VOCAB = SHAPE["vocab_size"]
 
@@ -90,8 +91,17 @@ def test_linear_cross_entropy_passes_gradcheck_to_its_inputs(small_chunks):
         assert (gradient * direction).sum().item() == pytest.approx(slope, rel=1e-2)
 
 
+@pytest.fixture(params=[True, False], ids=["fast-half", "slow-half"])
+def products_in_half_precision(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Those of this CPU, or none, whatever it has."""
+    for dtype in FAST_HALF_PRECISION:
+        monkeypatch.setitem(FAST_HALF_PRECISION, dtype, request.param)
+    return request.param
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("seed", range(4))
+@pytest.mark.usefixtures("products_in_half_precision")
 def test_half_precision_is_at_least_as_close_to_the_truth_as_stock(dtype: torch.dtype, seed: int, monkeypatch):
     monkeypatch.setattr(loss_hf_decoder, "CHUNK_ELEMENTS", 64 * 509)
     monkeypatch.setattr(loss_hf_decoder, "MIN_CHUNK_ROWS", 1)
@@ -116,6 +126,29 @@ def test_half_precision_is_at_least_as_close_to_the_truth_as_stock(dtype: torch.
         errors = [(found[index] - truth[index]).norm() / truth[index].norm() for found in (ours, theirs)]
         assert errors[0] < errors[1] * 1.05 + slack
     assert errors[1] > 1e-4  # stock is not exact, or the comparison would be empty
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_under_autocast_gradients_of_fp32_tensors_are_not_rounded(
+    with_bias: bool, small_chunks, products_in_half_precision: bool
+):
+    torch.manual_seed(0)
+    leaves = [torch.randn(64, 32), torch.randn(VOCAB, 32) * 0.5, torch.randn(VOCAB)][: 3 if with_bias else 2]
+    targets = torch.randint(0, VOCAB, (64,))
+    kind = torch.bfloat16 if products_in_half_precision else torch.float32  # in which the factors are taken
+    exact = [leaf.to(kind).double().requires_grad_() for leaf in leaves]
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_cross_entropy(leaves[0], leaves[1], targets, *leaves[2:])
+    loss.backward()
+    written_out(exact[0], exact[1], targets, *exact[2:]).backward()
+    for leaf in leaves:
+        assert leaf.grad.dtype == torch.float32
+    of_weight = leaves[1].grad
+    assert bool((of_weight != of_weight.bfloat16()).any())
+    error = (of_weight.double() - exact[1].grad).norm() / exact[1].grad.norm()
+    # a product is rounded before it is added up; the probabilities that it is made of are in half precision
+    assert error < (4e-3 if products_in_half_precision else 1e-6)
 
 
 def test_a_scaled_loss_keeps_small_gradients_in_fp16(small_chunks):
