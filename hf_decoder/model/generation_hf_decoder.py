@@ -50,12 +50,17 @@ class Decoding:
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
         cache: Any,
+        logits_to_keep: int | torch.Tensor = 0,
     ) -> torch.Tensor | None:
         """As the step gives them, in the quickest way that this call of `generate()` allows."""
         step = self.step
         if step is None or input_ids is None:
             return None
-        if self._is_static(input_ids[:, -1:], cache):
+        if input_ids.shape[1] == 1:
+            is_static = self._is_static(input_ids, cache)
+        else:
+            is_static = type(logits_to_keep) is int and logits_to_keep == 1 and self._takes_prompt(input_ids, cache)
+        if is_static:
             logits = self._static_logits(input_ids, attention_mask, position_ids, cache)
             if logits is not None:
                 return logits
@@ -141,6 +146,17 @@ class Decoding:
             and cache.layers[-1].keys.dtype == self.step.embedding.dtype
         )
 
+    def _takes_prompt(self, input_ids: torch.Tensor, cache: Any) -> bool:
+        static = self._static
+        return (
+            self.step is not None
+            and static is not None
+            and input_ids.shape[1] > 1
+            and static.takes_prompts(*input_ids.shape)
+            and is_for_static_step(self.step, input_ids, cache)
+            and (not cache.layers[-1].is_initialized or self._is_static(input_ids, cache))
+        )
+
     def _static_logits(
         self,
         input_ids: torch.Tensor,
@@ -148,17 +164,17 @@ class Decoding:
         position_ids: torch.Tensor | None,
         cache: Any,
     ) -> torch.Tensor | None:
-        static = self._static
+        static: Any = self._static
         if (
             static is None
-            or input_ids.shape[1] != 1
-            # masks that transformers has prepared, one a layer type, are for the modules
-            or not (attention_mask is None or (isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2))
+            or not _is_plain_mask(attention_mask)
             # the modules say it in words; looking on another device would wait for it
             or (input_ids.device.type == "cpu" and not _are_in(input_ids, static.vocab_size))
         ):
             return None
         with static.lock:
+            if input_ids.shape[1] > 1:
+                return static.prompt(input_ids, cache, attention_mask, position_ids)
             return static.logits(input_ids) if static.begin(cache, attention_mask, position_ids) else None
 
     def _may_pack(self, step: DecodingStep, cache: Any) -> bool:
@@ -178,14 +194,18 @@ class Decoding:
         is_first_iteration: bool = False,
         **kwargs,
     ) -> dict | None:
-        """The model's inputs for one token a row, without masks; None where transformers is to prepare them."""
+        """The inputs of what goes past the modules, without masks; None where transformers is to prepare them."""
         step, cache = self.step, kwargs.pop(CACHE_NAME, None)
-        if (
-            step is None
-            or next_sequence_length != 1
-            or is_first_iteration
-            or kwargs.keys() - {"use_cache", "logits_to_keep"}
-        ):
+        if kwargs.keys() - {"use_cache", "logits_to_keep"}:
+            return None
+        if is_first_iteration and inputs_embeds is None:
+            ids = input_ids if next_sequence_length is None else input_ids[:, -next_sequence_length:]
+            if self._takes_prompt(ids, cache):
+                if position_ids is not None:
+                    position_ids = position_ids[:, -ids.shape[1] :]
+                inputs = {"input_ids": ids, "position_ids": position_ids, "attention_mask": attention_mask, **kwargs}
+                return {**inputs, CACHE_NAME: cache}
+        if step is None or next_sequence_length != 1 or is_first_iteration:
             return None
         input_ids = input_ids[:, -1:]
         if input_ids.device != step.embedding.device:
@@ -218,8 +238,13 @@ def _is_fast_packed(input_ids: torch.Tensor | None, dtype: torch.dtype) -> bool:
     )
 
 
+def _is_plain_mask(attention_mask: Any) -> bool:
+    """And not what transformers has prepared, one a layer type, for the modules."""
+    return attention_mask is None or (isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2)
+
+
 def _are_in(input_ids: torch.Tensor, vocab_size: int) -> bool:
-    return all(0 <= token < vocab_size for (token,) in input_ids.tolist())
+    return all(0 <= token < vocab_size for row in input_ids.tolist() for token in row)
 
 
 def _ends(criteria: Sequence[Any]) -> frozenset[int] | None:

@@ -449,7 +449,7 @@ class HfDecoderForCausalLM(HfDecoderPreTrainedModel, GenerationMixin):
                 have the logits while training, `True` to save their memory in an evaluation that reads only the loss.
         """
         if (decoding := Decoding.of(self)) is not None and inputs_embeds is None and labels is None and not kwargs:
-            logits = decoding.logits(input_ids, attention_mask, position_ids, past_key_values)
+            logits = decoding.logits(input_ids, attention_mask, position_ids, past_key_values, logits_to_keep)
             if logits is not None:
                 return CausalLMOutputWithPast(logits=logits, **{CACHE_NAME: past_key_values})
 

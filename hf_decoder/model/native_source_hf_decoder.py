@@ -1,11 +1,12 @@
-"""The decoding step of a few rows on a CPU in C++: what the compiler is given.
+"""The decoding step of a few rows on a CPU in C++, and their prompt: what the compiler is given.
 
 A step reads each weight once and has little else to do, so it is one parallel region: threads share the outputs of
-every product, norm the token each for itself, and meet five times a layer. Weights are read in their own type and all
-else is fp32; keys and values are rounded to the type of the cache, logits to that of the weights.
+every product, norm the token each for itself, and meet six times a layer. A prompt is a step of several tokens a row,
+whose norms are shared too and whose products are made in tiles. Weights are read in their own type and all else is
+fp32; keys and values are rounded to the type of the cache, logits to that of the weights.
 
-Shapes: B rows, D hidden_size, H query heads, G key/value heads, E head_dim, R its rotated part, F intermediate_size, V
-vocab_size, K cached tokens and the new one; M outputs and N inputs of a product.
+Shapes: B rows, S new tokens of each, L = B S lines, D hidden_size, H query heads, G key/value heads, E head_dim, R its
+rotated part, F intermediate_size, V vocab_size, K cached and new tokens; M outputs and N inputs of a product.
 """
 
 SOURCE = r"""
@@ -15,6 +16,7 @@ SOURCE = r"""
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include <omp.h>
@@ -23,6 +25,7 @@ SOURCE = r"""
 #endif
 
 #define MAX_ROWS 8
+#define CACHED_BYTES (1 << 18)  // of the lines, and half as many of the weights
 
 #ifdef __AVX512F__
 #define LANES 16
@@ -166,6 +169,66 @@ static inline void dots(const W *row, const float *x, int64_t count, int64_t str
     if (of < rows) y[of] = dot(row, x + of * stride, count);
 }
 
+// The same of several rows of weights too: what is loaded of either serves all of the other.
+template <int OUTPUTS, int ROWS, class W>
+static inline void tile(const W *row, const float *x, int64_t count, float (&y)[OUTPUTS][ROWS]) {
+    Floats sums[OUTPUTS][ROWS] = {};
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) {
+        Floats weights[OUTPUTS];
+#pragma GCC unroll 8
+        for (int output = 0; output < OUTPUTS; output++) weights[output] = load(row + output * count + i);
+#pragma GCC unroll 8
+        for (int of = 0; of < ROWS; of++) {
+            const Floats numbers = load(x + of * count + i);
+#pragma GCC unroll 8
+            for (int output = 0; output < OUTPUTS; output++) sums[output][of] += weights[output] * numbers;
+        }
+    }
+    for (int output = 0; output < OUTPUTS; output++)
+        for (int of = 0; of < ROWS; of++) {
+            y[output][of] = sum(sums[output][of]);
+            for (int64_t rest = i; rest < count; rest++)
+                y[output][of] += number(row[output * count + rest]) * x[of * count + rest];
+        }
+}
+
+// The outputs `from` to `to` of many lines, in blocks of weights and of lines that stay in a core's caches together.
+template <class W, class F>
+static void tiles(const W *weight, const float *x, int64_t inputs, int64_t lines, int64_t from, int64_t to, F take) {
+    const int64_t block_outputs = std::max<int64_t>(1, CACHED_BYTES / 2 / sizeof(W) / inputs / 3) * 3;
+    const int64_t block_lines = std::max<int64_t>(1, CACHED_BYTES / sizeof(float) / inputs / 4) * 4;
+    for (int64_t first = from; first < to; first += block_outputs)
+        for (int64_t start = 0; start < lines; start += block_lines) {
+            const int64_t last = std::min(first + block_outputs, to), stop = std::min(start + block_lines, lines);
+            const auto at = [&](auto outputs, auto rows, int64_t output, int64_t line) {
+                float y[decltype(outputs)::value][decltype(rows)::value];
+                tile(weight + output * inputs, x + line * inputs, inputs, y);
+                for (int i = 0; i < decltype(outputs)::value; i++)
+                    for (int of = 0; of < decltype(rows)::value; of++) take(line + of, output + i, y[i][of]);
+            };
+            const std::integral_constant<int, 1> one{};
+            const std::integral_constant<int, 3> three{};
+            const std::integral_constant<int, 4> four{};
+            for (int64_t output = first; output < last;) {
+                const bool whole = output + 3 <= last;
+                for (int64_t line = start; line < stop;) {
+                    const bool four_lines = line + 4 <= stop;
+                    if (whole && four_lines)
+                        at(three, four, output, line);
+                    else if (whole)
+                        at(three, one, output, line);
+                    else if (four_lines)
+                        at(one, four, output, line);
+                    else
+                        at(one, one, output, line);
+                    line += four_lines ? 4 : 1;
+                }
+                output += whole ? 3 : 1;
+            }
+        }
+}
+
 // What Python writes, eight bytes a field.
 
 struct Norm {
@@ -194,6 +257,8 @@ struct Step {
     const float *frequencies;  // (R / 2,)
     double rotary_scale, score_scale, cap;  // a cap of 0: none
     int64_t rows, depth, size, heads, groups, width, rotated, inner;  // B, layers, D, H, G, E, R, F
+
+    int64_t all_heads() const { return (heads + 2 * groups) * width; }
 };
 
 struct Buffers {  // of one layer of a static cache
@@ -203,7 +268,7 @@ struct Buffers {  // of one layer of a static cache
 };
 
 struct State {  // of one row
-    int64_t past, position, first, length, text;  // cached tokens; of the new one; the first seen; room; an address
+    int64_t past, position, first, length, text;  // cached tokens; of the next one; the first seen; room; an address
 };
 
 template <class T> static void normed(const Norm &norm, const float *x, int64_t size, float *y) {
@@ -214,22 +279,30 @@ template <class T> static void normed(const Norm &norm, const float *x, int64_t 
     for (; i < size; i++) y[i] = x[i] * scale * number(weight[i]);
 }
 
-// The outputs `from` to `to` of x (B, N), each handed to `take` with its row.
+// The outputs `from` to `to` of x (L, N), each handed to `take` with its line.
 template <class T, class F>
-static void multiply(const Product &of, const float *x, int64_t rows, int64_t from, int64_t to, F take) {
-    const T *bias = (const T *)of.bias;
-    float y[MAX_ROWS];
-    for (int64_t output = from; output < to; output++) {
-        float scale = 1;
-        if (of.scales) {
-            scale = of.wide ? ((const float *)of.scales)[output] : number(((const T *)of.scales)[output]);
-            dots((const int8_t *)of.weight + output * of.inputs, x, of.inputs, of.inputs, rows, y);
-        } else {
-            dots((const T *)of.weight + output * of.inputs, x, of.inputs, of.inputs, rows, y);
+static void multiply(const Product &of, const float *x, int64_t lines, int64_t from, int64_t to, F take) {
+    const auto by = [&](const auto *weight, auto scale) {
+        const T *bias = (const T *)of.bias;
+        const auto give = [&](int64_t line, int64_t output, float y) {
+            take(line, output, y * scale(output) + (bias ? number(bias[output]) : 0.0f));
+        };
+        if (lines > MAX_ROWS) {
+            tiles(weight, x, of.inputs, lines, from, to, give);
+            return;
         }
-        for (int64_t row = 0; row < rows; row++)
-            take(row, output, y[row] * scale + (bias ? number(bias[output]) : 0.0f));
-    }
+        float y[MAX_ROWS];
+        for (int64_t output = from; output < to; output++) {
+            dots(weight + output * of.inputs, x, of.inputs, of.inputs, lines, y);
+            for (int64_t line = 0; line < lines; line++) give(line, output, y[line]);
+        }
+    };
+    if (!of.scales)
+        by((const T *)of.weight, [](int64_t) { return 1.0f; });
+    else if (of.wide)
+        by((const int8_t *)of.weight, [&](int64_t output) { return ((const float *)of.scales)[output]; });
+    else
+        by((const int8_t *)of.weight, [&](int64_t output) { return number(((const T *)of.scales)[output]); });
 }
 
 struct Team {
@@ -241,41 +314,63 @@ struct Team {
     int64_t to(int64_t count) const { return start(count, thread + 1); }
 };
 
-// What threads share, (B, D), (B, (H + 2 G) E), (B, H E) and twice (B, F) in fp32.
+// What threads share, in fp32: (L, R), (L, D), (L, (H + 2 G) E), (L, H E), twice (L, F) and, of a prompt, (L, D).
 struct Shared {
-    float *hidden, *heads, *attended, *gate, *up;
+    float *angles, *hidden, *heads, *attended, *gate, *up, *normed;
 
-    Shared(const Step &step, float *room) {
-        hidden = room;
-        heads = hidden + step.rows * step.size;
-        attended = heads + step.rows * (step.heads + 2 * step.groups) * step.width;
-        gate = attended + step.rows * step.heads * step.width;
-        up = gate + step.rows * step.inner;
+    Shared(const Step &step, int64_t lines, float *room) {
+        angles = room;
+        hidden = angles + lines * step.rotated;
+        heads = hidden + lines * step.size;
+        attended = heads + lines * step.all_heads();
+        gate = attended + lines * step.heads * step.width;
+        up = gate + lines * step.inner;
+        normed = up + lines * step.inner;
     }
 };
 
 // A query or key as attention sees it: normed, then turned by the angles of its position.
 template <class T>
-static void prepare(const Step &step, const Layer &layer, const Norm &norm, const float *angles, float *x, float *y) {
-    if (norm.weight)
-        normed<T>(norm, x, step.width, y);
-    else
-        std::copy(x, x + step.width, y);
+static void prepare(const Step &step, const Layer &layer, const Norm &norm, const float *angles, float *x) {
+    if (norm.weight) normed<T>(norm, x, step.width, x);
     const int64_t half = step.rotated / 2;
     for (int64_t i = 0; layer.rotates && i < half; i++) {
-        const float a = y[i], b = y[i + half], cos = angles[i], sin = angles[i + half];
-        y[i] = a * cos - b * sin;
-        y[i + half] = b * cos + a * sin;
+        const float a = x[i], b = x[i + half], cos = angles[i], sin = angles[i + half];
+        x[i] = a * cos - b * sin;
+        x[i + half] = b * cos + a * sin;
     }
 }
 
-// One query head over the keys from `first` to `past`, the last of which is not yet in the cache.
+// Queries as attention takes them; keys and values join the cache.
 template <class T>
-static void attend(const float *query, const T *keys, const T *values, const float *key, const float *value,
-                   int64_t first, int64_t past, int64_t width, float *scores, float *y) {
-    const int64_t count = past - first + 1;
-    for (int64_t k = 0; k < count - 1; k++) scores[k] = dot(keys + (first + k) * width, query, width);
-    scores[count - 1] = dot(key, query, width);
+static void prepare_heads(const Step &step, const Layer &layer, const Buffers &buffers, const State *states,
+                          int64_t tokens, const Shared &shared, const Team &team) {
+    const int64_t width = step.width, heads = step.heads, groups = step.groups, all = heads + 2 * groups;
+    const int64_t count = step.rows * tokens * all;
+    const int64_t stop = count * (team.thread + 1) / team.threads;
+    for (int64_t index = count * team.thread / team.threads; index < stop; index++) {
+        const int64_t line = index / all, head = index % all, row = line / tokens;
+        const float *angles = shared.angles + line * step.rotated;
+        float *x = shared.heads + index * width;
+        if (head < heads) {
+            prepare<T>(step, layer, layer.query_norm, angles, x);
+            for (int64_t e = 0; e < width; e++) x[e] *= (float)step.score_scale;
+            continue;
+        }
+        const bool is_key = head < heads + groups;
+        if (is_key) prepare<T>(step, layer, layer.key_norm, angles, x);
+        const int64_t group = row * groups + (head - heads) % groups;
+        const int64_t place = group * states[row].length + states->past + line % tokens;
+        T *to = (T *)(is_key ? buffers.keys : buffers.values) + place * width;
+        for (int64_t e = 0; e < width; e++) put(to + e, x[e]);
+    }
+}
+
+// One query head over `count` keys.
+template <class T>
+static void attend(const float *query, const T *keys, const T *values, int64_t count, int64_t width, float *scores,
+                   float *y) {
+    for (int64_t k = 0; k < count; k++) scores[k] = dot(keys + k * width, query, width);
     const float highest = *std::max_element(scores, scores + count);
     float total = 0;
     int64_t k = 0;
@@ -289,57 +384,36 @@ static void attend(const float *query, const T *keys, const T *values, const flo
     const float scale = 1 / total;
     int64_t e = 0;
     for (; e + 4 * LANES <= width; e += 4 * LANES) {
-        Floats sums[4];
-        for (int part = 0; part < 4; part++) sums[part] = scores[count - 1] * load(value + e + part * LANES);
-        for (k = 0; k < count - 1; k++) {
-            const T *row = values + (first + k) * width + e;
+        Floats sums[4] = {};
+        for (k = 0; k < count; k++) {
+            const T *row = values + k * width + e;
 #pragma GCC unroll 4
             for (int part = 0; part < 4; part++) sums[part] += scores[k] * load(row + part * LANES);
         }
         for (int part = 0; part < 4; part++) store(y + e + part * LANES, sums[part] * scale);
     }
     for (; e < width; e++) {
-        float all = scores[count - 1] * value[e];
-        for (k = 0; k < count - 1; k++) all += scores[k] * number(values[(first + k) * width + e]);
+        float all = 0;
+        for (k = 0; k < count; k++) all += scores[k] * number(values[k * width + e]);
         y[e] = all * scale;
     }
 }
 
 template <class T>
-static void attend_heads(const Step &step, const Layer &layer, const Buffers &buffers, const State *states,
-                         const float *angles, const Shared &shared, const Team &team) {
-    static thread_local std::vector<float> room;
-    const int64_t width = step.width, heads = step.heads, groups = step.groups, per_group = heads / groups;
-    const int64_t past = states->past, all = step.rows * heads;
-    room.resize(3 * width + past + 1);
-    float *query = room.data(), *key = query + width, *value = key + width, *scores = value + width;
-    int64_t group = -1;  // of all rows' groups
-    for (int64_t head = all * team.thread / team.threads; head < all * (team.thread + 1) / team.threads; head++) {
-        const int64_t row = head / heads, head_of_row = head % heads;
-        const float *turn = angles + row * step.rotated;
-        float *of_row = shared.heads + row * (heads + 2 * groups) * width;
-        T *keys = (T *)buffers.keys + head / per_group * states->length * width;
-        T *values = (T *)buffers.values + head / per_group * states->length * width;
-        if (head / per_group != group) {  // every thread makes its own key; that of the group's first head stores it
-            group = head / per_group;
-            prepare<T>(step, layer, layer.key_norm, turn, of_row + (heads + group % groups) * width, key);
-            const float *new_value = of_row + (heads + groups + group % groups) * width;
-            for (int64_t e = 0; e < width; e++) {
-                T rounded[2];
-                put(rounded, key[e]);
-                put(rounded + 1, new_value[e]);
-                key[e] = number(rounded[0]);
-                value[e] = number(rounded[1]);
-                if (head % per_group == 0) {
-                    keys[past * width + e] = rounded[0];
-                    values[past * width + e] = rounded[1];
-                }
-            }
-        }
-        prepare<T>(step, layer, layer.query_norm, turn, of_row + head_of_row * width, query);
-        for (int64_t e = 0; e < width; e++) query[e] *= (float)step.score_scale;
-        float *y = shared.attended + head * width;
-        attend(query, keys, values, key, value, states[row].first, past, width, scores, y);
+static void attend_heads(const Step &step, const Buffers &buffers, const State *states, int64_t tokens,
+                         const Shared &shared, const Team &team) {
+    static thread_local std::vector<float> scores;
+    const int64_t width = step.width, heads = step.heads, past = states->past, all = step.rows * heads * tokens;
+    scores.resize(past + tokens);
+    // all tokens of a head, then the next one: a thread's share is of as many early tokens as late ones
+    for (int64_t index = all * team.thread / team.threads; index < all * (team.thread + 1) / team.threads; index++) {
+        const int64_t token = index % tokens, head = index / tokens % heads, row = index / tokens / heads;
+        const int64_t line = row * tokens + token, last = past + token, first = std::min(states[row].first, last);
+        const int64_t group = row * step.groups + head / (heads / step.groups);
+        const int64_t place = (group * states[row].length + first) * width;
+        attend(shared.heads + line * step.all_heads() + head * width, (const T *)buffers.keys + place,
+               (const T *)buffers.values + place, last - first + 1, width, scores.data(),
+               shared.attended + (line * heads + head) * width);
     }
 }
 
@@ -377,85 +451,97 @@ template <class T> static int64_t likeliest(const T *logits, int64_t count) {
     return 0;
 }
 
-// Logits (B, V) of the tokens that `ids` holds; their keys and values join the cache. The likeliest next ones, if they
-// are to be chosen, join their texts and come next.
+// Logits (B, V) of the last of the tokens that `ids` (B, S) holds; keys and values of all join the cache. The
+// likeliest next ones, if they are to be chosen, join their texts and come next.
 template <class T>
 static void run(const Step &step, const Buffers *buffers, State *states, int64_t *ids, T *logits, float *room,
-                int64_t threads, bool chooses) {
-    const Shared shared(step, room);
-    const int64_t rows = step.rows, size = step.size, inner = step.inner, vocab_size = step.head.outputs;
-    const int64_t all_heads = (step.heads + 2 * step.groups) * step.width;
+                int64_t threads, int64_t tokens, bool chooses) {
+    const int64_t rows = step.rows, lines = rows * tokens, size = step.size, inner = step.inner;
+    const int64_t vocab_size = step.head.outputs, all_heads = step.all_heads();
+    const Shared shared(step, lines, room);
 #pragma omp parallel num_threads(threads)
     {
         const Team team{omp_get_thread_num(), omp_get_num_threads()};
         static thread_local std::vector<float> own;
-        own.resize(rows * (size + step.rotated));
-        float *x = own.data(), *angles = x + rows * size;
+        own.resize(rows * size);
         const int64_t half = step.rotated / 2;
-        for (int64_t row = 0; row < rows; row++) {
-            float *turn = angles + row * step.rotated;
-            for (int64_t i = 0; i < half; i++) {
-                const float angle = (float)states[row].position * step.frequencies[i];
+        for (int64_t line = 0; line < lines; line++) {
+            float *turn = shared.angles + line * step.rotated;
+            const float position = std::max<int64_t>(0, states[line / tokens].position + line % tokens);
+            for (int64_t i = half * team.thread / team.threads; i < half * (team.thread + 1) / team.threads; i++) {
+                const float angle = position * step.frequencies[i];
                 turn[i] = std::cos(angle) * (float)step.rotary_scale;
                 turn[i + half] = std::sin(angle) * (float)step.rotary_scale;
             }
             for (int64_t i = team.from(size); i < team.to(size); i++)
-                shared.hidden[row * size + i] = number(((const T *)step.embedding)[ids[row] * size + i]);
+                shared.hidden[line * size + i] = number(((const T *)step.embedding)[ids[line] * size + i]);
         }
-        const auto norm_rows = [&](const Norm &norm) {
-            for (int64_t row = 0; row < rows; row++) normed<T>(norm, shared.hidden + row * size, size, x + row * size);
+        const float *x = tokens == 1 ? own.data() : shared.normed;
+        const auto norm_lines = [&](const Norm &norm) {
+            if (tokens == 1) {  // sooner done than waited for
+                for (int64_t row = 0; row < rows; row++)
+                    normed<T>(norm, shared.hidden + row * size, size, own.data() + row * size);
+                return;
+            }
+            for (int64_t line = team.thread; line < lines; line += team.threads)
+                normed<T>(norm, shared.hidden + line * size, size, shared.normed + line * size);
+#pragma omp barrier
         };
-        const auto add = [&](int64_t row, int64_t output, float y) { shared.hidden[row * size + output] += y; };
+        const auto add = [&](int64_t line, int64_t output, float y) { shared.hidden[line * size + output] += y; };
         for (int64_t index = 0; index < step.depth; index++) {
             const Layer &layer = step.layers[index];
 #pragma omp barrier
-            norm_rows(layer.input_norm);
+            norm_lines(layer.input_norm);
             int64_t before = 0;
             for (const Product *part : {&layer.query, &layer.key, &layer.value}) {
                 const int64_t from = std::clamp(team.from(all_heads) - before, (int64_t)0, part->outputs);
                 const int64_t to = std::clamp(team.to(all_heads) - before, (int64_t)0, part->outputs);
                 float *heads = shared.heads + before;
-                multiply<T>(*part, x, rows, from, to,
-                            [=](int64_t row, int64_t output, float y) { heads[row * all_heads + output] = y; });
+                multiply<T>(*part, x, lines, from, to,
+                            [=](int64_t line, int64_t output, float y) { heads[line * all_heads + output] = y; });
                 before += part->outputs;
             }
 #pragma omp barrier
-            attend_heads<T>(step, layer, buffers[index], states, angles, shared, team);
+            prepare_heads<T>(step, layer, buffers[index], states, tokens, shared, team);
 #pragma omp barrier
-            multiply<T>(layer.output, shared.attended, rows, team.from(size), team.to(size), add);
+            attend_heads<T>(step, buffers[index], states, tokens, shared, team);
 #pragma omp barrier
-            norm_rows(layer.mlp_norm);
+            multiply<T>(layer.output, shared.attended, lines, team.from(size), team.to(size), add);
+#pragma omp barrier
+            norm_lines(layer.mlp_norm);
             const int64_t from = team.from(inner), to = team.to(inner);
-            multiply<T>(layer.gate, x, rows, from, to,
-                        [&](int64_t row, int64_t output, float y) { shared.gate[row * inner + output] = y; });
-            multiply<T>(layer.up, x, rows, from, to,
-                        [&](int64_t row, int64_t output, float y) { shared.up[row * inner + output] = y; });
-            for (int64_t row = 0; row < rows; row++)
-                gate_and_up(shared.gate + row * inner, shared.up + row * inner, from, to);
+            multiply<T>(layer.gate, x, lines, from, to,
+                        [&](int64_t line, int64_t output, float y) { shared.gate[line * inner + output] = y; });
+            multiply<T>(layer.up, x, lines, from, to,
+                        [&](int64_t line, int64_t output, float y) { shared.up[line * inner + output] = y; });
+            for (int64_t line = 0; line < lines; line++)
+                gate_and_up(shared.gate + line * inner, shared.up + line * inner, from, to);
 #pragma omp barrier
-            multiply<T>(layer.down, shared.gate, rows, team.from(size), team.to(size), add);
+            multiply<T>(layer.down, shared.gate, lines, team.from(size), team.to(size), add);
         }
 #pragma omp barrier
-        norm_rows(step.norm);
+        for (int64_t row = 0; row < rows; row++)
+            normed<T>(step.norm, shared.hidden + ((row + 1) * tokens - 1) * size, size, own.data() + row * size);
         const float cap = (float)step.cap;
-        multiply<T>(step.head, x, rows, team.from(vocab_size), team.to(vocab_size),
+        multiply<T>(step.head, own.data(), rows, team.from(vocab_size), team.to(vocab_size),
                     [&](int64_t row, int64_t output, float y) {
                         put(logits + row * vocab_size + output, cap ? cap * std::tanh(y / cap) : y);
                     });
     }
     for (int64_t row = 0; row < rows; row++) {
         State &state = states[row];
-        state.past++;
-        state.position++;
+        state.past += tokens;
+        state.position += tokens;
         if (chooses) ids[row] = ((int64_t *)state.text)[state.past] = likeliest(logits + row * vocab_size, vocab_size);
     }
     for (int64_t index = 0; index < step.depth; index++) *(int64_t *)buffers[index].filled = states->past;
 }
 
 extern "C" void kernel(const int64_t *step, const int64_t *buffers, int64_t *states, int64_t *ids, void *logits,
-                       float *room, int64_t is_half, int64_t threads, int64_t chooses) {
+                       float *room, int64_t is_half, int64_t threads, int64_t tokens, int64_t chooses) {
     const auto take = [&](auto *of_type) {
-        run(*(const Step *)step, (const Buffers *)buffers, (State *)states, ids, of_type, room, threads, chooses);
+        run(*(const Step *)step, (const Buffers *)buffers, (State *)states, ids, of_type, room, threads, tokens,
+            chooses);
     };
     Py_BEGIN_ALLOW_THREADS
     if (is_half)
@@ -466,6 +552,6 @@ extern "C" void kernel(const int64_t *step, const int64_t *buffers, int64_t *sta
 }
 """
 
-ARGUMENTS = (*["const int64_t*"] * 2, *["int64_t*"] * 2, "void*", "float*", *["int64_t"] * 3)
+ARGUMENTS = (*["const int64_t*"] * 2, *["int64_t*"] * 2, "void*", "float*", *["int64_t"] * 4)
 
 __all__ = ["ARGUMENTS", "SOURCE"]

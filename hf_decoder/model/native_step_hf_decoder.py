@@ -1,7 +1,8 @@
 """The decoding step of a few rows on a CPU, as one call of a function in C++ that torch's compiler builds.
 
 Its weights, of fp32, bf16 or torchao's int8, are read where they lie. A graph of torch.compile spends about as long
-on its buffers and guards as a small model's step takes: see the README.
+on its buffers and guards as a small model's step takes: see the README. A prompt of some length is taken too, where
+the CPU has no products in the weights' precision.
 """
 
 import sys
@@ -10,12 +11,16 @@ from functools import cache
 from typing import Any
 
 import torch
+from transformers.cache_utils import StaticCache
 
 from .int8_hf_decoder import Int8Weights
+from .parts_hf_decoder import fast_dtype
 from .products_hf_decoder import AnyWeights, Weights
 from .static_step_hf_decoder import StaticStep, is_for_kernels
 
 DTYPES = (torch.float32, torch.bfloat16)
+# of all rows: with more, matrix products of a library are as fast, and their attention faster; in fp32 sooner
+MAX_PROMPT_LINES, MAX_FP32_PROMPT_LINES = 128, 32
 
 
 class NativeStep(StaticStep):
@@ -45,13 +50,45 @@ class NativeStep(StaticStep):
                 *(rows, len(step.layers), size, heads, step.groups, width, 2 * len(self._frequencies), inner),
             ]
         )
-        numbers = size + (2 * heads + 2 * step.groups) * width + 2 * inner
-        self._room = torch.zeros(rows, numbers, dtype=torch.float32, device="cpu")
+        rotated = 2 * len(self._frequencies)
+        self._numbers = rotated + 2 * size + (2 * heads + 2 * step.groups) * width + 2 * inner  # of a line
+        self._room = torch.zeros(rows, self._numbers, dtype=torch.float32, device="cpu")
         self._is_half = step.embedding.dtype == torch.bfloat16
 
     def _run(self, chooses: bool) -> None:
-        places = (self._struct, self._buffers, self._state, self._ids, self._logits, self._room)
-        self._function(*places, self._is_half, torch.get_num_threads(), chooses)
+        self._call(self._ids, self._room, 1, chooses)
+
+    def _call(self, ids: torch.Tensor, room: torch.Tensor, tokens: int, chooses: bool) -> None:
+        places = (self._struct, self._buffers, self._state, ids, self._logits, room)
+        self._function(*places, self._is_half, torch.get_num_threads(), tokens, chooses)
+
+    def takes_prompts(self, rows: int, tokens: int) -> bool:
+        return rows == self.rows and rows * tokens <= _prompt_lines(self._step)
+
+    def prompt(
+        self,
+        input_ids: torch.Tensor,
+        cache: StaticCache,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+    ) -> torch.Tensor | None:
+        """(B, S) -> (B, 1, V) of the last ones, all of them cached; None, nothing done, where it cannot begin.
+
+        Mask and positions are those of `begin`.
+        """
+        rows, tokens = input_ids.shape
+        layers: list[Any] = cache.layers
+        if position_ids is not None and not _are_steady(position_ids, attention_mask):
+            return None
+        for layer in layers:
+            if not layer.is_initialized:
+                key = self._logits.new_empty(rows, self._step.groups, 0, self._step.head_dim)
+                layer.lazy_initialization(key, key)
+        if not self.begin(cache, attention_mask, position_ids, tokens=tokens):
+            return None
+        self._call(input_ids.contiguous(), self._room.new_empty(rows * tokens, self._numbers), tokens, chooses=False)
+        self._next_past += tokens
+        return self._logits.clone().unsqueeze(1)
 
     def _write(self, text: torch.Tensor, made: int, ends: Collection[int], pad: int) -> int | None:
         ended = {row for row, token in enumerate(self._ids.tolist()) if token in ends}
@@ -67,6 +104,22 @@ class NativeStep(StaticStep):
             if len(ended) == self.rows:
                 return place + 1
         return None
+
+
+def _prompt_lines(step: Any) -> int:
+    """How many tokens of all rows the function takes sooner than the modules do."""
+    dtype = step.embedding.dtype
+    if dtype != torch.float32:
+        return 0 if fast_dtype(step.embedding.device, dtype) == dtype else MAX_PROMPT_LINES
+    return MAX_PROMPT_LINES if isinstance(step.layers[0].gate, Int8Weights) else MAX_FP32_PROMPT_LINES
+
+
+def _are_steady(position_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> bool:
+    """Whether positions (B or 1, S) go up by one with each token that is seen."""
+    tokens = position_ids.shape[1]
+    steady = position_ids[:, -1:] + torch.arange(1 - tokens, 1, device=position_ids.device)
+    differs = position_ids != steady
+    return not bool((differs if attention_mask is None else differs & (attention_mask[:, -tokens:] != 0)).any())
 
 
 def is_for_native(step: Any) -> bool:

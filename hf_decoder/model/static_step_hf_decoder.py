@@ -2,7 +2,7 @@
 
 What the step on a CPU and the one on CUDA have in common: how texts are begun, and how greedy ones are written.
 
-Shapes: B rows, K cached tokens and the new one, V vocab_size.
+Shapes: B rows, S new tokens of each, one but for a prompt, K cached and new tokens, V vocab_size.
 """
 
 from abc import ABC, abstractmethod
@@ -63,6 +63,10 @@ class StaticStep(ABC):
         A row ends with the first of `ends`, and goes on with `pad`.
         """
 
+    def takes_prompts(self, rows: int, tokens: int) -> bool:
+        """Whether `prompt` computes that many faster than the modules do."""
+        return False
+
     def is_current(self) -> bool:
         """Whether the weights still lie where the kernels read them."""
         return self._addresses == _addresses(self._step)
@@ -73,23 +77,25 @@ class StaticStep(ABC):
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
         text: torch.Tensor | None = None,
+        tokens: int = 1,
     ) -> bool:
-        """Gets ready for the next token; False where the mask hides more than the first ones, or the cache is full.
+        """Gets ready for the next tokens; False where the mask hides more than the first ones, or the cache is full.
 
         Args:
             cache: of the tokens before.
             attention_mask: (B, K), 0 for padding.
-            position_ids: (B or 1, 1), of that token; without them, the number of tokens that it sees.
+            position_ids: (B or 1, S), one after the other; without them, the number of tokens that each sees.
             text: ids (B, n), the cached ones and that token at least; chosen tokens go there, behind it.
+            tokens: S.
         """
         goes_on = text is None and self._cache is cache
         layers: list[Any] = cache.layers
         if attention_mask is not None:
-            past = attention_mask.shape[1] - 1
+            past = attention_mask.shape[1] - tokens
         else:
             past = self._next_past if goes_on else int(cache.get_seq_length())
         room = layers[0].keys.shape[2]
-        if past >= room:
+        if past + tokens > room:
             return False
         if goes_on and self._next_past == past:
             return True
@@ -107,7 +113,7 @@ class StaticStep(ABC):
         states = zip(firsts, addresses, strict=True)
         self._state.copy_(torch.tensor([[past, past - first, first, room, address] for first, address in states]))
         if position_ids is not None:
-            self._state[:, 1].copy_(position_ids[:, -1])
+            self._state[:, 1].copy_(position_ids[:, -1] - (tokens - 1))
         self._cache, self._next_past = cache, past
         return True
 
