@@ -1,7 +1,7 @@
 """The decoding step of a few rows on a CPU in C++, and their prompt: what the compiler is given.
 
 A step reads each weight once and has little else to do, so it is one parallel region: threads share the outputs of
-every product, norm the token each for itself, and meet six times a layer. A prompt is a step of several tokens a row,
+every product, norm the token each for itself, and meet five times a layer. A prompt is a step of several tokens a row,
 whose norms are shared too and whose products are made in tiles. Weights are read in their own type and all else is
 fp32; keys and values are rounded to the type of the cache, logits to that of the weights.
 
@@ -331,40 +331,68 @@ struct Shared {
 
 // A query or key as attention sees it: normed, then turned by the angles of its position.
 template <class T>
-static void prepare(const Step &step, const Layer &layer, const Norm &norm, const float *angles, float *x) {
-    if (norm.weight) normed<T>(norm, x, step.width, x);
+static void prepare(const Step &step, const Layer &layer, const Norm &norm, const float *angles, const float *x,
+                    float *y) {
+    if (norm.weight)
+        normed<T>(norm, x, step.width, y);
+    else if (x != y)
+        std::copy(x, x + step.width, y);
     const int64_t half = step.rotated / 2;
     for (int64_t i = 0; layer.rotates && i < half; i++) {
-        const float a = x[i], b = x[i + half], cos = angles[i], sin = angles[i + half];
-        x[i] = a * cos - b * sin;
-        x[i + half] = b * cos + a * sin;
+        const float a = y[i], b = y[i + half], cos = angles[i], sin = angles[i + half];
+        y[i] = a * cos - b * sin;
+        y[i + half] = b * cos + a * sin;
     }
 }
 
-// Queries as attention takes them; keys and values join the cache.
-template <class T>
-static void prepare_heads(const Step &step, const Layer &layer, const Buffers &buffers, const State *states,
-                          int64_t tokens, const Shared &shared, const Team &team) {
-    const int64_t width = step.width, heads = step.heads, groups = step.groups, all = heads + 2 * groups;
-    const int64_t count = step.rows * tokens * all;
-    const int64_t stop = count * (team.thread + 1) / team.threads;
-    for (int64_t index = count * team.thread / team.threads; index < stop; index++) {
-        const int64_t line = index / all, head = index % all, row = line / tokens;
-        const float *angles = shared.angles + line * step.rotated;
-        float *x = shared.heads + index * width;
-        if (head < heads) {
-            prepare<T>(step, layer, layer.query_norm, angles, x);
-            for (int64_t e = 0; e < width; e++) x[e] *= (float)step.score_scale;
-            continue;
-        }
-        const bool is_key = head < heads + groups;
-        if (is_key) prepare<T>(step, layer, layer.key_norm, angles, x);
-        const int64_t group = row * groups + (head - heads) % groups;
-        const int64_t place = group * states[row].length + states->past + line % tokens;
-        T *to = (T *)(is_key ? buffers.keys : buffers.values) + place * width;
-        for (int64_t e = 0; e < width; e++) put(to + e, x[e]);
+// What each layer's attention is about.
+template <class T> struct Attention {
+    const Step &step;
+    const Layer &layer;
+    const Buffers &buffers;
+    const State *states;
+    const Shared &shared;
+    const int64_t tokens;
+
+    void prepare_query(int64_t line, int64_t head) const {
+        float *x = shared.heads + line * step.all_heads() + head * step.width;
+        prepare<T>(step, layer, layer.query_norm, shared.angles + line * step.rotated, x, x);
+        for (int64_t e = 0; e < step.width; e++) x[e] *= (float)step.score_scale;
     }
-}
+
+    // where a group's keys or values lie, from that token on
+    int64_t place(int64_t row, int64_t group, int64_t token) const {
+        return ((row * step.groups + group) * states[row].length + token) * step.width;
+    }
+
+    // A group's key and value join the cache; of a single token several threads may store them, each the same.
+    void keep(int64_t line, int64_t group) const {
+        static thread_local std::vector<float> key;
+        key.resize(step.width);
+        const float *x = shared.heads + line * step.all_heads() + (step.heads + group) * step.width;
+        prepare<T>(step, layer, layer.key_norm, shared.angles + line * step.rotated, x, key.data());
+        const int64_t to = place(line / tokens, group, states->past + line % tokens);
+        for (int64_t e = 0; e < step.width; e++) {
+            put((T *)buffers.keys + to + e, key[e]);
+            put((T *)buffers.values + to + e, x[step.groups * step.width + e]);
+        }
+    }
+
+    void prepare_heads(const Team &team) const {
+        const int64_t all = step.heads + step.groups, count = step.rows * tokens * all;
+        for (int64_t index = count * team.thread / team.threads; index < count * (team.thread + 1) / team.threads;
+             index++) {
+            const int64_t line = index / all, head = index % all;
+            if (head < step.heads)
+                prepare_query(line, head);
+            else
+                keep(line, head - step.heads);
+        }
+    }
+
+    // Of a prompt `prepare_heads` has prepared the heads before; of a single token each thread prepares its own.
+    void attend_heads(const Team &team) const;
+};
 
 // One query head over `count` keys.
 template <class T>
@@ -399,21 +427,26 @@ static void attend(const float *query, const T *keys, const T *values, int64_t c
     }
 }
 
-template <class T>
-static void attend_heads(const Step &step, const Buffers &buffers, const State *states, int64_t tokens,
-                         const Shared &shared, const Team &team) {
+template <class T> void Attention<T>::attend_heads(const Team &team) const {
     static thread_local std::vector<float> scores;
-    const int64_t width = step.width, heads = step.heads, past = states->past, all = step.rows * heads * tokens;
+    const int64_t heads = step.heads, past = states->past, count = step.rows * heads * tokens;
     scores.resize(past + tokens);
+    int64_t kept = -1;
     // all tokens of a head, then the next one: a thread's share is of as many early tokens as late ones
-    for (int64_t index = all * team.thread / team.threads; index < all * (team.thread + 1) / team.threads; index++) {
+    for (int64_t index = count * team.thread / team.threads; index < count * (team.thread + 1) / team.threads;
+         index++) {
         const int64_t token = index % tokens, head = index / tokens % heads, row = index / tokens / heads;
         const int64_t line = row * tokens + token, last = past + token, first = std::min(states[row].first, last);
-        const int64_t group = row * step.groups + head / (heads / step.groups);
-        const int64_t place = (group * states[row].length + first) * width;
-        attend(shared.heads + line * step.all_heads() + head * width, (const T *)buffers.keys + place,
-               (const T *)buffers.values + place, last - first + 1, width, scores.data(),
-               shared.attended + (line * heads + head) * width);
+        const int64_t group = head / (heads / step.groups);
+        if (tokens == 1) {
+            if (row * step.groups + group != kept) keep(line, group);
+            kept = row * step.groups + group;
+            prepare_query(line, head);
+        }
+        const int64_t from = place(row, group, first);
+        attend(shared.heads + line * step.all_heads() + head * step.width, (const T *)buffers.keys + from,
+               (const T *)buffers.values + from, last - first + 1, step.width, scores.data(),
+               shared.attended + (line * heads + head) * step.width);
     }
 }
 
@@ -502,9 +535,12 @@ static void run(const Step &step, const Buffers *buffers, State *states, int64_t
                 before += part->outputs;
             }
 #pragma omp barrier
-            prepare_heads<T>(step, layer, buffers[index], states, tokens, shared, team);
+            const Attention<T> attention{step, layer, buffers[index], states, shared, tokens};
+            if (tokens > 1) {
+                attention.prepare_heads(team);
 #pragma omp barrier
-            attend_heads<T>(step, buffers[index], states, tokens, shared, team);
+            }
+            attention.attend_heads(team);
 #pragma omp barrier
             multiply<T>(layer.output, shared.attended, lines, team.from(size), team.to(size), add);
 #pragma omp barrier
