@@ -32,7 +32,7 @@ from hf_decoder.pace import steps_planned
 
 
 def bf16_supported() -> bool:
-    """Whether this machine multiplies bf16 in hardware: then autocast pays; elsewhere it is slower than fp32."""
+    """Whether this machine multiplies bf16 in hardware: then autocast pays; elsewhere fp32 is as fast."""
     if torch.accelerator.is_available():
         return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()

@@ -26,10 +26,12 @@ ROWS = [
     for n in (0, 7, 1, 3, 2, 9, 4, 5, 0, 6)
 ]
 CODE = """
-    import json, sys
-    sys.argv = ["lm_eval", *sys.argv[1:]]
+    import sys
     from lm_eval.__main__ import cli_evaluate
-    cli_evaluate()
+    flags, folder = sys.argv[2:], sys.argv[1]
+    for size in ("1", "8"):
+        sys.argv = ["lm_eval", *flags, "--batch_size", size, "--output_path", f"{folder}/batch{size}"]
+        cli_evaluate()
 """
 
 
@@ -38,14 +40,12 @@ def test_log_likelihoods_are_the_same_for_any_batch_size(run, run_python, tmp_pa
     rows = tmp_path / "rows.json"
     rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
     (tmp_path / "tasks" / "which_word.yaml").write_text(TASK.format(rows=rows), encoding="utf-8")
+    flags = ["--model", "hf", "--model_args", f"pretrained={run.folder},trust_remote_code=True,dtype=float32"]
+    flags += ["--include_path", tmp_path / "tasks", "--tasks", "which_word", "--device", "cpu", "--log_samples"]
+    run_python(CODE, tmp_path, *flags, hide=("hf_decoder",))  # one process, which takes most of a minute to begin
     found = {}
     for size in (1, 8):
-        output = tmp_path / f"batch{size}"
-        flags = ["--model", "hf", "--model_args", f"pretrained={run.folder},trust_remote_code=True,dtype=float32"]
-        flags += ["--include_path", tmp_path / "tasks", "--tasks", "which_word", "--device", "cpu"]
-        flags += ["--batch_size", size, "--log_samples", "--output_path", output]
-        run_python(CODE, *flags, hide=("hf_decoder",))
-        (samples,) = output.rglob("samples_which_word_*.jsonl")
+        (samples,) = (tmp_path / f"batch{size}").rglob("samples_which_word_*.jsonl")
         lines = [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()]
         lines.sort(key=lambda line: line["doc_id"])
         found[size] = [[float(answer[0][0]) for answer in line["resps"]] for line in lines]
