@@ -1,8 +1,8 @@
 """The decoding step of a few rows on a CPU, as one call of a function in C++ that torch's compiler builds.
 
 Its weights, of fp32, bf16 or torchao's int8, are read where they lie. A graph of torch.compile spends about as long
-on its buffers and guards as a small model's step takes: see the README. A prompt of some length is taken too, where
-the CPU has no products in the weights' precision.
+on its buffers and guards as a small model's step takes: see the README. Short prompts are taken too, where that is
+sooner done than by the modules.
 """
 
 import sys

@@ -34,7 +34,7 @@ def product_dtype(x: torch.Tensor) -> torch.dtype:
 def linear_in_parts(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, scales: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """x (..., N) times weight (M, N) -> (..., M), on a CPU, as the numbers are in x's dtype.
+    """x (..., N) times weight (M, N) -> (..., M), in x's dtype, on a CPU.
 
     Args:
         x: of a floating-point dtype.
