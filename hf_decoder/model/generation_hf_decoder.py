@@ -198,22 +198,21 @@ class Decoding:
         step, cache = self.step, kwargs.pop(CACHE_NAME, None)
         if kwargs.keys() - {"use_cache", "logits_to_keep"}:
             return None
-        if is_first_iteration and inputs_embeds is None:
-            ids = input_ids if next_sequence_length is None else input_ids[:, -next_sequence_length:]
-            if self._takes_prompt(ids, cache):
-                if position_ids is not None:
-                    position_ids = position_ids[:, -ids.shape[1] :]
-                inputs = {"input_ids": ids, "position_ids": position_ids, "attention_mask": attention_mask, **kwargs}
-                return {**inputs, CACHE_NAME: cache}
-        if step is None or next_sequence_length != 1 or is_first_iteration:
-            return None
-        input_ids = input_ids[:, -1:]
-        if input_ids.device != step.embedding.device:
-            return None
-        if not step.covers(input_ids, cache) and not self._is_static(input_ids, cache):
+        if next_sequence_length is not None:
+            input_ids = input_ids[:, -next_sequence_length:]
+        if is_first_iteration:
+            goes_past = inputs_embeds is None and self._takes_prompt(input_ids, cache)
+        else:
+            goes_past = (
+                step is not None
+                and next_sequence_length == 1
+                and input_ids.device == step.embedding.device
+                and (step.covers(input_ids, cache) or self._is_static(input_ids, cache))
+            )
+        if not goes_past:
             return None
         if position_ids is not None:
-            position_ids = position_ids[:, -1:]
+            position_ids = position_ids[:, -input_ids.shape[1] :]
         inputs = {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": attention_mask, **kwargs}
         return {**inputs, CACHE_NAME: cache}
 

@@ -75,8 +75,8 @@ def multiply(x: torch.Tensor, weights: AnyWeights) -> torch.Tensor:
     plain = type(weights.weight) in (nn.Parameter, torch.Tensor) and x.device.type == "cpu"
     if plain and x.dtype == weights.weight.dtype == torch.float32:
         return _multiply_fp32(x, *weights)
-    is_slow = fast_dtype(x.device, x.dtype) != x.dtype
-    if plain and is_slow and x.shape[0] >= MIN_HALF_ROWS and not torch.compiler.is_compiling():
+    many = plain and not torch.compiler.is_compiling() and x.shape[0] >= MIN_HALF_ROWS  # a graph is for any number
+    if many and fast_dtype(x.device, x.dtype) != x.dtype:
         return linear_in_parts(x, *weights)
     return linear(x, *weights)
 

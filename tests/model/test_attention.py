@@ -333,15 +333,23 @@ def test_tiles_in_half_precision_are_multiplied_as_is_fast_here(is_fast: bool, m
     monkeypatch.setattr(torch, "bmm", lambda a, b: factors.append(a.dtype) or bmm(a, b))
     model = tiny_model(attn_implementation="sdpa", max_position_embeddings=256)
     half = tiny_model(attn_implementation="sdpa", max_position_embeddings=256).bfloat16()
-    ids = random_ids(2, 160)
+    ids, documents, layers = random_ids(2, 160), torch.arange(160)[None] % 50, model.config.num_hidden_layers
     for watched, autocast in ((half, False), (model, True)):
         calls.clear()
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             logits = watched(ids).logits
         logits.sum().backward()
         assert logits.dtype == torch.bfloat16
-        assert len(calls) == model.config.num_hidden_layers
+        assert len(calls) == layers
+        for inputs in ({"position_ids": documents}, {}):
+            calls.clear()
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                watched(ids, **inputs)
+            assert len(calls) == layers
     assert set(factors) == {torch.bfloat16 if is_fast else torch.float32}
+    calls.clear()
+    model(ids)
+    assert len(calls) == layers
 
 
 def test_tiles_in_bf16_and_under_autocast_are_close_to_fp32(monkeypatch: pytest.MonkeyPatch):

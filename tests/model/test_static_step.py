@@ -651,7 +651,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("rows", "hidden"), [(1, 0), (1, 4), (3, 4)])
-def test_a_text_begins_with_a_prompt_by_the_function(way, rows, hidden, prompts, monkeypatch):
+def test_a_text_begins_with_a_prompt_by_the_function(way, rows, hidden, prompts):
     model = tiny_model(NATIVE)
     ids, mask = padded_ids(NATIVE, 12, hidden, rows)
     texts = []
@@ -708,7 +708,7 @@ def test_prompts_that_are_left_to_the_modules(prompts, monkeypatch):
     model = tiny_model(NATIVE)
     ids, mask = padded_ids(NATIVE, 12, 0)
 
-    def check(*, taken: bool, expected=None, mask=mask, **settings) -> None:
+    def check(*, taken: bool, mask=mask, **settings) -> None:
         prompts.clear()
         text = static(model, ids, mask, max_new_tokens=4, **settings)
         assert bool(prompts) == taken
