@@ -27,6 +27,7 @@ from transformers.generation import LogitsProcessorList, StoppingCriteria, Stopp
 
 from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM
 from hf_decoder.model import captured_step_hf_decoder, decoding_hf_decoder
+from hf_decoder.model.cache_name_hf_decoder import CACHE_NAME
 from hf_decoder.model.decoding_hf_decoder import DecodingStep
 
 
@@ -150,9 +151,11 @@ def runs(kind, monkeypatch) -> list[bool]:
     monkeypatch.setattr(kind.step, "_run", recorded)
     if kind is TRITON and not CUDA:
         monkeypatch.setattr(decoding_hf_decoder, "has_kernels", lambda x: True)
-        monkeypatch.setattr(
-            GenerationMixin, "_valid_auto_compile_criteria", lambda self, kwargs, config: not config.disable_compile
-        )
+
+        def may_compile(self, kwargs: dict, config) -> bool:  # as on CUDA
+            return type(kwargs.get(CACHE_NAME)) is StaticCache and not config.disable_compile
+
+        monkeypatch.setattr(GenerationMixin, "_valid_auto_compile_criteria", may_compile)
     return taken
 
 
