@@ -22,7 +22,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from torch.nn.functional import rms_norm, scaled_dot_product_attention
+from torch.nn.functional import rms_norm
 from transformers.cache_utils import (
     DynamicCache,
     DynamicLayer,
@@ -34,6 +34,7 @@ from transformers.utils import logging
 
 from .blocks_hf_decoder import has_kernels
 from .captured_step_hf_decoder import CapturedStep, is_capturable
+from .eager_step_hf_decoder import attention_by_groups, decode_eagerly
 from .loss_hf_decoder import softcap
 from .native_step_hf_decoder import NativeStep, is_for_native
 from .products_hf_decoder import (
@@ -257,10 +258,14 @@ class DecodingStep:
         self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, bias: torch.Tensor | None, store: Store
     ) -> torch.Tensor:
         """hidden (B, 1, D), cos and sin (B or 1, 1, R), bias (B, 1, 1, K) -> logits (B, 1, V)."""
-        rows, compiling = hidden.shape[0], torch.compiler.is_compiling()
-        product = multiply_written_out if compiling and rows == 1 else multiply
-        attend = _attention_written_out if compiling else _attention
-        normed = _normed if hidden.device.type == "cpu" else _normed_in_few_calls
+        rows = hidden.shape[0]
+        if torch.compiler.is_compiling():
+            product = multiply_written_out if rows == 1 else multiply
+            attend, normed = _attention_written_out, _normed
+        elif hidden.device.type == "cpu":
+            return decode_eagerly(self, hidden, cos, sin, bias, store)
+        else:
+            product, attend, normed = multiply, attention_by_groups, _normed_in_few_calls
         for index, layer in enumerate(self.layers):
             x = normed(layer.input_norm, hidden)
             query, key, value = self._heads([product(x, weights) for weights in layer.heads])
@@ -351,17 +356,10 @@ def _normed_in_few_calls(norm: Any, x: torch.Tensor) -> torch.Tensor:
     return module.weight * rms_norm(x.float(), (x.shape[-1],), eps=module.variance_epsilon).to(x.dtype)
 
 
-def _attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None, scaling: float
-) -> torch.Tensor:
-    """query (B, G, H / G, E), key and value (B, G, K, E) -> (B, G, H / G, E): a group's heads as rows of one head."""
-    return scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scaling)
-
-
 def _attention_written_out(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None, scaling: float
 ) -> torch.Tensor:
-    """The same in sums that the compiler turns into loops over keys and values in fp32."""
+    """`attention_by_groups` in sums that the compiler turns into loops over keys and values in fp32."""
     scores = (query.float()[:, :, :, None] * scaling * key.float()[:, :, None]).sum(-1)
     if bias is not None:
         scores = scores + bias.float()

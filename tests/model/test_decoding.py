@@ -11,10 +11,10 @@ from tiny_models import tiny_model as eager_model
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 
-from hf_decoder.model import decoding_hf_decoder, generation_hf_decoder, products_hf_decoder
+from hf_decoder.model import decoding_hf_decoder, eager_step_hf_decoder, generation_hf_decoder, products_hf_decoder
 from hf_decoder.model.decoding_hf_decoder import DecodingStep
 from hf_decoder.model.int8_hf_decoder import Int8Weights
-from hf_decoder.model.products_hf_decoder import Weights, multiply
+from hf_decoder.model.products_hf_decoder import Weights, multiply, multiply_row
 
 NEW_TOKENS = 10
 VARIANTS = {
@@ -269,7 +269,7 @@ def test_the_kernels_are_given_back_when_a_step_fails(monkeypatch):
     def fail(*inputs):
         raise KeyError("broken")
 
-    monkeypatch.setattr(decoding_hf_decoder, "apply_rotary_pos_emb", fail)
+    monkeypatch.setattr(decoding_hf_decoder, "decode_eagerly", fail)
     with pytest.raises(KeyError):
         generated(model, random_ids(1, 5))
     assert torch.backends.mkldnn.enabled
@@ -379,18 +379,22 @@ def test_int8_products_of_rows_of_any_length(columns, rows, dtype):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rows", [1, 2, 16, 17])
-@pytest.mark.parametrize("outputs", [8, 12])
+@pytest.mark.parametrize("outputs", [8, 10])
 def test_fp32_products_of_a_few_rows(outputs, rows, bias, monkeypatch):
     monkeypatch.setattr(products_hf_decoder, "MIN_SPLIT_ELEMENTS", 1)
     torch.manual_seed(0)
     module = torch.nn.Linear(40, outputs, bias=bias)
     x = torch.randn(rows, 1, 40)
-    found = multiply(x, Weights(module.weight, module.bias))
     exact = torch.nn.functional.linear(x.double(), module.weight.double(), module.bias.double() if bias else None)
-    assert found.shape == exact.shape and found.is_contiguous()
-    torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=1e-6)
     apart = torch.empty(40, outputs).copy_(module.weight.detach().t()).t()
-    torch.testing.assert_close(multiply(x, Weights(apart, module.bias)), found)
+    for weight in (module.weight, apart):
+        weights = Weights(weight, module.bias)
+        found = [multiply(x, weights)]
+        if rows == 1:
+            found.append(multiply_row(x.view(-1), weights).view(1, 1, -1))
+        for product in found:
+            assert product.shape == exact.shape and product.is_contiguous()
+            torch.testing.assert_close(product.double(), exact, rtol=1e-6, atol=1e-6)
 
 
 def test_disable_compile_is_heard(monkeypatch):
@@ -404,6 +408,10 @@ def test_disable_compile_is_heard(monkeypatch):
 def test_norms_in_few_calls_are_the_modules(dtype):
     norm = tiny_model().to(dtype).model.norm
     hidden = (3 * torch.randn(5, 1, norm.weight.shape[0])).to(dtype)
-    found = decoding_hf_decoder._normed_in_few_calls(norm.forward, hidden)
-    assert found.dtype == dtype
-    torch.testing.assert_close(found, norm(hidden))
+    zeros = torch.zeros_like(hidden[:1])
+    for function in (decoding_hf_decoder._normed_in_few_calls, eager_step_hf_decoder._normed):
+        for x in (hidden, hidden[:1], zeros):
+            found = function(norm.forward, x)
+            assert found.dtype == dtype
+            torch.testing.assert_close(found, norm(x))
+        assert function(norm.forward, zeros * float("nan")).isnan().all()
