@@ -22,7 +22,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from torch.nn.functional import rms_norm
 from transformers.cache_utils import (
     DynamicCache,
     DynamicLayer,
@@ -34,7 +33,6 @@ from transformers.utils import logging
 
 from .blocks_hf_decoder import has_kernels
 from .captured_step_hf_decoder import CapturedStep, is_capturable
-from .eager_step_hf_decoder import attention_by_groups, decode_eagerly
 from .loss_hf_decoder import softcap
 from .native_step_hf_decoder import NativeStep, is_for_native
 from .products_hf_decoder import (
@@ -47,6 +45,7 @@ from .products_hf_decoder import (
     weights_of,
 )
 from .rotary_hf_decoder import apply_rotary_pos_emb
+from .row_step_hf_decoder import attention_by_groups, decode_row, normed_in_few_calls
 from .static_step_hf_decoder import StaticStep, weights_of_products
 
 logger = logging.get_logger(__name__)
@@ -258,14 +257,12 @@ class DecodingStep:
         self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, bias: torch.Tensor | None, store: Store
     ) -> torch.Tensor:
         """hidden (B, 1, D), cos and sin (B or 1, 1, R), bias (B, 1, 1, K) -> logits (B, 1, V)."""
-        rows = hidden.shape[0]
-        if torch.compiler.is_compiling():
-            product = multiply_written_out if rows == 1 else multiply
-            attend, normed = _attention_written_out, _normed
-        elif hidden.device.type == "cpu":
-            return decode_eagerly(self, hidden, cos, sin, bias, store)
-        else:
-            product, attend, normed = multiply, attention_by_groups, _normed_in_few_calls
+        rows, compiling, on_cpu = hidden.shape[0], torch.compiler.is_compiling(), hidden.device.type == "cpu"
+        if rows == 1 and on_cpu and not compiling:
+            return decode_row(self, hidden, cos, sin, bias, store)
+        product = multiply_written_out if compiling and rows == 1 else multiply
+        attend = _attention_written_out if compiling else attention_by_groups
+        normed = _normed if on_cpu else normed_in_few_calls
         for index, layer in enumerate(self.layers):
             x = normed(layer.input_norm, hidden)
             query, key, value = self._heads([product(x, weights) for weights in layer.heads])
@@ -348,12 +345,6 @@ def _mark_varying_sizes(
 
 def _normed(norm: Norm, x: torch.Tensor) -> torch.Tensor:
     return norm(x)
-
-
-def _normed_in_few_calls(norm: Any, x: torch.Tensor) -> torch.Tensor:
-    """The same with half the kernels, where it is their launches that cost; rounded as the module rounds it."""
-    module = norm.__self__
-    return module.weight * rms_norm(x.float(), (x.shape[-1],), eps=module.variance_epsilon).to(x.dtype)
 
 
 def _attention_written_out(

@@ -11,7 +11,7 @@ from tiny_models import tiny_model as eager_model
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 
-from hf_decoder.model import decoding_hf_decoder, eager_step_hf_decoder, generation_hf_decoder, products_hf_decoder
+from hf_decoder.model import decoding_hf_decoder, generation_hf_decoder, products_hf_decoder, row_step_hf_decoder
 from hf_decoder.model.decoding_hf_decoder import DecodingStep
 from hf_decoder.model.int8_hf_decoder import Int8Weights
 from hf_decoder.model.products_hf_decoder import Weights, multiply, multiply_row
@@ -269,7 +269,7 @@ def test_the_kernels_are_given_back_when_a_step_fails(monkeypatch):
     def fail(*inputs):
         raise KeyError("broken")
 
-    monkeypatch.setattr(decoding_hf_decoder, "decode_eagerly", fail)
+    monkeypatch.setattr(decoding_hf_decoder, "decode_row", fail)
     with pytest.raises(KeyError):
         generated(model, random_ids(1, 5))
     assert torch.backends.mkldnn.enabled
@@ -408,10 +408,9 @@ def test_disable_compile_is_heard(monkeypatch):
 def test_norms_in_few_calls_are_the_modules(dtype):
     norm = tiny_model().to(dtype).model.norm
     hidden = (3 * torch.randn(5, 1, norm.weight.shape[0])).to(dtype)
-    zeros = torch.zeros_like(hidden[:1])
-    for function in (decoding_hf_decoder._normed_in_few_calls, eager_step_hf_decoder._normed):
-        for x in (hidden, hidden[:1], zeros):
-            found = function(norm.forward, x)
-            assert found.dtype == dtype
-            torch.testing.assert_close(found, norm(x))
-        assert function(norm.forward, zeros * float("nan")).isnan().all()
+    for x in (hidden, torch.zeros_like(hidden), hidden * float("nan")):
+        found = [row_step_hf_decoder.normed_in_few_calls(norm.forward, x)]
+        found.append(torch.stack([row_step_hf_decoder._normed(norm.forward, row.view(-1)) for row in x]).view(x.shape))
+        for normed in found:
+            assert normed.dtype == dtype
+            torch.testing.assert_close(normed, norm(x), equal_nan=True)
