@@ -284,8 +284,12 @@ def test_a_token_out_of_range_is_named():
             model(torch.tensor([[10**6]]), past_key_values=cache, use_cache=True)
 
 
-def test_compiled_step(steps, without_native_step, tmp_path):
+def test_compiled_step(steps, without_native_step, tmp_path, monkeypatch):
     model = tiny_model(qk_norm=True, attention_bias=True, sliding_window=None)
+    # the longer rows, of the MLP's last product, by torch's own, the others as sums
+    monkeypatch.setattr(products_hf_decoder, "LONG_ROW", model.config.hidden_size)
+    monkeypatch.setattr(products_hf_decoder, "MIN_SPLIT_ELEMENTS", 1)
+    assert model.config.intermediate_size > model.config.hidden_size
     ids, mask = padded(3, 9)
     model.generation_config = GenerationConfig(cache_implementation="static", pad_token_id=0, do_sample=False)
     model.save_pretrained(tmp_path)
