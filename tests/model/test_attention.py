@@ -35,6 +35,13 @@ CASES = pytest.mark.parametrize(
 )
 
 
+@pytest.fixture(autouse=True)
+def tiles_of_whole_documents(request, monkeypatch: pytest.MonkeyPatch):
+    """Whatever is fastest in fp32, unless a test is about that."""
+    if "stock_kernel" not in request.node.name:
+        monkeypatch.setattr(attention_hf_decoder, "_is_for_stock_kernel", lambda query, mask: False)
+
+
 @pytest.fixture
 def tiles_of_few_tokens(monkeypatch: pytest.MonkeyPatch):
     """Without gradients, too, the length of a row alone decides between tiles and the stock kernel."""
@@ -350,6 +357,62 @@ def test_tiles_in_half_precision_are_multiplied_as_is_fast_here(is_fast: bool, m
     calls.clear()
     model(ids)
     assert len(calls) == layers
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2)])
+def test_whole_documents_by_the_stock_kernel_are_those_in_tiles(heads, dtype, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(parts_hf_decoder.FAST_HALF_PRECISION, torch.bfloat16, False)
+    calls = count_tiled(monkeypatch)
+    torch.manual_seed(0)
+    length = 150
+    inputs = [torch.randn(2, length, n, 16).transpose(1, 2).to(dtype).requires_grad_() for n in (*heads, heads[1])]
+    weight = torch.randn(2, length, heads[0], 16)
+    plan = plan_tiles(torch.arange(length)[None], dtype)
+    results = []
+    for in_tiles in (False, True):
+        if in_tiles:
+            monkeypatch.setattr(attention_hf_decoder, "_is_for_stock_kernel", lambda query, mask: False)
+        found, _ = tiled_attention_forward(Groups(heads[0] // heads[1]), *inputs, plan, 0.3)
+        assert found.dtype == dtype and found.is_contiguous() and bool(calls) == in_tiles
+        results.append((found, *torch.autograd.grad((found.float() * weight).sum(), inputs)))
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    for mine, theirs in zip(*results, strict=True):
+        assert mine.dtype == dtype
+        assert (mine - theirs).norm() <= tolerance * theirs.norm()
+
+
+@pytest.mark.parametrize("is_fast", [True, False])
+def test_the_stock_kernel_takes_whole_documents_that_are_multiplied_in_fp32(is_fast, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(parts_hf_decoder.FAST_HALF_PRECISION, torch.bfloat16, is_fast)
+    tiled, stock, kernel = count_tiled(monkeypatch), [], attention_hf_decoder._attend_by_stock_kernel
+    monkeypatch.setattr(
+        attention_hf_decoder, "_attend_by_stock_kernel", lambda *args: stock.append(args[0].dtype) or kernel(*args)
+    )
+    ids = random_ids(1, 300)
+    shape = {"attn_implementation": "sdpa", "max_position_embeddings": 512}
+
+    def ways(model, **inputs) -> tuple[int, int]:
+        """Layers in tiles and by the stock kernel, the same in training and in inference."""
+        counts = []
+        for grad in (False, True):
+            tiled.clear()
+            stock.clear()
+            with torch.set_grad_enabled(grad):
+                model(ids, **inputs)
+            counts.append((len(tiled), len(stock)))
+        assert counts[0] == counts[1]
+        return counts[0]
+
+    model = tiny_model(**shape)
+    assert ways(model) == (0, 2)
+    assert ways(model, position_ids=torch.arange(300)[None] % 100) == (2, 0)
+    assert ways(tiny_model(**shape, sliding_window=400)) == (0, 2)
+    assert ways(tiny_model(**shape, sliding_window=20, layer_types=["sliding_attention", "full_attention"])) == (1, 1)
+    in_half = (2, 0) if is_fast else (0, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ways(model) == in_half
+    assert ways(model.bfloat16()) == in_half
 
 
 def test_tiles_in_bf16_and_under_autocast_are_close_to_fp32(monkeypatch: pytest.MonkeyPatch):
