@@ -14,10 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import scaled_dot_product_attention
 
 from .operators_hf_decoder import operator
 from .parts_hf_decoder import fast_dtype, product_dtype
+
+aten = torch.ops.aten
 
 MIN_TILED_TOKENS = 64  # of a row; below, one call of the stock kernel is as fast, forward and backward
 MIN_TILED_TOKENS_IN_INFERENCE = 288  # of all rows: forward alone, that kernel is as fast up to here
@@ -155,7 +156,7 @@ def tiled_attention_forward(
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     with torch.autocast(device_type, enabled=False):
         if _is_for_stock_kernel(query, attention_mask):
-            return _attend_by_stock_kernel(query, key, value, scaling), None
+            return _StockCausalAttention.apply(query, key, value, scaling), None
         if isinstance(attention_mask, CausalTiles):
             return _CompiledTiledAttention.apply(query, key, value, attention_mask.window, scaling), None
         return _TiledAttention.apply(query, key, value, attention_mask, scaling), None
@@ -168,18 +169,6 @@ def _is_for_stock_kernel(query, mask: TilePlan | CausalTiles) -> bool:
     else:
         is_causal = mask.window is None or mask.window >= query.shape[2]
     return is_causal and fast_dtype(query.device, query.dtype) == torch.float32
-
-
-def _attend_by_stock_kernel(query, key, value, scaling: float) -> torch.Tensor:
-    """In fp32 torch's flash kernel is the faster one; its backward pass in half precision goes number by number.
-
-    Forward and backward of 512 and 2,048 tokens, 8 and 4 heads of 64, on two AVX2 cores: 24 and 208 ms, in tiles 30
-    and 275; in bf16 151 and 1,461.
-    """
-    dtype, shares = query.dtype, query.shape[1] != key.shape[1]
-    query, key, value = query.float(), key.float(), value.float()
-    output = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=shares)
-    return output.to(dtype).transpose(1, 2).contiguous()
 
 
 def _weights(query, key, tile: Tile, scaling: float) -> torch.Tensor:
@@ -251,6 +240,46 @@ class _TiledAttention(torch.autograd.Function):
     def backward(ctx, grad_output):
         with torch.autocast(grad_output.device.type, enabled=False):
             return *_gradients(grad_output, *ctx.saved_tensors, ctx.plan, ctx.scaling), None, None
+
+
+class _StockCausalAttention(torch.autograd.Function):
+    """By torch's flash kernel in fp32, which is the faster one there, of what is kept as it came and not repeated.
+
+    Forward and backward of 512 and 2,048 tokens, 8 and 4 heads of 64, on two AVX2 cores: 24 and 208 ms, in tiles 30
+    and 275. In half precision its backward pass goes number by number: 151 and 1,461.
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, scaling):
+        inputs = _repeated_in_fp32(query, key, value)
+        output, log_sums = aten._scaled_dot_product_flash_attention_for_cpu(*inputs, 0.0, True, scale=scaling)
+        output = output.to(query.dtype)
+        ctx.save_for_backward(query, key, value, output, log_sums)
+        ctx.scaling = scaling
+        return output.transpose(1, 2).contiguous()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        query, key, value, output, log_sums = ctx.saved_tensors
+        grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad_output.transpose(1, 2).float(),
+            *_repeated_in_fp32(query, key, value),
+            output.float(),
+            log_sums,
+            0.0,
+            True,
+            scale=ctx.scaling,
+        )
+        of_groups = (grad.unflatten(1, (key.shape[1], -1)).sum(2) for grad in grads[1:])
+        return *(grad.to(query.dtype) for grad in (grads[0], *of_groups)), None
+
+
+def _repeated_in_fp32(query, key, value) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """With a key and value head for every query head."""
+    of_group = query.shape[1] // key.shape[1]
+    key, value = (x.float().repeat_interleave(of_group, 1) if of_group > 1 else x.float() for x in (key, value))
+    return query.float(), key, value
 
 
 @lru_cache(maxsize=16)

@@ -35,11 +35,19 @@ CASES = pytest.mark.parametrize(
 )
 
 
+IS_FOR_STOCK_KERNEL = attention_hf_decoder._is_for_stock_kernel
+
+
 @pytest.fixture(autouse=True)
-def tiles_of_whole_documents(request, monkeypatch: pytest.MonkeyPatch):
-    """Whatever is fastest in fp32, unless a test is about that."""
-    if "stock_kernel" not in request.node.name:
-        monkeypatch.setattr(attention_hf_decoder, "_is_for_stock_kernel", lambda query, mask: False)
+def tiles_of_whole_documents(monkeypatch: pytest.MonkeyPatch):
+    """Whatever is faster in fp32."""
+    monkeypatch.setattr(attention_hf_decoder, "_is_for_stock_kernel", lambda query, mask: False)
+
+
+@pytest.fixture
+def what_is_faster(tiles_of_whole_documents, monkeypatch: pytest.MonkeyPatch):
+    """As users have it."""
+    monkeypatch.setattr(attention_hf_decoder, "_is_for_stock_kernel", IS_FOR_STOCK_KERNEL)
 
 
 @pytest.fixture
@@ -359,6 +367,7 @@ def test_tiles_in_half_precision_are_multiplied_as_is_fast_here(is_fast: bool, m
     assert len(calls) == layers
 
 
+@pytest.mark.usefixtures("what_is_faster")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2)])
 def test_whole_documents_by_the_stock_kernel_are_those_in_tiles(heads, dtype, monkeypatch: pytest.MonkeyPatch):
@@ -382,12 +391,14 @@ def test_whole_documents_by_the_stock_kernel_are_those_in_tiles(heads, dtype, mo
         assert (mine - theirs).norm() <= tolerance * theirs.norm()
 
 
+@pytest.mark.usefixtures("what_is_faster")
 @pytest.mark.parametrize("is_fast", [True, False])
 def test_the_stock_kernel_takes_whole_documents_that_are_multiplied_in_fp32(is_fast, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(parts_hf_decoder.FAST_HALF_PRECISION, torch.bfloat16, is_fast)
-    tiled, stock, kernel = count_tiled(monkeypatch), [], attention_hf_decoder._attend_by_stock_kernel
+    tiled, stock = count_tiled(monkeypatch), []
+    kernel = attention_hf_decoder._StockCausalAttention.apply
     monkeypatch.setattr(
-        attention_hf_decoder, "_attend_by_stock_kernel", lambda *args: stock.append(args[0].dtype) or kernel(*args)
+        attention_hf_decoder._StockCausalAttention, "apply", lambda *args: stock.append(1) or kernel(*args)
     )
     ids = random_ids(1, 300)
     shape = {"attn_implementation": "sdpa", "max_position_embeddings": 512}
