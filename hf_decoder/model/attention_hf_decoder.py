@@ -3,7 +3,7 @@
 On a CPU with products in half precision this beats the flash kernel of `scaled_dot_product_attention`: the matmuls of
 a tile run at full speed and the heads of a group share theirs, so keys and values are never repeated. Memory is linear
 in the length: a tile's weights live only while the tile is computed, and the backward pass computes them again (Dao et
-al. 2022, section 3.1). Where products are in fp32 that kernel is the faster one for rows of one document.
+al. 2022, section 3.1). Where products are in fp32 that kernel is the faster one for long rows of one document.
 Shapes: B batch, S tokens, H query heads, G key/value heads, E head_dim, T rows of a tile, K keys that a tile sees.
 """
 
@@ -22,6 +22,7 @@ aten = torch.ops.aten
 
 MIN_TILED_TOKENS = 64  # of a row; below, one call of the stock kernel is as fast, forward and backward
 MIN_TILED_TOKENS_IN_INFERENCE = 288  # of all rows: forward alone, that kernel is as fast up to here
+MIN_STOCK_TOKENS_IN_FP32 = 1024  # of a row of one document; from here on that kernel is the faster one again, in fp32
 SHORT_SEQUENCE = 256
 TILE_ROWS = {"short": 64, "long": 128}  # measured on two AVX-512 cores, forward and backward, in bf16; fp32: short
 
@@ -163,12 +164,14 @@ def tiled_attention_forward(
 
 
 def _is_for_stock_kernel(query, mask: TilePlan | CausalTiles) -> bool:
-    """Whether these are rows of one document without a window, to be multiplied in fp32."""
+    """Whether these are long rows of one document without a window, to be multiplied in fp32."""
+    length = query.shape[2]
     if isinstance(mask, TilePlan):
         is_causal = mask.is_causal
     else:
-        is_causal = mask.window is None or mask.window >= query.shape[2]
-    return is_causal and fast_dtype(query.device, query.dtype) == torch.float32
+        is_causal = mask.window is None or mask.window >= length
+    is_long = length >= MIN_STOCK_TOKENS_IN_FP32
+    return is_long and is_causal and fast_dtype(query.device, query.dtype) == torch.float32
 
 
 def _weights(query, key, tile: Tile, scaling: float) -> torch.Tensor:
@@ -243,10 +246,11 @@ class _TiledAttention(torch.autograd.Function):
 
 
 class _StockCausalAttention(torch.autograd.Function):
-    """By torch's flash kernel in fp32, which is the faster one there, of what is kept as it came and not repeated.
+    """By torch's flash kernel in fp32, of what is kept as it came and not repeated.
 
-    Forward and backward of 512 and 2,048 tokens, 8 and 4 heads of 64, on two AVX2 cores: 24 and 208 ms, in tiles 30
-    and 275. In half precision its backward pass goes number by number: 151 and 1,461.
+    Forward and backward of 2,048 tokens, 8 and 4 heads of 64, on two AVX2 cores: 206 ms, in tiles 280; of 512 tokens
+    as long as in tiles, with 14 and 2 heads 43 against 40. In half precision the kernel's backward pass goes number by
+    number: 151 ms of 512 tokens, 1,461 of 2,048.
     """
 
     @staticmethod

@@ -35,21 +35,6 @@ CASES = pytest.mark.parametrize(
 )
 
 
-IS_FOR_STOCK_KERNEL = attention_hf_decoder._is_for_stock_kernel
-
-
-@pytest.fixture(autouse=True)
-def tiles_of_whole_documents(monkeypatch: pytest.MonkeyPatch):
-    """Whatever is faster in fp32."""
-    monkeypatch.setattr(attention_hf_decoder, "_is_for_stock_kernel", lambda query, mask: False)
-
-
-@pytest.fixture
-def what_is_faster(tiles_of_whole_documents, monkeypatch: pytest.MonkeyPatch):
-    """As users have it."""
-    monkeypatch.setattr(attention_hf_decoder, "_is_for_stock_kernel", IS_FOR_STOCK_KERNEL)
-
-
 @pytest.fixture
 def tiles_of_few_tokens(monkeypatch: pytest.MonkeyPatch):
     """Without gradients, too, the length of a row alone decides between tiles and the stock kernel."""
@@ -367,11 +352,11 @@ def test_tiles_in_half_precision_are_multiplied_as_is_fast_here(is_fast: bool, m
     assert len(calls) == layers
 
 
-@pytest.mark.usefixtures("what_is_faster")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2)])
 def test_whole_documents_by_the_stock_kernel_are_those_in_tiles(heads, dtype, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(parts_hf_decoder.FAST_HALF_PRECISION, torch.bfloat16, False)
+    monkeypatch.setattr(attention_hf_decoder, "MIN_STOCK_TOKENS_IN_FP32", 150)
     calls = count_tiled(monkeypatch)
     torch.manual_seed(0)
     length = 150
@@ -381,7 +366,7 @@ def test_whole_documents_by_the_stock_kernel_are_those_in_tiles(heads, dtype, mo
     results = []
     for in_tiles in (False, True):
         if in_tiles:
-            monkeypatch.setattr(attention_hf_decoder, "_is_for_stock_kernel", lambda query, mask: False)
+            monkeypatch.setattr(attention_hf_decoder, "MIN_STOCK_TOKENS_IN_FP32", 151)
         found, _ = tiled_attention_forward(Groups(heads[0] // heads[1]), *inputs, plan, 0.3)
         assert found.dtype == dtype and found.is_contiguous() and bool(calls) == in_tiles
         results.append((found, *torch.autograd.grad((found.float() * weight).sum(), inputs)))
@@ -391,10 +376,10 @@ def test_whole_documents_by_the_stock_kernel_are_those_in_tiles(heads, dtype, mo
         assert (mine - theirs).norm() <= tolerance * theirs.norm()
 
 
-@pytest.mark.usefixtures("what_is_faster")
 @pytest.mark.parametrize("is_fast", [True, False])
 def test_the_stock_kernel_takes_whole_documents_that_are_multiplied_in_fp32(is_fast, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(parts_hf_decoder.FAST_HALF_PRECISION, torch.bfloat16, is_fast)
+    monkeypatch.setattr(attention_hf_decoder, "MIN_STOCK_TOKENS_IN_FP32", 300)
     tiled, stock = count_tiled(monkeypatch), []
     kernel = attention_hf_decoder._StockCausalAttention.apply
     monkeypatch.setattr(
@@ -423,6 +408,9 @@ def test_the_stock_kernel_takes_whole_documents_that_are_multiplied_in_fp32(is_f
     in_half = (2, 0) if is_fast else (0, 2)
     with torch.autocast("cpu", torch.bfloat16):
         assert ways(model) == in_half
+    monkeypatch.setattr(attention_hf_decoder, "MIN_STOCK_TOKENS_IN_FP32", 301)
+    assert ways(model) == (2, 0)
+    monkeypatch.setattr(attention_hf_decoder, "MIN_STOCK_TOKENS_IN_FP32", 300)
     assert ways(model.bfloat16()) == in_half
 
 

@@ -397,8 +397,8 @@ def test_compiled_training_is_eager_training(variant: str, monkeypatch):
     )
     monkeypatch.setitem(parts_hf_decoder.FAST_HALF_PRECISION, torch.bfloat16, True)  # whatever CPU this is
     in_tiles, taken = variant != "plain", []
-    if in_tiles:  # and not by torch's own kernel, in fp32
-        monkeypatch.setattr(attention_hf_decoder, "_is_for_stock_kernel", lambda query, mask: False)
+    if not in_tiles:  # as longer rows would be
+        monkeypatch.setattr(attention_hf_decoder, "MIN_STOCK_TOKENS_IN_FP32", 150)
     attend = attention_hf_decoder._attend
     monkeypatch.setattr(attention_hf_decoder, "_attend", lambda *inputs: taken.append(1) or attend(*inputs))
 
