@@ -156,22 +156,20 @@ def tiled_attention_forward(
         dtype = torch.get_autocast_dtype(device_type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     with torch.autocast(device_type, enabled=False):
-        if _is_for_stock_kernel(query, attention_mask):
-            return _StockCausalAttention.apply(query, key, value, scaling), None
         if isinstance(attention_mask, CausalTiles):
             return _CompiledTiledAttention.apply(query, key, value, attention_mask.window, scaling), None
+        if _is_for_stock_kernel(query, attention_mask):
+            return _StockCausalAttention.apply(query, key, value, scaling), None
         return _TiledAttention.apply(query, key, value, attention_mask, scaling), None
 
 
-def _is_for_stock_kernel(query, mask: TilePlan | CausalTiles) -> bool:
-    """Whether these are long rows of one document without a window, to be multiplied in fp32."""
-    length = query.shape[2]
-    if isinstance(mask, TilePlan):
-        is_causal = mask.is_causal
-    else:
-        is_causal = mask.window is None or mask.window >= length
-    is_long = length >= MIN_STOCK_TOKENS_IN_FP32
-    return is_long and is_causal and fast_dtype(query.device, query.dtype) == torch.float32
+def _is_for_stock_kernel(query, plan: TilePlan) -> bool:
+    """Whether these are long rows of one document without a window, to be multiplied in fp32.
+
+    Not in compiled graphs: that of torch 2.11 gives wrong gradients of this kernel.
+    """
+    is_long = query.shape[2] >= MIN_STOCK_TOKENS_IN_FP32
+    return is_long and plan.is_causal and fast_dtype(query.device, query.dtype) == torch.float32
 
 
 def _weights(query, key, tile: Tile, scaling: float) -> torch.Tensor:

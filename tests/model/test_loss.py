@@ -396,9 +396,7 @@ def test_compiled_training_is_eager_training(variant: str, monkeypatch):
         loss_hf_decoder, "_loss_and_gradients", lambda rows, *rest: reached.append(len(rows)) or form(rows, *rest)
     )
     monkeypatch.setitem(parts_hf_decoder.FAST_HALF_PRECISION, torch.bfloat16, True)  # whatever CPU this is
-    in_tiles, taken = variant != "plain", []
-    if not in_tiles:  # as longer rows would be
-        monkeypatch.setattr(attention_hf_decoder, "MIN_STOCK_TOKENS_IN_FP32", 150)
+    taken = []
     attend = attention_hf_decoder._attend
     monkeypatch.setattr(attention_hf_decoder, "_attend", lambda *inputs: taken.append(1) or attend(*inputs))
 
@@ -417,7 +415,7 @@ def test_compiled_training_is_eager_training(variant: str, monkeypatch):
     if variant == "checkpointing" and torch.__version__.startswith("2.11."):  # which does not compute a layer again
         assert compiled_calls == len(model.model.layers)
     else:
-        assert compiled_calls == eager_calls and bool(eager_calls) == in_tiles
+        assert compiled_calls == eager_calls > 0
     assert reached == [2 * 120, 2 * 120]  # positions without a label do not reach the head
     tolerance = 5e-2 if variant == "autocast" else 1e-5  # bf16 rounds where the compiler does not
     torch.testing.assert_close(loss, expected, rtol=tolerance, atol=0)
