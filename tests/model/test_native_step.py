@@ -21,12 +21,17 @@ from hf_decoder.model.decoding_hf_decoder import DecodingStep
 from hf_decoder.model.native_step_hf_decoder import NativeStep, is_for_native
 
 
+def quantize(module: torch.nn.Module) -> None:
+    """To int8, in place."""
+    torchao = pytest.importorskip("torchao.quantization")
+    torchao.quantize_(module, torchao.Int8WeightOnlyConfig())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("quantized", ["layers", "head"])
 def test_int8_weights_are_multiplied_as_they_are(dtype, quantized):
-    torchao = pytest.importorskip("torchao.quantization")
     model = tiny_model(NATIVE, dtype, attention_bias=True, tie_word_embeddings=False)
-    torchao.quantize_(model.model if quantized == "layers" else model, torchao.Int8WeightOnlyConfig())
+    quantize(model.model if quantized == "layers" else model)
     assert is_for_native(DecodingStep(model))
     check_steps(NATIVE, model, length=9, hidden=2)
 
@@ -36,8 +41,7 @@ def test_int8_weights_are_multiplied_as_they_are(dtype, quantized):
 def test_several_rows(rows, precision):
     model = tiny_model(NATIVE, NATIVE.half if precision == "half" else torch.float32, qk_norm=True, mlp_bias=True)
     if precision == "int8":
-        torchao = pytest.importorskip("torchao.quantization")
-        torchao.quantize_(model.model, torchao.Int8WeightOnlyConfig())
+        quantize(model.model)
     check_steps(NATIVE, model, length=9, hidden=5, rows=rows)
 
 
@@ -203,7 +207,6 @@ def build(source: str, monkeypatch) -> None:
 @pytest.mark.skipif("AVX" not in CAPABILITY, reason="not a CPU with AVX2")
 @pytest.mark.parametrize("width", WIDTHS)
 def test_vectors_of_all_widths(width, monkeypatch):
-    torchao = pytest.importorskip("torchao.quantization")
     lanes = 16 if width == "AVX-512" else 8
     build(f"{WIDTHS[width]}{native_source_hf_decoder.SOURCE}\nstatic_assert(LANES == {lanes});\n", monkeypatch)
     for precision in ("full", "half", "int8"):
@@ -211,7 +214,7 @@ def test_vectors_of_all_widths(width, monkeypatch):
         sizes = {"hidden_size": 156, "intermediate_size": 300, "head_dim": 76, "num_hidden_layers": 1}
         model = tiny_model(NATIVE, torch.bfloat16 if precision == "half" else torch.float32, **sizes)
         if precision == "int8":
-            torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
+            quantize(model)
         for rows in (1, 7):
             check_steps(NATIVE, model, length=40, hidden=8, rows=rows)
         check_prompt(model, rows=1, tokens=23)
@@ -261,9 +264,8 @@ def test_prompts_in_half_precision_are_as_near_to_the_truth_as_the_modules(lengt
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_prompts_of_int8_weights(dtype):
-    torchao = pytest.importorskip("torchao.quantization")
     model = tiny_model(NATIVE, dtype, attention_bias=True)
-    torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
+    quantize(model)
     check_prompt(model, rows=1, tokens=15)
 
 
@@ -367,8 +369,7 @@ def test_prompts_are_taken_where_the_modules_are_slower(monkeypatch):
     def lines(dtype: torch.dtype, int8: bool = False) -> int:
         model = tiny_model(NATIVE, dtype)
         if int8:
-            torchao = pytest.importorskip("torchao.quantization")
-            torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
+            quantize(model)
         step = NativeStep(DecodingStep(model), 2)
         return max((2 * tokens for tokens in range(2, 200) if step.takes_prompts(2, tokens)), default=0)
 
