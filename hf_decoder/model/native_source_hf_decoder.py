@@ -12,8 +12,6 @@ rotated part, F intermediate_size, V vocab_size, K cached and new tokens; M outp
 from .native_vectors_hf_decoder import VECTORS
 
 STEP = r"""
-#define MAX_ROWS 8
-
 // What Python writes, eight bytes a field.
 
 struct Norm {

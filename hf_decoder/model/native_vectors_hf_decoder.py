@@ -19,6 +19,8 @@ VECTORS = r"""
 #endif
 
 #define CACHED_BYTES (1 << 18)  // of the lines, and half as many of the weights
+#define AHEAD_BYTES 1280
+#define MAX_ROWS 8
 
 #ifdef __AVX512F__
 #define LANES 16
@@ -112,9 +114,10 @@ static inline Floats exponential(Floats x) {
 
 static inline float exponential(float x) { return exponential(Floats{} + x)[0]; }
 
-// Of narrow weights what lies two kilobytes ahead is asked for; wide ones arrive as fast without.
+// Of narrow weights what lies ahead is asked for, to be read once: no cache need keep it. Wide ones arrive as fast
+// without.
 template <class W> static inline void ask_ahead(const W *from, int64_t i) {
-    if (sizeof(W) < 4 && i * sizeof(W) % 64 == 0) __builtin_prefetch((const char *)from + 2048);
+    if (sizeof(W) < 4 && i * sizeof(W) % 64 == 0) __builtin_prefetch((const char *)from + AHEAD_BYTES, 0, 0);
 }
 
 // The sum of row[i] * x[i]. Eight sums side by side, since one would wait for itself.
@@ -153,13 +156,19 @@ static inline void dots(const W *row, const float *x, int64_t count, int64_t str
     }
 }
 
+// Of up to MAX_ROWS rows.
 template <class W>
 static inline void dots(const W *row, const float *x, int64_t count, int64_t stride, int64_t rows, float *y) {
-    int64_t of = 0;
-    for (; of + 8 <= rows; of += 8) dots<8>(row, x + of * stride, count, stride, y + of);
-    for (; of + 4 <= rows; of += 4) dots<4>(row, x + of * stride, count, stride, y + of);
-    for (; of + 2 <= rows; of += 2) dots<2>(row, x + of * stride, count, stride, y + of);
-    if (of < rows) y[of] = dot(row, x + of * stride, count);
+    switch (rows) {
+    case 1: y[0] = dot(row, x, count); return;
+    case 2: return dots<2>(row, x, count, stride, y);
+    case 3: return dots<3>(row, x, count, stride, y);
+    case 4: return dots<4>(row, x, count, stride, y);
+    case 5: return dots<5>(row, x, count, stride, y);
+    case 6: return dots<6>(row, x, count, stride, y);
+    case 7: return dots<7>(row, x, count, stride, y);
+    case 8: return dots<8>(row, x, count, stride, y);
+    }
 }
 
 // The same of several rows of weights too: what is loaded of either serves all of the other.

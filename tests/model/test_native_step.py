@@ -37,7 +37,7 @@ def test_int8_weights_are_multiplied_as_they_are(dtype, quantized):
 
 
 @pytest.mark.parametrize("precision", ["full", "half", "int8"])
-@pytest.mark.parametrize("rows", [2, 3, 7, 8])
+@pytest.mark.parametrize("rows", range(2, NativeStep.max_rows + 1))
 def test_several_rows(rows, precision):
     model = tiny_model(NATIVE, NATIVE.half if precision == "half" else torch.float32, qk_norm=True, mlp_bias=True)
     if precision == "int8":
