@@ -13,7 +13,7 @@ vocab_size.
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from threading import Lock
 from types import FunctionType
@@ -31,13 +31,14 @@ from transformers.cache_utils import (
 )
 from transformers.utils import logging
 
-from .blocks_hf_decoder import has_kernels
+from .blocks_hf_decoder import PLAIN, has_kernels
 from .captured_step_hf_decoder import CapturedStep, is_capturable
 from .loss_hf_decoder import softcap
 from .native_step_hf_decoder import NativeStep, is_for_native
 from .products_hf_decoder import (
     AnyWeights,
     PackedWeights,
+    Weights,
     joined,
     multiply,
     multiply_written_out,
@@ -92,6 +93,9 @@ class DecodingStep:
         self._static: StaticStep | None = None
         self._may_be_static = True
         self._making = Lock()
+        weights = [of[0] for of in weights_of_products(self) if isinstance(of, Weights)]
+        # others may need what stands between autograd and their kernels
+        self._is_plain = all(type(weight) in PLAIN for weight in (self.embedding, *weights))
 
     @staticmethod
     def of(model: Any) -> "DecodingStep | None":
@@ -215,7 +219,11 @@ class DecodingStep:
                 bias = bias[:, None, None]
         if position_ids is None:
             position_ids = torch.full((1, 1), past, device=input_ids.device)
-        with reading_weights_once(input_ids, self.embedding.dtype), attending_without_plans(input_ids):
+        with (
+            reading_weights_once(input_ids, self.embedding.dtype),
+            attending_without_plans(input_ids),
+            self._below_autograd(compiles and static),
+        ):
             try:
                 hidden = nn.functional.embedding(input_ids, self.embedding)
             except IndexError:  # the model says it in words
@@ -232,6 +240,11 @@ class DecodingStep:
             for layer in cache.layers:
                 layer.cumulative_length.add_(1)
             return logits
+
+    def _below_autograd(self, compiles: bool) -> AbstractContextManager:
+        """Where no gradients are wanted, calls of torch pass autograd by, which takes a twelfth of their time."""
+        below = self._is_plain and not compiles and not torch.is_grad_enabled()
+        return torch._C._AutoDispatchBelowAutograd() if below else nullcontext()
 
     def _decode_static(
         self,
@@ -431,7 +444,7 @@ def _parts_of(model: Any) -> tuple[list[int], list[Any]] | None:
             kind in (nn.Linear, nn.Embedding, nn.ModuleList)
             or kind.__module__.rpartition(".")[0] == package
             or id(module) in activations
-        ) or _is_hooked(module):
+        ) or is_hooked(module):
             return None
         identities.append(id(module))
         identities += map(id, module._parameters.values())
@@ -445,7 +458,8 @@ def _parts_of(model: Any) -> tuple[list[int], list[Any]] | None:
     return identities, [*settings, *sizes, config.final_logit_softcapping]
 
 
-def _is_hooked(module: nn.Module) -> bool:
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a call of this module does more, or something else, than its class says."""
     if not module._forward_hooks and not module._forward_pre_hooks:
         return "forward" in module.__dict__
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
@@ -458,4 +472,4 @@ def _is_hooked(module: nn.Module) -> bool:
 _steps: "WeakKeyDictionary[nn.Module, tuple[Any, DecodingStep]]" = WeakKeyDictionary()
 
 
-__all__ = ["DecodingStep", "reading_weights_once"]
+__all__ = ["DecodingStep", "is_hooked", "reading_weights_once"]

@@ -1,11 +1,12 @@
 """One call of `generate()`: which of its steps go past the modules, and in which way.
 
 A single token a row goes through the `DecodingStep`, if the model has one; with packed weights, compiled or by kernels
-of its own where that is faster and asked for. What none of them covers goes through the modules. Greedy text by those
-kernels is chosen by them, without transformers' loop.
+of its own where that is faster and asked for. What none of them covers goes through the modules. Greedy text is
+written without transformers' loop on a CPU, where that loop takes up to a tenth of a small model's token, and by such
+kernels anywhere.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextvars import ContextVar
 from functools import partial
 from typing import Any
@@ -15,11 +16,14 @@ from transformers.cache_utils import StaticCache
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
 
 from .cache_name_hf_decoder import CACHE_NAME
-from .decoding_hf_decoder import DecodingStep
+from .decoding_hf_decoder import DecodingStep, is_hooked
 from .static_step_hf_decoder import StaticStep, first_seen, is_for_static_step
 
 PACKED_BYTES = 2**30  # more is not copied unasked
 STEPS_BEFORE_PACKING = 8
+# what transformers' loop does around a step, which others may have put something in place of, and what it knows of
+METHODS = {"prepare_inputs_for_generation", "_update_model_kwargs_for_generation"}
+MODEL_KWARGS = {CACHE_NAME, "attention_mask", "position_ids", "use_cache", "logits_to_keep"}
 
 _active: ContextVar["Decoding | None"] = ContextVar("hf_decoder_decoding", default=None)
 
@@ -80,7 +84,7 @@ class Decoding:
         streamer: Any = None,
         **model_kwargs,
     ) -> Any:
-        """What `sample`, transformers' loop, returns of these; greedy text of a `StaticStep` without that loop."""
+        """What `sample`, transformers' loop, returns of these; greedy text without that loop."""
         self._input_ids = input_ids
         go_on = partial(
             sample,
@@ -96,13 +100,12 @@ class Decoding:
         ends, length = _ends(stopping_criteria), stopping_criteria.max_length
         if (
             (config.do_sample or config.return_dict_in_generate or synced_gpus or streamer or logits_processor)
-            or (config.disable_compile or config.compile_config or config.is_assistant)
-            or (ends is None or length is None)
-            or not self.has_static_step(cache)
+            or (config.is_assistant or config.compile_config or not _is_plain_loop(self.model, model_kwargs))
+            or (ends is None or length is None or cache is None)
             # ids of the whole text, whatever of it is cached
             or (int(cache.get_seq_length()) > 0 if mask is None else mask.shape != input_ids.shape)
-            or (cache.layers[0].max_cache_len < length - 1)
             or (mask is not None and first_seen(mask) is None)
+            or not (self._may_be_static(config, cache, length) or input_ids.device.type == "cpu")
         ):
             return go_on(input_ids, stopping_criteria=stopping_criteria)
         # the prompt and its first token as ever
@@ -115,16 +118,61 @@ class Decoding:
         positions = model_kwargs.get("position_ids")
         if positions is not None:
             positions = positions[:, -1:] + 1
+        # what is missing is of no use to a single row, and refused for several before
+        pad = 0 if config._pad_token_tensor is None else int(config._pad_token_tensor)
         static = self._static
-        if static is not None and self._is_static(ids[:, -1:], cache):
-            # what is missing is of no use to a single row, and refused for several before
-            pad = 0 if config._pad_token_tensor is None else int(config._pad_token_tensor)
+        if static is not None and self._may_be_static(config, cache, length) and self._is_static(ids[:, -1:], cache):
             with static.lock:
                 text = static.greedy(ids, cache, mask, positions, length, ends, pad)
             if text is not None:
                 return text
-        go_on.keywords.update(attention_mask=mask, position_ids=positions)
+        if self.step is not None and ids.device.type == "cpu":
+            return self._greedy(ids, cache, mask, positions, length, ends, pad)
+        # by a mask of that length transformers knows that the ids are all of the text, not the new ones
+        go_on.keywords.update(attention_mask=torch.ones_like(ids) if mask is None else mask, position_ids=positions)
         return go_on(ids, stopping_criteria=stopping_criteria)
+
+    def _greedy(
+        self,
+        ids: torch.Tensor,
+        cache: Any,
+        mask: torch.Tensor | None,
+        positions: torch.Tensor | None,
+        length: int,
+        ends: Collection[int],
+        pad: int,
+    ) -> torch.Tensor:
+        """What `StaticStep.greedy` gives, by any step, or the modules where no step takes a token."""
+        made = ids.shape[1]
+        text = ids.new_empty(len(ids), length)
+        text[:, :made] = ids
+        mask = torch.ones_like(text) if mask is None else torch.cat((mask, mask.new_ones(len(ids), length - made)), 1)
+        hides = not mask.all()
+        ended = {row for row, token in enumerate(ids[:, -1].tolist()) if token in ends}
+        for place in range(made, length):
+            seen = mask[:, :place]
+            logits = self.logits(text[:, place - 1 : place], seen if hides else None, positions, cache)
+            if logits is None:
+                inputs = {CACHE_NAME: cache, "attention_mask": seen, "position_ids": positions, "use_cache": True}
+                inputs = self.model.prepare_inputs_for_generation(text[:, :place], next_sequence_length=1, **inputs)
+                logits = self.model(**inputs).logits
+            text[:, place] = logits[:, -1].float().argmax(-1)
+            if positions is not None:
+                positions = positions + 1
+            for row, token in enumerate(text[:, place].tolist() if ends else ()):
+                if row in ended:
+                    text[row, place] = pad
+                elif token in ends:
+                    ended.add(row)
+            if len(ended) == len(text):
+                return text[:, : place + 1].contiguous()
+        return text
+
+    def _may_be_static(self, config: Any, cache: Any, length: int) -> bool:
+        """Whether kernels of their own may choose a text of that length."""
+        return (
+            not config.disable_compile and self.has_static_step(cache) and cache.layers[0].max_cache_len >= length - 1
+        )
 
     def has_static_step(self, cache: Any) -> bool:
         """Whether kernels of their own take the steps of this call; from now on, if so."""
@@ -237,6 +285,16 @@ def _is_fast_packed(input_ids: torch.Tensor | None, dtype: torch.dtype) -> bool:
     )
 
 
+def _is_plain_loop(model: Any, model_kwargs: dict[str, Any]) -> bool:
+    """Whether each step of transformers' loop would call what is written here, and nothing of someone else's."""
+    return (
+        type(model).__module__.rpartition(".")[0] == __name__.rpartition(".")[0]
+        and not is_hooked(model)
+        and not METHODS & vars(model).keys()
+        and model_kwargs.keys() <= MODEL_KWARGS
+    )
+
+
 def _is_plain_mask(attention_mask: Any) -> bool:
     """And not what transformers has prepared, one a layer type, for the modules."""
     return attention_mask is None or (isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2)
@@ -248,8 +306,13 @@ def _are_in(input_ids: torch.Tensor, vocab_size: int) -> bool:
 
 def _ends(criteria: Sequence[Any]) -> frozenset[int] | None:
     """The tokens that end a text, None where more than these and a length may end it."""
-    if any(type(criterion) not in (MaxLengthCriteria, EosTokenCriteria) for criterion in criteria):
-        return None
+    for criterion in criteria:
+        if type(criterion) not in (MaxLengthCriteria, EosTokenCriteria):
+            return None
+        # beyond which transformers has something to say
+        limit = getattr(criterion, "max_position_embeddings", None)
+        if limit is not None and criterion.max_length > limit + 1:
+            return None
     of_tokens = [criterion.eos_token_id for criterion in criteria if type(criterion) is EosTokenCriteria]
     return frozenset(int(token) for tokens in of_tokens for token in tokens.flatten().tolist())
 

@@ -91,9 +91,9 @@ def multiply_row(x: torch.Tensor, weights: AnyWeights) -> torch.Tensor:
     weight: Any = weights[0]
     if not isinstance(weights, Weights) or type(weight) not in PLAIN:
         return multiply(x.view(1, 1, -1), weights).view(-1)
-    outputs, inputs = weight.shape
-    in_parts = weight.dtype == torch.float32 and weight.numel() >= MIN_SPLIT_ELEMENTS and outputs % SPLIT == 0
-    if in_parts and weight.is_contiguous():
+    in_parts = weight.dtype == torch.float32 and weight.numel() >= MIN_SPLIT_ELEMENTS
+    if in_parts and weight.shape[0] % SPLIT == 0 and weight.is_contiguous():
+        inputs = weight.shape[1]
         # a column by its strides too: with those of a row MKL takes a kernel that is slower than the one product
         column = x.as_strided((SPLIT, inputs, 1), (0, 1, inputs))
         product = torch.bmm(weight.view(SPLIT, -1, inputs), column).view(-1)

@@ -38,21 +38,21 @@ def decode_row(
     for index, layer in enumerate(step.layers):
         x = _normed(layer.input_norm, hidden)
         all_heads = torch.cat([multiply_row(x, weights) for weights in layer.heads]).view(-1, width)
-        both, value = all_heads.split((turning, groups))
+        both, value = all_heads.narrow(0, 0, turning), all_heads.narrow(0, turning, groups)
         if layer.query_norm is not None:
             queries, keys = both.split((heads, groups))
             queries, keys = normed_in_few_calls(layer.query_norm, queries), normed_in_few_calls(layer.key_norm, keys)
             both = torch.cat((queries, keys))
         if layer.use_rope:
-            halves = both[:, :rotated].view(turning, 2, -1)
+            halves = (both if rotated == width else both[:, :rotated]).view(turning, 2, -1)
             turned = torch.addcmul(halves * cos, halves.flip(1), sin).view(turning, rotated)
             both = turned if rotated == width else torch.cat((turned, both[:, rotated:]), 1)
-        query = both[:heads].view(1, groups, -1, width)
-        key, value = store(both[heads:].view(1, groups, 1, width), value.view(1, groups, 1, width), index)
+        query, key = both.narrow(0, 0, heads), both.narrow(0, heads, groups)
+        key, value = store(key.view(1, groups, 1, width), value.view(1, groups, 1, width), index)
         if layer.window is not None and key.shape[2] > layer.window:
             key, value = key[:, :, -layer.window :], value[:, :, -layer.window :]
         seen = bias if bias is None else bias[..., -key.shape[2] :]
-        attended = attention_by_groups(query, key, value, seen, step.scaling)
+        attended = attention_by_groups(query.view(1, groups, -1, width), key, value, seen, step.scaling)
         hidden = hidden + multiply_row(attended.reshape(-1), layer.output)
         x = _normed(layer.mlp_norm, hidden)
         x = layer.activation(multiply_row(x, layer.gate)) * multiply_row(x, layer.up)

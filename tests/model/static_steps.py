@@ -103,4 +103,6 @@ def static(model, ids, mask=None, **settings):
 
 
 def dynamic(model, ids, mask=None, **settings):
-    return static(model, ids, mask, cache_implementation=None, **settings)
+    """By transformers' loop."""
+    out = static(model, ids, mask, cache_implementation=None, **{"return_dict_in_generate": True, **settings})
+    return out if "return_dict_in_generate" in settings else out.sequences
