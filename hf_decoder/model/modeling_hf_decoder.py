@@ -51,7 +51,7 @@ from .registry_hf_decoder import AUTO_MAP, register_names
 from .rotary_hf_decoder import HfDecoderRotaryEmbedding, apply_rotary_pos_emb
 from .shared_input_hf_decoder import normed_for, shared_input
 from .sizes_hf_decoder import check_loaded_sizes
-from .swiglu_hf_decoder import gated
+from .swiglu_hf_decoder import gated_for
 from .varlen_hf_decoder import Documents, varlen_attention_forward, varlen_masks
 
 register_names()
@@ -72,7 +72,7 @@ class HfDecoderMLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for_gate, for_up = shared_input(x, *self.input_maps())
-        return self.down_proj(gated(self.gate_proj(for_gate), self.up_proj(for_up), self.act_fn))
+        return gated_for(self.down_proj, self.gate_proj(for_gate), self.up_proj(for_up), self.act_fn)
 
 
 def repeat_kv(hidden_states: torch.Tensor, n_rep: int) -> torch.Tensor:

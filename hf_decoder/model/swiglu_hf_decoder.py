@@ -1,7 +1,8 @@
 """The gate of SwiGLU (Shazeer 2020): act(gate) * up.
 
 Of SiLU, in blocks of rows on a CPU and by a kernel on CUDA: each tensor is read and written once, and of the forward
-pass nothing is kept but the two inputs, where the activation's result would be a third.
+pass nothing is kept but the two inputs, where the activation's result would be a third; with kernels not even the
+product for the linear map that reads it.
 Shapes: (..., F) intermediate_size.
 """
 
@@ -17,31 +18,72 @@ SILU = (type(ACT2FN["silu"]), nn.SiLU)
 
 def gated(gate: torch.Tensor, up: torch.Tensor, activation: nn.Module) -> torch.Tensor:
     """activation(gate) * up, both (..., F)."""
-    if (
+    if _is_blocked(gate, up, activation):
+        return _BlockedGatedSiLU.apply(gate, up)
+    return activation(gate) * up
+
+
+def gated_for(reader: nn.Module, gate: torch.Tensor, up: torch.Tensor, activation: nn.Module) -> torch.Tensor:
+    """reader(activation(gate) * up), whose input, where there are kernels, is made again for the backward pass.
+
+    That is a sixth of what a layer keeps, and one or two hundredths of a step by arithmetic; a CPU, which has more
+    memory than time, keeps it. Whatever the reader is, what it saves of that very tensor is dropped, and no more.
+    Where someone looks after saved tensors already (gradient checkpointing, offloading), it is theirs.
+    """
+    product = gated(gate, up, activation)
+    if not (
+        product.requires_grad
+        and has_kernels(product)
+        and _is_blocked(gate, up, activation)
+        and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+    ):
+        return reader(product)
+    gate, up, mark = gate.detach(), up.detach(), _mark(product)
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor | torch.Size:
+        return tensor.shape if tensor.is_contiguous() and _mark(tensor) == mark else tensor
+
+    def unpack(kept: torch.Tensor | torch.Size) -> torch.Tensor:
+        return kept if isinstance(kept, torch.Tensor) else _product(gate, up).view(kept)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        return reader(product)
+
+
+def _mark(x: torch.Tensor) -> tuple:
+    """Of a tensor and its views, for as long as nothing is written into it."""
+    return x.data_ptr(), x.numel(), x.dtype, x._version
+
+
+def _is_blocked(gate: torch.Tensor, up: torch.Tensor, activation: nn.Module) -> bool:
+    return (
         type(activation) in SILU
         and not activation._forward_hooks
         and not activation._forward_pre_hooks
         and gate.dtype == up.dtype
         and gate.shape == up.shape
         and is_for_blocks(gate, up)
-    ):
-        return _BlockedGatedSiLU.apply(gate, up)
-    return activation(gate) * up
+    )
+
+
+def _product(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up."""
+    if has_kernels(up):
+        from .triton_hf_decoder import gated_silu
+
+        return gated_silu(gate, up)
+    gates, ups = as_rows(gate), as_rows(up)
+    output = torch.empty_like(ups)
+    for block in blocks(*ups.shape):
+        torch.mul(silu(gates[block]), ups[block], out=output[block])
+    return output.view(up.shape)
 
 
 class _BlockedGatedSiLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up):
         ctx.save_for_backward(gate, up)
-        if has_kernels(up):
-            from .triton_hf_decoder import gated_silu
-
-            return gated_silu(gate, up)
-        gates, ups = as_rows(gate), as_rows(up)
-        output = torch.empty_like(ups)
-        for block in blocks(*ups.shape):
-            torch.mul(silu(gates[block]), ups[block], out=output[block])
-        return output.view(up.shape)
+        return _product(gate, up)
 
     @staticmethod
     def backward(ctx, grad_output):
@@ -68,4 +110,4 @@ class _BlockedGatedSiLU(torch.autograd.Function):
         )
 
 
-__all__ = ["SILU", "gated"]
+__all__ = ["SILU", "gated", "gated_for"]
