@@ -105,8 +105,10 @@ class Decoding:
             # ids of the whole text, whatever of it is cached
             or (int(cache.get_seq_length()) > 0 if mask is None else mask.shape != input_ids.shape)
             or (mask is not None and first_seen(mask) is None)
-            or not (self._may_be_static(config, cache, length) or input_ids.device.type == "cpu")
         ):
+            return go_on(input_ids, stopping_criteria=stopping_criteria)
+        by_kernels = self._may_be_static(config, cache, length)
+        if not by_kernels and input_ids.device.type != "cpu":
             return go_on(input_ids, stopping_criteria=stopping_criteria)
         # the prompt and its first token as ever
         first = StoppingCriteriaList([MaxLengthCriteria(input_ids.shape[1] + 1), *stopping_criteria])
@@ -121,7 +123,7 @@ class Decoding:
         # what is missing is of no use to a single row, and refused for several before
         pad = 0 if config._pad_token_tensor is None else int(config._pad_token_tensor)
         static = self._static
-        if static is not None and self._may_be_static(config, cache, length) and self._is_static(ids[:, -1:], cache):
+        if by_kernels and static is not None and self._is_static(ids[:, -1:], cache):
             with static.lock:
                 text = static.greedy(ids, cache, mask, positions, length, ends, pad)
             if text is not None:

@@ -156,7 +156,7 @@ class StaticStep(ABC):
         layers: list[Any] = cache.layers
         for layer in layers:
             layer.cumulative_length.fill_(stop - 1)
-        return text[:, :stop]
+        return text[:, :stop].contiguous()
 
 
 def first_seen(attention_mask: torch.Tensor) -> list[int] | None:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.functional import silu
 from transformers.activations import ACT2FN
 
-from .blocks_hf_decoder import as_rows, blocks, gradients_of_formula, has_kernels, is_for_blocks
+from .blocks_hf_decoder import PLAIN, as_rows, blocks, gradients_of_formula, has_kernels, is_for_blocks
 
 SILU = (type(ACT2FN["silu"]), nn.SiLU)
 
@@ -41,7 +41,8 @@ def gated_for(reader: nn.Module, gate: torch.Tensor, up: torch.Tensor, activatio
     gate, up, mark = gate.detach(), up.detach(), _mark(product)
 
     def pack(tensor: torch.Tensor) -> torch.Tensor | torch.Size:
-        return tensor.shape if tensor.is_contiguous() and _mark(tensor) == mark else tensor
+        is_product = type(tensor) in PLAIN and tensor.is_contiguous() and _mark(tensor) == mark
+        return tensor.shape if is_product else tensor
 
     def unpack(kept: torch.Tensor | torch.Size) -> torch.Tensor:
         return kept if isinstance(kept, torch.Tensor) else _product(gate, up).view(kept)

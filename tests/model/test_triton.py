@@ -192,6 +192,10 @@ def reader_of(kind: str) -> torch.nn.Module:
         holder = torch.nn.ModuleDict({"down": reader})
         config = LoraConfig(target_modules=["down"], r=2, init_lora_weights=False)
         return inject_adapter_in_model(config, holder)["down"].to(DEVICE)
+    if kind == "of int8":
+        quantization = pytest.importorskip("torchao.quantization")
+        quantization.quantize_(reader, quantization.Int8WeightOnlyConfig(version=2))
+        reader.requires_grad_(False)
     if kind == "frozen":
         reader.requires_grad_(False)
     if kind == "written into":
@@ -199,7 +203,7 @@ def reader_of(kind: str) -> torch.nn.Module:
     return reader
 
 
-READERS = ["plain", "with a bias", "frozen", "lora", "written into"]
+READERS = ["plain", "with a bias", "frozen", "lora", "written into", "of int8"]
 
 
 @pytest.mark.parametrize("autocast", [False, True])
