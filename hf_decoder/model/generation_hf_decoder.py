@@ -17,7 +17,7 @@ from transformers.generation import EosTokenCriteria, MaxLengthCriteria, Stoppin
 
 from .cache_name_hf_decoder import CACHE_NAME
 from .decoding_hf_decoder import DecodingStep, is_hooked
-from .static_step_hf_decoder import StaticStep, first_seen, is_for_static_step
+from .static_step_hf_decoder import StaticStep, end_rows, first_seen, is_for_static_step
 
 PACKED_BYTES = 2**30  # more is not copied unasked
 STEPS_BEFORE_PACKING = 8
@@ -161,12 +161,7 @@ class Decoding:
             text[:, place] = logits[:, -1].float().argmax(-1)
             if positions is not None:
                 positions = positions + 1
-            for row, token in enumerate(text[:, place].tolist() if ends else ()):
-                if row in ended:
-                    text[row, place] = pad
-                elif token in ends:
-                    ended.add(row)
-            if len(ended) == len(text):
+            if ends and end_rows(text[:, place].tolist(), text, place, ends, ended, pad):
                 return text[:, : place + 1].contiguous()
         return text
 

@@ -16,7 +16,7 @@ from transformers.cache_utils import StaticCache
 from .int8_hf_decoder import Int8Weights
 from .parts_hf_decoder import fast_dtype
 from .products_hf_decoder import AnyWeights, Weights
-from .static_step_hf_decoder import StaticStep, is_for_kernels
+from .static_step_hf_decoder import StaticStep, end_rows, is_for_kernels
 
 DTYPES = (torch.float32, torch.bfloat16)
 # of all rows: with more, matrix products of a library are as fast, and their attention faster; in fp32 sooner
@@ -96,13 +96,10 @@ class NativeStep(StaticStep):
             self._run(chooses=True)
             if not ends:
                 continue
-            for row, token in enumerate(self._ids.tolist()):
-                if row in ended:
-                    self._ids[row] = text[row, place] = pad
-                elif token in ends:
-                    ended.add(row)
-            if len(ended) == self.rows:
+            if end_rows(self._ids.tolist(), text, place, ends, ended, pad):
                 return place + 1
+            if ended:
+                self._ids.copy_(text[:, place])
         return None
 
 

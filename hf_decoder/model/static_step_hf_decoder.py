@@ -159,6 +159,21 @@ class StaticStep(ABC):
         return text[:, :stop].contiguous()
 
 
+def end_rows(
+    tokens: list[int], text: torch.Tensor, place: int, ends: Collection[int], ended: set[int], pad: int
+) -> bool:
+    """Whether all rows of text (B, length) have ended with these tokens, chosen for that place.
+
+    Rows that had `ended` before are padded, those that end there join them.
+    """
+    for row, token in enumerate(tokens):
+        if row in ended:
+            text[row, place] = pad
+        elif token in ends:
+            ended.add(row)
+    return len(ended) == len(tokens)
+
+
 def first_seen(attention_mask: torch.Tensor) -> list[int] | None:
     """How many tokens of each row a mask (B, K) hides with 0, None where these are not the first ones alone."""
     hidden = attention_mask == 0
@@ -226,4 +241,4 @@ def _addresses(step: Any) -> list[int]:
     return [tensor.data_ptr() for tensor in (step.embedding, *(norm.weight for norm in _norms(step)), *products)]
 
 
-__all__ = ["StaticStep", "first_seen", "is_for_kernels", "is_for_static_step", "weights_of_products"]
+__all__ = ["StaticStep", "end_rows", "first_seen", "is_for_kernels", "is_for_static_step", "weights_of_products"]
