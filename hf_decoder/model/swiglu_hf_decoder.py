@@ -16,13 +16,6 @@ from .blocks_hf_decoder import PLAIN, as_rows, blocks, gradients_of_formula, has
 SILU = (type(ACT2FN["silu"]), nn.SiLU)
 
 
-def gated(gate: torch.Tensor, up: torch.Tensor, activation: nn.Module) -> torch.Tensor:
-    """activation(gate) * up, both (..., F)."""
-    if _is_blocked(gate, up, activation):
-        return _BlockedGatedSiLU.apply(gate, up)
-    return activation(gate) * up
-
-
 def gated_for(reader: nn.Module, gate: torch.Tensor, up: torch.Tensor, activation: nn.Module) -> torch.Tensor:
     """reader(activation(gate) * up), whose input, where there are kernels, is made again for the backward pass.
 
@@ -30,13 +23,18 @@ def gated_for(reader: nn.Module, gate: torch.Tensor, up: torch.Tensor, activatio
     memory than time, keeps it. Whatever the reader is, what it saves of that very tensor is dropped, and no more.
     Where someone looks after saved tensors already (gradient checkpointing, offloading), it is theirs.
     """
-    product = gated(gate, up, activation)
     if not (
-        product.requires_grad
-        and has_kernels(product)
-        and _is_blocked(gate, up, activation)
-        and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+        type(activation) in SILU
+        and not activation._forward_hooks
+        and not activation._forward_pre_hooks
+        and gate.dtype == up.dtype
+        and gate.shape == up.shape
+        and is_for_blocks(gate, up)
     ):
+        return reader(activation(gate) * up)
+    product = _BlockedGatedSiLU.apply(gate, up)
+    is_kept = not has_kernels(product) or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    if is_kept or not product.requires_grad:
         return reader(product)
     gate, up, mark = gate.detach(), up.detach(), _mark(product)
 
@@ -54,17 +52,6 @@ def gated_for(reader: nn.Module, gate: torch.Tensor, up: torch.Tensor, activatio
 def _mark(x: torch.Tensor) -> tuple:
     """Of a tensor and its views, for as long as nothing is written into it."""
     return x.data_ptr(), x.numel(), x.dtype, x._version
-
-
-def _is_blocked(gate: torch.Tensor, up: torch.Tensor, activation: nn.Module) -> bool:
-    return (
-        type(activation) in SILU
-        and not activation._forward_hooks
-        and not activation._forward_pre_hooks
-        and gate.dtype == up.dtype
-        and gate.shape == up.shape
-        and is_for_blocks(gate, up)
-    )
 
 
 def _product(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -111,4 +98,4 @@ class _BlockedGatedSiLU(torch.autograd.Function):
         )
 
 
-__all__ = ["SILU", "gated", "gated_for"]
+__all__ = ["SILU", "gated_for"]

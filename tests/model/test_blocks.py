@@ -1,6 +1,7 @@
 """What is done in blocks, rotations, gates and shared casts, against the same written out whole and in fp64."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -10,11 +11,12 @@ from hf_decoder.model import blocks_hf_decoder, rotary_hf_decoder, shared_input_
 from hf_decoder.model.blocks_hf_decoder import blocks, is_for_blocks
 from hf_decoder.model.rotary_hf_decoder import apply_rotary_pos_emb, rotate_half
 from hf_decoder.model.shared_input_hf_decoder import shared_input
-from hf_decoder.model.swiglu_hf_decoder import gated
+from hf_decoder.model.swiglu_hf_decoder import gated_for
 
 NEVER = 2**30
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 SILU = ACT2FN["silu"]
+gated = partial(gated_for, torch.nn.Identity())
 
 
 @pytest.fixture(params=[50, 2**17])

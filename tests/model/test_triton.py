@@ -3,6 +3,7 @@
 import gc
 import weakref
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from hf_decoder.model.modeling_hf_decoder import HfDecoderForCausalLM
 from hf_decoder.model.norm_hf_decoder import HfDecoderRMSNorm
 from hf_decoder.model.rotary_hf_decoder import apply_rotary_pos_emb
 from hf_decoder.model.shared_input_hf_decoder import normed_for, shared_input
-from hf_decoder.model.swiglu_hf_decoder import gated, gated_for
+from hf_decoder.model.swiglu_hf_decoder import gated_for
 
 pytest.importorskip("triton")
 from triton.runtime import interpreter
@@ -32,6 +33,7 @@ NEVER = 2**40
 HALF = [torch.bfloat16, torch.float16]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, *HALF])
 SILU = ACT2FN["silu"]
+gated = partial(gated_for, torch.nn.Identity())
 
 
 @pytest.fixture(autouse=True)
@@ -468,7 +470,7 @@ def test_there_is_a_second_derivative(of, monkeypatch):
     function = {
         "norm": lambda a, b: norm(a) * norm(b),
         "gate": lambda a, b: gated(a, b, SILU),
-        "gate for a reader": lambda a, b: gated_for(reader, a, b, SILU),
+        "gate for a reader": lambda a, b: gated_for(reader, a, b, SILU) / 32,
         "rotation": rotated_by(*angles(1, 7, 8, torch.float32)),
         "part of a rotation": rotated_by(*angles(1, 7, 4, torch.float32)),
     }[of]
@@ -481,7 +483,7 @@ def test_there_is_a_second_derivative(of, monkeypatch):
         second = torch.autograd.grad(sum(gradient.square().sum() for gradient in first), of_all)
         found.append([*first, *second])
     for mine, other in zip(*found, strict=True):
-        assert (mine - other).norm() <= 1e-5 * other.norm()
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
 
 
 LOSS_OPTIONS = [
