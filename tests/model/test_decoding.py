@@ -6,7 +6,7 @@ import gc
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny_models import random_ids
+from tiny_models import padded, random_ids
 from tiny_models import tiny_model as eager_model
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
@@ -75,13 +75,6 @@ def through_modules(model, ids: torch.Tensor, **settings):
     slow = copy.deepcopy(model)
     slow.model.norm.register_forward_hook(lambda module, inputs, output: None)
     return generated(slow, ids, **settings)
-
-
-def padded(rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    ids, mask = random_ids(rows, length), torch.ones(rows, length, dtype=torch.long)
-    for row in range(1, rows):
-        mask[row, : 2 * row] = 0
-    return ids, mask
 
 
 @pytest.mark.parametrize("cache", [None, "static"])

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from tiny_models import random_ids, tiny_model
+from tiny_models import padded, random_ids, tiny_model
 from transformers import StaticCache
 from transformers.generation import LogitsProcessorList, MaxTimeCriteria, StoppingCriteriaList, stopping_criteria
 
@@ -33,13 +33,6 @@ def calls(monkeypatch) -> list[int]:
 
     monkeypatch.setattr(HfDecoderForCausalLM, "forward", counted)
     return lengths
-
-
-def padded(rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    ids, mask = random_ids(rows, length), torch.ones(rows, length, dtype=torch.long)
-    for row in range(1, rows):
-        mask[row, : 2 * row] = 0
-    return ids, mask
 
 
 def by_the_loop(model, ids: torch.Tensor, **settings) -> torch.Tensor:
@@ -86,22 +79,16 @@ def hook(model):
     return seen
 
 
-def replace_forward(model):
-    seen, forward = [], model.forward
-    model.forward = lambda *args, **kwargs: seen.append(1) or forward(*args, **kwargs)
-    return seen
+def replacing(name: str):
+    def replace(model):
+        seen, method = [], getattr(model, name)
+        setattr(model, name, lambda *args, **kwargs: seen.append(1) or method(*args, **kwargs))
+        return seen
+
+    return pytest.param(replace, id=name)
 
 
-def replace_preparation(model):
-    seen, prepare = [], model.prepare_inputs_for_generation
-    model.prepare_inputs_for_generation = lambda *args, **kwargs: seen.append(1) or prepare(*args, **kwargs)
-    return seen
-
-
-def replace_update(model):
-    seen, update = [], model._update_model_kwargs_for_generation
-    model._update_model_kwargs_for_generation = lambda *args, **kwargs: seen.append(1) or update(*args, **kwargs)
-    return seen
+METHODS = ["forward", "prepare_inputs_for_generation", "_update_model_kwargs_for_generation"]
 
 
 def subclass(model):
@@ -118,7 +105,7 @@ def subclass(model):
 
 
 @pytest.mark.parametrize("cache", [None, "static"])
-@pytest.mark.parametrize("change", [hook, replace_forward, replace_preparation, replace_update, subclass])
+@pytest.mark.parametrize("change", [hook, *map(replacing, METHODS), subclass])
 def test_what_others_hang_on_the_loop_is_called_for_every_token(change, cache, model):
     ids = random_ids(1, 7)
     expected = by_the_loop(model, ids)

@@ -53,3 +53,11 @@ def tiny_model(cls: type = HfDecoderForCausalLM, seed: int = 0, **overrides: Any
 def random_ids(*shape: int, seed: int = 0, low: int = 3, high: int = SHAPE["vocab_size"]) -> torch.Tensor:
     """Ids that are no special token."""
     return torch.randint(low, high, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def padded(rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and their mask: each row hides two tokens more than the one before."""
+    ids, mask = random_ids(rows, length), torch.ones(rows, length, dtype=torch.long)
+    for row in range(1, rows):
+        mask[row, : 2 * row] = 0
+    return ids, mask
