@@ -32,6 +32,7 @@ from transformers.cache_utils import (
 from transformers.utils import logging
 
 from .blocks_hf_decoder import PLAIN, has_kernels
+from .cache_room_hf_decoder import CacheRoom
 from .captured_step_hf_decoder import CapturedStep, is_capturable
 from .loss_hf_decoder import softcap
 from .native_step_hf_decoder import NativeStep, is_for_native
@@ -191,6 +192,7 @@ class DecodingStep:
         position_ids: torch.Tensor | None,
         cache: Any,
         compiles: bool = False,
+        room: CacheRoom | None = None,
     ) -> torch.Tensor | None:
         """Logits (B, 1, V) of one token a row, or None, nothing done, where this is not such a step.
 
@@ -200,6 +202,7 @@ class DecodingStep:
             position_ids: (B, 1).
             cache: of the tokens before.
             compiles: whether a step on a static cache may be compiled.
+            room: by which a growing cache is extended in place.
         """
         if input_ids is None or torch.is_autocast_enabled(input_ids.device.type) or not self.covers(input_ids, cache):
             return None
@@ -230,7 +233,8 @@ class DecodingStep:
                 return None
             cos, sin = self.rotary(hidden, position_ids)
             if not static:
-                return self._decode(hidden, cos, sin, bias, cache.update)
+                store = cache.update if room is None else partial(room.update, cache)
+                return self._decode(hidden, cos, sin, bias, store)
             keys, values = [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers]
             step = self._decode_static
             # lengths of 0 and 1, and the one that fills the buffer, are special to the compiler: graphs of their own

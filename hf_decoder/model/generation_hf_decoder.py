@@ -16,6 +16,7 @@ from transformers.cache_utils import StaticCache
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
 
 from .cache_name_hf_decoder import CACHE_NAME
+from .cache_room_hf_decoder import CacheRoom
 from .decoding_hf_decoder import DecodingStep, is_hooked
 from .static_step_hf_decoder import StaticStep, end_rows, first_seen, is_for_static_step
 
@@ -37,6 +38,7 @@ class Decoding:
         self.compiles = False  # set where the generation config asks for a static cache, on a CPU
         self._static: StaticStep | None = None  # set where it does so, for one row
         self._input_ids: torch.Tensor | None = None  # the prompt, while transformers' loop for single rows is at work
+        self._room = CacheRoom()
         self._steps = 0  # of several rows
         self._packed: DecodingStep | None = None  # for this call alone: weights may change before the next one
 
@@ -71,7 +73,7 @@ class Decoding:
         if _is_fast_packed(input_ids, step.embedding.dtype) and self._may_pack(step, cache):
             self._packed = self._packed or step.packed()
             step = self._packed
-        return step(input_ids, attention_mask, position_ids, cache, self.compiles)
+        return step(input_ids, attention_mask, position_ids, cache, self.compiles, self._room)
 
     def sample(
         self,
@@ -267,6 +269,7 @@ class Decoding:
 
     def __exit__(self, *exception) -> None:
         _active.reset(self._token)
+        self._room.end()
         if self._static is not None:
             self._static.end()
 
