@@ -59,8 +59,9 @@ class CacheRoom:
         """Takes the room from layers that outlive the call, since a view is saved with all that it is a view of."""
         for index in self._buffers:
             layer = self._layers[index]()
-            if layer is not None and layer.keys is self._left[index][0] and layer.values is self._left[index][1]:
-                layer.keys, layer.values = layer.keys.contiguous(), layer.values.contiguous()
+            left = self._left[index]
+            if layer is not None and layer.keys is left[0] and layer.values is left[1]:
+                layer.keys, layer.values = (each.clone(memory_format=torch.contiguous_format) for each in left)
         self._left.clear()
         self._buffers.clear()
 

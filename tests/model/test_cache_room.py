@@ -14,6 +14,7 @@ from hf_decoder.model.cache_room_hf_decoder import CacheRoom
 NEW_TOKENS = 30
 KINDS = {
     "full": {"qk_norm": True},
+    "multi-query": {"num_key_value_heads": 1},
     "mixed": {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
 }
 WAYS = {
