@@ -157,8 +157,8 @@ class DecodingStep:
             # it outlives this call, and a tensor made in inference mode can be written to there alone
             with torch.inference_mode(False), torch.no_grad():
                 self._static = kind(self, rows)
-        except Exception as error:  # said once, then without it
-            logger.warning(f"The decoding step could not be compiled for a static cache: {error}")
+        except Exception as error:  # then without it
+            _say("The decoding step could not be compiled for a static cache", error)
 
     def nbytes(self) -> int:
         """Of the weights that products read."""
@@ -321,13 +321,20 @@ class DecodingStep:
                 _mark_varying_sizes(*inputs)
                 try:
                     return compiled(step, *inputs)
-                except Exception as error:  # no compiler, or one that fails: said once, then without it
-                    logger.warning(f"The decoding step could not be compiled and runs uncompiled: {error}")
+                except Exception as error:  # no compiler, or one that fails: then without it
+                    _say("The decoding step could not be compiled and runs uncompiled", error)
                     compiled_steps[is_packed] = function
                     return function(step, *inputs)
 
             compiled_steps[is_packed] = run
         return partial(compiled_steps[is_packed], self)
+
+
+def _say(what: str, error: Exception) -> None:
+    """Once a process, in a line: what a compiler says takes pages, and is there at level info."""
+    first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    logger.warning_once(f"{what}: {first}")
+    logger.info(what, exc_info=error)
 
 
 def _compiler_options() -> dict[str, Any]:
