@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from hf_decoder import benchmarking
 from hf_decoder.benchmarking import Disagreement, Row, Setting
@@ -31,6 +32,26 @@ def test_twins_have_the_same_weights_and_logits():
     ours, stock = benchmarking.twins(SETTING, torch.float32)
     ids = torch.randint(64, (2, 9))
     torch.testing.assert_close(ours(ids).logits, stock(ids).logits, atol=1e-5, rtol=0)
+
+
+def test_flops_are_those_of_the_products_that_need_be_formed():
+    """Counted by torch for the step, in which documents of 32 tokens are rows, and attention is a small part."""
+    ids = torch.randint(64, (2, 128))
+    masked = ids.clone()
+    masked[:, 1:100] = -100
+    counted, told = [], []
+    for labels in (ids, masked):
+        model, inputs = benchmarking.twins(SETTING, torch.float32)[0], {"input_ids": ids, "labels": labels}
+        with FlopCounterMode(display=False) as counter:
+            model(**inputs, use_cache=False).loss.backward()
+        counted.append(counter.get_total_flops())
+        told.append(benchmarking.training_flops(SETTING, inputs))
+    assert told[0] - told[1] == counted[0] - counted[1]
+    assert told[0] == pytest.approx(counted[0], rel=0.1)
+    positions = (torch.arange(128) % 32).expand(2, -1)
+    packed = {"input_ids": ids, "labels": ids, "position_ids": positions}
+    rows = {"input_ids": ids.view(8, 32), "labels": ids.view(8, 32)}
+    assert benchmarking.training_flops(SETTING, packed) == benchmarking.training_flops(SETTING, rows) < told[0]
 
 
 def test_what_disagrees_is_not_timed(monkeypatch):
