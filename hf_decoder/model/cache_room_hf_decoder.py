@@ -6,7 +6,7 @@ cache where attention reads it once.
 Shapes: B rows, G key/value heads, K cached tokens, E head_dim.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import ref
 
 import torch
@@ -18,6 +18,15 @@ ROOM_SHARE = 8  # room for one token more for so many that are there
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
+class _Left(NamedTuple):
+    """What a layer was left with, and the buffers of which that is a part, if it is."""
+
+    layer: ref
+    keys: torch.Tensor
+    values: torch.Tensor
+    buffers: Pair | None
+
+
 class CacheRoom:
     """Extends a cache in place while one call of `generate()` lasts.
 
@@ -27,9 +36,7 @@ class CacheRoom:
     """
 
     def __init__(self) -> None:
-        self._left: dict[int, Pair] = {}  # what each layer was left with
-        self._buffers: dict[int, Pair] = {}
-        self._layers: dict[int, ref] = {}  # of the buffers
+        self._left: dict[int, _Left] = {}  # by the layer's index
 
     def update(self, cache: Any, key: torch.Tensor, value: torch.Tensor, index: int) -> Pair:
         """One token's key and value (B, G, 1, E) added, all of the layer's (B, G, K + 1, E), as by `cache.update`."""
@@ -37,33 +44,30 @@ class CacheRoom:
         keys = layer.keys
         if type(layer) is not DynamicLayer or keys.nbytes < LEAST_BYTES or not _is_in_place(key):
             return cache.update(key, value, index)
-        left = self._left.get(index)
-        if left is None or left[0] is not keys or left[1] is not layer.values:
+        left, buffers = self._left.get(index), None
+        if left is None or left.keys is not keys or left.values is not layer.values:
             # room is for who comes back: for a single token it would be one copy more
-            self._buffers.pop(index, None)
-            left = cache.update(key, value, index)
+            now = cache.update(key, value, index)
         else:
-            length = keys.shape[2]
-            buffers = self._buffers.get(index)
+            length, buffers = keys.shape[2], left.buffers
             if buffers is None or buffers[0].shape[2] == length:
-                buffers = self._buffers[index] = _with_room(keys), _with_room(layer.values)
-                self._layers[index] = ref(layer)
+                buffers = _with_room(keys), _with_room(layer.values)
             buffers[0].narrow(2, length, 1).copy_(key)
             buffers[1].narrow(2, length, 1).copy_(value)
-            left = buffers[0].narrow(2, 0, length + 1), buffers[1].narrow(2, 0, length + 1)
-            layer.keys, layer.values = left
-        self._left[index] = left
-        return left
+            now = buffers[0].narrow(2, 0, length + 1), buffers[1].narrow(2, 0, length + 1)
+            layer.keys, layer.values = now
+        self._left[index] = _Left(ref(layer), now[0], now[1], buffers)
+        return now
 
     def end(self) -> None:
         """Takes the room from layers that outlive the call, since a view is saved with all that it is a view of."""
-        for index in self._buffers:
-            layer = self._layers[index]()
-            left = self._left[index]
-            if layer is not None and layer.keys is left[0] and layer.values is left[1]:
-                layer.keys, layer.values = (each.clone(memory_format=torch.contiguous_format) for each in left)
+        for left in self._left.values():
+            layer = left.layer()
+            if left.buffers is None or layer is None or layer.keys is not left.keys or layer.values is not left.values:
+                continue
+            layer.keys = left.keys.clone(memory_format=torch.contiguous_format)
+            layer.values = left.values.clone(memory_format=torch.contiguous_format)
         self._left.clear()
-        self._buffers.clear()
 
 
 def _is_in_place(new: torch.Tensor) -> bool:

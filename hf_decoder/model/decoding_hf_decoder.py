@@ -191,8 +191,8 @@ class DecodingStep:
         attention_mask: Any,
         position_ids: torch.Tensor | None,
         cache: Any,
+        room: CacheRoom,
         compiles: bool = False,
-        room: CacheRoom | None = None,
     ) -> torch.Tensor | None:
         """Logits (B, 1, V) of one token a row, or None, nothing done, where this is not such a step.
 
@@ -201,8 +201,8 @@ class DecodingStep:
             attention_mask: (B, K), 0 for padding.
             position_ids: (B, 1).
             cache: of the tokens before.
-            compiles: whether a step on a static cache may be compiled.
             room: by which a growing cache is extended in place.
+            compiles: whether a step on a static cache may be compiled.
         """
         if input_ids is None or torch.is_autocast_enabled(input_ids.device.type) or not self.covers(input_ids, cache):
             return None
@@ -233,8 +233,7 @@ class DecodingStep:
                 return None
             cos, sin = self.rotary(hidden, position_ids)
             if not static:
-                store = cache.update if room is None else partial(room.update, cache)
-                return self._decode(hidden, cos, sin, bias, store)
+                return self._decode(hidden, cos, sin, bias, partial(room.update, cache))
             keys, values = [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers]
             step = self._decode_static
             # lengths of 0 and 1, and the one that fills the buffer, are special to the compiler: graphs of their own
@@ -332,8 +331,8 @@ class DecodingStep:
 
 def _say(what: str, error: Exception) -> None:
     """Once a process, in a line: what a compiler says takes pages, and is there at level info."""
-    first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    logger.warning_once(f"{what}: {first}")
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    logger.warning_once(f"{what}: {reason}")
     logger.info(what, exc_info=error)
 
 

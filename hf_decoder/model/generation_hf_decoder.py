@@ -73,7 +73,7 @@ class Decoding:
         if _is_fast_packed(input_ids, step.embedding.dtype) and self._may_pack(step, cache):
             self._packed = self._packed or step.packed()
             step = self._packed
-        return step(input_ids, attention_mask, position_ids, cache, self.compiles, self._room)
+        return step(input_ids, attention_mask, position_ids, cache, self._room, self.compiles)
 
     def sample(
         self,

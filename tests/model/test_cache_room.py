@@ -135,3 +135,15 @@ def test_gradients_have_keys_of_their_own(in_place):
     sum(sums).backward()
     torch.testing.assert_close(new.grad, 12 * new.detach())  # 1, 2 and 3 times 2 new
     assert not in_place
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("is_large", [True, False])
+def test_only_what_costs_more_than_the_calls_is_extended_in_place(is_large):
+    width = cache_room_hf_decoder.LEAST_BYTES // 64 // (1 if is_large else 2)  # of 16 tokens in fp32
+    cache, room = DynamicCache(), CacheRoom()
+    cache.update(torch.ones(1, 1, 16, width), torch.ones(1, 1, 16, width), 0)
+    for _ in range(2):
+        keys, _ = room.update(cache, torch.ones(1, 1, 1, width), torch.ones(1, 1, 1, width), 0)
+    assert keys.shape[2] == 18
+    assert (keys.untyped_storage().nbytes() > keys.nbytes) == is_large
