@@ -70,15 +70,12 @@ static void multiply(const Product &of, const float *x, int64_t lines, int64_t f
         const auto give = [&](int64_t line, int64_t output, float y) {
             take(line, output, y * scale(output) + (bias ? number(bias[output]) : 0.0f));
         };
-        if (lines > MAX_ROWS) {
-            tiles(weight, x, of.inputs, lines, from, to, give);
+        if (lines > 1) {
+            products(weight, x, of.inputs, lines, from, to, give);
             return;
         }
-        float y[MAX_ROWS];
-        for (int64_t output = from; output < to; output++) {
-            dots(weight + output * of.inputs, x, of.inputs, of.inputs, lines, y);
-            for (int64_t line = 0; line < lines; line++) give(line, output, y[line]);
-        }
+        for (int64_t output = from; output < to; output++)
+            give(0, output, dot(weight + output * of.inputs, x, of.inputs));
     };
     if (!of.scales)
         by((const T *)of.weight, [](int64_t) { return 1.0f; });

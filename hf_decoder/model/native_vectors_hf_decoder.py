@@ -27,6 +27,9 @@ VECTORS = r"""
 #else
 #define LANES 8
 #endif
+#if defined(__AVX512F__) && defined(__AVX512BF16__)
+#define MULTIPLIES_BF16
+#endif
 
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
@@ -87,6 +90,9 @@ static inline Floats load(const int8_t *from) {
 #endif
 
 static inline float sum(Floats x) {
+#ifdef __AVX512F__
+    return _mm512_reduce_add_ps((__m512)x);
+#endif
     float parts[LANES];
     std::memcpy(parts, &x, sizeof x);
     for (int width = LANES / 2; width; width /= 2)
@@ -114,11 +120,11 @@ static inline Floats exponential(Floats x) {
 
 static inline float exponential(float x) { return exponential(Floats{} + x)[0]; }
 
-// Of narrow weights what lies ahead is asked for, to be read once: no cache need keep it. Wide ones arrive as fast
-// without.
-template <class W> static inline void ask_ahead(const W *from, int64_t i) {
-    if (sizeof(W) < 4 && i * sizeof(W) % 64 == 0) __builtin_prefetch((const char *)from + AHEAD_BYTES, 0, 0);
-}
+// Of a single row of narrow weights what lies ahead is asked for, to be read once: no cache need keep it. Wide ones
+// arrive as fast without, and so do those of bf16 where vectors are of 512 bits.
+template <class W> constexpr bool ROW_ASKS = sizeof(W) == 1 || (sizeof(W) == 2 && LANES == 8);
+
+static inline void ask_for(const void *place) { __builtin_prefetch(place, 0, 0); }
 
 // The sum of row[i] * x[i]. Eight sums side by side, since one would wait for itself.
 template <class W> static inline float dot(const W *row, const float *x, int64_t count) {
@@ -128,7 +134,7 @@ template <class W> static inline float dot(const W *row, const float *x, int64_t
 #pragma GCC unroll 8
         for (int part = 0; part < 8; part++) {
             const W *from = row + i + part * LANES;
-            ask_ahead(from, part * LANES);
+            if (ROW_ASKS<W> && part * LANES * sizeof(W) % 64 == 0) ask_for((const char *)from + AHEAD_BYTES);
             sums[part] += load(from) * load(x + i + part * LANES);
         }
     }
@@ -139,97 +145,125 @@ template <class W> static inline float dot(const W *row, const float *x, int64_t
     return total;
 }
 
-// The same of several rows of x, which share what is loaded of the weights.
-template <int ROWS, class W>
-static inline void dots(const W *row, const float *x, int64_t count, int64_t stride, float *y) {
-    Floats sums[ROWS] = {};
-    int64_t i = 0;
-    for (; i + LANES <= count; i += LANES) {
-        ask_ahead(row + i, i);
-        const Floats weights = load(row + i);
-#pragma GCC unroll 8
-        for (int of = 0; of < ROWS; of++) sums[of] += weights * load(x + of * stride + i);
-    }
-    for (int of = 0; of < ROWS; of++) {
-        y[of] = sum(sums[of]);
-        for (int64_t rest = i; rest < count; rest++) y[of] += number(row[rest]) * x[of * stride + rest];
-    }
+// What a tile multiplies at once: lines in fp32 by any weights, or, in pairs, lines in bf16 by weights in bf16.
+template <class X> constexpr int64_t STEP = LANES;
+template <class W> static inline Floats factors(const W *from, const float *) { return load(from); }
+static inline void add(Floats &sums, Floats weights, Floats numbers) { sums += weights * numbers; }
+#ifdef MULTIPLIES_BF16
+template <> constexpr int64_t STEP<bfloat16> = 2 * LANES;
+static inline __m512bh factors(const bfloat16 *from, const bfloat16 *) { return (__m512bh)_mm512_loadu_si512(from); }
+static inline void add(Floats &sums, __m512bh weights, __m512bh numbers) {
+    sums = (Floats)_mm512_dpbf16_ps((__m512)sums, weights, numbers);
+}
+#endif
+
+// Asks for what lies ahead of step i of a tile's output, once for 64 bytes. Vectors of 512 bits wait for the memory:
+// for them it is the next tile, in the order in which it lies, whatever the order in which it is read.
+template <int OUTPUTS, int64_t STEP, class W>
+static inline void ask_ahead(const W *row, int64_t count, int64_t i, int output) {
+#ifdef __AVX512F__
+    const int64_t place = i * OUTPUTS + output * STEP;
+    if (place * sizeof(W) % 64 == 0) ask_for(row + OUTPUTS * count + place);
+#else
+    if (OUTPUTS == 1 && sizeof(W) < 4 && i * sizeof(W) % 64 == 0) ask_for((const char *)(row + i) + AHEAD_BYTES);
+#endif
 }
 
-// Of up to MAX_ROWS rows.
-template <class W>
-static inline void dots(const W *row, const float *x, int64_t count, int64_t stride, int64_t rows, float *y) {
-    switch (rows) {
-    case 1: y[0] = dot(row, x, count); return;
-    case 2: return dots<2>(row, x, count, stride, y);
-    case 3: return dots<3>(row, x, count, stride, y);
-    case 4: return dots<4>(row, x, count, stride, y);
-    case 5: return dots<5>(row, x, count, stride, y);
-    case 6: return dots<6>(row, x, count, stride, y);
-    case 7: return dots<7>(row, x, count, stride, y);
-    case 8: return dots<8>(row, x, count, stride, y);
-    }
-}
-
-// The same of several rows of weights too: what is loaded of either serves all of the other.
-template <int OUTPUTS, int ROWS, class W>
-static inline void tile(const W *row, const float *x, int64_t count, float (&y)[OUTPUTS][ROWS]) {
+// y (OUTPUTS, MAX_ROWS): the sums of row[i] * x[i] of so many rows of weights and ROWS lines, `count` numbers each.
+// What is loaded of either serves all of the other.
+template <int OUTPUTS, int ROWS, class W, class X>
+static __attribute__((noinline)) void tile(const W *row, const X *x, int64_t count, float *y) {
     Floats sums[OUTPUTS][ROWS] = {};
     int64_t i = 0;
-    for (; i + LANES <= count; i += LANES) {
-        Floats weights[OUTPUTS];
+    for (; i + STEP<X> <= count; i += STEP<X>) {
+        decltype(factors(row, x)) weights[OUTPUTS];
 #pragma GCC unroll 8
-        for (int output = 0; output < OUTPUTS; output++) weights[output] = load(row + output * count + i);
+        for (int output = 0; output < OUTPUTS; output++) {
+            ask_ahead<OUTPUTS, STEP<X>>(row, count, i, output);
+            weights[output] = factors(row + output * count + i, x);
+        }
 #pragma GCC unroll 8
         for (int of = 0; of < ROWS; of++) {
-            const Floats numbers = load(x + of * count + i);
+            const auto numbers = factors(x + of * count + i, x);
 #pragma GCC unroll 8
-            for (int output = 0; output < OUTPUTS; output++) sums[output][of] += weights[output] * numbers;
+            for (int output = 0; output < OUTPUTS; output++) add(sums[output][of], weights[output], numbers);
         }
     }
+#pragma GCC unroll 8
     for (int output = 0; output < OUTPUTS; output++)
+#pragma GCC unroll 8
         for (int of = 0; of < ROWS; of++) {
-            y[output][of] = sum(sums[output][of]);
+            float all = sum(sums[output][of]);
             for (int64_t rest = i; rest < count; rest++)
-                y[output][of] += number(row[output * count + rest]) * x[of * count + rest];
+                all += number(row[output * count + rest]) * number(x[of * count + rest]);
+            y[output * MAX_ROWS + of] = all;
         }
 }
 
-// The outputs `from` to `to` of many lines, in blocks of weights and of lines that stay in a core's caches together.
-template <class W, class F>
-static void tiles(const W *weight, const float *x, int64_t inputs, int64_t lines, int64_t from, int64_t to, F take) {
-    const int64_t block_outputs = std::max<int64_t>(1, CACHED_BYTES / 2 / sizeof(W) / inputs / 3) * 3;
-    const int64_t block_lines = std::max<int64_t>(1, CACHED_BYTES / sizeof(float) / inputs / 4) * 4;
+// The same of `rows` lines, ROWS at most.
+template <int OUTPUTS, int ROWS, class W, class X>
+static void tile_of(int64_t rows, const W *row, const X *x, int64_t count, float *y) {
+    if constexpr (ROWS > 1)
+        if (rows < ROWS) return tile_of<OUTPUTS, ROWS - 1>(rows, row, x, count, y);
+    tile<OUTPUTS, ROWS>(row, x, count, y);
+}
+
+// The outputs `from` to `to` of lines x (L, N), each handed to `take` with its line: by tiles, in blocks of weights
+// and of lines that stay in a core's caches together.
+template <int OUTPUTS, int ROWS, class W, class X, class F>
+static void tiles(const W *weight, const X *x, int64_t inputs, int64_t lines, int64_t from, int64_t to, F take) {
+    const int64_t block_outputs = std::max<int64_t>(1, CACHED_BYTES / 2 / sizeof(W) / inputs / OUTPUTS) * OUTPUTS;
+    const int64_t block_lines = std::max<int64_t>(1, CACHED_BYTES / sizeof(X) / inputs / ROWS) * ROWS;
+    float y[OUTPUTS * MAX_ROWS];
     for (int64_t first = from; first < to; first += block_outputs)
         for (int64_t start = 0; start < lines; start += block_lines) {
             const int64_t last = std::min(first + block_outputs, to), stop = std::min(start + block_lines, lines);
-            const auto at = [&](auto outputs, auto rows, int64_t output, int64_t line) {
-                float y[decltype(outputs)::value][decltype(rows)::value];
-                tile(weight + output * inputs, x + line * inputs, inputs, y);
-                for (int i = 0; i < decltype(outputs)::value; i++)
-                    for (int of = 0; of < decltype(rows)::value; of++) take(line + of, output + i, y[i][of]);
-            };
-            const std::integral_constant<int, 1> one{};
-            const std::integral_constant<int, 3> three{};
-            const std::integral_constant<int, 4> four{};
-            for (int64_t output = first; output < last;) {
-                const bool whole = output + 3 <= last;
-                for (int64_t line = start; line < stop;) {
-                    const bool four_lines = line + 4 <= stop;
-                    if (whole && four_lines)
-                        at(three, four, output, line);
-                    else if (whole)
-                        at(three, one, output, line);
-                    else if (four_lines)
-                        at(one, four, output, line);
-                    else
-                        at(one, one, output, line);
-                    line += four_lines ? 4 : 1;
+            for (int64_t output = first, outputs; output < last; output += outputs) {
+                outputs = output + OUTPUTS <= last ? OUTPUTS : 1;
+                for (int64_t line = start; line < stop; line += ROWS) {
+                    const int64_t rows = std::min<int64_t>(ROWS, stop - line);
+                    const auto sums = outputs == OUTPUTS ? tile_of<OUTPUTS, ROWS, W, X> : tile_of<1, ROWS, W, X>;
+                    sums(rows, weight + output * inputs, x + line * inputs, inputs, y);
+                    for (int64_t i = 0; i < outputs; i++)
+                        for (int64_t of = 0; of < rows; of++) take(line + of, output + i, y[i * MAX_ROWS + of]);
                 }
-                output += whole ? 3 : 1;
             }
         }
 }
+
+// The same by tiles whose sums fit in the registers.
+template <class W, class X, class F>
+static void products_of(const W *weight, const X *x, int64_t inputs, int64_t lines, int64_t from, int64_t to, F take) {
+#ifdef __AVX512F__
+    const auto by = lines <= 4 ? tiles<4, 4, W, X, F> : tiles<3, 8, W, X, F>;
+#else
+    const auto by = lines <= MAX_ROWS ? tiles<1, MAX_ROWS, W, X, F> : tiles<3, 4, W, X, F>;
+#endif
+    by(weight, x, inputs, lines, from, to, take);
+}
+
+// The same of any weights.
+template <class W, class F>
+static void products(const W *weight, const float *x, int64_t inputs, int64_t lines, int64_t from, int64_t to,
+                     F take) {
+    products_of(weight, x, inputs, lines, from, to, take);
+}
+
+#ifdef MULTIPLIES_BF16
+// Where the CPU multiplies bf16 by bf16, lines are rounded to it first, as they are between modules.
+template <class F>
+static void products(const bfloat16 *weight, const float *x, int64_t inputs, int64_t lines, int64_t from, int64_t to,
+                     F take) {
+    static thread_local std::vector<bfloat16> rounded;
+    const int64_t count = lines * inputs;
+    rounded.resize(count);
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES)
+        _mm256_storeu_si256((__m256i *)&rounded[i], (__m256i)_mm512_cvtneps_pbh((__m512)load(x + i)));
+    for (; i < count; i++) put(&rounded[i], x[i]);
+    products_of(weight, rounded.data(), inputs, lines, from, to, take);
+}
+#endif
 """
 
 __all__ = ["VECTORS"]
