@@ -19,7 +19,8 @@ from .products_hf_decoder import AnyWeights, Weights
 from .static_step_hf_decoder import StaticStep, end_rows, is_for_kernels
 
 DTYPES = (torch.float32, torch.bfloat16)
-# of all rows: with more, matrix products of a library are as fast, and their attention faster; in fp32 sooner
+# of all rows: with more, matrix products of a library are as fast, and their attention faster; of vectors of 256 bits
+# in fp32 sooner
 MAX_PROMPT_LINES, MAX_FP32_PROMPT_LINES = 128, 32
 
 
@@ -107,8 +108,17 @@ def _prompt_lines(step: Any) -> int:
     """How many tokens of all rows the function takes sooner than the modules do."""
     dtype = step.embedding.dtype
     if dtype != torch.float32:
-        return 0 if fast_dtype(step.embedding.device, dtype) == dtype else MAX_PROMPT_LINES
-    return MAX_PROMPT_LINES if isinstance(step.layers[0].gate, Int8Weights) else MAX_FP32_PROMPT_LINES
+        is_slower = fast_dtype(step.embedding.device, dtype) == dtype and not _multiplies_bf16_by_vectors()
+        return 0 if is_slower else MAX_PROMPT_LINES
+    has_wide_vectors = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    is_int8 = isinstance(step.layers[0].gate, Int8Weights)
+    return MAX_PROMPT_LINES if is_int8 or has_wide_vectors else MAX_FP32_PROMPT_LINES
+
+
+def _multiplies_bf16_by_vectors() -> bool:
+    """Whether this CPU multiplies bf16 as the function does, and has no matrices of it, which oneDNN has faster."""
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return capabilities.get("avx512_bf16", False) and not capabilities.get("amx_bf16", False)
 
 
 def _are_steady(position_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> bool:

@@ -417,11 +417,21 @@ def test_prompts_are_taken_where_the_modules_are_slower(monkeypatch):
         step = NativeStep(DecodingStep(model), 2)
         return max((2 * tokens for tokens in range(2, 200) if step.takes_prompts(2, tokens)), default=0)
 
-    assert lines(torch.float32) == 32
-    assert lines(torch.float32, int8=True) == 128
-    for is_fast in (True, False):
+    for capability, most in (("AVX2", 32), ("AVX512", 128)):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        assert lines(torch.float32) == most
+        assert lines(torch.float32, int8=True) == 128
+    ways = [  # oneDNN's bf16, the function's, that of matrices, the most lines
+        (False, False, False, 128),
+        (True, False, False, 0),
+        (True, True, False, 128),
+        (True, True, True, 0),
+    ]
+    for is_fast, by_vectors, by_matrices, most in ways:
         monkeypatch.setitem(parts_hf_decoder.FAST_HALF_PRECISION, torch.bfloat16, is_fast)
-        assert lines(torch.bfloat16) == lines(torch.bfloat16, int8=True) == (0 if is_fast else 128)
+        capabilities = {"avx512_bf16": by_vectors, "amx_bf16": by_matrices}
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=capabilities: has, raising=False)
+        assert lines(torch.bfloat16) == lines(torch.bfloat16, int8=True) == most
     assert not NativeStep(DecodingStep(tiny_model(NATIVE))).takes_prompts(2, 3)  # a step is for its number of rows
 
 
