@@ -225,7 +225,7 @@ class DecodingStep:
         with (
             reading_weights_once(input_ids, self.embedding.dtype),
             attending_without_plans(input_ids),
-            self._below_autograd(compiles and static),
+            nullcontext() if compiles and static else self.below_autograd(),
         ):
             try:
                 hidden = nn.functional.embedding(input_ids, self.embedding)
@@ -244,9 +244,9 @@ class DecodingStep:
                 layer.cumulative_length.add_(1)
             return logits
 
-    def _below_autograd(self, compiles: bool) -> AbstractContextManager:
+    def below_autograd(self) -> AbstractContextManager:
         """Where no gradients are wanted, calls of torch pass autograd by, which takes a twelfth of their time."""
-        below = self._is_plain and not compiles and not torch.is_grad_enabled()
+        below = self._is_plain and not torch.is_grad_enabled()
         return torch._C._AutoDispatchBelowAutograd() if below else nullcontext()
 
     def _decode_static(
@@ -447,17 +447,21 @@ def _parts_of(model: Any) -> tuple[list[int], list[Any]] | None:
         return None
     decoder, package = model.model, __name__.rpartition(".")[0]
     activations = {id(layer.mlp.act_fn) for layer in decoder.layers if hasattr(layer, "mlp")}
-    identities = []
-    for module in (*decoder.modules(), model.lm_head):
+    plain = {nn.Linear, nn.Embedding, nn.ModuleList}
+    identities: list[int] = []
+    modules: list[nn.Module] = [decoder, model.lm_head]
+    for module in modules:  # all of them, each time: `modules()` would take a third of a small model's token for it
         kind = type(module)
-        if not (
-            kind in (nn.Linear, nn.Embedding, nn.ModuleList)
-            or kind.__module__.rpartition(".")[0] == package
-            or id(module) in activations
-        ) or is_hooked(module):
+        if kind not in plain:
+            if kind.__module__.rpartition(".")[0] == package:
+                plain.add(kind)
+            elif id(module) not in activations:
+                return None
+        if is_hooked(module):
             return None
         identities.append(id(module))
         identities += map(id, module._parameters.values())
+        modules += [child for child in module._modules.values() if child is not None]
     weights = (decoder.embed_tokens.weight, decoder.norm.weight, model.lm_head.weight)
     if len({weight.device for weight in weights}) > 1:
         return None

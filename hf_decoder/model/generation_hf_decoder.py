@@ -7,6 +7,7 @@ kernels anywhere.
 """
 
 from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from functools import partial
 from typing import Any
@@ -74,6 +75,10 @@ class Decoding:
             self._packed = self._packed or step.packed()
             step = self._packed
         return step(input_ids, attention_mask, position_ids, cache, self._room, self.compiles)
+
+    def through_modules(self) -> AbstractContextManager:
+        """What the modules are called in: where they are what the step is made of, below autograd, as the step is."""
+        return nullcontext() if self.step is None else self.step.below_autograd()
 
     def sample(
         self,

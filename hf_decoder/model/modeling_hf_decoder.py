@@ -6,6 +6,7 @@ V vocab_size. Parameter names and their layout on disk are Llama's.
 
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial, wraps
 
 import torch
@@ -71,8 +72,9 @@ class HfDecoderMLP(nn.Module):
         return self.gate_proj, self.up_proj
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for_gate, for_up = shared_input(x, *self.input_maps())
-        return gated_for(self.down_proj, self.gate_proj(for_gate), self.up_proj(for_up), self.act_fn)
+        gate_proj, up_proj = maps = self.input_maps()
+        for_gate, for_up = shared_input(x, *maps)
+        return gated_for(self.down_proj, gate_proj(for_gate), up_proj(for_up), self.act_fn)
 
 
 def repeat_kv(hidden_states: torch.Tensor, n_rep: int) -> torch.Tensor:
@@ -142,10 +144,11 @@ class HfDecoderAttention(nn.Module):
         past_key_values: Cache | None = kwargs.pop(CACHE_NAME, None)
         input_shape = hidden_states.shape[:-1]
         head_shape = (*input_shape, -1, self.head_dim)
-        for_query, for_key, for_value = shared_input(hidden_states, *self.input_maps())
-        query = self.q_proj(for_query).view(head_shape)  # (B, S, H, E)
-        key = self.k_proj(for_key).view(head_shape)  # (B, S, G, E)
-        value = self.v_proj(for_value).view(head_shape).transpose(1, 2)
+        q_proj, k_proj, v_proj = maps = self.input_maps()
+        for_query, for_key, for_value = shared_input(hidden_states, *maps)
+        query = q_proj(for_query).view(head_shape)  # (B, S, H, E)
+        key = k_proj(for_key).view(head_shape)  # (B, S, G, E)
+        value = v_proj(for_value).view(head_shape).transpose(1, 2)
         if self.use_qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = query.transpose(1, 2), key.transpose(1, 2)
@@ -327,10 +330,11 @@ class HfDecoderModel(HfDecoderPreTrainedModel):
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
         # a slice, because pipeline and early-exit tools shorten the model by its config
+        kinds = self.config.layer_types
         for layer_idx, decoder_layer in enumerate(self.layers[: self.config.num_hidden_layers]):
             hidden_states = decoder_layer(
                 hidden_states,
-                attention_mask=masks[self.config.layer_types[layer_idx]],
+                attention_mask=masks[kinds[layer_idx]],
                 position_ids=position_ids,
                 use_cache=use_cache,
                 position_embeddings=position_embeddings,
@@ -453,15 +457,16 @@ class HfDecoderForCausalLM(HfDecoderPreTrainedModel, GenerationMixin):
             if logits is not None:
                 return CausalLMOutputWithPast(logits=logits, **{CACHE_NAME: past_key_values})
 
-        outputs: BaseModelOutputWithPast = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
+        with nullcontext() if decoding is None else decoding.through_modules():
+            outputs: BaseModelOutputWithPast = self.model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                use_cache=use_cache,
+                **kwargs,
+            )
         hidden_states = outputs.last_hidden_state
         if not isinstance(logits_to_keep, int) or logits_to_keep:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

@@ -74,19 +74,20 @@ def apply_rotary_pos_emb(
     Long ones on a CPU in blocks, and on CUDA by a kernel for both. What goes into no cache comes out of these in the
     dtype that autocast, if it is on, gives to attention: what attention rounds its inputs to then anyhow.
     """
-    if is_for_blocks(query, key, cos, sin) and has_kernels(query) and not cos.requires_grad:
-        return _BlockedRotation.apply(cos, sin, _dtype_for_attention(query, for_cache), query, key)
-    return _rotate(query, cos, sin, for_cache), _rotate(key, cos, sin, for_cache)
+    if is_for_blocks(query, key, cos, sin) and not cos.requires_grad:
+        dtype = _dtype_for_attention(query, for_cache)
+        if has_kernels(query):
+            return _BlockedRotation.apply(cos, sin, dtype, query, key)
+        return tuple(_BlockedRotation.apply(cos, sin, dtype, x)[0] for x in (query, key))
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return _rotate(query, cos, sin), _rotate(key, cos, sin)
 
 
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, for_cache: bool) -> torch.Tensor:
-    """x (B, H, S, E) by cos, sin (B or 1, S, R)."""
-    if is_for_blocks(x, cos, sin) and not cos.requires_grad:
-        return _BlockedRotation.apply(cos, sin, _dtype_for_attention(x, for_cache), x)[0]
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """x (B, heads, S, E) by cos, sin (B or 1, 1, S, R)."""
     if cos.shape[-1] < x.shape[-1]:
         turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
-        return torch.cat((_rotate(turned, cos, sin, for_cache), rest), dim=-1)
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+        return torch.cat((_rotate(turned, cos, sin), rest), dim=-1)
     return x * cos + rotate_half(x) * sin
 
 

@@ -44,7 +44,7 @@ def normed_for(reader: nn.Module, norm: nn.Module, x: torch.Tensor) -> torch.Ten
 def shared_input(x: torch.Tensor, *modules: nn.Module) -> tuple[torch.Tensor, ...]:
     """x (..., D) for each of two or three modules: itself, or the same cast where autocast would make one for each."""
     if x.dtype != torch.float32:
-        others = getattr(x, FOR_OTHERS, ()) if runs_as_written() else ()
+        others = () if x.is_cpu or not runs_as_written() else getattr(x, FOR_OTHERS, ())
         return (x, *others) if len(others) == len(modules) - 1 else (x,) * len(modules)
     if _are_plain(modules) and is_for_blocks(x) and torch.is_autocast_enabled(x.device.type):
         return _SharedCast.apply(x, torch.get_autocast_dtype(x.device.type), len(modules))
