@@ -22,7 +22,7 @@ from .decoding_hf_decoder import DecodingStep, is_hooked
 from .static_step_hf_decoder import StaticStep, end_rows, first_seen, is_for_static_step
 
 PACKED_BYTES = 2**30  # more is not copied unasked
-STEPS_BEFORE_PACKING = 8
+STEPS_BEFORE_PACKING = 2  # packing takes about as long as it saves in three
 # what transformers' loop does around a step, which others may have put something in place of, and what it knows of
 METHODS = {"prepare_inputs_for_generation", "_update_model_kwargs_for_generation"}
 MODEL_KWARGS = {CACHE_NAME, "attention_mask", "position_ids", "use_cache", "logits_to_keep"}

@@ -70,12 +70,7 @@ static void multiply(const Product &of, const float *x, int64_t lines, int64_t f
         const auto give = [&](int64_t line, int64_t output, float y) {
             take(line, output, y * scale(output) + (bias ? number(bias[output]) : 0.0f));
         };
-        if (lines > 1) {
-            products(weight, x, of.inputs, lines, from, to, give);
-            return;
-        }
-        for (int64_t output = from; output < to; output++)
-            give(0, output, dot(weight + output * of.inputs, x, of.inputs));
+        products(weight, x, of.inputs, lines, from, to, give);
     };
     if (!of.scales)
         by((const T *)of.weight, [](int64_t) { return 1.0f; });

@@ -19,13 +19,14 @@ VECTORS = r"""
 #endif
 
 #define CACHED_BYTES (1 << 18)  // of the lines, and half as many of the weights
-#define AHEAD_BYTES 1280
 #define MAX_ROWS 8
 
 #ifdef __AVX512F__
 #define LANES 16
+#define AHEAD_BYTES 512
 #else
 #define LANES 8
+#define AHEAD_BYTES 1280
 #endif
 #if defined(__AVX512F__) && defined(__AVX512BF16__)
 #define MULTIPLIES_BF16
@@ -120,11 +121,12 @@ static inline Floats exponential(Floats x) {
 
 static inline float exponential(float x) { return exponential(Floats{} + x)[0]; }
 
-// Of a single row of narrow weights what lies ahead is asked for, to be read once: no cache need keep it. Wide ones
-// arrive as fast without, and so do those of bf16 where vectors are of 512 bits.
-template <class W> constexpr bool ROW_ASKS = sizeof(W) == 1 || (sizeof(W) == 2 && LANES == 8);
-
-static inline void ask_for(const void *place) { __builtin_prefetch(place, 0, 0); }
+// What lies ahead of weights is asked for, once for 64 bytes of a row, to be read once: no cache need keep it. Where
+// vectors are of 256 bits, wide weights arrive as fast without.
+template <class W> static inline void ask_ahead(const W *row, int64_t i) {
+    if ((LANES == 16 || sizeof(W) < 4) && i * sizeof(W) % 64 == 0)
+        __builtin_prefetch((const char *)(row + i) + AHEAD_BYTES, 0, 0);
+}
 
 // The sum of row[i] * x[i]. Eight sums side by side, since one would wait for itself.
 template <class W> static inline float dot(const W *row, const float *x, int64_t count) {
@@ -134,7 +136,7 @@ template <class W> static inline float dot(const W *row, const float *x, int64_t
 #pragma GCC unroll 8
         for (int part = 0; part < 8; part++) {
             const W *from = row + i + part * LANES;
-            if (ROW_ASKS<W> && part * LANES * sizeof(W) % 64 == 0) ask_for((const char *)from + AHEAD_BYTES);
+            ask_ahead(row + i, part * LANES);
             sums[part] += load(from) * load(x + i + part * LANES);
         }
     }
@@ -155,32 +157,31 @@ static inline __m512bh factors(const bfloat16 *from, const bfloat16 *) { return 
 static inline void add(Floats &sums, __m512bh weights, __m512bh numbers) {
     sums = (Floats)_mm512_dpbf16_ps((__m512)sums, weights, numbers);
 }
-#endif
 
-// Asks for what lies ahead of step i of a tile's output, once for 64 bytes. Vectors of 512 bits wait for the memory:
-// for them it is the next tile, in the order in which it lies, whatever the order in which it is read.
-template <int OUTPUTS, int64_t STEP, class W>
-static inline void ask_ahead(const W *row, int64_t count, int64_t i, int output) {
-#ifdef __AVX512F__
-    const int64_t place = i * OUTPUTS + output * STEP;
-    if (place * sizeof(W) % 64 == 0) ask_for(row + OUTPUTS * count + place);
-#else
-    if (OUTPUTS == 1 && sizeof(W) < 4 && i * sizeof(W) % 64 == 0) ask_for((const char *)(row + i) + AHEAD_BYTES);
-#endif
+// In this thread's own room, until the next call.
+static const bfloat16 *rounded(const float *x, int64_t count) {
+    static thread_local std::vector<bfloat16> y;
+    y.resize(count);
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES)
+        _mm256_storeu_si256((__m256i *)&y[i], (__m256i)_mm512_cvtneps_pbh((__m512)load(x + i)));
+    for (; i < count; i++) put(&y[i], x[i]);
+    return y.data();
 }
+#endif
 
-// y (OUTPUTS, MAX_ROWS): the sums of row[i] * x[i] of so many rows of weights and ROWS lines, `count` numbers each.
-// What is loaded of either serves all of the other.
+// y (OUTPUTS, MAX_ROWS): the sums of row[i] * x[i] of so many rows of weights, `stride` apart, and ROWS lines, `count`
+// numbers each. What is loaded of either serves all of the other.
 template <int OUTPUTS, int ROWS, class W, class X>
-static __attribute__((noinline)) void tile(const W *row, const X *x, int64_t count, float *y) {
+static __attribute__((noinline)) void tile(const W *row, int64_t stride, const X *x, int64_t count, float *y) {
     Floats sums[OUTPUTS][ROWS] = {};
     int64_t i = 0;
     for (; i + STEP<X> <= count; i += STEP<X>) {
         decltype(factors(row, x)) weights[OUTPUTS];
 #pragma GCC unroll 8
         for (int output = 0; output < OUTPUTS; output++) {
-            ask_ahead<OUTPUTS, STEP<X>>(row, count, i, output);
-            weights[output] = factors(row + output * count + i, x);
+            ask_ahead(row + output * stride, i);
+            weights[output] = factors(row + output * stride + i, x);
         }
 #pragma GCC unroll 8
         for (int of = 0; of < ROWS; of++) {
@@ -192,24 +193,39 @@ static __attribute__((noinline)) void tile(const W *row, const X *x, int64_t cou
 #pragma GCC unroll 8
     for (int output = 0; output < OUTPUTS; output++)
 #pragma GCC unroll 8
-        for (int of = 0; of < ROWS; of++) {
-            float all = sum(sums[output][of]);
-            for (int64_t rest = i; rest < count; rest++)
-                all += number(row[output * count + rest]) * number(x[of * count + rest]);
-            y[output * MAX_ROWS + of] = all;
-        }
+        for (int of = 0; of < ROWS; of++) y[output * MAX_ROWS + of] = sum(sums[output][of]);
+    for (; i < count; i++)
+        for (int output = 0; output < OUTPUTS; output++)
+            for (int of = 0; of < ROWS; of++)
+                y[output * MAX_ROWS + of] += number(row[output * stride + i]) * number(x[of * count + i]);
 }
 
 // The same of `rows` lines, ROWS at most.
 template <int OUTPUTS, int ROWS, class W, class X>
-static void tile_of(int64_t rows, const W *row, const X *x, int64_t count, float *y) {
+static void tile_of(int64_t rows, const W *row, int64_t stride, const X *x, int64_t count, float *y) {
     if constexpr (ROWS > 1)
-        if (rows < ROWS) return tile_of<OUTPUTS, ROWS - 1>(rows, row, x, count, y);
-    tile<OUTPUTS, ROWS>(row, x, count, y);
+        if (rows < ROWS) return tile_of<OUTPUTS, ROWS - 1>(rows, row, stride, x, count, y);
+    tile<OUTPUTS, ROWS>(row, stride, x, count, y);
 }
 
-// The outputs `from` to `to` of lines x (L, N), each handed to `take` with its line: by tiles, in blocks of weights
-// and of lines that stay in a core's caches together.
+// The outputs `from` to `to` of a few lines x (L, N), each handed to `take` with its line. The weights come from the
+// memory in so many streams side by side, each in its own order, in which the hardware reads ahead of it.
+template <int STREAMS, int ROWS, class W, class X, class F>
+static void streams(const W *weight, const X *x, int64_t inputs, int64_t lines, int64_t from, int64_t to, F take) {
+    const int64_t part = (to - from) / STREAMS;
+    float y[STREAMS * MAX_ROWS];
+    for (int64_t output = from; output < from + part; output++) {
+        tile_of<STREAMS, ROWS>(lines, weight + output * inputs, part * inputs, x, inputs, y);
+        for (int64_t i = 0; i < STREAMS; i++)
+            for (int64_t of = 0; of < lines; of++) take(of, output + i * part, y[i * MAX_ROWS + of]);
+    }
+    for (int64_t output = from + STREAMS * part; output < to; output++) {
+        tile_of<1, ROWS>(lines, weight + output * inputs, inputs, x, inputs, y);
+        for (int64_t of = 0; of < lines; of++) take(of, output, y[of]);
+    }
+}
+
+// The same of many lines, in blocks of weights and of lines that stay in a core's caches together.
 template <int OUTPUTS, int ROWS, class W, class X, class F>
 static void tiles(const W *weight, const X *x, int64_t inputs, int64_t lines, int64_t from, int64_t to, F take) {
     const int64_t block_outputs = std::max<int64_t>(1, CACHED_BYTES / 2 / sizeof(W) / inputs / OUTPUTS) * OUTPUTS;
@@ -220,10 +236,10 @@ static void tiles(const W *weight, const X *x, int64_t inputs, int64_t lines, in
             const int64_t last = std::min(first + block_outputs, to), stop = std::min(start + block_lines, lines);
             for (int64_t output = first, outputs; output < last; output += outputs) {
                 outputs = output + OUTPUTS <= last ? OUTPUTS : 1;
+                const auto sums = outputs > 1 ? tile_of<OUTPUTS, ROWS, W, X> : tile_of<1, ROWS, W, X>;
                 for (int64_t line = start; line < stop; line += ROWS) {
                     const int64_t rows = std::min<int64_t>(ROWS, stop - line);
-                    const auto sums = outputs == OUTPUTS ? tile_of<OUTPUTS, ROWS, W, X> : tile_of<1, ROWS, W, X>;
-                    sums(rows, weight + output * inputs, x + line * inputs, inputs, y);
+                    sums(rows, weight + output * inputs, inputs, x + line * inputs, inputs, y);
                     for (int64_t i = 0; i < outputs; i++)
                         for (int64_t of = 0; of < rows; of++) take(line + of, output + i, y[i * MAX_ROWS + of]);
                 }
@@ -231,39 +247,43 @@ static void tiles(const W *weight, const X *x, int64_t inputs, int64_t lines, in
         }
 }
 
-// The same by tiles whose sums fit in the registers.
+// The same of any number of lines but one, by sums that fit in the registers.
 template <class W, class X, class F>
 static void products_of(const W *weight, const X *x, int64_t inputs, int64_t lines, int64_t from, int64_t to, F take) {
 #ifdef __AVX512F__
-    const auto by = lines <= 4 ? tiles<4, 4, W, X, F> : tiles<3, 8, W, X, F>;
+    if (lines <= 4)
+        streams<4, 4>(weight, x, inputs, lines, from, to, take);
+    else if (lines <= MAX_ROWS)
+        streams<3, MAX_ROWS>(weight, x, inputs, lines, from, to, take);
+    else
+        tiles<3, 8>(weight, x, inputs, lines, from, to, take);
 #else
-    const auto by = lines <= MAX_ROWS ? tiles<1, MAX_ROWS, W, X, F> : tiles<3, 4, W, X, F>;
+    if (lines <= MAX_ROWS)
+        streams<1, MAX_ROWS>(weight, x, inputs, lines, from, to, take);
+    else
+        tiles<3, 4>(weight, x, inputs, lines, from, to, take);
 #endif
-    by(weight, x, inputs, lines, from, to, take);
 }
 
-// The same of any weights.
+// The same of any weights and lines.
 template <class W, class F>
 static void products(const W *weight, const float *x, int64_t inputs, int64_t lines, int64_t from, int64_t to,
                      F take) {
-    products_of(weight, x, inputs, lines, from, to, take);
-}
-
-#ifdef MULTIPLIES_BF16
-// Where the CPU multiplies bf16 by bf16, lines are rounded to it first, as they are between modules.
-template <class F>
-static void products(const bfloat16 *weight, const float *x, int64_t inputs, int64_t lines, int64_t from, int64_t to,
-                     F take) {
-    static thread_local std::vector<bfloat16> rounded;
-    const int64_t count = lines * inputs;
-    rounded.resize(count);
-    int64_t i = 0;
-    for (; i + LANES <= count; i += LANES)
-        _mm256_storeu_si256((__m256i *)&rounded[i], (__m256i)_mm512_cvtneps_pbh((__m512)load(x + i)));
-    for (; i < count; i++) put(&rounded[i], x[i]);
-    products_of(weight, rounded.data(), inputs, lines, from, to, take);
-}
+    if (lines == 1) {
+#ifdef __AVX512F__
+        streams<4, 1>(weight, x, inputs, lines, from, to, take);
+#else
+        for (int64_t output = from; output < to; output++) take(0, output, dot(weight + output * inputs, x, inputs));
 #endif
+        return;
+    }
+#ifdef MULTIPLIES_BF16
+    if constexpr (std::is_same<W, bfloat16>::value)  // by lines rounded to bf16, as they are between modules
+        products_of(weight, rounded(x, lines * inputs), inputs, lines, from, to, take);
+    else
+#endif
+        products_of(weight, x, inputs, lines, from, to, take);
+}
 """
 
 __all__ = ["VECTORS"]
