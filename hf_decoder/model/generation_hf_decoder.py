@@ -19,6 +19,7 @@ from transformers.generation import EosTokenCriteria, MaxLengthCriteria, Stoppin
 from .cache_name_hf_decoder import CACHE_NAME
 from .cache_room_hf_decoder import CacheRoom
 from .decoding_hf_decoder import DecodingStep, is_hooked
+from .parts_hf_decoder import fast_dtype
 from .static_step_hf_decoder import StaticStep, end_rows, first_seen, is_for_static_step
 
 PACKED_BYTES = 2**30  # more is not copied unasked
@@ -285,6 +286,7 @@ def _is_fast_packed(input_ids: torch.Tensor | None, dtype: torch.dtype) -> bool:
         and input_ids.shape[0] > 1
         and input_ids.shape[1] == 1
         and dtype == torch.bfloat16
+        and fast_dtype(input_ids.device, dtype) == dtype
         and torch._C._get_mkldnn_enabled()
         and torch.backends.cpu.get_cpu_capability() == "AVX512"
     )

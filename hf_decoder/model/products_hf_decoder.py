@@ -45,9 +45,14 @@ def weights_of(module: nn.Linear) -> AnyWeights:
     return int8_weights(module.weight, module.bias) or Weights(module.weight, module.bias)
 
 
+def _plain(weights: AnyWeights) -> Weights | None:
+    """These weights if they are no more than numbers: quantized ones have products, and a layout, of their own."""
+    return weights if isinstance(weights, Weights) and type(weights.weight) in PLAIN else None
+
+
 def joined(several: Sequence[AnyWeights]) -> tuple[AnyWeights, ...]:
     """Weights of one product in place of several, where they can be joined: its outputs lie side by side."""
-    plain = [weights for weights in several if isinstance(weights, Weights)]
+    plain = [weights for weights in map(_plain, several) if weights is not None]
     biases = [weights.bias for weights in plain if weights.bias is not None]
     if len(plain) < len(several) or len(biases) not in (0, len(several)):
         return tuple(several)
@@ -57,13 +62,14 @@ def joined(several: Sequence[AnyWeights]) -> tuple[AnyWeights, ...]:
 
 def packed_weights(weights: AnyWeights) -> AnyWeights:
     """A copy in the layout that oneDNN's products of a few rows read fastest; what has a layout of its own stays."""
-    if not isinstance(weights, Weights):
+    plain = _plain(weights)
+    if plain is None:
         return weights
-    weight = torch.ops.mkldnn._reorder_linear_weight(weights.weight.detach())
+    weight = torch.ops.mkldnn._reorder_linear_weight(plain.weight.detach())
     handle = torch.tensor(next(_handles))
     _packed[int(handle)] = weight
     finalize(handle, _packed.pop, int(handle))
-    return PackedWeights(handle, weight.shape[0], weights.bias)
+    return PackedWeights(handle, weight.shape[0], plain.bias)
 
 
 def multiply(x: torch.Tensor, weights: AnyWeights) -> torch.Tensor:

@@ -256,6 +256,17 @@ def test_packed_weights_of_several_rows(cache: str | None, steps, without_native
     assert packed == ([1, 1] if cache is None else [1, 1, 1])
 
 
+def test_quantized_weights_are_not_packed():
+    """Such as torchao's int4, which cannot be joined or laid out anew."""
+
+    class Quantized(torch.Tensor):
+        pass
+
+    several = [products_hf_decoder.Weights(torch.ones(2, 4).as_subclass(Quantized), None) for _ in range(3)]
+    assert all(products_hf_decoder.packed_weights(weights) is weights for weights in several)
+    assert products_hf_decoder.joined(several) == tuple(several)
+
+
 def test_the_kernels_are_given_back_when_a_step_fails(monkeypatch):
     model = tiny_model().bfloat16()
 
