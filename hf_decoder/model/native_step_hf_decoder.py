@@ -19,15 +19,16 @@ from .products_hf_decoder import AnyWeights, Weights
 from .static_step_hf_decoder import StaticStep, end_rows, is_for_kernels
 
 DTYPES = (torch.float32, torch.bfloat16)
-# of all rows: with more, matrix products of a library are as fast, and their attention faster; of vectors of 256 bits
-# in fp32 sooner
+WIDE_VECTORS = torch.backends.cpu.get_cpu_capability() == "AVX512"  # of 512 bits
+# of all rows: with more, matrix products of a library are as fast, and their attention faster; in fp32 sooner, by
+# vectors of 256 bits
 MAX_PROMPT_LINES, MAX_FP32_PROMPT_LINES = 128, 32
 
 
 class NativeStep(StaticStep):
     """The step by `run` of native_source_hf_decoder.py."""
 
-    max_rows = 8  # of more, products are bound by arithmetic, which libraries do faster
+    max_rows = 32 if WIDE_VECTORS else 8  # of more, products are bound by arithmetic, which libraries do as fast
 
     def __init__(self, step: Any, rows: int = 1):
         """step: a `DecodingStep` that `is_for_native`. Compiles the function, if no process has before.
@@ -110,9 +111,8 @@ def _prompt_lines(step: Any) -> int:
     if dtype != torch.float32:
         is_slower = fast_dtype(step.embedding.device, dtype) == dtype and not _multiplies_bf16_by_vectors()
         return 0 if is_slower else MAX_PROMPT_LINES
-    has_wide_vectors = torch.backends.cpu.get_cpu_capability() == "AVX512"
     is_int8 = isinstance(step.layers[0].gate, Int8Weights)
-    return MAX_PROMPT_LINES if is_int8 or has_wide_vectors else MAX_FP32_PROMPT_LINES
+    return MAX_PROMPT_LINES if is_int8 or WIDE_VECTORS else MAX_FP32_PROMPT_LINES
 
 
 def _multiplies_bf16_by_vectors() -> bool:

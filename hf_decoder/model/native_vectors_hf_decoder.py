@@ -19,7 +19,7 @@ VECTORS = r"""
 #endif
 
 #define CACHED_BYTES (1 << 18)  // of the lines, and half as many of the weights
-#define MAX_ROWS 8
+#define TILE_ROWS 8
 
 #ifdef __AVX512F__
 #define LANES 16
@@ -170,8 +170,8 @@ static const bfloat16 *rounded(const float *x, int64_t count) {
 }
 #endif
 
-// y (OUTPUTS, MAX_ROWS): the sums of row[i] * x[i] of so many rows of weights, `stride` apart, and ROWS lines, `count`
-// numbers each. What is loaded of either serves all of the other.
+// y (OUTPUTS, TILE_ROWS): the sums of row[i] * x[i] of so many rows of weights, `stride` apart, and ROWS lines of
+// `count` numbers. What is loaded of either serves all of the other.
 template <int OUTPUTS, int ROWS, class W, class X>
 static __attribute__((noinline)) void tile(const W *row, int64_t stride, const X *x, int64_t count, float *y) {
     Floats sums[OUTPUTS][ROWS] = {};
@@ -193,11 +193,11 @@ static __attribute__((noinline)) void tile(const W *row, int64_t stride, const X
 #pragma GCC unroll 8
     for (int output = 0; output < OUTPUTS; output++)
 #pragma GCC unroll 8
-        for (int of = 0; of < ROWS; of++) y[output * MAX_ROWS + of] = sum(sums[output][of]);
+        for (int of = 0; of < ROWS; of++) y[output * TILE_ROWS + of] = sum(sums[output][of]);
     for (; i < count; i++)
         for (int output = 0; output < OUTPUTS; output++)
             for (int of = 0; of < ROWS; of++)
-                y[output * MAX_ROWS + of] += number(row[output * stride + i]) * number(x[of * count + i]);
+                y[output * TILE_ROWS + of] += number(row[output * stride + i]) * number(x[of * count + i]);
 }
 
 // The same of `rows` lines, ROWS at most.
@@ -208,29 +208,32 @@ static void tile_of(int64_t rows, const W *row, int64_t stride, const X *x, int6
     tile<OUTPUTS, ROWS>(row, stride, x, count, y);
 }
 
-// The outputs `from` to `to` of a few lines x (L, N), each handed to `take` with its line. The weights come from the
-// memory in so many streams side by side, each in its own order, in which the hardware reads ahead of it.
+// The outputs `from` to `to` of lines x (L, N), each handed to `take` with its line. The weights come from the memory
+// in so many streams side by side, each in its own order, in which the hardware reads ahead of it.
 template <int STREAMS, int ROWS, class W, class X, class F>
 static void streams(const W *weight, const X *x, int64_t inputs, int64_t lines, int64_t from, int64_t to, F take) {
     const int64_t part = (to - from) / STREAMS;
-    float y[STREAMS * MAX_ROWS];
-    for (int64_t output = from; output < from + part; output++) {
-        tile_of<STREAMS, ROWS>(lines, weight + output * inputs, part * inputs, x, inputs, y);
-        for (int64_t i = 0; i < STREAMS; i++)
-            for (int64_t of = 0; of < lines; of++) take(of, output + i * part, y[i * MAX_ROWS + of]);
-    }
-    for (int64_t output = from + STREAMS * part; output < to; output++) {
-        tile_of<1, ROWS>(lines, weight + output * inputs, inputs, x, inputs, y);
-        for (int64_t of = 0; of < lines; of++) take(of, output, y[of]);
-    }
+    float y[STREAMS * TILE_ROWS];
+    const auto sums_of = [&](auto sums, int64_t count, int64_t output, int64_t apart) {
+        for (int64_t line = 0; line < lines; line += ROWS) {
+            const int64_t rows = std::min<int64_t>(ROWS, lines - line);
+            sums(rows, weight + output * inputs, apart * inputs, x + line * inputs, inputs, y);
+            for (int64_t i = 0; i < count; i++)
+                for (int64_t of = 0; of < rows; of++) take(line + of, output + i * apart, y[i * TILE_ROWS + of]);
+        }
+    };
+    for (int64_t output = from; output < from + part; output++)
+        sums_of(tile_of<STREAMS, ROWS, W, X>, STREAMS, output, part);
+    for (int64_t output = from + STREAMS * part; output < to; output++)
+        sums_of(tile_of<1, ROWS, W, X>, 1, output, 1);
 }
 
-// The same of many lines, in blocks of weights and of lines that stay in a core's caches together.
+// The same in blocks of weights and of lines that stay in a core's caches together, for many lines in few registers.
 template <int OUTPUTS, int ROWS, class W, class X, class F>
 static void tiles(const W *weight, const X *x, int64_t inputs, int64_t lines, int64_t from, int64_t to, F take) {
     const int64_t block_outputs = std::max<int64_t>(1, CACHED_BYTES / 2 / sizeof(W) / inputs / OUTPUTS) * OUTPUTS;
     const int64_t block_lines = std::max<int64_t>(1, CACHED_BYTES / sizeof(X) / inputs / ROWS) * ROWS;
-    float y[OUTPUTS * MAX_ROWS];
+    float y[OUTPUTS * TILE_ROWS];
     for (int64_t first = from; first < to; first += block_outputs)
         for (int64_t start = 0; start < lines; start += block_lines) {
             const int64_t last = std::min(first + block_outputs, to), stop = std::min(start + block_lines, lines);
@@ -241,7 +244,7 @@ static void tiles(const W *weight, const X *x, int64_t inputs, int64_t lines, in
                     const int64_t rows = std::min<int64_t>(ROWS, stop - line);
                     sums(rows, weight + output * inputs, inputs, x + line * inputs, inputs, y);
                     for (int64_t i = 0; i < outputs; i++)
-                        for (int64_t of = 0; of < rows; of++) take(line + of, output + i, y[i * MAX_ROWS + of]);
+                        for (int64_t of = 0; of < rows; of++) take(line + of, output + i, y[i * TILE_ROWS + of]);
                 }
             }
         }
@@ -253,13 +256,11 @@ static void products_of(const W *weight, const X *x, int64_t inputs, int64_t lin
 #ifdef __AVX512F__
     if (lines <= 4)
         streams<4, 4>(weight, x, inputs, lines, from, to, take);
-    else if (lines <= MAX_ROWS)
-        streams<3, MAX_ROWS>(weight, x, inputs, lines, from, to, take);
     else
-        tiles<3, 8>(weight, x, inputs, lines, from, to, take);
+        streams<3, TILE_ROWS>(weight, x, inputs, lines, from, to, take);
 #else
-    if (lines <= MAX_ROWS)
-        streams<1, MAX_ROWS>(weight, x, inputs, lines, from, to, take);
+    if (lines <= TILE_ROWS)
+        streams<1, TILE_ROWS>(weight, x, inputs, lines, from, to, take);
     else
         tiles<3, 4>(weight, x, inputs, lines, from, to, take);
 #endif
