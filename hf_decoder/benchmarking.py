@@ -80,13 +80,17 @@ def seconds(function: Callable[[], Any], device: str) -> float:
 
 
 def alternate(setting: Setting, *functions: Callable[[], Any]) -> tuple[float, ...]:
-    """Median seconds of each, measured in turn after one warm-up call of each."""
+    """Median seconds of each, measured in turn after one warm-up call of each; every round begins with another one.
+
+    What a call leaves behind (caches, threads that wait for more) is then nobody's alone to bear.
+    """
     times: tuple[list[float], ...] = tuple([] for _ in functions)
     for function in functions:
         function()
-    for _ in range(setting.repeats):
-        for function, seen in zip(functions, times, strict=True):
-            seen.append(seconds(function, setting.device))
+    for turn in range(setting.repeats):
+        for place in range(len(functions)):
+            index = (turn + place) % len(functions)
+            times[index].append(seconds(functions[index], setting.device))
     return tuple(statistics.median(seen) for seen in times)
 
 
