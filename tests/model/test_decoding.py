@@ -11,9 +11,16 @@ from tiny_models import tiny_model as eager_model
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 
-from hf_decoder.model import decoding_hf_decoder, generation_hf_decoder, products_hf_decoder, row_step_hf_decoder
+from hf_decoder.model import (
+    blocks_hf_decoder,
+    decoding_hf_decoder,
+    generation_hf_decoder,
+    products_hf_decoder,
+    row_step_hf_decoder,
+)
 from hf_decoder.model.decoding_hf_decoder import DecodingStep
 from hf_decoder.model.int8_hf_decoder import Int8Weights
+from hf_decoder.model.modeling_hf_decoder import HfDecoderMLP
 from hf_decoder.model.products_hf_decoder import Weights, multiply, multiply_row
 
 NEW_TOKENS = 10
@@ -134,6 +141,31 @@ def test_masks_that_are_prepared_already_go_to_the_modules(steps, monkeypatch):
     steps.clear()
     monkeypatch.setattr(generation_hf_decoder.Decoding, "prepare_inputs", lambda *inputs, **others: None)
     assert torch.equal(generated(model, ids, **settings)[0], expected) and not steps
+
+
+@pytest.mark.parametrize("length", [5, 300], ids=["short", "in tiles"])
+def test_modules_of_a_prompt_are_called_below_autograd_where_they_are_plain(length: int, monkeypatch):
+    """And give the same, blocks and tiles with their own backward passes included."""
+    monkeypatch.setattr(blocks_hf_decoder, "MIN_BLOCKED_ELEMENTS", 1)
+    below = []
+    forward, autograd = HfDecoderMLP.forward, torch._C.DispatchKey.AutogradFunctionality
+
+    def recorded(self, x):
+        below.append(torch._C._dispatch_tls_is_dispatch_key_excluded(autograd))
+        return forward(self, x)
+
+    monkeypatch.setattr(HfDecoderMLP, "forward", recorded)
+    model, ids = tiny_model(max_position_embeddings=512), random_ids(2, length)
+    tokens, logits = generated(model, ids)
+    assert below == [True, True]  # once a layer
+    below.clear()
+    expected, truth = through_modules(model, ids)
+    assert below and not any(below)
+    assert tokens.equal(expected)
+    torch.testing.assert_close(logits, truth, rtol=0, atol=1e-4)
+    below.clear()
+    model(ids)
+    assert below == [False, False]
 
 
 def test_a_hook_is_called_for_every_token(steps):
