@@ -28,6 +28,7 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 
 from hf_decoder.layouts import is_sharded, resumable
+from hf_decoder.model.parts_hf_decoder import cpu_has
 from hf_decoder.pace import steps_planned
 
 
@@ -35,8 +36,7 @@ def bf16_supported() -> bool:
     """Whether this machine multiplies bf16 in hardware: then autocast pays; elsewhere fp32 is as fast."""
     if torch.accelerator.is_available():
         return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+    return cpu_has("avx512_bf16", "amx_bf16")
 
 
 def keep_freed_memory() -> None:

@@ -329,8 +329,8 @@ class HfDecoderModel(HfDecoderPreTrainedModel):
 
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
-        # a slice, because pipeline and early-exit tools shorten the model by its config
         kinds = self.config.layer_types
+        # a slice, because pipeline and early-exit tools shorten the model by its config
         for layer_idx, decoder_layer in enumerate(self.layers[: self.config.num_hidden_layers]):
             hidden_states = decoder_layer(
                 hidden_states,

@@ -14,7 +14,7 @@ import torch
 from transformers.cache_utils import StaticCache
 
 from .int8_hf_decoder import Int8Weights
-from .parts_hf_decoder import fast_dtype
+from .parts_hf_decoder import cpu_has, fast_dtype
 from .products_hf_decoder import AnyWeights, Weights
 from .static_step_hf_decoder import StaticStep, end_rows, is_for_kernels
 
@@ -117,8 +117,7 @@ def _prompt_lines(step: Any) -> int:
 
 def _multiplies_bf16_by_vectors() -> bool:
     """Whether this CPU multiplies bf16 as the function does, and has no matrices of it, which oneDNN has faster."""
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return capabilities.get("avx512_bf16", False) and not capabilities.get("amx_bf16", False)
+    return cpu_has("avx512_bf16") and not cpu_has("amx_bf16")
 
 
 def _are_steady(position_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> bool:

@@ -5,6 +5,8 @@ written to the memory and read again, on pages that the system has to find.
 Shapes: R rows, N inputs, M outputs.
 """
 
+from typing import Any
+
 import torch
 
 from .blocks_hf_decoder import as_rows
@@ -18,6 +20,12 @@ MIN_HALF_ROWS = 8  # of fewer in half precision, that loop is as fast, which rea
 MAX_TRANSPOSED_ROWS = 128  # up to so many, MKL multiplies the weight by the rows faster than the rows by the weight
 PART_ELEMENTS = 2**20  # of a weight: 4 MiB of fp32
 PART_ROWS = 512
+
+
+def cpu_has(*instructions: str) -> bool:
+    """Whether this CPU has any of these, in the names of `torch.cpu.get_capabilities`; not where torch cannot tell."""
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(name, False) for name in instructions)
 
 
 def fast_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
@@ -77,4 +85,12 @@ def row_parts(rows: torch.Tensor) -> list[slice]:
     return [slice(start, start + PART_ROWS) for start in range(0, len(rows), PART_ROWS)]
 
 
-__all__ = ["FAST_HALF_PRECISION", "MIN_HALF_ROWS", "fast_dtype", "linear_in_parts", "product_dtype", "row_parts"]
+__all__ = [
+    "FAST_HALF_PRECISION",
+    "MIN_HALF_ROWS",
+    "cpu_has",
+    "fast_dtype",
+    "linear_in_parts",
+    "product_dtype",
+    "row_parts",
+]
