@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, TextIteratorStreamer
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.streamers import BaseStreamer
@@ -119,13 +121,22 @@ def test_llama_drafts_for_us_and_we_for_llama(ours):
     assert torch.equal(generate(stock, PROMPT[:1], assistant_model=ours), expected)
 
 
-@pytest.mark.parametrize(
-    "settings", [{"prompt_lookup_num_tokens": 3}, {"assistant_early_exit": 1}], ids=["prompt lookup", "early exit"]
-)
-def test_self_speculation_gives_the_greedy_tokens(pair, settings):
+# Until then it cut the cache of a layer that is not called, of any model whose config has layer_types.
+CROPS_EMPTY_LAYERS = Version(transformers.__version__) < Version("5.22")
+
+
+def test_prompt_lookup_gives_the_greedy_tokens(pair):
     ours, stock = pair
     expected = generate(stock, REPETITIVE, max_new_tokens=24)
-    assert torch.equal(generate(ours, REPETITIVE, max_new_tokens=24, **settings), expected)
+    assert torch.equal(generate(ours, REPETITIVE, max_new_tokens=24, prompt_lookup_num_tokens=3), expected)
+
+
+@pytest.mark.xfail(CROPS_EMPTY_LAYERS, reason="transformers fails, with Qwen3 as well", raises=TypeError, strict=True)
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_early_exit_gives_the_greedy_tokens(tied):
+    ours = new_model(tie_word_embeddings=tied)  # of its own: transformers leaves it with fewer layers where it fails
+    expected = generate(stock_model(ours), REPETITIVE, max_new_tokens=24)
+    assert torch.equal(generate(ours, REPETITIVE, max_new_tokens=24, assistant_early_exit=1), expected)
 
 
 def test_streamer_yields_every_token_once(ours, tokenizer):
