@@ -36,6 +36,7 @@ from .cache_room_hf_decoder import CacheRoom
 from .captured_step_hf_decoder import CapturedStep, is_capturable
 from .loss_hf_decoder import softcap
 from .native_step_hf_decoder import NativeStep, is_for_native
+from .plain_modules_hf_decoder import parts_of
 from .products_hf_decoder import (
     AnyWeights,
     PackedWeights,
@@ -62,6 +63,7 @@ HALF_PRECISION = (torch.bfloat16, torch.float16)
 class LayerParts(NamedTuple):
     """What one layer computes with."""
 
+    attention: nn.Module
     input_norm: Norm
     heads: tuple[AnyWeights, ...]  # of queries, keys and values, each by itself or all joined
     query_norm: Norm | None
@@ -71,7 +73,7 @@ class LayerParts(NamedTuple):
     gate: AnyWeights
     up: AnyWeights
     down: AnyWeights
-    activation: Callable[[torch.Tensor], torch.Tensor]
+    activation: nn.Module
     use_rope: bool
     window: int | None
 
@@ -101,7 +103,7 @@ class DecodingStep:
     @staticmethod
     def of(model: Any) -> "DecodingStep | None":
         """The model's step, the same one as long as its parts are the same; None where modules must be called."""
-        parts = _parts_of(model)
+        parts = parts_of(model)
         if parts is None:
             _steps.pop(model, None)
             return None
@@ -419,6 +421,7 @@ def attending_without_plans(input_ids: torch.Tensor) -> Iterator[None]:
 def _parts(layer: Any) -> LayerParts:
     attention, mlp = layer.self_attn, layer.mlp
     return LayerParts(
+        attention=attention,
         input_norm=layer.input_layernorm.forward,
         heads=tuple(weights_of(module) for module in (attention.q_proj, attention.k_proj, attention.v_proj)),
         query_norm=attention.q_norm.forward if attention.use_qk_norm else None,
@@ -434,56 +437,8 @@ def _parts(layer: Any) -> LayerParts:
     )
 
 
-def _parts_of(model: Any) -> tuple[list[int], list[Any]] | None:
-    """What a step is made of, tensors and modules by identity, and its settings.
-
-    None where the decoder's modules may not be passed by, which they may if they are plain ones, without hooks, on one
-    device, in evaluation mode.
-    """
-    if model.training or torch.nn.modules.module._has_any_global_hook() or model.config._attn_implementation != "sdpa":
-        return None
-    config = model.config
-    if getattr(config, "output_hidden_states", False) or getattr(config, "output_attentions", False):
-        return None
-    decoder, package = model.model, __name__.rpartition(".")[0]
-    activations = {id(layer.mlp.act_fn) for layer in decoder.layers if hasattr(layer, "mlp")}
-    plain = {nn.Linear, nn.Embedding, nn.ModuleList}
-    identities: list[int] = []
-    modules: list[nn.Module] = [decoder, model.lm_head]
-    for module in modules:  # all of them, each time: `modules()` would take a third of a small model's token for it
-        kind = type(module)
-        if kind not in plain:
-            if kind.__module__.rpartition(".")[0] == package:
-                plain.add(kind)
-            elif id(module) not in activations:
-                return None
-        if is_hooked(module):
-            return None
-        identities.append(id(module))
-        identities += map(id, module._parameters.values())
-        modules += [child for child in module._modules.values() if child is not None]
-    weights = (decoder.embed_tokens.weight, decoder.norm.weight, model.lm_head.weight)
-    if len({weight.device for weight in weights}) > 1:
-        return None
-    layers = decoder.layers[: config.num_hidden_layers]
-    attentions = [layer.self_attn for layer in layers]
-    settings: list[Any] = [(each.use_qk_norm, each.use_rope, each.sliding_window) for each in attentions]
-    sizes = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
-    return identities, [*settings, *sizes, config.final_logit_softcapping]
-
-
-def is_hooked(module: nn.Module) -> bool:
-    """Whether a call of this module does more, or something else, than its class says."""
-    if not module._forward_hooks and not module._forward_pre_hooks:
-        return "forward" in module.__dict__
-    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    # transformers leaves its recorders of hidden states on the modules; a step that records goes through these
-    foreign = [hook for hook in hooks if getattr(hook, "__module__", "") != "transformers.utils.output_capturing"]
-    return bool(foreign) or "forward" in module.__dict__
-
-
 # of each model, what its step is made of; these ids stay those of the same objects, because the step holds them
 _steps: "WeakKeyDictionary[nn.Module, tuple[Any, DecodingStep]]" = WeakKeyDictionary()
 
 
-__all__ = ["DecodingStep", "is_hooked", "reading_weights_once"]
+__all__ = ["DecodingStep", "reading_weights_once"]

@@ -7,7 +7,6 @@ kernels anywhere.
 """
 
 from collections.abc import Callable, Collection, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from functools import partial
 from typing import Any
@@ -18,8 +17,10 @@ from transformers.generation import EosTokenCriteria, MaxLengthCriteria, Stoppin
 
 from .cache_name_hf_decoder import CACHE_NAME
 from .cache_room_hf_decoder import CacheRoom
-from .decoding_hf_decoder import DecodingStep, is_hooked
+from .decoding_hf_decoder import DecodingStep
 from .parts_hf_decoder import fast_dtype
+from .plain_modules_hf_decoder import is_hooked
+from .prompt_hf_decoder import prompt_logits
 from .static_step_hf_decoder import StaticStep, end_rows, first_seen, is_for_static_step
 
 PACKED_BYTES = 2**30  # more is not copied unasked
@@ -75,11 +76,11 @@ class Decoding:
         if _is_fast_packed(input_ids, step.embedding.dtype) and self._may_pack(step, cache):
             self._packed = self._packed or step.packed()
             step = self._packed
-        return step(input_ids, attention_mask, position_ids, cache, self._room, self.compiles)
-
-    def through_modules(self) -> AbstractContextManager:
-        """What the modules are called in: where they are what the step is made of, below autograd, as the step is."""
-        return nullcontext() if self.step is None else self.step.below_autograd()
+        logits = step(input_ids, attention_mask, position_ids, cache, self._room, self.compiles)
+        if logits is None and type(logits_to_keep) is int:
+            inputs = input_ids, attention_mask, position_ids, cache
+            logits = prompt_logits(self.step, self.model.model, *inputs, logits_to_keep)
+        return logits
 
     def sample(
         self,

@@ -6,7 +6,6 @@ V vocab_size. Parameter names and their layout on disk are Llama's.
 
 import os
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial, wraps
 
 import torch
@@ -15,10 +14,6 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.generation import GenerationMixin
-from transformers.masking_utils import (
-    create_causal_mask,
-    create_sliding_window_causal_mask,
-)
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
@@ -32,28 +27,19 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_hf_decoder import (
-    CausalTiles,
-    TilePlan,
-    may_be_faster_in_tiles,
-    stock_kernel_is_faster,
-    tile_masks,
-    tiled_attention_forward,
-)
 from .bitsandbytes_hf_decoder import settle_layers, settle_tied_head, unpack_layers
 from .cache_name_hf_decoder import CACHE_NAME, takes_either_cache_name
 from .configuration_hf_decoder import HfDecoderConfig
 from .fast_products_hf_decoder import fast_products
 from .generation_hf_decoder import Decoding
 from .loss_hf_decoder import causal_lm_loss, linear_causal_lm_loss, softcap
+from .masks_hf_decoder import layer_masks, own_attention
 from .norm_hf_decoder import HfDecoderRMSNorm
-from .operators_hf_decoder import may_call_operators, runs_as_written
 from .registry_hf_decoder import AUTO_MAP, register_names
 from .rotary_hf_decoder import HfDecoderRotaryEmbedding, apply_rotary_pos_emb
 from .shared_input_hf_decoder import normed_for, shared_input
 from .sizes_hf_decoder import check_loaded_sizes
 from .swiglu_hf_decoder import gated_for
-from .varlen_hf_decoder import Documents, varlen_attention_forward, varlen_masks
 
 register_names()
 
@@ -157,13 +143,9 @@ class HfDecoderAttention(nn.Module):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx, kwargs=kwargs)
 
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+        attention_interface = own_attention(attention_mask) or ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        if isinstance(attention_mask, TilePlan | CausalTiles):
-            attention_interface = tiled_attention_forward
-        elif isinstance(attention_mask, Documents):
-            attention_interface = varlen_attention_forward
         attn_output, attn_weights = attention_interface(
             self,
             query,
@@ -325,7 +307,7 @@ class HfDecoderModel(HfDecoderPreTrainedModel):
 
         masks = attention_mask
         if not isinstance(masks, dict):  # generate() may have prepared one mask a layer type
-            masks = self._create_masks(inputs_embeds, attention_mask, document_positions, past_key_values)
+            masks = layer_masks(self, inputs_embeds, attention_mask, document_positions, past_key_values)
 
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
@@ -342,58 +324,6 @@ class HfDecoderModel(HfDecoderPreTrainedModel):
                 **kwargs,
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE_NAME: past_key_values})
-
-    def _create_masks(
-        self,
-        inputs_embeds: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        document_positions: torch.Tensor | None,
-        past_key_values: Cache | None,
-    ) -> dict[str, torch.Tensor | TilePlan | CausalTiles | Documents | None]:
-        """One mask for each type of layer that there is, or what stands in its place for an attention of our own."""
-        of_kind = {"full_attention": None, "sliding_attention": self.config.sliding_window}
-        windows = {kind: of_kind[kind] for kind in self.config.layer_types}
-        if torch.compiler.is_compiling():
-            # documents and padding would have to be looked for in the data, which a graph cannot do
-            whole = document_positions is None and attention_mask is None and past_key_values is None
-            if (
-                whole
-                and self.training
-                and may_call_operators()
-                and self._may_replace_stock_kernel()
-                and may_be_faster_in_tiles(inputs_embeds)
-                and not stock_kernel_is_faster(inputs_embeds)
-            ):
-                return {kind: CausalTiles(window) for kind, window in windows.items()}
-        elif self._may_replace_stock_kernel() and runs_as_written() and _starts_rows(attention_mask, past_key_values):
-            inputs = inputs_embeds, attention_mask, document_positions, windows
-            masks = varlen_masks(*inputs, self.config.head_dim, self.training) or tile_masks(*inputs)
-            if masks is not None:
-                return masks
-        mask_kwargs = {
-            "config": self.config,
-            "inputs_embeds": inputs_embeds,
-            "attention_mask": attention_mask,
-            # transformers looks for documents only without a cache; one that this call created is empty
-            CACHE_NAME: past_key_values if document_positions is None else None,
-            "position_ids": document_positions,
-        }
-        create = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
-        return {kind: create[kind](**mask_kwargs) for kind in windows}
-
-    def _may_replace_stock_kernel(self) -> bool:
-        return (
-            self.config._attn_implementation == "sdpa"
-            and getattr(self.config, "is_causal", True)
-            and not (self.training and self.config.attention_dropout)
-        )
-
-
-def _starts_rows(attention_mask: torch.Tensor | None, past_key_values: Cache | None) -> bool:
-    """Whether a call is for rows from their start, and marks no more than their padding."""
-    if past_key_values is not None and (type(past_key_values) is not DynamicCache or past_key_values.get_seq_length()):
-        return False
-    return attention_mask is None or attention_mask.ndim == 2
 
 
 class HfDecoderForCausalLM(HfDecoderPreTrainedModel, GenerationMixin):
@@ -457,16 +387,15 @@ class HfDecoderForCausalLM(HfDecoderPreTrainedModel, GenerationMixin):
             if logits is not None:
                 return CausalLMOutputWithPast(logits=logits, **{CACHE_NAME: past_key_values})
 
-        with nullcontext() if decoding is None else decoding.through_modules():
-            outputs: BaseModelOutputWithPast = self.model(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                inputs_embeds=inputs_embeds,
-                use_cache=use_cache,
-                **kwargs,
-            )
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
         hidden_states = outputs.last_hidden_state
         if not isinstance(logits_to_keep, int) or logits_to_keep:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

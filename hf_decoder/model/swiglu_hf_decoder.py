@@ -6,6 +6,8 @@ product for the linear map that reads it.
 Shapes: (..., F) intermediate_size.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from torch.nn.functional import silu
@@ -16,7 +18,9 @@ from .blocks_hf_decoder import PLAIN, as_rows, blocks, gradients_of_formula, has
 SILU = (type(ACT2FN["silu"]), nn.SiLU)
 
 
-def gated_for(reader: nn.Module, gate: torch.Tensor, up: torch.Tensor, activation: nn.Module) -> torch.Tensor:
+def gated_for(
+    reader: Callable[[torch.Tensor], torch.Tensor], gate: torch.Tensor, up: torch.Tensor, activation: nn.Module
+) -> torch.Tensor:
     """reader(activation(gate) * up), whose input, where there are kernels, is made again for the backward pass.
 
     That is a sixth of what a layer keeps, and one or two hundredths of a step by arithmetic; a CPU, which has more

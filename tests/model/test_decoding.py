@@ -5,14 +5,13 @@ import gc
 
 import pytest
 import torch
+from generating import NEW_TOKENS, VARIANTS, generated, through_modules, tiny_model
 from peft import LoraConfig, get_peft_model
 from tiny_models import padded, random_ids
-from tiny_models import tiny_model as eager_model
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 
 from hf_decoder.model import (
-    blocks_hf_decoder,
     decoding_hf_decoder,
     generation_hf_decoder,
     products_hf_decoder,
@@ -20,28 +19,7 @@ from hf_decoder.model import (
 )
 from hf_decoder.model.decoding_hf_decoder import DecodingStep
 from hf_decoder.model.int8_hf_decoder import Int8Weights
-from hf_decoder.model.modeling_hf_decoder import HfDecoderMLP
 from hf_decoder.model.products_hf_decoder import Weights, multiply, multiply_row
-
-NEW_TOKENS = 10
-VARIANTS = {
-    "plain": {},
-    "qk-norm": {"qk_norm": True},
-    "biases": {"attention_bias": True, "mlp_bias": True},
-    "multi-query": {"num_key_value_heads": 1},
-    "multi-head": {"num_key_value_heads": 4, "num_attention_heads": 4},
-    "untied": {"tie_word_embeddings": False},
-    "nope": {"no_rope_layers": [1, 0]},
-    "partial-rotary": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
-    "dynamic-rope": {
-        "max_position_embeddings": 16,
-        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
-    },
-    "softcap": {"final_logit_softcapping": 2.0},
-    "gelu": {"hidden_act": "gelu"},
-    "windows": {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
-    "short-windows": {"sliding_window": 4},
-}
 
 
 @pytest.fixture
@@ -64,24 +42,6 @@ def steps(monkeypatch) -> list[torch.Tensor]:
 def without_native_step(monkeypatch):
     """Rows on a static cache are left to torch.compile, as where the step in C++ does not compute what they need."""
     monkeypatch.setattr(decoding_hf_decoder, "is_for_native", lambda step: False)
-
-
-def tiny_model(**overrides):
-    return eager_model(attn_implementation="sdpa", **overrides)
-
-
-def generated(model, ids: torch.Tensor, **settings):
-    """Tokens and the logits of each."""
-    fixed = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    out = model.generate(ids, return_dict_in_generate=True, output_logits=True, **fixed | settings)
-    return out.sequences, torch.stack(out.logits, 1)
-
-
-def through_modules(model, ids: torch.Tensor, **settings):
-    """The same by a copy of the model on which a hook hangs that does nothing."""
-    slow = copy.deepcopy(model)
-    slow.model.norm.register_forward_hook(lambda module, inputs, output: None)
-    return generated(slow, ids, **settings)
 
 
 @pytest.mark.parametrize("cache", [None, "static"])
@@ -141,31 +101,6 @@ def test_masks_that_are_prepared_already_go_to_the_modules(steps, monkeypatch):
     steps.clear()
     monkeypatch.setattr(generation_hf_decoder.Decoding, "prepare_inputs", lambda *inputs, **others: None)
     assert torch.equal(generated(model, ids, **settings)[0], expected) and not steps
-
-
-@pytest.mark.parametrize("length", [5, 300], ids=["short", "in tiles"])
-def test_modules_of_a_prompt_are_called_below_autograd_where_they_are_plain(length: int, monkeypatch):
-    """And give the same, blocks and tiles with their own backward passes included."""
-    monkeypatch.setattr(blocks_hf_decoder, "MIN_BLOCKED_ELEMENTS", 1)
-    below = []
-    forward, autograd = HfDecoderMLP.forward, torch._C.DispatchKey.AutogradFunctionality
-
-    def recorded(self, x):
-        below.append(torch._C._dispatch_tls_is_dispatch_key_excluded(autograd))
-        return forward(self, x)
-
-    monkeypatch.setattr(HfDecoderMLP, "forward", recorded)
-    model, ids = tiny_model(max_position_embeddings=512), random_ids(2, length)
-    tokens, logits = generated(model, ids)
-    assert below == [True, True]  # once a layer
-    below.clear()
-    expected, truth = through_modules(model, ids)
-    assert below and not any(below)
-    assert tokens.equal(expected)
-    torch.testing.assert_close(logits, truth, rtol=0, atol=1e-4)
-    below.clear()
-    model(ids)
-    assert below == [False, False]
 
 
 def test_a_hook_is_called_for_every_token(steps):

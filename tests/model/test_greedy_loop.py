@@ -9,6 +9,7 @@ from transformers import StaticCache
 from transformers.generation import LogitsProcessorList, MaxTimeCriteria, StoppingCriteriaList, stopping_criteria
 
 from hf_decoder import HfDecoderForCausalLM
+from hf_decoder.model import generation_hf_decoder
 from hf_decoder.model.decoding_hf_decoder import DecodingStep
 from hf_decoder.model.generation_hf_decoder import Decoding
 
@@ -133,7 +134,8 @@ def test_what_the_short_loop_does_not_know_is_left_to_transformers(settings, mod
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("cache", [None, "static"])
 @pytest.mark.parametrize("fails", [0, 4])
-def test_a_token_that_no_step_takes_goes_through_the_modules(rows, cache, fails, model, calls, monkeypatch):
+@pytest.mark.parametrize("needs_modules", [False, True])
+def test_a_token_that_no_step_takes_goes_another_way(rows, cache, fails, needs_modules, model, calls, monkeypatch):
     ids, mask = padded(rows, 7)
     whole = by_the_loop(model, ids, attention_mask=mask)
     ends = int(whole[0, 7])  # the first row has ended before
@@ -145,14 +147,17 @@ def test_a_token_that_no_step_takes_goes_through_the_modules(rows, cache, fails,
         if input_ids.shape[1] > 1:
             return step(self, input_ids, *inputs, **kwargs)
         taken.append(1)
-        # it is asked once more by the model itself
-        return None if len(taken) - 1 in (fails, fails + 1) else step(self, input_ids, *inputs, **kwargs)
+        # where modules are needed, it is asked once more by the model itself
+        misses = (fails, fails + 1) if needs_modules else (fails,)
+        return None if len(taken) - 1 in misses else step(self, input_ids, *inputs, **kwargs)
 
     monkeypatch.setattr(DecodingStep, "__call__", failing)
+    if needs_modules:
+        monkeypatch.setattr(generation_hf_decoder, "prompt_logits", lambda *inputs: None)
     switch = {"cache_implementation": cache, "disable_compile": True} if cache else {}
     calls.clear()
     assert model.generate(ids, **GREEDY | settings, **switch).equal(expected)
-    assert calls == [7, 1] and len(taken) > fails + 1
+    assert calls == ([7, 1] if needs_modules else [7]) and len(taken) > fails + 1
 
 
 @pytest.mark.parametrize("cache", [None, "static"])
