@@ -53,6 +53,21 @@ def test_auto_class_from_config_and_from_folder(auto_class, tmp_path):
             assert torch.equal(ours, theirs)
 
 
+def test_what_from_pretrained_builds_and_fills_is_what_the_constructor_makes(tmp_path):
+    """Linear maps of torch's own class; what no file holds is initialized as transformers initializes it."""
+    config = tiny_config(tie_word_embeddings=False, initializer_range=0.5)
+    model = HfDecoderForCausalLM(config)
+    with torch.device("meta"):
+        empty = HfDecoderForCausalLM(config)
+    assert [type(module) for module in empty.modules()] == [type(module) for module in model.modules()]
+    assert str(empty) == str(model)
+    model.model.save_pretrained(tmp_path)  # without the head
+    loaded = HfDecoderForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded.lm_head) is torch.nn.Linear
+    assert loaded.lm_head.weight.std().item() == pytest.approx(0.5, rel=0.1)
+    assert torch.equal(loaded.model.layers[1].mlp.up_proj.weight, model.model.layers[1].mlp.up_proj.weight)
+
+
 def test_config_by_model_type():
     config = AutoConfig.for_model("hf_decoder", hidden_size=48, num_attention_heads=3, num_key_value_heads=1)
     assert type(config) is HfDecoderConfig and config.hidden_size == 48

@@ -16,6 +16,7 @@ from torch import nn
 
 _SWITCH = "support_avx512bf16_for_cpu"  # what a layer asks before it packs its weight
 _PACKED_ROWS = 32
+_LIBRARY = "bitsandbytes"  # without which, imported, there are no such layers to look for
 
 
 def settle_layers(model: nn.Module, training: bool) -> None:
@@ -24,6 +25,8 @@ def settle_layers(model: nn.Module, training: bool) -> None:
     A weight that was packed has its scales rounded to bf16 from then on. One that has trained stays as it is: a model
     that is loaded anew decodes faster.
     """
+    if _LIBRARY not in sys.modules:
+        return
     for module in model.modules():
         if not getattr(module, _SWITCH, False):
             continue
@@ -42,8 +45,10 @@ def unpack_layers(model: nn.Module) -> None:
 
 def settle_tied_head(model: Any) -> None:
     """A plain layer in place of a quantized one that holds the embeddings' table."""
+    if _LIBRARY not in sys.modules:
+        return
     head: Any = model.get_output_embeddings()
-    if type(head).__module__.startswith("bitsandbytes.") and head.weight is model.get_input_embeddings().weight:
+    if type(head).__module__.startswith(f"{_LIBRARY}.") and head.weight is model.get_input_embeddings().weight:
         plain = nn.Linear(head.in_features, head.out_features, bias=False, device="meta")
         plain.weight = head.weight
         model.set_output_embeddings(plain)

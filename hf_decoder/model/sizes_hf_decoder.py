@@ -32,6 +32,8 @@ def check_loaded_sizes(model: PreTrainedModel, info, where: str, ignore_mismatch
                 "ignore_mismatched_sizes=True to start with random numbers there"
             )
     lacking = {name for name in info.missing_and_mismatched() if name not in model.all_tied_weights_keys}
+    if not lacking:
+        return
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     new = sum(size for name, size in sizes.items() if name in lacking)
     if new > max(MAX_NEW_PARAMETERS, sum(sizes.values()) - new):
