@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM, pipeline
 from transformers import logging as transformers_logging
-from transformers import pipeline
 
 import hf_decoder
 from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM
@@ -11,12 +11,12 @@ from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
 
 TEXTS = ["def main(argv):", "the end"]
+SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+SHAPE |= {"vocab_size": 300, "pad_token_id": 1, "eos_token_id": 0, "initializer_range": 0.2}
 
 
 def tiny_config(**overrides):
-    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    shape |= {"vocab_size": 300, "pad_token_id": 1, "eos_token_id": 0, "initializer_range": 0.2}
-    return HfDecoderConfig(**shape | overrides)
+    return HfDecoderConfig(**SHAPE | overrides)
 
 
 @pytest.fixture
@@ -27,6 +27,21 @@ def said(caplog, monkeypatch):
     return caplog
 
 
+def words(said) -> set[str]:
+    return {record.getMessage() for record in said.records if record.name.startswith("transformers")}
+
+
+def words_about_stock(tokenizer, said) -> set[str]:
+    """What transformers says of its own model in a text-generation pipeline: in 5.24 nothing, in 5.17 a good deal."""
+    pipe = pipeline("text-generation", model=LlamaForCausalLM(LlamaConfig(**SHAPE)), tokenizer=tokenizer)
+    fixed = {"max_new_tokens": 8, "do_sample": False}
+    pipe(TEXTS[0], return_tensors=True, **fixed)
+    pipe(TEXTS, return_full_text=False, batch_size=2, **fixed)
+    of_stock = words(said)
+    said.clear()
+    return of_stock
+
+
 def generated(model, tokenizer, text, **kwargs):
     inputs = tokenizer(text, return_tensors="pt")
     tokens = model.generate(**inputs, max_new_tokens=8, do_sample=False, **kwargs)[0]
@@ -35,6 +50,7 @@ def generated(model, tokenizer, text, **kwargs):
 
 @pytest.mark.parametrize("wrapped", [False, True], ids=["plain", "PEFT"])
 def test_text_generation_equals_generate(tokenizer, said, wrapped):
+    of_stock = words_about_stock(tokenizer, said)
     torch.manual_seed(0)
     model = HfDecoderForCausalLM(tiny_config()).eval()
     if wrapped:
@@ -50,10 +66,11 @@ def test_text_generation_equals_generate(tokenizer, said, wrapped):
     for text, ((string,),) in zip(TEXTS, zip(strings, strict=True), strict=True):
         expected = tokenizer.decode(generated(model, tokenizer, text), skip_special_tokens=True)
         assert string["generated_text"] == expected
-    assert [record.getMessage() for record in said.records] == []
+    assert words(said) <= of_stock
 
 
 def test_text_generation_from_a_folder_with_chat(tokenizer, said, tmp_path):
+    of_stock = words_about_stock(tokenizer, said)
     torch.manual_seed(0)
     model = HfDecoderForCausalLM(tiny_config()).eval()
     model.save_pretrained(tmp_path)
@@ -65,7 +82,7 @@ def test_text_generation_from_a_folder_with_chat(tokenizer, said, tmp_path):
     prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     expected = tokenizer.decode(generated(model, tokenizer, prompt), skip_special_tokens=True)
     assert answer[:1] == chat and answer[1] == {"role": "assistant", "content": expected}
-    assert [record.getMessage() for record in said.records] == []
+    assert words(said) <= of_stock
 
 
 def test_text_classification(tokenizer, said):
@@ -80,7 +97,7 @@ def test_text_classification(tokenizer, said):
                 expected = model(**tokenizer(text, return_tensors="pt")).logits.softmax(-1)[0]
             row = {entry["label"]: entry["score"] for entry in row}
             assert row == {labels[i]: pytest.approx(expected[i].item(), abs=1e-5) for i in range(3)}
-    assert [record.getMessage() for record in said.records] == []
+    assert not words(said)
 
 
 def test_token_classification(tokenizer, said):
@@ -93,7 +110,7 @@ def test_token_classification(tokenizer, said):
     entities = pipe(TEXTS[0])
     assert [entity["entity"] for entity in entities] == [f"LABEL_{i}" for i in expected.argmax(-1).tolist()]
     assert [entity["score"] for entity in entities] == pytest.approx(expected.amax(-1).tolist(), abs=1e-5)
-    assert [record.getMessage() for record in said.records] == []
+    assert not words(said)
 
 
 def test_feature_extraction(tokenizer, said):
@@ -103,4 +120,4 @@ def test_feature_extraction(tokenizer, said):
     with torch.no_grad():
         expected = model(**tokenizer(TEXTS[1], return_tensors="pt")).last_hidden_state
     assert torch.equal(features, expected)
-    assert [record.getMessage() for record in said.records] == []
+    assert not words(said)

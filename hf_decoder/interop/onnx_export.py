@@ -56,7 +56,13 @@ def export(model: PreTrainedModel, folder: Path) -> None:
         stages = decompose_for_generation(model, {"input_ids": ids, "attention_mask": mask}, multi_token_decode=True)
         step: Any
         step, inputs = stages["decode"]
-        OnnxExporter().export(step, inputs, OnnxConfig(dynamic=True)).save_pretrained(folder)
+        program: Any = OnnxExporter().export(step, inputs, OnnxConfig(dynamic=True))
+        if hasattr(program, "save_pretrained"):
+            program.save_pretrained(folder)
+        else:  # an older exporter gives torch's own program
+            folder.mkdir(exist_ok=True)
+            program.save(folder / FILE, external_data=True)
+            model.config.save_pretrained(folder)
 
 
 class OnnxModel:

@@ -76,7 +76,7 @@ class FixedRotaryEmbedding(LlamaRotaryEmbedding):
     """Knows one base, whatever the config says."""
 
     @staticmethod
-    def compute_default_rope_parameters(config, **kwargs):
+    def compute_default_rope_parameters(config, *args, **kwargs):  # transformers 5.17 passes the device, too
         dim = config.hidden_size // config.num_attention_heads
         return 500.0 ** -(torch.arange(0, dim, 2, dtype=torch.float) / dim), 1.0
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from stock_models import LLAMA3, SHAPE, YARN, assert_identical, ids, longrope, randomise, rope, stored
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -20,6 +22,7 @@ from hf_decoder.tokenization import train_tokenizer
 gguf = pytest.importorskip("gguf", reason="the package gguf is not installed: pip install 'hf-decoder[gguf]'")
 
 TOLERANCE = {"rtol": 0.0, "atol": 1e-5}
+READS_NO_LLAMA_WITHOUT_BOS = Version(transformers.__version__) < Version("5.18")
 TEXT = "def größe(argv):\n\treturn 0 if len(argv) == 12345 else 'the end'  # 東京 привет 🙂  \n\n"
 # Rows of 32 and more, which blocks of quantized types divide.
 WIDE = {"hidden_size": 96, "intermediate_size": 128, "num_hidden_layers": 2, "bos_token_id": None, "head_dim": 16}
@@ -65,6 +68,16 @@ def test_transformers_loads_the_file_with_the_same_logits(case: str, tmp_path, t
     assert theirs.config.model_type == case.partition("-")[0]
     sample = ids(2, 24, vocab_size=344)
     torch.testing.assert_close(theirs(sample).logits, model(sample).logits, **TOLERANCE)
+
+
+@pytest.mark.parametrize("case", ["llama", "qwen2", "qwen3"])
+def test_transformers_loads_the_tokenizer_of_the_file(case: str, tmp_path, text_tokenizer, request):
+    if case == "llama":
+        reason = "transformers takes the end of a text for its start there, and fails where a Llama has no start"
+        mark = pytest.mark.xfail(READS_NO_LLAMA_WITHOUT_BOS, reason=reason, raises=AttributeError, strict=True)
+        request.applymarker(mark)
+    save(tmp_path / "ours", text_tokenizer, **CASES[case])
+    convert(str(tmp_path / "ours"), tmp_path / "model.gguf", to="gguf", outtype="f32")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")
     assert tokenizer(TEXT)["input_ids"] == text_tokenizer(TEXT)["input_ids"]
     assert tokenizer.chat_template == text_tokenizer.chat_template

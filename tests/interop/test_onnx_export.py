@@ -124,12 +124,14 @@ def test_torch_export_with_a_static_cache(case: str):
     model = ours(**CASES[case])
     prompt = ids(2, 7)
     settings = GenerationConfig(cache_implementation="static", max_cache_len=24, pad_token_id=0, eos_token_id=None)
-    programs = DynamoExporter().export_for_generation(
+    exported = DynamoExporter().export_for_generation(
         model,
         {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)},
         DynamoConfig(),
         generation_config=settings,
     )
+    # a dictionary in transformers 5.17
+    programs = getattr(exported, "components", exported)
     other = ids(2, 7, seed=1)
     stages = decompose_for_generation(
         model, {"input_ids": other, "attention_mask": torch.ones_like(other)}, generation_config=settings
@@ -141,7 +143,7 @@ def test_torch_export_with_a_static_cache(case: str):
         whole = new if name == "prefill" else torch.cat([whole, new], dim=1)
         settings_of_the_trace = ("use_cache", "return_dict")
         inputs = {key: value for key, value in inputs.items() if key not in settings_of_the_trace}
-        outputs = programs.components[name].program.module()(**inputs)
+        outputs = getattr(programs[name], "program", programs[name]).module()(**inputs)
         logits = outputs["logits"] if isinstance(outputs, dict) else outputs.logits
         expected = model(whole, use_cache=False).logits[:, -logits.shape[1] :]
         torch.testing.assert_close(logits, expected, rtol=0.0, atol=1e-4)
