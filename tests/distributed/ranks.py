@@ -8,7 +8,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+import transformers
+from packaging.version import Version
+
+OLDEST = Version(transformers.__version__) < Version("5.18")
+resumes_in_several = pytest.mark.xfail(
+    OLDEST, reason="transformers 5.17 loads the optimizer to cpu:0, which torch does not know", strict=True
+)
+saves_parts = pytest.mark.xfail(
+    OLDEST, reason="transformers 5.17 gathers tensor-parallel weights in the first process alone", run=False
+)
 
 # Torch and transformers are imported once, by a server that every rank is forked from.
 PROCESSES = multiprocessing.get_context("forkserver")

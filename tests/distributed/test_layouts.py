@@ -3,7 +3,7 @@
 import pytest
 import torch
 from rank_work import Run, new_model, orthogonalise_in_layouts, some_matrices, train
-from ranks import run_ranks
+from ranks import resumes_in_several, run_ranks
 from transformers import AutoModelForCausalLM
 
 from hf_decoder import recipe
@@ -106,7 +106,7 @@ SHARDED = {
 @pytest.mark.parametrize(
     ("optim", "fsdp", "order"),
     [
-        ("muon", FULL, ("one", "ddp", "fsdp2", "one")),
+        pytest.param("muon", FULL, ("one", "ddp", "fsdp2", "one"), marks=resumes_in_several),
         pytest.param("adamw", FULL, ("fsdp2", "one", "fsdp2", "ddp"), marks=pytest.mark.slow),
         pytest.param("muon", SHARDED, ("one", "fsdp2", "ddp", "fsdp2"), marks=pytest.mark.slow),
         pytest.param("muon", SHARDED, ("fsdp2", "one", "fsdp2", "one"), marks=pytest.mark.slow),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from rank_work import SHAPE, Run, generate_in_parts, greedy_and_sampled, new_model, train, train_loaded_in_parts
-from ranks import run_ranks
+from ranks import run_ranks, saves_parts
 from transformers import AutoModelForCausalLM
 
 from hf_decoder import HfDecoderForCausalLM
@@ -16,7 +16,11 @@ def tied(request) -> bool:
 
 @pytest.mark.parametrize(
     ("tp_size", "fsdp_size"),
-    [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow), pytest.param(2, 2, marks=pytest.mark.slow)],
+    [
+        pytest.param(2, 1, marks=saves_parts),
+        pytest.param(1, 2, marks=pytest.mark.slow),
+        pytest.param(2, 2, marks=pytest.mark.slow),
+    ],
     ids=["tp", "fsdp2", "fsdp2 and tp"],
 )
 def test_training_in_parts_has_the_losses_of_one_process(tp_size, fsdp_size, tied, tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from rank_work import pretrain
-from ranks import run_ranks
+from ranks import resumes_in_several, run_ranks
 from safetensors.torch import load_file
 
 from hf_decoder.checkpoints import is_complete
@@ -21,6 +21,7 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
+@resumes_in_several
 @pytest.mark.parametrize("files", [2, 3], ids=["a-table-each", "rows-in-turn"])
 def test_two_processes_read_their_own_and_go_on_to_the_bit(tmp_path, files):
     folder = tmp_path / "text"

@@ -207,8 +207,8 @@ def test_a_card_that_the_server_refuses(client, unexamined, copy, fails):
     if not ASKS_THE_REAL_HUB:
         assert "the metadata of README.md is refused" in line
         assert "owner/card" not in client.repos  # before anything is sent
-    else:  # by the upload
-        assert "model.safetensors" not in client.files("owner/card")
+    else:  # by the upload, which sends it last
+        assert "README.md" not in client.files("owner/card")
 
 
 # ------------------------------------------------------------------------------------------------- what goes wrong
