@@ -12,7 +12,7 @@ vocab_size.
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from threading import Lock
@@ -301,14 +301,16 @@ class DecodingStep:
 
     def _heads(self, products: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Query (B, G, H / G, E), key and value (B, G, 1, E) of the products of a layer's weights for heads."""
-        rows = products[0].shape[0]
-        if len(products) == 1:
-            width = self.groups * self.head_dim
-            query, key, value = products[0].split((self.heads_per_group * width, width, width), -1)
-        else:
-            query, key, value = products
-        shape = (rows, self.groups, -1, self.head_dim)
+        query, key, value = self.apart(products)
+        shape = (query.shape[0], self.groups, -1, self.head_dim)
         return query.view(shape), key.view(shape), value.view(shape)
+
+    def apart(self, products: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """Of queries, keys and values, which may be one product, (..., H * E) and twice (..., G * E)."""
+        if len(products) > 1:
+            return products
+        width = self.groups * self.head_dim
+        return products[0].split((self.heads_per_group * width, width, width), -1)
 
     def _compiled_step(self) -> Callable:
         compiled_steps, is_packed = self._compiled, isinstance(self.head, PackedWeights)

@@ -24,6 +24,7 @@ from .prompt_hf_decoder import prompt_logits
 from .static_step_hf_decoder import StaticStep, end_rows, first_seen, is_for_static_step
 
 PACKED_BYTES = 2**30  # more is not copied unasked
+MAX_PACKED_TOKENS = 64  # of several tokens a row: of more, weights as they are are read as fast
 STEPS_BEFORE_PACKING = 2  # packing takes about as long as it saves in three
 # what transformers' loop does around a step, which others may have put something in place of, and what it knows of
 METHODS = {"prepare_inputs_for_generation", "_update_model_kwargs_for_generation"}
@@ -42,7 +43,7 @@ class Decoding:
         self._static: StaticStep | None = None  # set where it does so, for one row
         self._input_ids: torch.Tensor | None = None  # the prompt, while transformers' loop for single rows is at work
         self._room = CacheRoom()
-        self._steps = 0  # of several rows
+        self._steps = 0  # of several tokens
         self._packed: DecodingStep | None = None  # for this call alone: weights may change before the next one
 
     @classmethod
@@ -73,13 +74,13 @@ class Decoding:
             logits = self._static_logits(input_ids, attention_mask, position_ids, cache)
             if logits is not None:
                 return logits
-        if _is_fast_packed(input_ids, step.embedding.dtype) and self._may_pack(step, cache):
+        if _is_fast_packed(input_ids, step.embedding.dtype) and self._may_pack(step, input_ids, cache):
             self._packed = self._packed or step.packed()
             step = self._packed
         logits = step(input_ids, attention_mask, position_ids, cache, self._room, self.compiles)
         if logits is None and type(logits_to_keep) is int:
             inputs = input_ids, attention_mask, position_ids, cache
-            logits = prompt_logits(self.step, self.model.model, *inputs, logits_to_keep)
+            logits = prompt_logits(step, self.model.model, *inputs, logits_to_keep)
         return logits
 
     def sample(
@@ -231,10 +232,10 @@ class Decoding:
                 return static.prompt(input_ids, cache, attention_mask, position_ids)
             return static.logits(input_ids) if static.begin(cache, attention_mask, position_ids) else None
 
-    def _may_pack(self, step: DecodingStep, cache: Any) -> bool:
+    def _may_pack(self, step: DecodingStep, input_ids: torch.Tensor, cache: Any) -> bool:
         """With the switch for speed, at once; else where the copy is small, after as many steps as it costs."""
         if self.compiles and type(cache) is StaticCache:
-            return True
+            return input_ids.shape[1] == 1  # a single row's prompt is followed by what needs no copy
         self._steps += 1
         return self._steps > STEPS_BEFORE_PACKING and step.nbytes() <= PACKED_BYTES
 
@@ -281,11 +282,11 @@ class Decoding:
             self._static.end()
 
 
-def _is_fast_packed(input_ids: torch.Tensor | None, dtype: torch.dtype) -> bool:
+def _is_fast_packed(input_ids: torch.Tensor, dtype: torch.dtype) -> bool:
+    tokens = input_ids.numel()
     return (
-        input_ids is not None
-        and input_ids.shape[0] > 1
-        and input_ids.shape[1] == 1
+        tokens > 1
+        and (input_ids.shape[1] == 1 or tokens <= MAX_PACKED_TOKENS)
         and dtype == torch.bfloat16
         and fast_dtype(input_ids.device, dtype) == dtype
         and torch._C._get_mkldnn_enabled()

@@ -57,7 +57,8 @@ def prompt_logits(
         hidden = hidden.view(-1, 1, width)
         for index, (layer, kind) in enumerate(zip(step.layers, decoder.config.layer_types, strict=False)):
             x = layer.input_norm(hidden)
-            query, key, value = (multiply(x, weights).view(rows, tokens, -1, step.head_dim) for weights in layer.heads)
+            products = step.apart([multiply(x, weights) for weights in layer.heads])
+            query, key, value = (product.view(rows, tokens, -1, step.head_dim) for product in products)
             if layer.query_norm is not None:
                 query, key = layer.query_norm(query), layer.key_norm(key)
             query, key = query.transpose(1, 2), key.transpose(1, 2)

@@ -7,7 +7,14 @@ from tiny_models import padded, random_ids
 from torch import nn
 from transformers import DynamicCache
 
-from hf_decoder.model import blocks_hf_decoder, parts_hf_decoder, prompt_hf_decoder
+from hf_decoder.model import (
+    blocks_hf_decoder,
+    decoding_hf_decoder,
+    generation_hf_decoder,
+    parts_hf_decoder,
+    prompt_hf_decoder,
+)
+from hf_decoder.model.decoding_hf_decoder import DecodingStep
 from hf_decoder.model.modeling_hf_decoder import HfDecoderLayer
 
 ONE = {"max_new_tokens": 1}
@@ -114,6 +121,34 @@ def test_half_precision_is_no_further_from_the_truth_than_the_modules_are(
     assert not layers
     slow = through_modules(model, ids, **ONE)[1].float()
     assert (logits - truth).abs().max() <= 1.5 * (slow - truth).abs().max()
+
+
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="weights are packed on AVX-512 alone")
+def test_a_few_tokens_are_multiplied_with_packed_weights(monkeypatch):
+    """Candidates, above all; after two of such steps, in place of which there are none here."""
+    monkeypatch.setitem(parts_hf_decoder.FAST_HALF_PRECISION, torch.bfloat16, True)
+    monkeypatch.setattr(generation_hf_decoder, "STEPS_BEFORE_PACKING", 0)
+    packed, pack = [], DecodingStep.packed
+    monkeypatch.setattr(DecodingStep, "packed", lambda self: packed.append(1) or pack(self))
+    exact = tiny_model(attention_bias=True, max_position_embeddings=128)
+    model = tiny_model(attention_bias=True, max_position_embeddings=128).bfloat16()
+    exact.load_state_dict(model.state_dict())
+    for rows, tokens, expected in ((1, 9, 1), (2, 32, 1), (2, 33, 0), (1, 1, 0)):
+        ids = random_ids(rows, tokens)
+        packed.clear()
+        logits = generated(model, ids, **ONE)[1].float()
+        assert sum(packed) == expected
+        truth, slow = generated(exact, ids, **ONE)[1], through_modules(model, ids, **ONE)[1].float()
+        assert (logits - truth).abs().max() <= 1.5 * (slow - truth).abs().max()
+    packed.clear()
+    with monkeypatch.context() as without_native_step:
+        without_native_step.setattr(decoding_hf_decoder, "is_for_native", lambda step: False)
+        generated(model, random_ids(1, 9), cache_implementation="static", **ONE)
+    assert not packed  # a graph of a single row follows, which reads weights as they are
+    fixed = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    repeats = random_ids(1, 4).repeat(1, 5)
+    tokens = model.generate(repeats, prompt_lookup_num_tokens=3, **fixed)
+    assert packed == [1] and tokens.shape[1] == 44
 
 
 @pytest.mark.parametrize("tokens", [5, 12])
