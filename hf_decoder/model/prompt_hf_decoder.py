@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .decoding_hf_decoder import reading_weights_once
 from .loss_hf_decoder import softcap
 from .masks_hf_decoder import layer_masks, own_attention
 from .products_hf_decoder import multiply
@@ -42,7 +43,7 @@ def prompt_logits(
     """
     if cache is None or torch.is_autocast_enabled(input_ids.device.type):
         return None
-    with step.below_autograd():
+    with reading_weights_once(input_ids, step.embedding.dtype), step.below_autograd():
         try:
             hidden = nn.functional.embedding(input_ids, step.embedding)
         except IndexError:  # the model says it in words
