@@ -3,7 +3,8 @@
 A prompt, above all, which waits for the Python about thirteen modules a layer. What is computed is the same, and by
 the same functions, but for the products, which are those of a decoding step.
 
-Shapes: B rows, S new tokens of each, K cached and new ones, D hidden_size, E head_dim, V vocab_size.
+Shapes: B rows, S new tokens of each, T = B * S, K cached and new ones, D hidden_size, H query heads, E head_dim, V
+vocab_size.
 """
 
 from functools import partial
@@ -15,7 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .decoding_hf_decoder import reading_weights_once
 from .loss_hf_decoder import softcap
-from .masks_hf_decoder import layer_masks, own_attention
+from .masks_hf_decoder import LayerMask, layer_masks, own_attention
 from .products_hf_decoder import multiply
 from .rotary_hf_decoder import apply_rotary_pos_emb
 from .swiglu_hf_decoder import gated_for
@@ -54,28 +55,41 @@ def prompt_logits(
         masks = attention_mask
         if not isinstance(masks, dict):
             masks = layer_masks(decoder, hidden, attention_mask, None, cache)
-        cos, sin = step.rotary(hidden, position_ids)
+        rotation = step.rotary(hidden, position_ids)
         hidden = hidden.view(-1, 1, width)
         for index, (layer, kind) in enumerate(zip(step.layers, decoder.config.layer_types, strict=False)):
-            x = layer.input_norm(hidden)
-            products = step.apart([multiply(x, weights) for weights in layer.heads])
-            query, key, value = (product.view(rows, tokens, -1, step.head_dim) for product in products)
-            if layer.query_norm is not None:
-                query, key = layer.query_norm(query), layer.key_norm(key)
-            query, key = query.transpose(1, 2), key.transpose(1, 2)
-            if layer.use_rope:
-                query, key = apply_rotary_pos_emb(query, key, cos, sin)
-            key, value = cache.update(key, value.transpose(1, 2), index)
-            mask = masks[kind]
-            attend = own_attention(mask) or ALL_ATTENTION_FUNCTIONS["sdpa"]
-            attended, _ = attend(layer.attention, query, key, value, mask, scaling=step.scaling)
-            hidden = hidden + multiply(attended.reshape(len(hidden), 1, -1), layer.output)
+            attended = _attended(step, layer, layer.input_norm(hidden), rotation, masks[kind], rows, cache, index)
+            hidden = hidden + multiply(attended, layer.output)
             x = layer.mlp_norm(hidden)
             down = partial(multiply, weights=layer.down)
             hidden = hidden + gated_for(down, multiply(x, layer.gate), multiply(x, layer.up), layer.activation)
         last = hidden.view(rows, tokens, width)[:, -keep:].reshape(-1, 1, width)
         logits = softcap(multiply(step.norm(last), step.head), step.cap)
         return logits.view(rows, -1, logits.shape[-1])
+
+
+def _attended(
+    step: Any,
+    layer: Any,
+    x: torch.Tensor,
+    rotation: tuple[torch.Tensor, torch.Tensor],
+    mask: LayerMask,
+    rows: int,
+    cache: Any,
+    index: int,
+) -> torch.Tensor:
+    """A layer's normed x (T, 1, D) -> what its heads see, (T, 1, H * E); their projections are gone with this call."""
+    products = step.apart([multiply(x, weights) for weights in layer.heads])
+    query, key, value = (product.view(rows, len(x) // rows, -1, step.head_dim) for product in products)
+    if layer.query_norm is not None:
+        query, key = layer.query_norm(query), layer.key_norm(key)
+    query, key = query.transpose(1, 2), key.transpose(1, 2)
+    if layer.use_rope:
+        query, key = apply_rotary_pos_emb(query, key, *rotation)
+    key, value = cache.update(key, value.transpose(1, 2), index)
+    attend = own_attention(mask) or ALL_ATTENTION_FUNCTIONS["sdpa"]
+    attended, _ = attend(layer.attention, query, key, value, mask, scaling=step.scaling)
+    return attended.reshape(len(x), 1, -1)
 
 
 __all__ = ["prompt_logits"]
