@@ -4,8 +4,7 @@
 the calls of a hundred modules, without masks where nothing is hidden, with the query heads of a group side by side, so
 that their keys are read once, and with matrix-vector kernels that read the weights at the rate of the memory. With a
 static cache on a CPU the same function is compiled into one graph, or, for several rows, has its weights packed.
-`DecodingStep.of` asks whether nothing hangs on the modules that a direct way would pass by; every step that this way
-does not cover goes through the modules.
+`DecodingStep.of` asks whether nothing hangs on the modules that a direct way would pass by.
 
 Shapes: B rows, D hidden_size, H query heads, G key/value heads, E head_dim, K cached tokens and the new one, V
 vocab_size.

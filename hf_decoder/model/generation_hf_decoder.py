@@ -1,9 +1,9 @@
 """One call of `generate()`: which of its steps go past the modules, and in which way.
 
 A single token a row goes through the `DecodingStep`, if the model has one; with packed weights, compiled or by kernels
-of its own where that is faster and asked for. What none of them covers goes through the modules. Greedy text is
-written without transformers' loop on a CPU, where that loop takes up to a tenth of a small model's token, and by such
-kernels anywhere.
+of its own where that is faster and asked for, which may take a short prompt, too. Other tokens, prompts and candidates
+above all, go through `prompt_logits`, and what needs them through the modules. Greedy text is written without
+transformers' loop on a CPU, where that loop takes a tenth of a small model's token, and by such kernels anywhere.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -34,7 +34,7 @@ _active: ContextVar["Decoding | None"] = ContextVar("hf_decoder_decoding", defau
 
 
 class Decoding:
-    """One call of `generate()`: while it lasts, the model's direct step, if there is one, takes the single tokens."""
+    """One call of `generate()`: while it lasts, the model's direct step, if there is one, takes its tokens."""
 
     def __init__(self, model: Any):
         self.model = model
