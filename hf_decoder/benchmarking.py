@@ -270,16 +270,33 @@ def measure_packed(setting: Setting, documents: int = 8, length: int = 4096) -> 
 
 @torch.no_grad()
 def measure_prefill(setting: Setting) -> Iterator[Row]:
-    """The prompt's forward pass, filling a cache."""
+    """The prompt's forward pass, filling a cache; and a first token, by `generate` as it is."""
     ours, stock = (model.eval() for model in twins(setting, setting.dtype))
-    for length in (128, 512, 2048):
+
+    def prompt(length: int) -> torch.Tensor:
         torch.manual_seed(0)
-        ids = torch.randint(setting.shape["vocab_size"], (1, length), device=setting.device)
+        return torch.randint(1, setting.shape["vocab_size"], (1, length), device=setting.device)
+
+    for length in (128, 512, 2048):
+        ids = prompt(length)
         check(ours(ids).logits, stock(ids).logits, 0.05, f"prefill, {length} tokens")
         calls = [partial(model, ids, logits_to_keep=1) for model in (ours, stock)]
         fast, slow = alternate(setting, *calls)
         memory = [peak_bytes(call, setting.device) for call in calls]
         yield Row("prefill", f"{length} tokens", fast, slow, None, "matmul", *memory)
+    for length in (8, 64, 512):
+        ids = prompt(length)
+        mask, case = torch.ones_like(ids), f"first token of generate, {length}"
+        calls = [partial(model.generate, ids, **_greedily(mask, 1)) for model in (ours, stock)]
+        check_greedy(stock, calls[0](), mask, f"prefill, {case}")
+        fast, slow = alternate(setting, *calls)
+        yield Row("prefill", case, fast, slow)
+
+
+def _greedily(mask: torch.Tensor, new_tokens: int) -> dict[str, Any]:
+    """Settings of a text of that length."""
+    settings = {"max_new_tokens": new_tokens, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    return {"attention_mask": mask, **settings}
 
 
 def check_greedy(
@@ -327,13 +344,7 @@ def _measure_decoding(
                 _quantize_int8(model)
         weights = sum(_nbytes(parameter) for parameter in ours.parameters())
         for new_tokens in lengths:
-            fixed: dict[str, Any] = {
-                "attention_mask": mask,
-                "max_new_tokens": new_tokens,
-                "do_sample": False,
-                "eos_token_id": None,
-                "pad_token_id": 0,
-            }
+            fixed = _greedily(mask, new_tokens)
             ways: list[tuple[str, str | None, str | None]] = [("", None, None), (", compiled", "static", None)]
             if setting.device != "cpu":  # on a CPU transformers compiles nothing
                 ways.append((", both compiled", "static", "static"))

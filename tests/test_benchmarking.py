@@ -78,6 +78,25 @@ def test_what_disagrees_is_not_timed(monkeypatch):
 
 
 @torch.no_grad()
+def test_a_first_token_that_disagrees_is_not_timed(monkeypatch):
+    real = benchmarking.twins
+    monkeypatch.setattr(benchmarking, "alternate", lambda setting, *calls: (1.0,) * len(calls))
+    rows = list(benchmarking.measure_prefill(SETTING))
+    assert [row.case.partition(",")[0] for row in rows[3:]] == ["first token of generate"] * 3
+
+    def spoilt(setting, dtype):
+        ours, stock = real(setting, dtype)
+        ours.generate = lambda ids, **settings: torch.cat((ids, stock(ids).logits[:, -1:].argmin(-1)), 1)
+        return ours, stock
+
+    monkeypatch.setattr(benchmarking, "twins", spoilt)
+    suite = benchmarking.measure_prefill(SETTING)
+    assert [next(suite).case for _ in range(3)] == [row.case for row in rows[:3]]
+    with pytest.raises(Disagreement, match="first token of generate, 8"):
+        next(suite)
+
+
+@torch.no_grad()
 def test_greedy_text_may_break_ties_within_the_rounding_of_the_stock_model():
     _, stock = benchmarking.twins(SETTING, torch.bfloat16)
     ids = torch.randint(1, 320, (1, 9))
