@@ -126,11 +126,11 @@ def test_an_interrupted_run_goes_on(train_file, tmp_path, monkeypatch, capsys):
     assert Counter(line["fold"] for line in lines) == {0: 16, 1: 16, 2: 16}
 
 
-def test_the_tokenizer_and_the_language_model_know_the_training_rows_alone(rows):
+def test_the_tokenizer_and_the_language_model_know_the_training_rows_alone(rows, tmp_path):
     recipe = crossvalidation.Recipe({"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1}, 600, 1, 1e-2, 0.0, 1, 1e-2, 0.0, 0.1, 0.5, 8, 0)  # fmt: skip # noqa: E501
     train = [{**row, "text": row["text"] + " zebra"} for row in rows]
-    model, tokenizer = crossvalidation.train_classifier(train, {"neg": 0, "pos": 1}, recipe, "nowhere")
-    _, other = crossvalidation.train_classifier(rows, {"neg": 0, "pos": 1}, recipe, "nowhere")
+    model, tokenizer = crossvalidation.train_classifier(train, {"neg": 0, "pos": 1}, recipe, str(tmp_path))
+    _, other = crossvalidation.train_classifier(rows, {"neg": 0, "pos": 1}, recipe, str(tmp_path))
     assert "zebra" in tokenizer.get_vocab() and "zebra" not in other.get_vocab()
     assert model.config.id2label == {0: "neg", 1: "pos"}
 
@@ -189,10 +189,10 @@ def test_what_the_teacher_says_is_learned_after_every_word_and_padding_is_not(tm
     torch.testing.assert_close(trainer.compute_loss(model, batch), expected)
 
 
-def test_without_a_teacher_the_labels_alone_are_learned(rows, monkeypatch):
+def test_without_a_teacher_the_labels_alone_are_learned(rows, tmp_path, monkeypatch):
     monkeypatch.setattr(crossvalidation, "NgramClassifier", None)
     recipe = crossvalidation.Recipe({"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1}, 600, 0, 1e-2, 0.0, 6, 1e-2, 0.0, 0.0, 0.0, 8, 0)  # fmt: skip # noqa: E501
-    model, tokenizer = crossvalidation.train_classifier(rows, {"neg": 0, "pos": 1}, recipe, "nowhere")
+    model, tokenizer = crossvalidation.train_classifier(rows, {"neg": 0, "pos": 1}, recipe, str(tmp_path))
     assert crossvalidation.predicted_labels(model, tokenizer, rows) == [row["label"] for row in rows]
 
 
