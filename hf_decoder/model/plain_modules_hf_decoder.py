@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+PLAIN_KINDS = (nn.Linear, nn.Embedding)
 _HOOKS = itemgetter("_forward_hooks"), itemgetter("_forward_pre_hooks")
 _PARAMETERS = itemgetter("_parameters")
 
@@ -46,10 +47,15 @@ def parts_of(model: Any) -> tuple[list[int], list[Any]] | None:
 
 
 def _are_plain(modules: list[nn.Module]) -> bool:
-    """Whether all are of torch's classes that a decoder has, or of this package's, or an activation of an MLP."""
+    """Whether all are of torch's classes that a decoder has, or of this package's, or an activation of an MLP.
+
+    And compute what these classes were written to: nobody has put a function of their own in place of a `forward`.
+    """
     package = __name__.rpartition(".")[0]
-    kinds = set(map(type, modules)) - {nn.Linear, nn.Embedding, nn.ModuleList}
-    others = {kind for kind in kinds if kind.__module__.rpartition(".")[0] != package}
+    kinds: set[Any] = set(map(type, modules)) - {nn.ModuleList}  # which is never called
+    others = {kind for kind in kinds if kind not in PLAIN_KINDS and kind.__module__.rpartition(".")[0] != package}
+    if any(kind.forward.__module__ != kind.__module__ for kind in kinds - others):
+        return False
     activations = {id(module.__dict__["_modules"].get("act_fn")) for module in modules} if others else set()
     return all(type(module) not in others or id(module) in activations for module in modules)
 

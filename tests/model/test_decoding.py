@@ -2,6 +2,7 @@
 
 import copy
 import gc
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from hf_decoder.model import (
 )
 from hf_decoder.model.decoding_hf_decoder import DecodingStep
 from hf_decoder.model.int8_hf_decoder import Int8Weights
+from hf_decoder.model.norm_hf_decoder import HfDecoderRMSNorm
 from hf_decoder.model.products_hf_decoder import Weights, multiply, multiply_row
 
 
@@ -93,7 +95,7 @@ def test_prompts_as_embeddings(cache: str | None, steps):
     assert torch.equal(embedded, tokens[:, 9:]) and len(steps) == NEW_TOKENS - 1
 
 
-def test_masks_that_are_prepared_already_go_to_the_modules(steps, monkeypatch):
+def test_masks_that_are_prepared_already_are_not_for_the_step(steps, monkeypatch):
     model = tiny_model()
     ids, mask = padded(3, 9)
     settings = {"attention_mask": mask, "cache_implementation": "static", "disable_compile": True}
@@ -137,7 +139,16 @@ def hang_everywhere(model):
     return nn.modules.module.register_module_forward_hook(lambda module, inputs, output: None)
 
 
-@pytest.mark.parametrize("change", [hang_lora, replace_forward, replace_module, hang_everywhere])
+def replace_forward_of_a_class(model):
+    patch, forward = pytest.MonkeyPatch(), HfDecoderRMSNorm.forward
+    patch.setattr(HfDecoderRMSNorm, "forward", lambda self, *inputs: 0.5 * forward(self, *inputs))
+    return SimpleNamespace(remove=patch.undo)
+
+
+CHANGES = [hang_lora, replace_forward, replace_module, hang_everywhere, replace_forward_of_a_class]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_changed_modules_are_called(change, steps):
     model = tiny_model()
     generated(model, random_ids(1, 5))  # a step is known from before the change
@@ -146,11 +157,11 @@ def test_changed_modules_are_called(change, steps):
     handle = change(model)
     try:
         tokens, logits = generated(model, random_ids(1, 5))
+        whole = model(tokens, use_cache=False).logits[:, -NEW_TOKENS - 1 : -1]
     finally:
         if handle is not None:
             handle.remove()
     assert not steps
-    whole = model(tokens, use_cache=False).logits[:, -NEW_TOKENS - 1 : -1]
     torch.testing.assert_close(logits, whole, rtol=0, atol=2e-5)
 
 

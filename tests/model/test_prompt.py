@@ -24,13 +24,13 @@ ONE = {"max_new_tokens": 1}
 def layers(monkeypatch) -> list[int]:
     """The number of tokens of each call of a layer's module."""
     called = []
-    forward = HfDecoderLayer.forward
+    call = HfDecoderLayer.__call__
 
     def recorded(self, hidden_states, **kwargs):
         called.append(hidden_states.shape[1])
-        return forward(self, hidden_states, **kwargs)
+        return call(self, hidden_states, **kwargs)
 
-    monkeypatch.setattr(HfDecoderLayer, "forward", recorded)
+    monkeypatch.setattr(HfDecoderLayer, "__call__", recorded)
     return called
 
 
