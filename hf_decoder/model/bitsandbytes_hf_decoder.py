@@ -9,6 +9,7 @@ of modules to leave out does not name it.
 """
 
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -25,11 +26,7 @@ def settle_layers(model: nn.Module, training: bool) -> None:
     A weight that was packed has its scales rounded to bf16 from then on. One that has trained stays as it is: a model
     that is loaded anew decodes faster.
     """
-    if _LIBRARY not in sys.modules:
-        return
-    for module in model.modules():
-        if not getattr(module, _SWITCH, False):
-            continue
+    for module in _layers(model):
         if training:
             _unpack(module)
         if training or not _fits(module):
@@ -38,9 +35,8 @@ def settle_layers(model: nn.Module, training: bool) -> None:
 
 def unpack_layers(model: nn.Module) -> None:
     """Puts packed weights into the form that is saved; a forward pass may pack them again."""
-    for module in model.modules():
-        if getattr(module, _SWITCH, False):
-            _unpack(module)
+    for module in _layers(model):
+        _unpack(module)
 
 
 def settle_tied_head(model: Any) -> None:
@@ -52,6 +48,12 @@ def settle_tied_head(model: Any) -> None:
         plain = nn.Linear(head.in_features, head.out_features, bias=False, device="meta")
         plain.weight = head.weight
         model.set_output_embeddings(plain)
+
+
+def _layers(model: nn.Module) -> Iterator[Any]:
+    """Those that may be packed."""
+    if _LIBRARY in sys.modules:
+        yield from (module for module in model.modules() if getattr(module, _SWITCH, False))
 
 
 def _fits(module: Any) -> bool:

@@ -36,7 +36,7 @@ def own_attention(mask: LayerMask) -> Callable[..., Any] | None:
 def layer_masks(
     decoder: Any,
     inputs_embeds: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    attention_mask: torch.Tensor | dict[str, LayerMask] | None,
     document_positions: torch.Tensor | None,
     cache: Cache | None,
 ) -> Mapping[str, LayerMask]:
@@ -45,10 +45,13 @@ def layer_masks(
     Args:
         decoder: an `HfDecoderModel`.
         inputs_embeds: (B, S, D).
-        attention_mask: (B, K), 1 for tokens, 0 for padding, or a prepared mask.
+        attention_mask: (B, K), 1 for tokens, 0 for padding, or a prepared mask; or, as `generate()` may have prepared
+            them, all that are asked for.
         document_positions: (B, S), where positions mark packed documents.
         cache: of the tokens before.
     """
+    if isinstance(attention_mask, dict):
+        return attention_mask
     config, training = decoder.config, decoder.training
     of_kind = {"full_attention": None, "sliding_attention": config.sliding_window}
     windows = {kind: of_kind[kind] for kind in config.layer_types}

@@ -322,9 +322,7 @@ class HfDecoderModel(HfDecoderPreTrainedModel):
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen_tokens
             position_ids = position_ids.unsqueeze(0)
 
-        masks = attention_mask
-        if not isinstance(masks, dict):  # generate() may have prepared one mask a layer type
-            masks = layer_masks(self, inputs_embeds, attention_mask, document_positions, past_key_values)
+        masks = layer_masks(self, inputs_embeds, attention_mask, document_positions, past_key_values)
 
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids)

@@ -52,9 +52,7 @@ def prompt_logits(
         rows, tokens, width = hidden.shape
         if position_ids is None:
             position_ids = torch.arange(tokens, device=hidden.device)[None] + cache.get_seq_length()
-        masks = attention_mask
-        if not isinstance(masks, dict):
-            masks = layer_masks(decoder, hidden, attention_mask, None, cache)
+        masks = layer_masks(decoder, hidden, attention_mask, None, cache)
         rotation = step.rotary(hidden, position_ids)
         hidden = hidden.view(-1, 1, width)
         for index, (layer, kind) in enumerate(zip(step.layers, decoder.config.layer_types, strict=False)):

@@ -37,8 +37,13 @@ def generated(model, ids: torch.Tensor, **settings):
     return out.sequences, torch.stack(out.logits, 1)
 
 
-def through_modules(model, ids: torch.Tensor, **settings):
-    """The same by a copy of the model on which a hook hangs that does nothing."""
+def with_hook(model):
+    """A copy whose modules are called, since a hook that does nothing hangs on one of them."""
     slow = copy.deepcopy(model)
     slow.model.norm.register_forward_hook(lambda module, inputs, output: None)
-    return generated(slow, ids, **settings)
+    return slow
+
+
+def through_modules(model, ids: torch.Tensor, **settings):
+    """What `generated` gives, by the modules."""
+    return generated(with_hook(model), ids, **settings)

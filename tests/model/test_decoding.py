@@ -12,12 +12,7 @@ from tiny_models import padded, random_ids
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 
-from hf_decoder.model import (
-    decoding_hf_decoder,
-    generation_hf_decoder,
-    products_hf_decoder,
-    row_step_hf_decoder,
-)
+from hf_decoder.model import decoding_hf_decoder, generation_hf_decoder, products_hf_decoder, row_step_hf_decoder
 from hf_decoder.model.decoding_hf_decoder import DecodingStep
 from hf_decoder.model.int8_hf_decoder import Int8Weights
 from hf_decoder.model.norm_hf_decoder import HfDecoderRMSNorm

@@ -1,9 +1,8 @@
 """Greedy text without transformers' loop is the text of that loop, which runs wherever something hangs on it."""
 
-import copy
-
 import pytest
 import torch
+from generating import with_hook
 from tiny_models import padded, random_ids, tiny_model
 from transformers import StaticCache
 from transformers.generation import LogitsProcessorList, MaxTimeCriteria, StoppingCriteriaList, stopping_criteria
@@ -37,10 +36,8 @@ def calls(monkeypatch) -> list[int]:
 
 
 def by_the_loop(model, ids: torch.Tensor, **settings) -> torch.Tensor:
-    """The same by transformers' loop and the modules, since a hook that does nothing hangs on one of them."""
-    slow = copy.deepcopy(model)
-    slow.model.norm.register_forward_hook(lambda module, inputs, output: None)
-    return slow.generate(ids, **GREEDY | settings)
+    """The same by transformers' loop and the modules."""
+    return with_hook(model).generate(ids, **GREEDY | settings)
 
 
 @pytest.mark.parametrize("cache", [None, "static"])
