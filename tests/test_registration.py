@@ -1,6 +1,8 @@
 """`import hf_decoder` makes the classes first class: Auto classes, the tables of names, and nothing else."""
 
 import importlib
+import importlib.util
+import json
 import sys
 
 import pytest
@@ -21,6 +23,7 @@ from transformers.models.auto import modeling_auto
 
 import hf_decoder
 from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM
+from hf_decoder.model.registry_hf_decoder import once_imported
 
 HEADS = {
     AutoModel: "HfDecoderModel",
@@ -161,6 +164,8 @@ def test_import_is_light_and_needs_no_optional_package(run_python):
         from transformers.models.llama.modeling_llama import LlamaForCausalLM
         before = set(sys.modules)
         import hf_decoder
+        assert {name.partition(".")[0] for name in set(sys.modules) - before} <= {"hf_decoder"}
+        hf_decoder.HfDecoderForCausalLM
         new = {name.partition(".")[0] for name in set(sys.modules) - before} - {"hf_decoder"}
         heavy = {"peft", "datasets", "matplotlib", "accelerate", "pandas", "pyarrow", "tensorboard", "wandb", "triton"}
         assert not heavy & {name.partition(".")[0] for name in sys.modules if name not in before}, new
@@ -178,9 +183,113 @@ def test_import_is_light_and_needs_no_optional_package(run_python):
         assert all(tables[k]["hf_decoder"] == tables[k]["llama"] for k in with_llama)
         assert all("hf_decoder" not in v for k, v in tables.items() if k not in with_llama)
         assert "hf_decoder" in lora.LoraModel.target_module_mapping
-        assert not any(type(finder).__name__ == "_PeftTablesFinder" for finder in sys.meta_path)
+        assert not any(type(finder).__name__ == "_Awaiting" for finder in sys.meta_path)
         """
     )
+
+
+def test_import_needs_neither_torch_nor_transformers(run_python):
+    """And takes no time: `hf-decoder --help` answers before either of them could be imported."""
+    run_python(
+        """
+        from hf_decoder.cli.main import main
+        import hf_decoder
+        assert main(["--help"]) == 0 and main(["no-such-verb"]) == 2
+        assert set(hf_decoder.__all__) <= set(dir(hf_decoder))
+        loaded = {name.partition(".")[0] for name in sys.modules}
+        assert not loaded & {"torch", "transformers", "huggingface_hub", "numpy"}, loaded
+
+        from hf_decoder import *
+        assert HfDecoderForCausalLM is hf_decoder.HfDecoderForCausalLM and "torch" in sys.modules
+        assert HfDecoderForCausalLM.config_class is HfDecoderConfig
+        try:
+            hf_decoder.HfDecoder
+        except AttributeError as error:
+            assert "no attribute 'HfDecoder'" in str(error)
+        else:
+            raise AssertionError
+        """
+    )
+
+
+FIRST_IMPORTS = {
+    "package": "import hf_decoder",
+    "config": "from transformers import AutoConfig; import hf_decoder",
+    "models": "from transformers import AutoModelForCausalLM; import hf_decoder",
+    "class": "from hf_decoder.model.modeling_hf_decoder import HfDecoderForCausalLM; import hf_decoder",
+    "between": "from transformers import AutoConfig; import hf_decoder; from transformers import AutoModel",
+}
+
+
+@pytest.mark.parametrize("first", FIRST_IMPORTS.values(), ids=FIRST_IMPORTS)
+def test_tables_are_complete_whatever_is_imported_first(first, tmp_path, run_python):
+    HfDecoderForCausalLM(tiny_config()).save_pretrained(tmp_path / "saved")
+    config = json.loads((tmp_path / "saved" / "config.json").read_text(encoding="utf-8"))
+    del config["auto_map"]  # nothing but the registration can find the classes then
+    (tmp_path / "saved" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    run_python(
+        """
+        exec(sys.argv[2])
+        assert ("hf_decoder.model.modeling_hf_decoder" in sys.modules) == ("HfDecoderFor" in sys.argv[2])
+        import hf_decoder
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+        from transformers.models.auto import modeling_auto
+        config = AutoConfig.from_pretrained(sys.argv[1])
+        model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+        assert type(config) is hf_decoder.HfDecoderConfig and type(model) is hf_decoder.HfDecoderForCausalLM
+        assert modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["hf_decoder"] == "HfDecoderForCausalLM"
+        assert not any(type(finder).__name__ == "_Awaiting" and finder.name.startswith("transformers")
+                       for finder in sys.meta_path)
+        """,
+        tmp_path / "saved",
+        first,
+    )
+
+
+def test_the_tables_of_classes_hold_classes():
+    """Whatever way they are read, as pipelines do to say what a task takes."""
+    for auto_class, name in HEADS.items():
+        table, model_class = auto_class._model_mapping, getattr(hf_decoder, name)
+        entries = table._extra_content
+        assert table[HfDecoderConfig] is table.get(HfDecoderConfig, None) is model_class
+        assert HfDecoderConfig in table and HfDecoderConfig in list(entries)
+        assert model_class in list(entries.values()) and (HfDecoderConfig, model_class) in list(entries.items())
+
+
+@pytest.fixture
+def unknown_module(tmp_path, monkeypatch):
+    """A module that can be imported, and has not been; the first time it fails."""
+    code = (
+        "import builtins\nvalue = 1\nif not hasattr(builtins, 'hf_decoder_again'):\n    raise RuntimeError('once')\n"
+    )
+    (tmp_path / "unknown_of_hf_decoder.py").write_text(code, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield "unknown_of_hf_decoder"
+    sys.modules.pop("unknown_of_hf_decoder", None)
+
+
+def test_a_module_is_completed_once_by_each_who_waits(unknown_module, monkeypatch):
+    before, seen = list(sys.meta_path), []
+
+    def first(module):
+        seen.append(("first", module.value))
+
+    def second(module):
+        seen.append(("second", module.value))
+
+    for complete in (first, second, first):
+        once_imported(unknown_module, complete)
+    assert len(sys.meta_path) == len(before) + 2
+    assert importlib.util.find_spec(unknown_module) is not None and not seen  # somebody asks whether it is there
+    with pytest.raises(RuntimeError, match="once"):
+        importlib.import_module(unknown_module)
+    assert not seen
+    monkeypatch.setattr("builtins.hf_decoder_again", True, raising=False)
+    module = importlib.import_module(unknown_module)
+    assert sorted(seen) == [("first", 1), ("second", 1)]
+    assert sys.meta_path == before
+    once_imported(unknown_module, first)  # now at once
+    assert len(seen) == 3 and importlib.import_module(unknown_module) is module
 
 
 def test_works_without_optional_packages(run_python):

@@ -215,7 +215,7 @@ def test_package_and_remote_code_in_one_process(saved, run_python):
         import hf_decoder
         importlib.reload(hf_decoder)
         importlib.reload(sys.modules["hf_decoder.registration"])
-        finders = [f for f in sys.meta_path if type(f).__name__ == "_PeftTablesFinder"]
+        finders = [f for f in sys.meta_path if type(f).__name__ == "_Awaiting"]
         assert not finders
         for trust in (None, True):
             local = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust)

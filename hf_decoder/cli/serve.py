@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import transformers
 
-from hf_decoder.registration import AUTO_CLASSES
+import hf_decoder
 
 PACKAGES = ("fastapi", "uvicorn", "openai")
 
@@ -24,8 +24,8 @@ def main(argv: Sequence[str]) -> int:
     import click
     from transformers.cli.transformers import app
 
-    for model_class in AUTO_CLASSES.values():
-        setattr(transformers, model_class.__name__, model_class)
+    for name in hf_decoder.__all__:
+        setattr(transformers, name, getattr(hf_decoder, name))
     try:
         app(args=["serve", *argv], prog_name="hf-decoder", standalone_mode=False)
     except click.exceptions.Abort:

@@ -10,7 +10,6 @@ from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
-from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
@@ -233,6 +232,8 @@ class HfDecoderConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Checks what depends on more than one field, and every number whose range is not plain."""
+        from transformers.activations import ACT2FN  # most of a second, for which importing the config does not wait
+
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of num_key_value_heads="
