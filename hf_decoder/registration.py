@@ -3,8 +3,8 @@
 The tables that hold names instead of classes are completed by `model/registry_hf_decoder.py`, which travels with a
 checkpoint. With the package imported, its classes win over a checkpoint's remote code.
 
-A model class takes seconds to import, with torch and most of transformers. So the tables are completed when transformers
-has made them, now if it has, and the class behind an entry of ours is imported when it is looked up.
+A model class takes seconds to import, with torch and most of transformers. So the tables are completed when they have
+been made, now if transformers has done so, and the class behind an entry of ours is imported when it is looked up.
 """
 
 from __future__ import annotations

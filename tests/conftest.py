@@ -13,6 +13,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # processes that share the cores; befor
 
 import torch
 
+from hf_decoder.noise import silence
+
+silence()  # the results are easier to find
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if not torch.cuda.is_available():  # before anything imports triton
     os.environ.setdefault("TRITON_INTERPRET", "1")
