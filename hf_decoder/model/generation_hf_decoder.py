@@ -12,14 +12,17 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers.cache_utils import StaticCache
+from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .cache_name_hf_decoder import CACHE_NAME
 from .cache_room_hf_decoder import CacheRoom
 from .decoding_hf_decoder import DecodingStep
+from .operators_hf_decoder import runs_as_written
 from .parts_hf_decoder import fast_dtype
 from .plain_modules_hf_decoder import is_hooked
+from .products_hf_decoder import multiply, multiply_as_modules
 from .prompt_hf_decoder import prompt_logits
 from .static_step_hf_decoder import StaticStep, end_rows, first_seen, is_for_static_step
 
@@ -36,8 +39,9 @@ _active: ContextVar["Decoding | None"] = ContextVar("hf_decoder_decoding", defau
 class Decoding:
     """One call of `generate()`: while it lasts, the model's direct step, if there is one, takes its tokens."""
 
-    def __init__(self, model: Any):
+    def __init__(self, model: Any, product: Callable = multiply):
         self.model = model
+        self._product = product  # of several tokens a row
         self.step = DecodingStep.of(model)
         self.compiles = False  # set where the generation config asks for a static cache, on a CPU
         self._static: StaticStep | None = None  # set where it does so, for one row
@@ -49,10 +53,38 @@ class Decoding:
     @classmethod
     def of(cls, model: Any) -> "Decoding | None":
         """The running call of this model in this thread, None where its modules must be called."""
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if not runs_as_written():
             return None
         running = _active.get()
         return running if running is not None and running.model is model and running.step is not None else None
+
+    @classmethod
+    def output(
+        cls,
+        model: Any,
+        input_ids: torch.Tensor | None,
+        attention_mask: Any,
+        position_ids: torch.Tensor | None,
+        cache: Any,
+        use_cache: bool,
+        logits_to_keep: int | torch.Tensor,
+    ) -> CausalLMOutputWithPast | None:
+        """What a call of the model gives, within `generate()` or by itself; None where its modules must be called."""
+        if not (runs_as_written() and (cache is None or isinstance(cache, Cache))):
+            return None
+        if cache is attention_mask is None and position_ids is not None:  # which may mark documents
+            return None
+        decoding = cls.of(model)
+        if decoding is None:
+            running = _active.get()
+            is_running = running is not None and running.model is model
+            if is_running or torch.is_grad_enabled():
+                return None
+            decoding = cls(model, multiply_as_modules)  # of this call alone
+        if cache is None and use_cache and decoding.step is not None:
+            cache = DynamicCache(config=model.config)
+        logits = decoding.logits(input_ids, attention_mask, position_ids, cache, logits_to_keep)
+        return None if logits is None else CausalLMOutputWithPast(logits=logits, **{CACHE_NAME: cache})
 
     def logits(
         self,
@@ -80,7 +112,7 @@ class Decoding:
         logits = step(input_ids, attention_mask, position_ids, cache, self._room, self.compiles)
         if logits is None and type(logits_to_keep) is int:
             inputs = input_ids, attention_mask, position_ids, cache
-            logits = prompt_logits(step, self.model.model, *inputs, logits_to_keep)
+            logits = prompt_logits(step, self.model.model, *inputs, logits_to_keep, self._product)
         return logits
 
     def sample(

@@ -397,10 +397,11 @@ class HfDecoderForCausalLM(HfDecoderPreTrainedModel, GenerationMixin):
                 the (B, S, V) logits. `None`: in training mode, the way that Liger kernels do it too. Pass `False` to
                 have the logits while training, `True` to save their memory in an evaluation that reads only the loss.
         """
-        if (decoding := Decoding.of(self)) is not None and inputs_embeds is None and labels is None and not kwargs:
-            logits = decoding.logits(input_ids, attention_mask, position_ids, past_key_values, logits_to_keep)
-            if logits is not None:
-                return CausalLMOutputWithPast(logits=logits, **{CACHE_NAME: past_key_values})
+        if inputs_embeds is None and labels is None and not kwargs:
+            cache, use_cache = past_key_values, self.config.use_cache if use_cache is None else use_cache
+            output = Decoding.output(self, input_ids, attention_mask, position_ids, cache, use_cache, logits_to_keep)
+            if output is not None:
+                return output
 
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,

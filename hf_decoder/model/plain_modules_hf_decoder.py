@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 PLAIN_KINDS = (nn.Linear, nn.Embedding)
+OWN = {"forward", "_compiled_call_impl"}  # what stands among a module's own attributes if someone has put it there
 _HOOKS = itemgetter("_forward_hooks"), itemgetter("_forward_pre_hooks")
 _PARAMETERS = itemgetter("_parameters")
 
@@ -32,8 +33,8 @@ def parts_of(model: Any) -> tuple[list[int], list[Any]] | None:
     if not _are_plain(modules):
         return None
     attributes = list(map(vars, modules))
-    may_be_hooked = any(any(map(hooks, attributes)) for hooks in _HOOKS) or any("forward" in of for of in attributes)
-    if may_be_hooked and any(map(is_hooked, modules)):
+    may_be_hooked = any(any(map(hooks, attributes)) for hooks in _HOOKS)
+    if (may_be_hooked or not all(map(OWN.isdisjoint, attributes))) and any(map(is_hooked, modules)):
         return None
     weights = (decoder.embed_tokens.weight, decoder.norm.weight, head.weight)
     if len({weight.device for weight in weights}) > 1:
@@ -62,12 +63,12 @@ def _are_plain(modules: list[nn.Module]) -> bool:
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether a call of this module does more, or something else, than its class says."""
-    if not module._forward_hooks and not module._forward_pre_hooks:
-        return "forward" in module.__dict__
+    if not OWN.isdisjoint(module.__dict__):
+        return True
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
     # transformers leaves its recorders of hidden states on the modules; a step that records goes through these
     foreign = [hook for hook in hooks if getattr(hook, "__module__", "") != "transformers.utils.output_capturing"]
-    return bool(foreign) or "forward" in module.__dict__
+    return bool(foreign)
 
 
 __all__ = ["is_hooked", "parts_of"]

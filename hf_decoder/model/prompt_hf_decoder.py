@@ -7,6 +7,7 @@ Shapes: B rows, S new tokens of each, T = B * S, K cached and new ones, D hidden
 vocab_size.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -30,6 +31,7 @@ def prompt_logits(
     position_ids: torch.Tensor | None,
     cache: Any,
     keep: int,
+    product: Callable = multiply,
 ) -> torch.Tensor | None:
     """The logits (B, keep or S, V) of the last tokens, or of all for 0; None, nothing done, where modules are needed.
 
@@ -39,10 +41,11 @@ def prompt_logits(
         input_ids: (B, S).
         attention_mask: (B, K), 1 for tokens, 0 for padding, or what transformers has prepared.
         position_ids: (B or 1, S).
-        cache: of any kind, of the tokens before; it holds S tokens more then.
+        cache: of any kind, of the tokens before; it holds S tokens more then. None where nothing is kept.
         keep: of how many tokens.
+        product: of rows (T, 1, N) and weights.
     """
-    if cache is None or torch.is_autocast_enabled(input_ids.device.type):
+    if torch.is_autocast_enabled(input_ids.device.type):
         return None
     with reading_weights_once(input_ids, step.embedding.dtype), step.below_autograd():
         try:
@@ -51,18 +54,21 @@ def prompt_logits(
             return None
         rows, tokens, width = hidden.shape
         if position_ids is None:
-            position_ids = torch.arange(tokens, device=hidden.device)[None] + cache.get_seq_length()
+            past = 0 if cache is None else cache.get_seq_length()
+            position_ids = torch.arange(past, past + tokens, device=hidden.device)[None]
         masks = layer_masks(decoder, hidden, attention_mask, None, cache)
         rotation = step.rotary(hidden, position_ids)
         hidden = hidden.view(-1, 1, width)
         for index, (layer, kind) in enumerate(zip(step.layers, decoder.config.layer_types, strict=False)):
-            attended = _attended(step, layer, layer.input_norm(hidden), rotation, masks[kind], rows, cache, index)
-            hidden = hidden + multiply(attended, layer.output)
+            store = None if cache is None else partial(cache.update, layer_idx=index)
+            x = layer.input_norm(hidden).view(rows, tokens, width)
+            attended = _attended(step, layer, x, rotation, masks[kind], store, product)
+            hidden = hidden + product(attended, layer.output)
             x = layer.mlp_norm(hidden)
-            down = partial(multiply, weights=layer.down)
-            hidden = hidden + gated_for(down, multiply(x, layer.gate), multiply(x, layer.up), layer.activation)
+            down = partial(product, weights=layer.down)
+            hidden = hidden + gated_for(down, product(x, layer.gate), product(x, layer.up), layer.activation)
         last = hidden.view(rows, tokens, width)[:, -keep:].reshape(-1, 1, width)
-        logits = softcap(multiply(step.norm(last), step.head), step.cap)
+        logits = softcap(product(step.norm(last), step.head), step.cap)
         return logits.view(rows, -1, logits.shape[-1])
 
 
@@ -72,19 +78,22 @@ def _attended(
     x: torch.Tensor,
     rotation: tuple[torch.Tensor, torch.Tensor],
     mask: LayerMask,
-    rows: int,
-    cache: Any,
-    index: int,
+    store: Callable | None,
+    product: Callable,
 ) -> torch.Tensor:
-    """A layer's normed x (T, 1, D) -> what its heads see, (T, 1, H * E); their projections are gone with this call."""
-    products = step.apart([multiply(x, weights) for weights in layer.heads])
-    query, key, value = (product.view(rows, len(x) // rows, -1, step.head_dim) for product in products)
+    """A layer's normed x (B, S, D) -> what its heads see, (T, 1, H * E); their projections are gone with this call."""
+    rows, tokens, width = x.shape
+    x = x.view(-1, 1, width)
+    projected = step.apart([product(x, weights) for weights in layer.heads])
+    query, key, value = (heads.view(rows, tokens, -1, step.head_dim) for heads in projected)
     if layer.query_norm is not None:
         query, key = layer.query_norm(query), layer.key_norm(key)
     query, key = query.transpose(1, 2), key.transpose(1, 2)
     if layer.use_rope:
         query, key = apply_rotary_pos_emb(query, key, *rotation)
-    key, value = cache.update(key, value.transpose(1, 2), index)
+    value = value.transpose(1, 2)
+    if store is not None:
+        key, value = store(key, value)
     attend = own_attention(mask) or ALL_ATTENTION_FUNCTIONS["sdpa"]
     attended, _ = attend(layer.attention, query, key, value, mask, scaling=step.scaling)
     return attended.reshape(len(x), 1, -1)

@@ -11,6 +11,7 @@ from transformers.integrations import flex_attention
 from transformers.utils import logging
 
 from hf_decoder.model import loss_hf_decoder
+from hf_decoder.model.modeling_hf_decoder import HfDecoderLayer
 
 logging.disable_progress_bar()
 
@@ -39,3 +40,17 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(loss_hf_decoder, "MIN_CHUNK_ROWS", 1)
     monkeypatch.setattr(loss_hf_decoder, "BLOCK_ELEMENTS", 2 * SHAPE["vocab_size"])
     monkeypatch.setattr(loss_hf_decoder, "WEIGHT_ROWS", SHAPE["vocab_size"] // 2 - 1)
+
+
+@pytest.fixture
+def layers(monkeypatch) -> list[int]:
+    """The number of tokens of each call of a layer's module."""
+    called = []
+    call = HfDecoderLayer.__call__
+
+    def recorded(self, hidden_states, **kwargs):
+        called.append(hidden_states.shape[1])
+        return call(self, hidden_states, **kwargs)
+
+    monkeypatch.setattr(HfDecoderLayer, "__call__", recorded)
+    return called

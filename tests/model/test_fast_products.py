@@ -9,6 +9,7 @@ from contextlib import contextmanager, nullcontext
 import pytest
 import torch
 from functorch.compile import make_boxed_func
+from generating import with_hook
 from peft import LoraConfig, get_peft_model
 from tiny_models import random_ids, tiny_model
 from torch._dynamo.backends.common import aot_autograd
@@ -323,7 +324,7 @@ def test_int8_weights_are_not_multiplied_out(way: str, rows: int, is_fast: bool,
     monkeypatch.setattr(parts_hf_decoder, "PART_ELEMENTS", 40)
     models = []
     for _ in range(2):
-        models.append(tiny_model(**SHAPE).to(torch.bfloat16 if way == "bf16" else torch.float32))
+        models.append(with_hook(tiny_model(**SHAPE)).to(torch.bfloat16 if way == "bf16" else torch.float32))
         torchao.quantize_(models[-1], torchao.Int8WeightOnlyConfig())
     model, exact = models
     for module in exact.modules():

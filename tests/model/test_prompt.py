@@ -15,23 +15,8 @@ from hf_decoder.model import (
     prompt_hf_decoder,
 )
 from hf_decoder.model.decoding_hf_decoder import DecodingStep
-from hf_decoder.model.modeling_hf_decoder import HfDecoderLayer
 
 ONE = {"max_new_tokens": 1}
-
-
-@pytest.fixture
-def layers(monkeypatch) -> list[int]:
-    """The number of tokens of each call of a layer's module."""
-    called = []
-    call = HfDecoderLayer.__call__
-
-    def recorded(self, hidden_states, **kwargs):
-        called.append(hidden_states.shape[1])
-        return call(self, hidden_states, **kwargs)
-
-    monkeypatch.setattr(HfDecoderLayer, "__call__", recorded)
-    return called
 
 
 def check(model, ids: torch.Tensor, layers: list[int], atol: float = 2e-5, **settings) -> None:
