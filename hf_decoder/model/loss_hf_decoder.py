@@ -412,15 +412,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows, weight, bias, targets, grad_enabled, dtype, settings):
         needs = [grad_enabled and needed for needed in ctx.needs_input_grad[:3]]
+        ctx.needs, ctx.dtype, ctx.settings, ctx.gradients = needs, dtype, settings, None
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (rows, weight, bias)]
-        rows, weight, bias = (None if tensor is None else tensor.to(dtype) for tensor in (rows, weight, bias))
+        inputs = [None if tensor is None else tensor.to(dtype) for tensor in (rows, weight, bias)]
         if may_call_operators():
-            results = _operator(rows, weight, bias, targets, needs, *settings)
+            results = _operator(*inputs, targets, needs, *settings)
             total = results[0]
             gradients = [result if needed else None for result, needed in zip(results[1:], needs, strict=True)]
         else:
-            total, *gradients = _loss_and_gradients(rows, weight, bias, targets, needs, settings)
-        ctx.save_for_backward(*gradients)
+            total, *gradients = _loss_and_gradients(*inputs, targets, needs, settings)
+        if torch.compiler.is_compiling():
+            ctx.save_for_backward(*gradients)
+        else:  # these are given away by the first backward pass; what is saved is for another one
+            ctx.gradients = gradients
+            ctx.save_for_backward(rows, weight, bias, targets)
         return total
 
     @staticmethod
@@ -433,9 +438,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
             # grad_total is 1 / number of tokens: applied in fp32, so that half precision does not lose small values
             if grad is None or torch.compiler.is_compiling():  # the compiler makes one pass of two
                 return None if grad is None else (grad * grad_total).to(dtype)
-            return torch.mul(grad, grad_total, out=torch.empty_like(grad, dtype=dtype))
+            # in place: a fresh copy of a large weight's gradient costs several times as much
+            return torch.mul(
+                grad, grad_total, out=grad if grad.dtype == dtype else torch.empty_like(grad, dtype=dtype)
+            )
 
-        return *map(scaled, ctx.saved_tensors, ctx.dtypes), None, None, None, None
+        if torch.compiler.is_compiling():
+            gradients = ctx.saved_tensors
+        else:
+            gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:  # the graph was kept, and this is not the first time
+            *inputs, targets = ctx.saved_tensors
+            inputs = [None if tensor is None else tensor.to(ctx.dtype) for tensor in inputs]
+            gradients = _loss_and_gradients(*inputs, targets, ctx.needs, ctx.settings)[1:]
+        return *map(scaled, gradients, ctx.dtypes), None, None, None, None
 
 
 __all__ = ["causal_lm_loss", "linear_causal_lm_loss", "linear_cross_entropy", "softcap"]

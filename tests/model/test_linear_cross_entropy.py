@@ -178,6 +178,58 @@ def test_a_small_factor_is_applied_in_fp32():
     torch.testing.assert_close(weight.grad[0].float(), torch.full((8,), expected), rtol=2e-3, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_graph_that_is_kept_can_be_walked_again(dtype: torch.dtype, small_chunks):
+    """The first pass gives away what the forward pass has formed; whatever becomes of that, the second has its own."""
+    torch.manual_seed(0)
+    targets = torch.randint(0, VOCAB, (23,))
+    shapes = ((23, 32), (VOCAB, 32), (VOCAB,))
+    leaves = [torch.randn(*shape).mul(0.5).to(dtype).requires_grad_() for shape in shapes]
+    rows, weight, bias = leaves
+    loss = linear_cross_entropy(rows, weight, targets, bias)
+
+    def passed(factor: float, **kwargs: bool) -> list[torch.Tensor]:
+        for leaf in leaves:
+            leaf.grad = None
+        loss.backward(torch.tensor(factor), **kwargs)
+        return [leaf.grad for leaf in leaves]
+
+    first = passed(0.25, retain_graph=True)
+    kept = [grad.clone() for grad in first]
+    for grad in first:
+        grad.zero_()
+    second = passed(0.5, retain_graph=True)
+    assert all(grad.equal(2 * of_first) for grad, of_first in zip(second, kept, strict=True))
+    third = passed(0.25)
+    assert all(grad.equal(of_first) for grad, of_first in zip(third, kept, strict=True))
+    assert all(grad.equal(2 * of_first) for grad, of_first in zip(second, kept, strict=True))
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss = linear_cross_entropy(rows, weight, targets, bias)
+        loss.backward(retain_graph=True)
+        with torch.no_grad():
+            weight += 1.0
+        loss.backward()
+
+
+def test_the_weights_gradient_is_not_copied(monkeypatch):
+    """It is as large as the weight, and fresh memory is dear."""
+    formed, form = [], loss_hf_decoder._loss_and_gradients
+
+    def recorded(*inputs):
+        total, *gradients = form(*inputs)
+        formed.extend(None if grad is None else grad.data_ptr() for grad in gradients)
+        return total, *gradients
+
+    monkeypatch.setattr(loss_hf_decoder, "_loss_and_gradients", recorded)
+    weight = torch.randn(VOCAB, 32, requires_grad=True)
+    rows = torch.randn(9, 32).bfloat16().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        linear_cross_entropy(rows, weight, torch.arange(9)).backward()
+    assert formed == [rows.grad.data_ptr(), weight.grad.data_ptr(), None]
+
+
 def test_many_chunks_add_up_in_fp32(monkeypatch):
     """In bf16 a running sum stops growing after 256 equal terms."""
     monkeypatch.setattr(loss_hf_decoder, "CHUNK_ELEMENTS", VOCAB)
