@@ -22,6 +22,7 @@ aten = torch.ops.aten
 
 MIN_TILED_TOKENS = 64  # of a row; below, one call of the stock kernel is as fast, forward and backward
 MIN_TILED_TOKENS_IN_INFERENCE = 288  # of all rows: forward alone, that kernel is as fast up to here
+MIN_TILED_TOKENS_IN_FP32 = 257  # of a row of one document: forward and backward, in fp32, it is faster up to here
 MIN_STOCK_TOKENS_IN_FP32 = 1024  # of a row of one document; from here on that kernel is the faster one again, in fp32
 SHORT_SEQUENCE = 256
 TILE_ROWS = {"short": 64, "long": 128}  # measured on two AVX-512 cores, forward and backward, in bf16; fp32: short
@@ -56,9 +57,14 @@ def may_be_faster_in_tiles(hidden_states: torch.Tensor) -> bool:
     return hidden_states.device.type == "cpu" and hidden_states.shape[1] >= MIN_TILED_TOKENS
 
 
-def stock_kernel_is_faster(hidden_states: torch.Tensor) -> bool:
+def stock_kernel_is_faster(hidden_states: torch.Tensor, windows: dict[str, int | None]) -> bool:
     """Whether rows (B, S, D) of one document each are attended to at least as fast by torch's own kernel, on a CPU."""
-    return not torch.is_grad_enabled() and hidden_states.shape[:2].numel() < MIN_TILED_TOKENS_IN_INFERENCE
+    rows, length = hidden_states.shape[:2]
+    if not torch.is_grad_enabled() and rows * length < MIN_TILED_TOKENS_IN_INFERENCE:
+        return True
+    if torch.compiler.is_compiling() or product_dtype(hidden_states) != torch.float32:
+        return False  # a graph by torch 2.11 has wrong gradients of that kernel
+    return length < MIN_TILED_TOKENS_IN_FP32 and all(window is None or window >= length for window in windows.values())
 
 
 def document_starts(position_ids: torch.Tensor) -> torch.Tensor:
@@ -85,7 +91,7 @@ def tile_masks(
     """
     if not may_be_faster_in_tiles(inputs_embeds):
         return None
-    if document_positions is None and stock_kernel_is_faster(inputs_embeds):
+    if document_positions is None and stock_kernel_is_faster(inputs_embeds, windows):
         return None  # of several documents that kernel would need a mask
     if attention_mask is not None and not bool(attention_mask.all()):
         return None

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .cache_name_hf_decoder import CACHE_NAME
 from .cache_room_hf_decoder import CacheRoom
@@ -59,7 +58,7 @@ class Decoding:
         return running if running is not None and running.model is model and running.step is not None else None
 
     @classmethod
-    def output(
+    def of_call(
         cls,
         model: Any,
         input_ids: torch.Tensor | None,
@@ -68,8 +67,11 @@ class Decoding:
         cache: Any,
         use_cache: bool,
         logits_to_keep: int | torch.Tensor,
-    ) -> CausalLMOutputWithPast | None:
-        """What a call of the model gives, within `generate()` or by itself; None where its modules must be called."""
+    ) -> tuple[torch.Tensor, Any] | None:
+        """The logits of a call of the model, within `generate()` or by itself, and the cache that it leaves.
+
+        None where its modules must be called.
+        """
         if not (runs_as_written() and (cache is None or isinstance(cache, Cache))):
             return None
         if cache is attention_mask is None and position_ids is not None:  # which may mark documents
@@ -84,7 +86,7 @@ class Decoding:
         if cache is None and use_cache and decoding.step is not None:
             cache = DynamicCache(config=model.config)
         logits = decoding.logits(input_ids, attention_mask, position_ids, cache, logits_to_keep)
-        return None if logits is None else CausalLMOutputWithPast(logits=logits, **{CACHE_NAME: cache})
+        return None if logits is None else (logits, cache)
 
     def logits(
         self,

@@ -97,12 +97,24 @@ def causal_lm_loss(
     """
     targets = _targets(labels, shift_labels, ignore_index).to(logits.device)
     _check_targets(targets, vocab_size, ignore_index)
-    logits = logits.float().reshape(-1, vocab_size)
-    valid = targets != ignore_index
-    total = nn.functional.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="sum")
+    rows = logits.reshape(-1, vocab_size)
+    size = max(len(rows), 1)
+    if not torch.is_grad_enabled() and runs_as_written():
+        # what is made of a block is as large as its logits, in fp32, twice; autograd would keep all of that anyway
+        size = max((BLOCK_ELEMENTS if rows.is_cpu else KERNEL_CHUNK_ELEMENTS) // (2 * vocab_size), 1)
+    parts = zip(rows.split(size), targets.split(size), strict=True)
+    total = torch.stack([_summed_loss(*part, ignore_index, z_loss_coef) for part in parts]).sum()
+    return _normalise(total, (targets != ignore_index).sum(), num_items_in_batch)
+
+
+def _summed_loss(rows: torch.Tensor, targets: torch.Tensor, ignore_index: int, z_loss_coef: float) -> torch.Tensor:
+    """Of the logits (N, V)."""
+    rows = rows.float()
+    total = nn.functional.cross_entropy(rows, targets, ignore_index=ignore_index, reduction="sum")
     if z_loss_coef:
-        total = total + z_loss_coef * logits.logsumexp(-1).square().masked_fill(~valid, 0.0).sum()
-    return _normalise(total, valid.sum(), num_items_in_batch)
+        ignored = targets == ignore_index
+        total = total + z_loss_coef * rows.logsumexp(-1).square().masked_fill(ignored, 0.0).sum()
+    return total
 
 
 def linear_causal_lm_loss(

@@ -64,7 +64,7 @@ def layer_masks(
             and may_call_operators()
             and _may_replace_stock_kernel(config, training)
             and may_be_faster_in_tiles(inputs_embeds)
-            and not stock_kernel_is_faster(inputs_embeds)
+            and not stock_kernel_is_faster(inputs_embeds, windows)
         ):
             return {kind: CausalTiles(window) for kind, window in windows.items()}
     elif _may_replace_stock_kernel(config, training) and runs_as_written() and _starts_rows(attention_mask, cache):

@@ -43,6 +43,8 @@ from .swiglu_hf_decoder import gated_for
 
 register_names()
 
+LOSS_KWARGS = {"num_items_in_batch", "shift_labels", "ignore_index"}
+
 
 class _EmptyLinear(nn.Linear):
     def reset_parameters(self) -> None:
@@ -397,11 +399,20 @@ class HfDecoderForCausalLM(HfDecoderPreTrainedModel, GenerationMixin):
                 the (B, S, V) logits. `None`: in training mode, the way that Liger kernels do it too. Pass `False` to
                 have the logits while training, `True` to save their memory in an evaluation that reads only the loss.
         """
-        if inputs_embeds is None and labels is None and not kwargs:
-            cache, use_cache = past_key_values, self.config.use_cache if use_cache is None else use_cache
-            output = Decoding.output(self, input_ids, attention_mask, position_ids, cache, use_cache, logits_to_keep)
-            if output is not None:
-                return output
+        config = self.config
+        wants_loss = labels is not None or kwargs.get("shift_labels") is not None
+        if skip_logits is None:
+            skip_logits = self.training
+        skip_logits = wants_loss and skip_logits and not hasattr(self, "_loss_function")
+        loss = logits = None
+        if inputs_embeds is None and not skip_logits and kwargs.keys() <= LOSS_KWARGS:
+            cache, use_cache = past_key_values, config.use_cache if use_cache is None else use_cache
+            inputs = input_ids, attention_mask, position_ids, cache, use_cache, logits_to_keep
+            if (found := Decoding.of_call(self, *inputs)) is not None:
+                logits, cache = found
+                if wants_loss:
+                    loss = self.loss_function(logits=logits, labels=labels, vocab_size=config.vocab_size, **kwargs)
+                return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE_NAME: cache})
 
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
@@ -417,12 +428,7 @@ class HfDecoderForCausalLM(HfDecoderPreTrainedModel, GenerationMixin):
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             hidden_states = hidden_states[:, keep, :]
 
-        loss = logits = None
-        wants_loss = labels is not None or kwargs.get("shift_labels") is not None
-        if skip_logits is None:
-            skip_logits = self.training
-        config = self.config
-        if wants_loss and skip_logits and not hasattr(self, "_loss_function"):
+        if skip_logits:
             cap = config.final_logit_softcapping
             loss_kwargs = {"z_loss_coef": self._z_loss_coef(), "final_logit_softcapping": cap, **kwargs}
             loss = linear_causal_lm_loss(hidden_states, self.lm_head, labels, **loss_kwargs)

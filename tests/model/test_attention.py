@@ -1,5 +1,6 @@
 """Padding, packing, batching and windows give what one plain document alone gives, for every attention."""
 
+import copy
 import itertools
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers.integrations import flex_attention
 from hf_decoder.model import attention_hf_decoder, parts_hf_decoder
 from hf_decoder.model.attention_hf_decoder import (
     MIN_TILED_TOKENS,
+    MIN_TILED_TOKENS_IN_FP32,
     MIN_TILED_TOKENS_IN_INFERENCE,
     plan_tiles,
     tiled_attention_forward,
@@ -37,8 +39,9 @@ CASES = pytest.mark.parametrize(
 
 @pytest.fixture
 def tiles_of_few_tokens(monkeypatch: pytest.MonkeyPatch):
-    """Without gradients, too, the length of a row alone decides between tiles and the stock kernel."""
+    """Without gradients and in fp32, too, tiles are for rows of `MIN_TILED_TOKENS`."""
     monkeypatch.setattr(attention_hf_decoder, "MIN_TILED_TOKENS_IN_INFERENCE", 0)
+    monkeypatch.setattr(attention_hf_decoder, "MIN_TILED_TOKENS_IN_FP32", 0)
 
 
 def reference(ids: torch.Tensor, config: Any, parameters: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -325,6 +328,30 @@ def test_tiles_are_used_for_long_rows_and_not_where_they_cannot(monkeypatch: pyt
     assert not calls
 
 
+def test_short_rows_of_one_document_in_fp32_are_for_the_stock_kernel(monkeypatch: pytest.MonkeyPatch):
+    calls = count_tiled(monkeypatch)
+    model = tiny_model(attn_implementation="sdpa", max_position_embeddings=512)
+    windowed = tiny_model(attn_implementation="sdpa", max_position_embeddings=512, **WINDOWS)
+    half, limit = copy.deepcopy(model).bfloat16(), MIN_TILED_TOKENS_IN_FP32
+    for with_gradients in (True, False):
+        for watched, autocast, length, expected in (
+            (model, False, limit - 1, 0),
+            (model, False, limit, 2),
+            (model, True, limit - 1, 2),
+            (half, False, limit - 1, 2),
+            (windowed, False, limit - 1, 2),
+        ):
+            calls.clear()
+            with torch.set_grad_enabled(with_gradients), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                watched(random_ids(2, length))
+            assert len(calls) == expected
+        calls.clear()
+        with torch.set_grad_enabled(with_gradients):
+            model(random_ids(2, limit - 1), position_ids=torch.arange(limit - 1)[None] % 30)
+        assert len(calls) == 2
+
+
+@FEW_TOKENS_TOO
 @pytest.mark.parametrize("is_fast", [True, False])
 def test_tiles_in_half_precision_are_multiplied_as_is_fast_here(is_fast: bool, monkeypatch: pytest.MonkeyPatch):
     calls, factors = count_tiled(monkeypatch), []

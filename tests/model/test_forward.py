@@ -8,8 +8,9 @@ from generating import VARIANTS, tiny_model, with_hook
 from tiny_models import padded, random_ids
 from transformers import DynamicCache, StaticCache
 
-from hf_decoder.model import parts_hf_decoder
+from hf_decoder.model import loss_hf_decoder, parts_hf_decoder
 from hf_decoder.model.decoding_hf_decoder import DecodingStep
+from hf_decoder.model.loss_hf_decoder import causal_lm_loss
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
@@ -111,6 +112,35 @@ def test_a_tuple_and_the_defaults_of_the_config():
     assert model(ids, past_key_values=cache, use_cache=False).past_key_values is cache and cache.get_seq_length() == 5
 
 
+@pytest.mark.parametrize("vocab_rows", [1, 4, 1000])
+@pytest.mark.parametrize("z_loss_coef", [0.0, 1e-2])
+def test_a_loss_of_logits(z_loss_coef: float, vocab_rows: int, layers, monkeypatch):
+    """As Trainer evaluates: block by block, and as autograd would have it."""
+    monkeypatch.setattr(loss_hf_decoder, "BLOCK_ELEMENTS", 2 * 61 * vocab_rows)
+    model, (ids, mask) = tiny_model(final_logit_softcapping=5.0), padded(3, 9)
+    labels = ids.masked_fill(mask == 0, -100)
+    for inputs in (
+        {"labels": labels},
+        {"labels": labels, "num_items_in_batch": 50, "attention_mask": mask},
+        {"shift_labels": labels},
+        {"labels": torch.full_like(ids, -100)},
+    ):
+        layers.clear()
+        output = model(ids, **inputs)
+        assert not layers
+        with torch.enable_grad():
+            expected = model(ids, **inputs)
+        assert layers and list(output) == list(expected) and output.logits.equal(expected.logits)
+        torch.testing.assert_close(output.loss, expected.loss.detach(), rtol=1e-6, atol=0)
+    logits = output.logits
+    found = causal_lm_loss(logits, labels, 61, z_loss_coef=z_loss_coef)
+    with torch.enable_grad():
+        expected = causal_lm_loss(logits.double().requires_grad_(), labels, 61, z_loss_coef=z_loss_coef)
+    torch.testing.assert_close(found.double(), expected.detach().double(), rtol=1e-6, atol=0)
+    model.loss_function = lambda logits, labels, **_: logits.sum() * 0 + 7
+    assert model(ids, labels=labels).loss == 7
+
+
 class Looker(torch.nn.Module):
     def __init__(self, model):
         super().__init__()
@@ -123,8 +153,8 @@ class Looker(torch.nn.Module):
 NEEDS = {
     "gradients": lambda model, ids: torch.enable_grad()(model)(ids),
     "training": lambda model, ids: model.train()(ids),
-    "labels": lambda model, ids: model(ids, labels=ids),
-    "shifted labels": lambda model, ids: model(ids, shift_labels=ids),
+    "a loss alone": lambda model, ids: model(ids, labels=ids, skip_logits=True),
+    "another argument": lambda model, ids: model(ids, labels=ids, token_type_ids=ids),
     "hidden states": lambda model, ids: model(ids, output_hidden_states=True),
     "attentions": lambda model, ids: model(ids, output_attentions=True),
     "some places": lambda model, ids: model(ids, logits_to_keep=torch.tensor([1, 3])),

@@ -396,6 +396,7 @@ def test_compiled_training_is_eager_training(variant: str, monkeypatch):
         loss_hf_decoder, "_loss_and_gradients", lambda rows, *rest: reached.append(len(rows)) or form(rows, *rest)
     )
     monkeypatch.setitem(parts_hf_decoder.FAST_HALF_PRECISION, torch.bfloat16, True)  # whatever CPU this is
+    monkeypatch.setattr(attention_hf_decoder, "MIN_TILED_TOKENS_IN_FP32", 0)  # of eager rows alone
     taken = []
     attend = attention_hf_decoder._attend
     monkeypatch.setattr(attention_hf_decoder, "_attend", lambda *inputs: taken.append(1) or attend(*inputs))
