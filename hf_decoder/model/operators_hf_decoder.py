@@ -34,7 +34,8 @@ def may_call_operators() -> bool:
 
 def runs_as_written() -> bool:
     """Whether nothing looks inside a function: no compiler, no tracer, no transform of `torch.func`."""
-    return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active())
+    # asked a dozen times a layer: `torch.jit.is_tracing`, without its two calls of Python
+    return not (torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._are_functorch_transforms_active())
 
 
 _libraries: list[torch.library.Library] = []

@@ -23,13 +23,12 @@ def normed_for(reader: nn.Module, norm: nn.Module, x: torch.Tensor) -> torch.Ten
     Where a kernel can do both, in the dtype that autocast would cast to; `shared_input` then gives each map its own.
     That is for modules as they are written: whoever hung something on one, or replaced it, finds all as it was.
     """
-    input_maps = getattr(type(reader), "input_maps", None)
     if (
-        x.dtype == torch.float32
-        and input_maps is not None
+        has_kernels(x)  # which there are none of on a CPU
+        and x.dtype == torch.float32
+        and (input_maps := getattr(type(reader), "input_maps", None)) is not None
         and type(norm) is HfDecoderRMSNorm
         and is_for_blocks(x, norm.weight)
-        and has_kernels(x)
         and torch.is_autocast_enabled(x.device.type)
         and not _is_watched(norm)
         and not _is_watched(reader)
@@ -46,7 +45,7 @@ def shared_input(x: torch.Tensor, *modules: nn.Module) -> tuple[torch.Tensor, ..
     if x.dtype != torch.float32:
         others = () if x.is_cpu or not runs_as_written() else getattr(x, FOR_OTHERS, ())
         return (x, *others) if len(others) == len(modules) - 1 else (x,) * len(modules)
-    if _are_plain(modules) and is_for_blocks(x) and torch.is_autocast_enabled(x.device.type):
+    if torch.is_autocast_enabled(x.device.type) and is_for_blocks(x) and _are_plain(modules):
         return _SharedCast.apply(x, torch.get_autocast_dtype(x.device.type), len(modules))
     return (x,) * len(modules)
 

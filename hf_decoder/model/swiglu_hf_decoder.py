@@ -28,12 +28,12 @@ def gated_for(
     Where someone looks after saved tensors already (gradient checkpointing, offloading), it is theirs.
     """
     if not (
-        type(activation) in SILU
+        is_for_blocks(gate, up)
+        and type(activation) in SILU
         and not activation._forward_hooks
         and not activation._forward_pre_hooks
         and gate.dtype == up.dtype
         and gate.shape == up.shape
-        and is_for_blocks(gate, up)
     ):
         return reader(activation(gate) * up)
     product = _BlockedGatedSiLU.apply(gate, up)
