@@ -1,4 +1,4 @@
-"""One call of `generate()`: which of its steps go past the modules, and in which way.
+"""One call of `generate()`, or of the model alone: what of it goes past the modules, and in which way.
 
 A single token a row goes through the `DecodingStep`, if the model has one; with packed weights, compiled or by kernels
 of its own where that is faster and asked for, which may take a short prompt, too. Other tokens, prompts and candidates
@@ -36,7 +36,10 @@ _active: ContextVar["Decoding | None"] = ContextVar("hf_decoder_decoding", defau
 
 
 class Decoding:
-    """One call of `generate()`: while it lasts, the model's direct step, if there is one, takes its tokens."""
+    """One call of `generate()`: while it lasts, the model's direct step, if there is one, takes its tokens.
+
+    Or of the model, without gradients: then several tokens have the bits that its modules give.
+    """
 
     def __init__(self, model: Any, product: Callable = multiply):
         self.model = model

@@ -281,7 +281,7 @@ def test_where_nothing_is_to_be_done(monkeypatch: pytest.MonkeyPatch):
     with products_of_torch():
         assert not is_active(long)
         assert fast_dtype(torch.device("cpu"), torch.bfloat16) == torch.bfloat16
-    monkeypatch.setattr(torch.jit, "is_tracing", lambda: True)
+    monkeypatch.setattr(torch._C, "_is_tracing", lambda: True)
     assert not is_active(long)
 
 
