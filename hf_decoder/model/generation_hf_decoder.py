@@ -83,7 +83,8 @@ class Decoding:
         if decoding is None:
             running = _active.get()
             is_running = running is not None and running.model is model
-            if is_running or torch.is_grad_enabled():
+            # on a CPU, where it has been measured
+            if is_running or torch.is_grad_enabled() or input_ids is None or not input_ids.is_cpu:
                 return None
             decoding = cls(model, multiply_as_modules)  # of this call alone
         if cache is None and use_cache and decoding.step is not None:
