@@ -62,6 +62,15 @@ def test_searches(settings: dict, layers):
     assert tokens.equal(with_hook(model).generate(ids, **fixed, **settings)) and layers
 
 
+def test_without_a_cache():
+    """By the modules or not, as transformers sends positions with a mask or alone, which might mark documents."""
+    model, ids = tiny_model(), random_ids(2, 9)
+    tokens, logits = generated(model, ids, use_cache=False)
+    expected, truth = through_modules(model, ids, use_cache=False)
+    assert tokens.equal(expected)
+    torch.testing.assert_close(logits, truth, rtol=0, atol=2e-5)
+
+
 def test_a_cache_that_no_step_extends(layers):
     """Its single tokens pass the modules by, too."""
 
@@ -169,10 +178,10 @@ def test_a_token_out_of_range_is_named(layers):
         generated(tiny_model(), torch.full((1, 5), 10_000))
 
 
-@pytest.mark.parametrize("what", ["autocast", "hidden states", "no cache", "embeddings"])
+@pytest.mark.parametrize("what", ["autocast", "hidden states", "embeddings"])
 def test_what_needs_the_modules_has_them(what: str, layers):
     model, ids = tiny_model(), random_ids(1, 5)
-    settings = {"hidden states": {"output_hidden_states": True}, "no cache": {"use_cache": False}}.get(what, {})
+    settings = {"hidden states": {"output_hidden_states": True}}.get(what, {})
     if what == "embeddings":
         model.generate(inputs_embeds=model.model.embed_tokens(ids), max_new_tokens=1, pad_token_id=0)
     else:
