@@ -62,9 +62,10 @@ def stock_kernel_is_faster(hidden_states: torch.Tensor, windows: dict[str, int |
     rows, length = hidden_states.shape[:2]
     if not torch.is_grad_enabled() and rows * length < MIN_TILED_TOKENS_IN_INFERENCE:
         return True
-    if torch.compiler.is_compiling() or product_dtype(hidden_states) != torch.float32:
-        return False  # a graph by torch 2.11 has wrong gradients of that kernel
-    return length < MIN_TILED_TOKENS_IN_FP32 and all(window is None or window >= length for window in windows.values())
+    if torch.compiler.is_compiling():  # a graph by torch 2.11 has wrong gradients of that kernel
+        return False
+    is_whole = all(window is None or window >= length for window in windows.values())  # or it would need a mask
+    return is_whole and length < MIN_TILED_TOKENS_IN_FP32 and product_dtype(hidden_states) == torch.float32
 
 
 def document_starts(position_ids: torch.Tensor) -> torch.Tensor:

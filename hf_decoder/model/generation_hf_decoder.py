@@ -79,12 +79,10 @@ class Decoding:
             return None
         if cache is attention_mask is None and position_ids is not None:  # which may mark documents
             return None
-        decoding = cls.of(model)
-        if decoding is None:
-            running = _active.get()
-            is_running = running is not None and running.model is model
+        decoding = _active.get()
+        if decoding is None or decoding.model is not model:
             # on a CPU, where it has been measured
-            if is_running or torch.is_grad_enabled() or input_ids is None or not input_ids.is_cpu:
+            if torch.is_grad_enabled() or input_ids is None or not input_ids.is_cpu:
                 return None
             decoding = cls(model, multiply_as_modules)  # of this call alone
         if cache is None and use_cache and decoding.step is not None:

@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from tiny_models import random_ids, tiny_model
 from transformers.activations import ACT2FN
 
 from hf_decoder.model import blocks_hf_decoder, rotary_hf_decoder, shared_input_hf_decoder, swiglu_hf_decoder
@@ -229,3 +230,12 @@ def test_a_training_step_takes_all_of_them(monkeypatch, small_blocks):
         model(ids, labels=ids).loss.backward()
     layer = ["_SharedCast", "_BlockedRotation", "_BlockedRotation", "_SharedCast", "_BlockedGatedSiLU"]
     assert taken == 2 * layer
+
+
+def test_no_compiler_is_led_into_the_question_for_kernels(monkeypatch):
+    """Which asks the device and launches one: a graph would end there."""
+    model, ids = tiny_model(attn_implementation="sdpa").train(), random_ids(2, 9)
+    monkeypatch.setattr(shared_input_hf_decoder, "has_kernels", lambda x: pytest.fail("asked within a graph"))
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert compiled(ids, labels=ids, use_cache=False).loss.isfinite()
