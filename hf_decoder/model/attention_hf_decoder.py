@@ -16,7 +16,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from .operators_hf_decoder import operator
-from .parts_hf_decoder import fast_dtype, product_dtype
+from .parts_hf_decoder import autocast_dtype, fast_dtype, product_dtype
 
 aten = torch.ops.aten
 
@@ -158,11 +158,10 @@ def tiled_attention_forward(
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """Attention as the functions of transformers' attention interface give it: the output as (B, S, H, E)."""
-    device_type = query.device.type
-    if torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
+    dtype = autocast_dtype(query.device)
+    if dtype is not None:
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    with torch.autocast(device_type, enabled=False):
+    with torch.autocast(query.device.type, enabled=False):
         if isinstance(attention_mask, CausalTiles):
             return _CompiledTiledAttention.apply(query, key, value, attention_mask.window, scaling), None
         if _is_for_stock_kernel(query, attention_mask):

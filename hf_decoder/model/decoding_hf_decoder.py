@@ -35,6 +35,7 @@ from .cache_room_hf_decoder import CacheRoom
 from .captured_step_hf_decoder import CapturedStep, is_capturable
 from .loss_hf_decoder import softcap
 from .native_step_hf_decoder import NativeStep, is_for_native
+from .parts_hf_decoder import autocast_dtype
 from .plain_modules_hf_decoder import parts_of
 from .products_hf_decoder import (
     AnyWeights,
@@ -205,7 +206,7 @@ class DecodingStep:
             room: by which a growing cache is extended in place.
             compiles: whether a step on a static cache may be compiled.
         """
-        if input_ids is None or torch.is_autocast_enabled(input_ids.device.type) or not self.covers(input_ids, cache):
+        if input_ids is None or autocast_dtype(input_ids.device) is not None or not self.covers(input_ids, cache):
             return None
         static = type(cache) is StaticCache
         past = int(cache.get_seq_length())

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from .blocks_hf_decoder import DTYPES, PLAIN, as_rows, gradients_of_formula
 from .int8_hf_decoder import int8_linear, int8_weights
 from .operators_hf_decoder import may_call_operators, runs_as_written
-from .parts_hf_decoder import MIN_HALF_ROWS, fast_dtype, linear_in_parts, product_dtype, row_parts
+from .parts_hf_decoder import MIN_HALF_ROWS, autocast_dtype, fast_dtype, linear_in_parts, product_dtype, row_parts
 
 
 def fast_products(x: torch.Tensor, reader: nn.Module) -> AbstractContextManager:
@@ -81,13 +81,12 @@ def _is_slow(dtype: torch.dtype) -> bool:
 
 def _common_dtype(*tensors: torch.Tensor) -> torch.dtype | None:
     """The one type that a CPU is to multiply these plain tensors in; None where there is none."""
-    is_autocast = torch.is_autocast_enabled("cpu")
-    dtype = torch.get_autocast_dtype("cpu") if is_autocast else tensors[0].dtype
+    own, casts = tensors[0].dtype, autocast_dtype(torch.device("cpu"))
     fits = all(
-        type(tensor) in PLAIN and tensor.is_cpu and tensor.dtype in DTYPES and (is_autocast or tensor.dtype == dtype)
+        type(tensor) in PLAIN and tensor.is_cpu and tensor.dtype in DTYPES and (casts or tensor.dtype == own)
         for tensor in tensors
     )
-    return dtype if fits else None
+    return (casts or own) if fits else None
 
 
 def _needs_gradients(*tensors: torch.Tensor | None) -> bool:

@@ -19,7 +19,7 @@ from .cache_name_hf_decoder import CACHE_NAME
 from .cache_room_hf_decoder import CacheRoom
 from .decoding_hf_decoder import DecodingStep
 from .operators_hf_decoder import runs_as_written
-from .parts_hf_decoder import fast_dtype
+from .parts_hf_decoder import autocast_dtype, fast_dtype
 from .plain_modules_hf_decoder import is_hooked
 from .products_hf_decoder import multiply, multiply_as_modules
 from .prompt_hf_decoder import prompt_logits
@@ -324,6 +324,7 @@ def _is_fast_packed(input_ids: torch.Tensor, dtype: torch.dtype) -> bool:
         tokens > 1
         and (input_ids.shape[1] == 1 or tokens <= MAX_PACKED_TOKENS)
         and dtype == torch.bfloat16
+        and autocast_dtype(input_ids.device) is None
         and fast_dtype(input_ids.device, dtype) == dtype
         and torch._C._get_mkldnn_enabled()
         and torch.backends.cpu.get_cpu_capability() == "AVX512"

@@ -259,7 +259,7 @@ def _loss_and_gradients(
         block_rows, weight_rows = min(chunk_rows, max(1, BLOCK_ELEMENTS // vocab_size)), min(vocab_size, WEIGHT_ROWS)
     # the same memory serves every chunk: fresh pages would cost as much as the arithmetic
     all_logits = rows.new_empty(chunk_rows, vocab_size)
-    buffer_shape = (0 if has_kernel else 1 if settings[2] is None else 2, block_rows, vocab_size)
+    buffer_shape = (0 if has_kernel else 2 if settings[2] is None else 3, block_rows, vocab_size)
     buffers = rows.new_empty(buffer_shape, dtype=torch.float32)
     adds_products = has_kernel and needs_weight and _adds_products_in_fp32(rows.device, rows.dtype)
     all_products = weight.new_empty(weight_rows if needs_weight and not adds_products else 0, weight.shape[1])
@@ -353,14 +353,13 @@ def _loss_of_block(
         if needs_gradient:
             slope = torch.mul(scores, scores, out=buffers[1, : logits.shape[0]]).neg_().add_(1.0)
         scores.mul_(cap)
-    # one exponential for each score: what the softmax and the loss need beside it is a number a row
     largest = scores.amax(-1, keepdim=True)
     target_score = scores.gather(-1, index)
     if smoothing:
         target_score = target_score.lerp(scores.mean(-1, keepdim=True), smoothing)
-    weights = scores.sub_(largest).exp_()
-    weight_sum = weights.sum(-1, keepdim=True)
-    log_partition = largest + weight_sum.log()
+    # a softmax is one call, whose exponentials are the quickest: its largest number says what all were divided by
+    gradient = torch.softmax(scores, -1, out=buffers[-1, : logits.shape[0]])
+    log_partition = largest - gradient.amax(-1, keepdim=True).log_()
     loss = log_partition - target_score
     if z_loss_coef:
         loss += z_loss_coef * log_partition.square()
@@ -368,10 +367,8 @@ def _loss_of_block(
     if not needs_gradient:
         return total
 
-    scale = weight_sum.reciprocal()
     if z_loss_coef:
-        scale *= 1.0 + 2.0 * z_loss_coef * log_partition
-    gradient = weights.mul_(scale)
+        gradient *= 1.0 + 2.0 * z_loss_coef * log_partition
     if smoothing:
         gradient -= smoothing / vocab_size
     gradient.scatter_add_(-1, index, torch.full_like(loss, smoothing - 1.0))

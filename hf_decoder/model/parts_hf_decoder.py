@@ -33,10 +33,15 @@ def fast_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if device.type == "cpu" and not FAST_HALF_PRECISION.get(dtype, True) else dtype
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast casts to there, None where it is off."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
 def product_dtype(x: torch.Tensor) -> torch.dtype:
-    """The type that a product with x has: autocast's, where it is on."""
-    device_type = x.device.type
-    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
+    """The type that a product with x has: autocast's, where it is on and does not leave x, in fp64, alone."""
+    dtype = autocast_dtype(x.device)
+    return x.dtype if dtype is None or x.dtype == torch.float64 else dtype
 
 
 def linear_in_parts(
@@ -88,6 +93,7 @@ def row_parts(rows: torch.Tensor) -> list[slice]:
 __all__ = [
     "FAST_HALF_PRECISION",
     "MIN_HALF_ROWS",
+    "autocast_dtype",
     "cpu_has",
     "fast_dtype",
     "linear_in_parts",

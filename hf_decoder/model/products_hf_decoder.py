@@ -15,7 +15,7 @@ from torch.nn.functional import linear
 from .blocks_hf_decoder import PLAIN
 from .int8_hf_decoder import Int8Weights, int8_linear, int8_weights
 from .operators_hf_decoder import operator
-from .parts_hf_decoder import MIN_HALF_ROWS, fast_dtype, linear_in_parts
+from .parts_hf_decoder import MIN_HALF_ROWS, fast_dtype, linear_in_parts, product_dtype
 
 LONG_ROW = 2048
 SPLIT, MIN_SPLIT_ELEMENTS = 4, 2**17
@@ -82,13 +82,15 @@ def multiply(x: torch.Tensor, weights: AnyWeights) -> torch.Tensor:
 
 
 def multiply_as_modules(x: torch.Tensor, weights: Weights | Int8Weights) -> torch.Tensor:
-    """x (B, 1, N) -> (B, 1, M), the same numbers that the linear map gives when it is called."""
+    """x (B, 1, N) -> (B, 1, M), the same numbers that the linear map gives when it is called, under autocast too."""
+    dtype = product_dtype(x)
     if isinstance(weights, Int8Weights):
-        return int8_linear(x, weights)
+        return int8_linear(x.to(dtype), weights)
     # quantized weights have products of their own; a graph is for any number of rows
     in_parts = type(weights.weight) in PLAIN and not torch.compiler.is_compiling() and x.shape[0] >= MIN_HALF_ROWS
-    if in_parts and fast_dtype(x.device, x.dtype) != x.dtype:
-        return linear_in_parts(x, *weights)
+    if in_parts and fast_dtype(x.device, dtype) != dtype:
+        with torch.autocast(x.device.type, enabled=False):
+            return linear_in_parts(x.to(dtype), *weights)
     return linear(x, *weights)
 
 

@@ -1,7 +1,7 @@
 """Any number of tokens a row through the whole decoder, by the functions of its modules without their calls.
 
 A prompt, above all, which waits for the Python about thirteen modules a layer. What is computed is the same, and by
-the same functions, but for the products, which are those of a decoding step.
+the same functions, but for the products, which are those of a decoding step, or under autocast those of the modules.
 
 Shapes: B rows, S new tokens of each, T = B * S, K cached and new ones, D hidden_size, H query heads, E head_dim, V
 vocab_size.
@@ -18,6 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .decoding_hf_decoder import reading_weights_once
 from .loss_hf_decoder import softcap
 from .masks_hf_decoder import LayerMask, layer_masks, own_attention
+from .parts_hf_decoder import autocast_dtype
 from .products_hf_decoder import multiply
 from .rotary_hf_decoder import apply_rotary_pos_emb
 from .swiglu_hf_decoder import gated_for
@@ -45,8 +46,7 @@ def prompt_logits(
         keep: of how many tokens.
         product: of rows (T, 1, N) and weights.
     """
-    if torch.is_autocast_enabled(input_ids.device.type):
-        return None
+    dtype = autocast_dtype(input_ids.device)
     with reading_weights_once(input_ids, step.embedding.dtype), step.below_autograd():
         try:
             hidden = nn.functional.embedding(input_ids, step.embedding)
@@ -61,15 +61,20 @@ def prompt_logits(
         hidden = hidden.view(-1, 1, width)
         for index, (layer, kind) in enumerate(zip(step.layers, decoder.config.layer_types, strict=False)):
             store = None if cache is None else partial(cache.update, layer_idx=index)
-            x = layer.input_norm(hidden).view(rows, tokens, width)
+            x = _cast_once(layer.input_norm(hidden), dtype).view(rows, tokens, width)
             attended = _attended(step, layer, x, rotation, masks[kind], store, product)
             hidden = hidden + product(attended, layer.output)
-            x = layer.mlp_norm(hidden)
+            x = _cast_once(layer.mlp_norm(hidden), dtype)
             down = partial(product, weights=layer.down)
             hidden = hidden + gated_for(down, product(x, layer.gate), product(x, layer.up), layer.activation)
         last = hidden.view(rows, tokens, width)[:, -keep:].reshape(-1, 1, width)
-        logits = softcap(product(step.norm(last), step.head), step.cap)
+        logits = softcap(product(_cast_once(step.norm(last), dtype), step.head), step.cap)
         return logits.view(rows, -1, logits.shape[-1])
+
+
+def _cast_once(x: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    """x as autocast, to this dtype, would cast it for each product that reads it."""
+    return x if dtype is None or x.dtype != torch.float32 else x.to(dtype)
 
 
 def _attended(
@@ -90,7 +95,7 @@ def _attended(
         query, key = layer.query_norm(query), layer.key_norm(key)
     query, key = query.transpose(1, 2), key.transpose(1, 2)
     if layer.use_rope:
-        query, key = apply_rotary_pos_emb(query, key, *rotation)
+        query, key = apply_rotary_pos_emb(query, key, *rotation, for_cache=store is not None)
     value = value.transpose(1, 2)
     if store is not None:
         key, value = store(key, value)

@@ -11,6 +11,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_u
 
 from .blocks_hf_decoder import blocks, has_kernels, is_for_blocks
 from .configuration_hf_decoder import HfDecoderConfig
+from .parts_hf_decoder import autocast_dtype
 
 
 class HfDecoderRotaryEmbedding(nn.Module):
@@ -75,7 +76,7 @@ def apply_rotary_pos_emb(
     dtype that autocast, if it is on, gives to attention: what attention rounds its inputs to then anyhow.
     """
     if is_for_blocks(query, key, cos, sin) and not cos.requires_grad:
-        dtype = _dtype_for_attention(query, for_cache)
+        dtype = None if for_cache else autocast_dtype(query.device)  # None: that of the product with the cosines
         if has_kernels(query):
             return _BlockedRotation.apply(cos, sin, dtype, query, key)
         return tuple(_BlockedRotation.apply(cos, sin, dtype, x)[0] for x in (query, key))
@@ -89,14 +90,6 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
         turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
         return torch.cat((_rotate(turned, cos, sin), rest), dim=-1)
     return x * cos + rotate_half(x) * sin
-
-
-def _dtype_for_attention(x: torch.Tensor, for_cache: bool) -> torch.dtype | None:
-    """None means the dtype of the product with the cosines."""
-    device_type = x.device.type
-    if for_cache or not torch.is_autocast_enabled(device_type):
-        return None
-    return torch.get_autocast_dtype(device_type)
 
 
 class _BlockedRotation(torch.autograd.Function):

@@ -13,6 +13,7 @@ from torch import nn
 from .blocks_hf_decoder import as_rows, blocks, has_kernels, is_for_blocks
 from .norm_hf_decoder import HfDecoderRMSNorm
 from .operators_hf_decoder import runs_as_written
+from .parts_hf_decoder import autocast_dtype
 
 FOR_OTHERS = "_for_other_readers"
 
@@ -25,7 +26,7 @@ def normed_for(reader: nn.Module, norm: nn.Module, x: torch.Tensor) -> torch.Ten
     """
     if (
         x.dtype == torch.float32
-        and torch.is_autocast_enabled(x.device.type)
+        and (dtype := autocast_dtype(x.device)) is not None
         and (input_maps := getattr(type(reader), "input_maps", None)) is not None
         and type(norm) is HfDecoderRMSNorm
         and is_for_blocks(x, norm.weight)  # before the kernels are asked for, which no compiler is to look into
@@ -34,7 +35,7 @@ def normed_for(reader: nn.Module, norm: nn.Module, x: torch.Tensor) -> torch.Ten
         and not _is_watched(reader)
         and _are_plain(maps := input_maps(reader))
     ):
-        normed, *others = norm(x, torch.get_autocast_dtype(x.device.type), len(maps))
+        normed, *others = norm(x, dtype, len(maps))
         setattr(normed, FOR_OTHERS, others)
         return normed
     return norm(x)
@@ -45,8 +46,9 @@ def shared_input(x: torch.Tensor, *modules: nn.Module) -> tuple[torch.Tensor, ..
     if x.dtype != torch.float32:
         others = () if x.is_cpu or not runs_as_written() else getattr(x, FOR_OTHERS, ())
         return (x, *others) if len(others) == len(modules) - 1 else (x,) * len(modules)
-    if torch.is_autocast_enabled(x.device.type) and is_for_blocks(x) and _are_plain(modules):
-        return _SharedCast.apply(x, torch.get_autocast_dtype(x.device.type), len(modules))
+    dtype = autocast_dtype(x.device)
+    if dtype is not None and is_for_blocks(x) and _are_plain(modules):
+        return _SharedCast.apply(x, dtype, len(modules))
     return (x,) * len(modules)
 
 

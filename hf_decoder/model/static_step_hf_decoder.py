@@ -16,6 +16,7 @@ from transformers.cache_utils import StaticCache, StaticLayer
 from .blocks_hf_decoder import PLAIN
 from .int8_hf_decoder import Int8Weights
 from .norm_hf_decoder import HfDecoderRMSNorm
+from .parts_hf_decoder import autocast_dtype
 from .swiglu_hf_decoder import SILU
 
 FIXED_ANGLES = ("default", "linear", "llama3", "yarn", "proportional")  # the others change with the length
@@ -193,7 +194,7 @@ def is_for_static_step(step: Any, input_ids: torch.Tensor, cache: Any) -> bool:
         and not cache.offloading
         and len(cache.layers) == len(step.layers)
         and all(type(layer) is StaticLayer for layer in cache.layers)
-        and not torch.is_autocast_enabled(input_ids.device.type)
+        and autocast_dtype(input_ids.device) is None
     )
 
 

@@ -64,6 +64,38 @@ def test_bits_of_long_rows(dtype: torch.dtype, is_fast: bool, layers, monkeypatc
         check_bits(model, layers, random_ids(rows, tokens))
 
 
+@pytest.mark.parametrize("is_fast", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_bits_under_autocast(variant: str, dtype: torch.dtype, is_fast: bool, layers, monkeypatch):
+    """As Trainer evaluates with bf16=True: what the modules cast, and to which type, single tokens included."""
+    monkeypatch.setitem(parts_hf_decoder.FAST_HALF_PRECISION, torch.bfloat16, is_fast)
+    model = tiny_model(**VARIANTS[variant]).to(dtype)
+    ids, mask = padded(3, 9)
+    with torch.autocast("cpu", torch.bfloat16):
+        for inputs in ({}, {"use_cache": False}, {"attention_mask": mask, "logits_to_keep": 2}):
+            check_bits(model, layers, ids, **inputs)
+        cache = model(random_ids(3, 7), use_cache=True).past_key_values
+        for tokens in (4, 1):
+            check_bits(model, layers, ids[:, :tokens], past_key_values=cache)
+
+
+def test_bits_of_int8_weights_under_autocast(layers):
+    torchao = pytest.importorskip("torchao.quantization")
+    model = tiny_model()
+    torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
+    with torch.autocast("cpu", torch.bfloat16):
+        for rows, tokens in ((1, 1), (3, 1), (3, 9)):
+            check_bits(model, layers, random_ids(rows, tokens))
+
+
+def test_bits_of_long_rows_under_autocast(layers):
+    model = tiny_model(max_position_embeddings=512, qk_norm=True, attention_bias=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        for rows, tokens in ((1, 1), (1, 17), (2, 130), (1, 300), (8, 300)):
+            check_bits(model, layers, random_ids(rows, tokens))
+
+
 @pytest.mark.parametrize("kind", ["growing", "static"])
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -160,7 +192,6 @@ NEEDS = {
     "some places": lambda model, ids: model(ids, logits_to_keep=torch.tensor([1, 3])),
     "embeddings": lambda model, ids: model(inputs_embeds=model.model.embed_tokens(ids)),
     "documents": lambda model, ids: model(ids, position_ids=torch.tensor([[0, 1, 0, 1, 2]])),
-    "autocast": lambda model, ids: torch.autocast("cpu", torch.bfloat16)(model)(ids),
     "torch.jit": lambda model, ids: torch.jit.trace(Looker(model), ids, check_trace=False),
     "torch.func": lambda model, ids: torch.func.vmap(Looker(model))(ids[None]),
     "a compiled layer": lambda model, ids: (model.model.layers[1].compile(backend="eager"), model(ids)),

@@ -62,6 +62,19 @@ def test_searches(settings: dict, layers):
     assert tokens.equal(with_hook(model).generate(ids, **fixed, **settings)) and layers
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("settings", [{}, {"prompt_lookup_num_tokens": 3}], ids=["greedy", "candidates"])
+def test_under_autocast(settings: dict, dtype: torch.dtype, layers):
+    """The tokens of the modules, from the same bits: no weights are packed, none are turned."""
+    ids, mask = padded(1 if settings else 3, 9)
+    fixed = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    model = tiny_model(qk_norm=True).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        tokens = model.generate(ids, attention_mask=mask, **fixed, **settings)
+        assert not layers
+        assert tokens.equal(with_hook(model).generate(ids, attention_mask=mask, **fixed, **settings)) and layers
+
+
 def test_without_a_cache():
     """By the modules or not, as transformers sends positions with a mask or alone, which might mark documents."""
     model, ids = tiny_model(), random_ids(2, 9)
@@ -159,10 +172,10 @@ def test_it_runs_below_autograd_where_weights_are_plain(is_plain: bool, monkeypa
     class Quantized(torch.Tensor):
         pass
 
-    def recorded(*inputs):
+    def recorded(*inputs, **settings):
         key = torch._C.DispatchKey.AutogradFunctionality
         below.append(torch._C._dispatch_tls_is_dispatch_key_excluded(key))
-        return rotate(*inputs)
+        return rotate(*inputs, **settings)
 
     monkeypatch.setattr(prompt_hf_decoder, "apply_rotary_pos_emb", recorded)
     model = tiny_model()
@@ -178,13 +191,11 @@ def test_a_token_out_of_range_is_named(layers):
         generated(tiny_model(), torch.full((1, 5), 10_000))
 
 
-@pytest.mark.parametrize("what", ["autocast", "hidden states", "embeddings"])
+@pytest.mark.parametrize("what", ["hidden states", "embeddings"])
 def test_what_needs_the_modules_has_them(what: str, layers):
     model, ids = tiny_model(), random_ids(1, 5)
-    settings = {"hidden states": {"output_hidden_states": True}}.get(what, {})
     if what == "embeddings":
         model.generate(inputs_embeds=model.model.embed_tokens(ids), max_new_tokens=1, pad_token_id=0)
     else:
-        with torch.autocast("cpu", torch.bfloat16, enabled=what == "autocast"):
-            generated(model, ids, **ONE, **settings)
+        generated(model, ids, **ONE, output_hidden_states=True)
     assert layers == [5, 5]
