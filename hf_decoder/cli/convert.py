@@ -33,7 +33,10 @@ class ConvertArguments:
     max_shard_size: str = field(default="5GB", metadata={"help": "Largest weights file."})
     verify: bool = field(
         default=True,
-        metadata={"help": "Load what left as a stock class or as ONNX beside its source and compare their logits."},
+        metadata={
+            "help": "Load what left as a stock class or as ONNX beside its source and compare their logits; read back "
+            "what left as GGUF."
+        },
     )
     revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub name."})
 

@@ -19,9 +19,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers import GenerationConfig
 
 INDEX_NAME = "model.safetensors.index.json"
 WEIGHTS_NAME = "model.safetensors"
+GENERATION_NAME = "generation_config.json"
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -40,7 +42,7 @@ SIDE_FILES = (
     "merges.txt",
     "chat_template*",
     "additional_chat_templates/*",
-    "generation_config.json",
+    GENERATION_NAME,
     "LICENSE*",
     "NOTICE*",
     "USE_POLICY*",
@@ -333,6 +335,22 @@ def side_files(folder: Path) -> list[Path]:
     """Tokenizer, chat template, generation config and licence in `folder`, as paths relative to it."""
     found = {path for pattern in SIDE_FILES for path in folder.glob(pattern) if path.is_file()}
     return sorted(path.relative_to(folder) for path in found)
+
+
+def check_side_files(folder: Path) -> None:
+    """Raises ValueError, naming the file, if one of the `side_files` is no JSON, or generation is told nonsense."""
+    for path in side_files(folder):
+        if path.suffix == ".json":
+            try:
+                json.loads((folder / path).read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ValueError(f"{folder / path} is damaged: {error}") from None
+    if (folder / GENERATION_NAME).is_file():
+        try:
+            GenerationConfig.from_pretrained(folder)
+        except Exception as error:  # whatever its fields make of it
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{folder / GENERATION_NAME} cannot be used: {reason}") from None
 
 
 def copy_side_files(source: Path, destination: Path) -> None:

@@ -70,6 +70,7 @@ def open_source(name: str, revision: str | None = None) -> Source:
     else:
         folder = checkpoint.locate(name, revision)
         config, family = read_config(folder)
+        checkpoint.check_side_files(folder)
         stored = {n: t for n, t in checkpoint.read_tensors(folder).items() if not checkpoint.IGNORED.fullmatch(n)}
         tensors = stored if family is None else _under_our_names(family, config, stored, str(folder))
 
@@ -114,9 +115,9 @@ def convert(
     """Converts the checkpoint `name` into the new folder, or .gguf file, `destination`; returns what it became.
 
     `to="auto"` brings other families in as ours, and ours out as the stock class that expresses it. What leaves as a
-    stock class or as ONNX is loaded beside its source and their logits compared, unless `verify` is off.
-    A folder gets a README.md that says what it was made from. `progress(title, total)` makes the object whose
-    `update(bytes)` is called as tensors are written.
+    stock class or as ONNX is loaded beside its source and their logits compared, and a GGUF file is read back, number
+    by number, unless `verify` is off. A folder gets a README.md that says what it was made from.
+    `progress(title, total)` makes the object whose `update(bytes)` is called as tensors are written.
 
     Raises:
         ValueError: if the source is damaged or not held here, the target cannot express it, or there is no room.
@@ -141,7 +142,7 @@ def convert(
     elif to == (OURS if is_ours else source.family and source.family.model_type):
         raise ValueError(f"{name} is a {to} checkpoint already; there is nothing to convert")
     if to == GGUF:
-        return _write_gguf(source, destination, outtype, progress)
+        return _write_gguf(source, destination, outtype, progress, verify=verify)
     if to == ONNX:
         if not is_ours:
             raise ValueError(f"--to onnx takes our own checkpoints; bring {name} in first, by convert without --to")
@@ -154,13 +155,17 @@ def convert(
     return family.model_class
 
 
-def _write_gguf(source: Source, destination: Path, outtype: str, progress: Callable[[str, int], Any]) -> str:
+def _write_gguf(
+    source: Source, destination: Path, outtype: str, progress: Callable[[str, int], Any], *, verify: bool
+) -> str:
     plan = gguf_write.plan(source.config, source.tensors, outtype)
     vocabulary = gguf_write.read_vocabulary(source.path, source.config)
     with checkpoint.written_aside(destination, plan.num_bytes + SMALL_FILES + vocabulary.num_bytes) as aside:
         bar = progress("writing", plan.num_bytes)
         gguf_write.write(aside, destination.stem, plan, vocabulary, bar.update)
         bar.close()
+        if verify:
+            gguf_read.verify(aside, plan, source.tensors, source.path)
     return f"{plan.architecture} in GGUF, {outtype}"
 
 
@@ -179,6 +184,7 @@ def _write_card(source: Source, origin: Origin, folder: Path, title: str, kind: 
 
 
 def _write_onnx(source: Source, origin: Origin, destination: Path, *, verify: bool) -> str:
+    onnx_export.check_config(source.config)
     num_bytes = sum(tensor.num_bytes // tensor.dtype.itemsize for tensor in source.tensors.values()) * 4
     side = sum((source.path / path).stat().st_size for path in checkpoint.side_files(source.path))
     with checkpoint.written_aside(destination, num_bytes + side + SMALL_FILES) as aside:
@@ -212,7 +218,7 @@ def _write_folder(
         checkpoint.write_tensors(aside, tensors, max_bytes, bar.update)
         bar.close()
         source.write_tokenizer(aside)
-        if not (aside / "generation_config.json").is_file():
+        if not (aside / checkpoint.GENERATION_NAME).is_file():
             GenerationConfig.from_model_config(config).save_pretrained(aside)
         if family is None:
             _save_our_config(config, aside)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from transformers import PreTrainedTokenizerFast
 from hf_decoder.interop import gguf_names as names
 from hf_decoder.interop.checkpoint import LazyTensor, Tensors
 from hf_decoder.interop.families import BuiltConfig
-from hf_decoder.interop.gguf_write import require_package
+from hf_decoder.interop.gguf_write import Plan, require_package
+from hf_decoder.interop.verification import VerificationError, text_ids
 from hf_decoder.model.configuration_hf_decoder import HfDecoderConfig
+from hf_decoder.model.rotary_hf_decoder import HfDecoderRotaryEmbedding
 
 # What the file's types become. Quantized matrices become fp32, which holds their values exactly.
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -30,6 +33,13 @@ KEYS = {
     "rms_norm_eps": "attention.layer_norm_rms_epsilon",
 }
 EMBEDDING = "token_embd.weight"
+# Fields that the tensors and their names tell.
+TOLD = ("vocab_size", "head_dim", "qk_norm", "attention_bias", "tie_word_embeddings")
+# Half a step of each type, of a value itself or of the largest in its block, and what rounding the scale adds.
+ERRORS = {"F32": 0.0, "F16": 2.0**-11, "BF16": 2.0**-8, "Q8_0": 0.5 / 127 + 2.0**-10, "Q4_0": 1 / 8 + 2.0**-10}
+BLOCK, LEVELS = 32, 127
+FLOOR = 2.0**-25  # half the smallest step of fp16, in which scales are kept too
+FIELD_ERROR = 1e-6  # the file's numbers are fp32
 
 
 def read(path: Path) -> tuple[BuiltConfig, Tensors, Callable[[Path], None]]:
@@ -52,6 +62,56 @@ def read(path: Path) -> tuple[BuiltConfig, Tensors, Callable[[Path], None]]:
         )
     config = _config(path, architecture, metadata, stored)
     return config, _tensors(gguf, path, architecture, config, stored), _tokenizer_writer(path, metadata)
+
+
+def verify(path: Path, plan: Plan, tensors: Tensors, folder: Path) -> None:
+    """Reads the file back: its fields, the ids that its tokenizer gives, and its numbers must be those of the source.
+
+    Args:
+        plan: by which it was written.
+        tensors: of the source, under our names.
+        folder: which holds the source's tokenizer.
+
+    Raises:
+        VerificationError: naming what is not as it was, by more than the rounding of its type.
+    """
+    config, found, write_tokenizer = read(path)
+    for name in (*KEYS, *TOLD):
+        ours, theirs = getattr(plan.config, name), getattr(config, name)
+        if ours != theirs and not (isinstance(ours, float) and abs(ours - theirs) <= FIELD_ERROR * abs(ours)):
+            raise VerificationError(f"the file says {name}={theirs!r}; the source has {ours!r}")
+    angles = [_rotation(config) for config in (plan.config, config)]
+    if not torch.allclose(angles[0], angles[1], rtol=FIELD_ERROR, atol=0):
+        raise VerificationError("the file rotates queries and keys by other angles than the source")
+    with tempfile.TemporaryDirectory() as scratch:
+        write_tokenizer(Path(scratch))
+        if text_ids(Path(scratch)) != text_ids(folder):
+            raise VerificationError("the tokenizer of the file gives other ids than that of the source")
+    if found.keys() != tensors.keys():
+        raise VerificationError(f"the file lacks or adds tensors: {sorted(found.keys() ^ tensors.keys())[0]}")
+    for name, tensor in tensors.items():
+        kind = plan.types[names.to_gguf(name)]
+        # what is read comes in the type of the embedding table, norms too
+        error = max(ERRORS[kind], torch.finfo(found[name].dtype).eps / 2 if kind == "F32" else 0.0)
+        gap = _relative_gap(tensor.load().float(), found[name].load().float(), in_blocks=kind.startswith("Q"))
+        if not gap <= error:  # also when it is not a number
+            raise VerificationError(f"{name} differs by {gap:.1e} from the source's; {kind} explains {error:.1e}")
+
+
+def _rotation(config: BuiltConfig) -> torch.Tensor:
+    """All frequencies, and what cosines and sines are multiplied by."""
+    rotation: Any = HfDecoderRotaryEmbedding(config)
+    return torch.cat((rotation.inv_freq, torch.tensor([rotation.attention_scaling])))
+
+
+def _relative_gap(before: torch.Tensor, after: torch.Tensor, *, in_blocks: bool) -> float:
+    """The largest difference, relative to the number itself or to the largest of its block."""
+    scale, floor = before.abs(), FLOOR
+    if in_blocks:
+        scale = scale.view(-1, BLOCK).amax(-1, keepdim=True).expand(-1, BLOCK).reshape(before.shape)
+        floor *= LEVELS
+    gap = ((before - after).abs() - floor) / scale.clamp(min=torch.finfo(torch.float32).tiny)
+    return float(gap.max().clamp(min=0.0))
 
 
 def _config(path: Path, architecture: str, metadata: dict[str, Any], stored: dict[str, Any]) -> BuiltConfig:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -163,8 +164,9 @@ def read_vocabulary(folder: Path, config: BuiltConfig) -> Vocabulary:
             f"the tokenizer in {folder} is none that llama.cpp knows: it must be byte-level BPE that splits text as "
             f"{', '.join([*names.SPLITS, names.GPT2, names.SMOLLM])} do"
         )
-    if len(tokenizer) > config.vocab_size:
-        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, but vocab_size is {config.vocab_size}")
+    highest = max([len(tokenizer) - 1, *tokenizer.get_vocab().values(), *tokenizer.added_tokens_decoder])
+    if highest >= config.vocab_size:  # ids may leave gaps
+        raise ValueError(f"the tokenizer has ids up to {highest}, but vocab_size is {config.vocab_size}")
     tokens = [f"[PAD{i}]" for i in range(config.vocab_size)]
     token_types = [names.UNUSED] * config.vocab_size
     for token, i in tokenizer.get_vocab().items():
@@ -213,27 +215,43 @@ def _pre_tokenizer(backend: dict[str, Any]) -> str | None:
 
 
 def write(path: Path, model_name: str, plan: Plan, vocabulary: Vocabulary, progress: Callable[[int], object]) -> None:
-    """Writes the file, one tensor in memory at a time."""
+    """Writes the file, one tensor in memory at a time.
+
+    Raises:
+        ValueError: naming the tensor that holds what is no number, or more than its type in the file can hold.
+    """
     gguf = require_package()
-    writer = gguf.GGUFWriter(path, plan.architecture)
-    writer.add_name(model_name)
-    _add_config(gguf, writer, plan)
-    _add_vocabulary(writer, vocabulary)
-    for name, tensor in plan.tensors.items():
-        kind = gguf.GGMLQuantizationType[plan.types[name]]
-        block, size = gguf.GGML_QUANT_SIZES[kind]
-        num_bytes = math.prod(tensor.shape) // block * size
-        stored = (*tensor.shape[:-1], tensor.shape[-1] // block * size)
-        writer.add_tensor_info(name, stored, gguf.np.dtype("uint8"), num_bytes, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for name, tensor in plan.tensors.items():
-        values = tensor.load().to(torch.float32).contiguous().numpy()
-        data = gguf.quantize(values, gguf.GGMLQuantizationType[plan.types[name]])
-        writer.write_tensor_data(data)
-        progress(data.nbytes)
-    writer.close()
+    with closing(gguf.GGUFWriter(path, plan.architecture)) as writer:
+        writer.add_name(model_name)
+        _add_config(gguf, writer, plan)
+        _add_vocabulary(writer, vocabulary)
+        for name, tensor in plan.tensors.items():
+            kind = gguf.GGMLQuantizationType[plan.types[name]]
+            block, size = gguf.GGML_QUANT_SIZES[kind]
+            num_bytes = math.prod(tensor.shape) // block * size
+            stored = (*tensor.shape[:-1], tensor.shape[-1] // block * size)
+            writer.add_tensor_info(name, stored, gguf.np.dtype("uint8"), num_bytes, raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for name, tensor in plan.tensors.items():
+            data = _in_type(gguf, name, tensor.load().to(torch.float32).contiguous().numpy(), plan.types[name])
+            writer.write_tensor_data(data)
+            progress(data.nbytes)
+
+
+def _in_type(gguf: Any, name: str, values: Any, kind: str) -> Any:
+    """The bytes of these numbers in fp32; numpy would write infinity for what is too large, with a warning."""
+    np, ours = gguf.np, names.to_ours(name) or name
+    largest = np.abs(values).max(initial=0.0)
+    if not np.isfinite(largest):
+        raise ValueError(f"{ours} holds values that are not finite; no runtime computes with them")
+    with np.errstate(over="ignore", invalid="ignore"):
+        data = gguf.quantize(values, gguf.GGMLQuantizationType[kind])
+        fits = kind == "F32" or np.isfinite(gguf.dequantize(data, gguf.GGMLQuantizationType[kind])).all()
+    if not fits:
+        raise ValueError(f"{ours} holds {largest:g}, which {kind.lower()} cannot; choose --outtype bf16 or f32")
+    return data
 
 
 def _add_config(gguf: Any, writer: Any, plan: Plan) -> None:

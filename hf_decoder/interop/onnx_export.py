@@ -37,6 +37,14 @@ def require_packages() -> None:
         raise ValueError(f"--to onnx needs {', '.join(missing)}: pip install 'hf-decoder[onnx]'")
 
 
+def check_config(config: Any) -> None:
+    """Raises ValueError, naming the field, for what no graph holds whose frequencies are constants."""
+    if config.rope_parameters["rope_type"] == "dynamic":
+        raise ValueError(
+            "--to onnx cannot express rope_type='dynamic': its frequencies change with the length of the text"
+        )
+
+
 def load(folder: Path) -> PreTrainedModel:
     """The model of a checkpoint folder as it is exported: fp32, in evaluation mode."""
     with _quiet():

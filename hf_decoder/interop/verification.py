@@ -47,12 +47,14 @@ def verify(source: Path, result: Path) -> float:
     Raises:
         VerificationError: if a logit differs by more than `TOLERANCE` of the largest, or a token id differs.
     """
-    text_ids = [_text_ids(folder) for folder in (source, result)]
-    if text_ids[0] != text_ids[1]:
+    ids = [text_ids(folder) for folder in (source, result)]
+    if ids[0] != ids[1]:
         raise VerificationError("the tokenizer of the result gives other ids than that of the source")
-    first, second = (_logits(folder, text_ids[0]) for folder in (source, result))
+    first, second = (_logits(folder, ids[0]) for folder in (source, result))
     largest = 0.0
     for kind in first:
+        if not first[kind].isfinite().all():
+            raise VerificationError(f"logits of the source on {kind} are not finite: there is nothing to compare with")
         difference = (first[kind] - second[kind]).abs().max().item()
         limit = TOLERANCE * max(1.0, first[kind].abs().max().item())
         if not difference <= limit:  # also when it is not a number
@@ -64,7 +66,7 @@ def verify(source: Path, result: Path) -> float:
     return largest
 
 
-def _text_ids(folder: Path) -> list[int] | None:
+def text_ids(folder: Path) -> list[int] | None:
     """Ids of the sample text, if there is a tokenizer."""
     if not (folder / "tokenizer_config.json").is_file():
         return None
@@ -72,7 +74,7 @@ def _text_ids(folder: Path) -> list[int] | None:
 
 
 @torch.inference_mode()
-def _logits(folder: Path, text_ids: list[int] | None) -> dict[str, torch.Tensor]:
+def _logits(folder: Path, ids_of_text: list[int] | None) -> dict[str, torch.Tensor]:
     logging.disable_progress_bar()
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     config = model.config
@@ -85,6 +87,6 @@ def _logits(folder: Path, text_ids: list[int] | None) -> dict[str, torch.Tensor]
     length = min(max(MIN_TOKENS, *lengths, 0), limit)
     generator = torch.Generator().manual_seed(0)
     inputs = {"random ids": torch.randint(0, config.vocab_size, (2, length), generator=generator)}
-    if text_ids and max(text_ids) < config.vocab_size:
-        inputs["text"] = torch.tensor([text_ids[:limit]])
+    if ids_of_text and max(ids_of_text) < config.vocab_size:
+        inputs["text"] = torch.tensor([ids_of_text[:limit]])
     return {kind: model(ids).logits for kind, ids in inputs.items()}

@@ -101,6 +101,26 @@ def test_damaged_and_absent_files(folder):
     refused(folder, "holds neither model.safetensors nor model.safetensors.index.json")
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json", "tokenizer_config.json"])
+def test_damaged_files_besides_the_weights_are_named(name: str, folder):
+    (folder / name).write_text('{"version": "1.0", "model": {"vo')
+    refused(folder, f"{name} is damaged")
+
+
+def test_settings_of_generation_that_none_can_use_are_named(folder):
+    (folder / "generation_config.json").write_text('{"max_new_tokens": 0}')
+    refused(folder, "generation_config.json cannot be used: `max_new_tokens` must be greater than 0")
+
+
+def test_a_source_that_computes_no_numbers_is_named(folder):
+    convert(str(folder), folder.parent / "ours")
+    tensors = stored(folder.parent / "ours")
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, folder.parent / "ours" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(verification.VerificationError, match="logits of the source on random ids are not finite"):
+        convert(str(folder.parent / "ours"), folder.parent / "result")
+
+
 def test_an_index_cannot_point_outside_its_folder(folder):
     index = folder / "model.safetensors.index.json"
     before = json.loads(index.read_text())

@@ -1,10 +1,13 @@
 """GGUF: read by transformers' own loader and by llama.cpp, and back in."""
 
 import argparse
+import copy
 import inspect
+import json
 import json.decoder
 import math
 import pydoc_data.topics
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +15,15 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
+from safetensors.torch import save_file
 from stock_models import LLAMA3, SHAPE, YARN, assert_identical, ids, longrope, randomise, rope, stored
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM
+from hf_decoder.interop import gguf_write
+from hf_decoder.interop.checkpoint import LazyTensor
 from hf_decoder.interop.conversion import convert
+from hf_decoder.interop.verification import VerificationError
 from hf_decoder.tokenization import train_tokenizer
 
 gguf = pytest.importorskip("gguf", reason="the package gguf is not installed: pip install 'hf-decoder[gguf]'")
@@ -128,6 +135,100 @@ def test_every_type_holds_the_values_within_its_rounding(outtype: str, tmp_path,
     reader = gguf.GGUFReader(tmp_path / "model.gguf")
     held = sum(int(t.n_bytes) for t in reader.tensors if t.name.startswith("blk.") and len(t.shape) == 2)
     assert held == matrices * sizes[outtype]
+
+
+def damaged(folder, name: str, value: float) -> None:
+    tensors = stored(folder)
+    tensors[name].view(-1)[5] = value
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("value", "outtype", "words"),
+    [
+        (float("nan"), "f32", "holds values that are not finite"),
+        (float("-inf"), "q8_0", "holds values that are not finite"),
+        (7e4, "f16", "holds 70000, which f16 cannot; choose --outtype bf16 or f32"),
+        (-1e7, "q4_0", "holds 1e\\+07, which q4_0 cannot"),
+        (7e4, "bf16", None),
+        (7e4, "q8_0", None),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_numbers_that_a_type_cannot_hold_are_refused(value, outtype, words, tmp_path, text_tokenizer):
+    save(tmp_path / "ours", text_tokenizer)
+    damaged(tmp_path / "ours", "model.layers.1.mlp.up_proj.weight", value)
+    if words is None:
+        convert(str(tmp_path / "ours"), tmp_path / "model.gguf", to="gguf", outtype=outtype)
+        return
+    with pytest.raises(ValueError, match=f"model.layers.1.mlp.up_proj.weight {words}"):
+        convert(str(tmp_path / "ours"), tmp_path / "model.gguf", to="gguf", outtype=outtype)
+    assert [path.name for path in tmp_path.iterdir()] == ["ours"]
+
+
+@pytest.mark.parametrize("outtype", ERRORS)
+def test_tiny_numbers_are_within_the_rounding(outtype: str, tmp_path, text_tokenizer):
+    save(tmp_path / "ours", text_tokenizer)
+    tensors = stored(tmp_path / "ours")
+    tensors["model.layers.0.mlp.up_proj.weight"] *= 1e-6
+    tensors["model.layers.0.mlp.gate_proj.weight"].zero_()
+    save_file(tensors, tmp_path / "ours" / "model.safetensors", metadata={"format": "pt"})
+    convert(str(tmp_path / "ours"), tmp_path / "model.gguf", to="gguf", outtype=outtype)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        ("number", "up_proj.weight differs by"),
+        ("field", "the file says num_attention_heads"),
+        ("angles", "by other angles"),
+        ("ids", "gives other ids"),
+    ],
+)
+@pytest.mark.parametrize("outtype", ["f16", "q4_0"])
+def test_a_file_that_does_not_hold_the_source_is_not_kept(
+    damage: str, words: str, outtype: str, tmp_path, text_tokenizer, monkeypatch
+):
+    """What is written goes wrong in one place each."""
+    write = gguf_write.write
+
+    def wrong(path, name, plan, vocabulary, progress):
+        tensors, config = dict(plan.tensors), copy.deepcopy(plan.config)
+        if damage == "number":
+            up = tensors["blk.1.ffn_up.weight"]
+            changed = up.load().clone()
+            changed[3] *= 1.5
+            tensors["blk.1.ffn_up.weight"] = LazyTensor(up.shape, up.dtype, lambda: changed)
+        elif damage == "field":
+            config.num_attention_heads *= 2
+        elif damage == "angles":
+            config.rope_parameters["rope_theta"] *= 2
+        else:
+            vocabulary = replace(vocabulary, merges=vocabulary.merges[:-9])
+        write(path, name, replace(plan, tensors=tensors, config=config), vocabulary, progress)
+
+    monkeypatch.setattr(gguf_write, "write", wrong)
+    save(tmp_path / "ours", text_tokenizer)
+    with pytest.raises(VerificationError, match=words):
+        convert(str(tmp_path / "ours"), tmp_path / "model.gguf", to="gguf", outtype=outtype)
+    assert [path.name for path in tmp_path.iterdir()] == ["ours"]
+    convert(str(tmp_path / "ours"), tmp_path / "model.gguf", to="gguf", outtype=outtype, verify=False)
+
+
+def test_ids_of_a_tokenizer_may_leave_gaps_but_not_pass_the_table(tmp_path, text_tokenizer):
+    save(tmp_path / "ours", text_tokenizer)
+    path = tmp_path / "ours" / "tokenizer.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    vocabulary = values["model"]["vocab"]
+    last = max(vocabulary, key=vocabulary.get)
+    for moved, fits in ((vocabulary[last] + 3, True), (vocabulary[last] + 300, False)):
+        vocabulary[last] = moved
+        path.write_text(json.dumps(values), encoding="utf-8")
+        if fits:
+            convert(str(tmp_path / "ours"), tmp_path / "gaps.gguf", to="gguf")
+        else:
+            with pytest.raises(ValueError, match=f"the tokenizer has ids up to {moved}, but vocab_size is"):
+                convert(str(tmp_path / "ours"), tmp_path / "model.gguf", to="gguf")
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import onnx
 import pytest
 import torch
-from stock_models import LLAMA3, SHAPE, ids, randomise
+from stock_models import LLAMA3, SHAPE, ids, randomise, rope
 from transformers import AutoTokenizer, GenerationConfig
 from transformers.exporters import DynamoConfig, DynamoExporter
 from transformers.exporters.utils import decompose_for_generation
@@ -41,6 +41,13 @@ def exported(tmp_path_factory, tokenizer):
     tokenizer.save_pretrained(folder / "ours")
     assert convert(str(folder / "ours"), folder / "onnx", to="onnx") == "ONNX"
     return model.float(), folder
+
+
+def test_frequencies_that_change_with_the_length_are_refused(tmp_path):
+    ours(**rope("dynamic", factor=2.0)).save_pretrained(tmp_path / "ours")
+    with pytest.raises(ValueError, match="cannot express rope_type='dynamic'"):
+        convert(str(tmp_path / "ours"), tmp_path / "onnx", to="onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["ours"]
 
 
 @torch.no_grad()
