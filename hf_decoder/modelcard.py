@@ -277,7 +277,7 @@ CONVERSION_TEMPLATE = """---
 
 # {{ title }}
 
-`{{ source }}`, {{ source_kind }}, converted to {{ kind }} with hf_decoder.
+`{{ source }}`, {{ source_kind }}, {{ done }} with hf_decoder.
 
 ## How to load it
 
@@ -287,21 +287,22 @@ CONVERSION_TEMPLATE = """---
 
 {{ trust }}
 
-## Conversion
+## {{ heading }}
 
 | | |
 |---|---|
 | source | {{ source }}{{ revision }} |
 | parameters | {{ parameters }} |
 | context | {{ context_length }} tokens |
-| largest difference of two logits, here and in the source | {{ difference }} |
-| software | {{ software }} |
+{% for what, value in measured.items() %}| {{ what }} | {{ value }} |
+{% endfor %}| software | {{ software }} |
 
 ## Training data, results and limits
 
-Not part of the conversion, and nothing about them was measured by it: {{ elsewhere }}. Licence: {{ license }}.
+Not part of this step, which measured no more than stands above: {{ elsewhere }}. Licence: {{ license }}.
 """
 ONNX = "onnx"
+DIFFERENCE = "largest difference of two logits, here and in the source"
 
 
 def write_conversion_card(
@@ -310,27 +311,34 @@ def write_conversion_card(
     *,
     parameters: int,
     context_length: int,
-    difference: float | None,
+    measured: Mapping[str, str],
     source_card: Path | None,
 ) -> ModelCard:
-    """Writes README.md of a converted folder: what it was made from, and how far the two were found apart.
+    """Writes README.md of a converted or quantized folder: what it was made from, and what was found by doing so.
 
     Args:
         folder: where the result lies.
         words: `title`, `kind` (class of the result, or `ONNX`), `source` (what it was made from), `source_kind` (its
-            class, in Markdown), and for a name of the Hub `base_model` and, where it is known, `revision`.
-        difference: the largest between two logits of the result and the source; None: they were not compared.
+            class, in Markdown), for a name of the Hub `base_model` and, where it is known, `revision`, and where the
+            weights were quantized the `method`.
+        measured: what, and its value.
         source_card: the source's README.md, whose licence is kept; None, absent or damaged: unknown.
     """
     is_onnx, is_ours = words["kind"] == ONNX, words["kind"].startswith("HfDecoder")
+    is_quantized = "method" in words
+    kind = "ONNX" if is_onnx else f"`{words['kind']}`"
     source_data = _metadata(source_card)
-    known = {key: source_data[key] for key in ("license", "license_name", "license_link") if source_data.get(key)}
+    known: dict[str, Any] = {
+        key: source_data[key] for key in ("license", "license_name", "license_link") if source_data.get(key)
+    }
+    if is_quantized and "base_model" in words:
+        known["base_model_relation"] = "quantized"
     card_data = ModelCardData(
         model_name=words["title"],
         base_model=words.get("base_model"),
         library_name=ONNX if is_onnx else "transformers",
         pipeline_tag="text-generation",
-        tags=["hf_decoder", "converted", *(["custom_code"] if is_ours else [])],
+        tags=["hf_decoder", "quantized" if is_quantized else "converted", *(["custom_code"] if is_ours else [])],
         language=source_data.get("language"),
         **known,
     )
@@ -338,7 +346,8 @@ def write_conversion_card(
         card_data,
         template_str=CONVERSION_TEMPLATE,
         title=words["title"],
-        kind="ONNX" if is_onnx else f"`{words['kind']}`",
+        done=f"quantized by `{words['method']}`" if is_quantized else f"converted to {kind}",
+        heading="Quantization" if is_quantized else "Conversion",
         source=words["source"],
         source_kind=words["source_kind"],
         revision=f" at {words['revision']}" if "revision" in words else "",
@@ -346,7 +355,7 @@ def write_conversion_card(
         trust=TRUST if is_ours else "No code of this folder is run.",
         parameters=f"{parameters:,}",
         context_length=f"{context_length:,}",
-        difference=f"{difference:.1e} (fp32)" if difference is not None else NOT_MEASURED,
+        measured=measured,
         software=", ".join(f"{package} {version(package)}" for package in ("torch", "transformers")),
         elsewhere="see the card of the source" if source_data else "unknown, the source had no card",
         license=str(known.get("license_name") or known.get("license") or "unknown"),

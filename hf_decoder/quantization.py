@@ -123,6 +123,7 @@ class Measurement:
     """What a method gives; `disk_bytes` is `None` where transformers cannot save it."""
 
     method: str
+    parameters: int
     disk_bytes: int | None
     memory_bytes: int
     perplexity: float

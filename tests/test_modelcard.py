@@ -130,7 +130,9 @@ def test_a_conversion_card_of_a_hub_name(tmp_path):
     source.write_text("---\nlicense: other\nlicense_name: gemma\nlanguage: [en, fr]\n---\n# A\n", encoding="utf-8")
     words = {"title": "small", "kind": "onnx", "source_kind": "`HfDecoderForCausalLM`", "source": "some/model"}
     words |= {"base_model": "some/model", "revision": "0" * 40}
-    write_conversion_card(tmp_path, words, parameters=1234, context_length=64, difference=2.5e-6, source_card=source)
+    write_conversion_card(
+        tmp_path, words, parameters=1234, context_length=64, measured={"gap": "2.5e-06"}, source_card=source
+    )
     card = ModelCard.load(tmp_path / "README.md")
     data = card.data.to_dict()
     assert (data["base_model"], data["license"], data["license_name"]) == ("some/model", "other", "gemma")

@@ -12,7 +12,8 @@ import torch
 from hf_decoder import evaluation, quantization
 from hf_decoder.cli import load_model, load_tokenizer, name_positionals, parse_arguments
 from hf_decoder.corpus import load_text
-from hf_decoder.interop.checkpoint import written_aside
+from hf_decoder.interop.checkpoint import check_absent, written_aside
+from hf_decoder.modelcard import write_conversion_card
 
 BLOCK_SIZE = 512
 
@@ -43,27 +44,62 @@ def main(argv: Sequence[str]) -> int:
         quantization.quantization_config(method)  # all names are checked before the first load
     if args.output_dir is not None and len(methods) != 1:
         raise ValueError(f"--output_dir saves one model; give one of --methods {' '.join(methods)}")
+    destination = None if args.output_dir is None else Path(args.output_dir).expanduser()
+    if destination is not None:
+        check_absent(destination)
+        if quantization.disk_bytes(_load(args.model, methods[0])) is None:
+            raise ValueError(f"method {methods[0]} has no form on disk; it can only be applied on load")
     tokenizer = load_tokenizer(args.model)
     documents = load_text(args.text_file, validation_fraction=0)["train"]
     print(f"{'method':20}{'on disk':>10}{'in memory':>11}{'perplexity':>12}{'tokens/s':>10}")
+    rows: dict[str, quantization.Measurement] = {}
     for method in [quantization.NONE, *methods]:
         model = _load(args.model, method)
-        row = _measure(method, model, tokenizer, documents)
+        rows[method] = row = _measure(method, model, tokenizer, documents)
         disk = "-" if row.disk_bytes is None else f"{row.disk_bytes / 1e6:.2f} MB"
         memory = f"{row.memory_bytes / 1e6:.2f} MB"
         print(
             f"{row.method:20}{disk:>10}{memory:>11}{row.perplexity:>12.3f}{row.tokens_per_second:>10.1f}", flush=True
         )
-    if args.output_dir is not None:
-        if row.disk_bytes is None:
-            raise ValueError(f"method {methods[0]} has no form on disk; it can only be applied on load")
-        model = _load(args.model, methods[0])  # as it is before bitsandbytes rounds its scales in a forward pass
-        destination = Path(args.output_dir).expanduser()
-        with written_aside(destination, 2 * row.disk_bytes) as aside:
-            model.save_pretrained(aside)
-            tokenizer.save_pretrained(aside)
+    if destination is not None:
+        del model
+        _save(args, methods[0], tokenizer, rows, destination)
         print(f"{args.output_dir}: {methods[0]}")
     return 0
+
+
+def _save(
+    args: QuantizeArguments,
+    method: str,
+    tokenizer: Any,
+    rows: dict[str, quantization.Measurement],
+    destination: Path,
+) -> None:
+    """The model, its tokenizer, and a card with what was measured."""
+    model = _load(args.model, method)  # as it is before bitsandbytes rounds its scales in a forward pass
+    folder, kind = Path(args.model).expanduser(), type(model).__name__
+    words = {"title": destination.name, "kind": kind, "source_kind": f"`{kind}`", "method": method}
+    if folder.is_dir():  # a path says where it lies on this machine only
+        words["source"] = folder.resolve().name
+    else:
+        words["source"] = words["base_model"] = args.model
+    pair = rows[quantization.NONE], rows[method]
+    megabytes = ", ".join(f"{(row.disk_bytes or 0) / 1e6:.1f}" for row in pair)
+    measured = {
+        f"perplexity on {Path(args.text_file).name}": ", ".join(f"{row.perplexity:.3f}" for row in pair),
+        "weights on disk": f"{megabytes} MB",
+    }
+    with written_aside(destination, 2 * (rows[method].disk_bytes or 0)) as aside:
+        model.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        write_conversion_card(
+            aside,
+            words,
+            parameters=pair[0].parameters,
+            context_length=model.config.max_position_embeddings,
+            measured={f"{what}, in bfloat16 and quantized": value for what, value in measured.items()},
+            source_card=folder / "README.md" if folder.is_dir() else None,
+        )
 
 
 def _load(name: str, method: str) -> Any:
@@ -77,6 +113,7 @@ def _measure(method: str, model: Any, tokenizer: Any, documents: Any) -> quantiz
     score, _ = evaluation.score_text(model, tokenizer, documents, block_size=block_size)
     return quantization.Measurement(
         method,
+        model.num_parameters(),
         quantization.disk_bytes(model),
         quantization.tensor_bytes(model),
         evaluation.perplexity(score.loss),

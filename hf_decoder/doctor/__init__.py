@@ -72,9 +72,13 @@ def run_doctor(
 def _run(check: Check, subject: Subject) -> Row:
     start = time.perf_counter()
     try:
-        finding = check.run(subject)
+        if check.needs == "logits" and not numerics.has_numbers(subject):
+            finding = skipped("the logits are not finite: nothing can be compared")
+        else:
+            finding = check.run(subject)
     except Unloadable as error:
-        finding = skipped(f"needs a {check.needs} that loads: {error}")
+        needs = "tokenizer" if check.needs == "tokenizer" else "model"
+        finding = skipped(f"needs a {needs} that loads: {error}")
     except Exception as error:  # a foreign model may raise anything, and that is a finding
         finding = failed(f"{type(error).__name__}: {first_line(error)}")
     seconds = time.perf_counter() - start

@@ -100,7 +100,7 @@ def _code_from_elsewhere(subject: Subject) -> str | None:
 
 def check_weights(subject: Subject) -> Finding:
     """Every file that the index names is there, readable, and holds what the index places in it."""
-    if subject.values.get("quantization_config"):
+    if subject.is_quantized:
         return skipped("quantized weights: the loader of their method checks them")
     shards = [file for file in subject.files if file.endswith(".safetensors") and "/" not in file]
     index = (subject.folder / INDEX_NAME).is_file()

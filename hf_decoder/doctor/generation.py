@@ -9,7 +9,16 @@ from typing import Any
 import torch
 from transformers import DynamicCache, GenerationConfig, StaticCache
 
-from hf_decoder.doctor.numerics import CLASS_REMEDY, TOLERANCE, difference, judge, left_padded, logits_of
+from hf_decoder.doctor.numerics import (
+    CLASS_REMEDY,
+    QUANTIZED_TOLERANCE,
+    TOLERANCE,
+    difference,
+    judge,
+    left_padded,
+    logits_of,
+    too_short,
+)
 from hf_decoder.doctor.report import Check, Finding, failed, passed, skipped
 from hf_decoder.doctor.subject import Subject, first_line, quiet
 
@@ -32,6 +41,8 @@ def check_dynamic_cache(subject: Subject) -> Finding:
     """Keys and values kept from earlier calls give the logits of one call."""
     if subject.cache_argument is None:
         return skipped("the class keeps no keys and values")
+    if skip := too_short(subject):
+        return skip
     ids = subject.ids(2)
     found = _cached(subject, ids, DynamicCache(config=subject.model.config))
     return judge(subject, difference(logits_of(subject, ids), found), "DynamicCache, in pieces of 64, 1 and 3 tokens")
@@ -43,6 +54,8 @@ def check_static_cache(subject: Subject) -> Finding:
         return skipped("the class keeps no keys and values")
     if not getattr(type(subject.model), "_can_compile_fullgraph", False):
         return skipped("the class does not declare that it can be compiled with a static cache")
+    if skip := too_short(subject):
+        return skip
     ids = subject.ids(2)
     cache = StaticCache(config=subject.model.config, max_cache_len=ids.shape[1] + 5)
     return judge(subject, difference(logits_of(subject, ids), _cached(subject, ids, cache)), "StaticCache")
@@ -80,8 +93,9 @@ def check_generate(subject: Subject) -> Finding:
         ids = row[None, width - length :]
         logits = logits_of(subject, ids)[0, length - 1 : -1].float()
         taken = logits.gather(1, ids[0, length:, None])[:, 0]
-        gaps = (logits.max(dim=1).values - taken) / logits.abs().max()
-        wrong = (~(gaps <= TOLERANCE)).nonzero().flatten()
+        gaps = (logits.max(dim=1).values - taken) / logits.abs().max().clamp(min=1e-30)
+        limit = QUANTIZED_TOLERANCE if subject.is_quantized else TOLERANCE
+        wrong = (~(gaps <= limit)).nonzero().flatten()
         if len(wrong):
             step = int(wrong[0])
             return failed(
@@ -120,6 +134,7 @@ CHECKS = (
         "what generate() writes is not what the model would say",
         CLASS_REMEDY + "generate with use_cache=False",
         check_dynamic_cache,
+        needs="logits",
     ),
     Check(
         "static_cache",
@@ -127,6 +142,7 @@ CHECKS = (
         "compiled decoding writes something else than the model would say",
         CLASS_REMEDY + "generate without cache_implementation='static'",
         check_static_cache,
+        needs="logits",
         level="default",
     ),
     Check(
@@ -135,6 +151,7 @@ CHECKS = (
         "greedy decoding does not take the likeliest token",
         CLASS_REMEDY + "write the loop yourself",
         check_generate,
+        needs="logits",
     ),
     Check(
         "generation_config",
@@ -142,5 +159,6 @@ CHECKS = (
         "generate() warns or fails, and save_pretrained refuses a changed copy",
         "mend generation_config.json until GenerationConfig.from_pretrained(folder).validate(strict=True) passes",
         check_generation_config,
+        needs="logits",
     ),
 )

@@ -128,7 +128,7 @@ def check_tied(subject: Subject) -> Finding:
             return failed(f"tie_word_embeddings is false, but {names['head']} is {names['table']} once loaded")
         return passed("separate head, as the config says")
     try:
-        saved = {} if subject.values.get("quantization_config") else read_tensors(subject.folder)
+        saved = {} if subject.is_quantized else read_tensors(subject.folder)
     except ValueError as error:
         return skipped(f"the files cannot be read: {error}")
     both = all(name in saved for name in names.values())

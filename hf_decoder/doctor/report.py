@@ -44,7 +44,8 @@ class Check:
     """One row before it is run.
 
     `claim`: what holds where it passes. `means`: what a failure does to a user. `remedy`: the way to mend it.
-    `level`: the quickest level that includes it. `needs`: "model", "tokenizer" or "" for files alone.
+    `level`: the quickest level that includes it. `needs`: "model", "logits" (of a model, which must be numbers),
+    "tokenizer", or "" for files alone.
     """
 
     name: str

@@ -49,7 +49,9 @@ class Subject:
     def __init__(self, name: str | Path, *, trust_remote_code: bool = False, revision: str | None = None):
         self.name = str(name)
         self.trust_remote_code = trust_remote_code
-        self.context_effect: float | None = None  # measured by the first row that asks
+        # measured by the first row that asks
+        self.context_effect: float | None = None
+        self.has_numbers: bool | None = None
         self.folder, self.files = _open(self.name, revision)
         if is_adapter(self.folder):
             raise ValueError(f"{name} is an adapter, no model; merge it into its base and examine the result")
@@ -67,6 +69,10 @@ class Subject:
     @property
     def is_ours(self) -> bool:
         return self.values.get("model_type") == OURS
+
+    @property
+    def is_quantized(self) -> bool:
+        return bool(self.values.get("quantization_config"))
 
     @property
     def is_stock_class(self) -> bool:
@@ -153,6 +159,11 @@ class Subject:
         """Frees the memory of the model; the next use loads it again."""
         self.__dict__.pop("_loaded", None)
         gc.collect()
+
+    def renew_quantized(self) -> None:
+        """Has quantized weights loaded again, which a library may change while it computes, as bitsandbytes does."""
+        if self.is_quantized:
+            self.release_model()
 
     @cached_property
     def tokenizer(self) -> Any:

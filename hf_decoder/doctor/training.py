@@ -200,6 +200,7 @@ CHECKS = (
         "the model does not train",
         "look for parameters without a gradient, and for a loss that is not of these labels",
         check_learns,
+        needs="logits",
         level="deep",
     ),
     Check(
@@ -208,6 +209,7 @@ CHECKS = (
         "training goes another way than downhill",
         CLASS_REMEDY + "train with attn_implementation='eager'",
         check_gradients,
+        needs="logits",
         level="deep",
     ),
     Check(
@@ -216,6 +218,7 @@ CHECKS = (
         "training with less memory is other training",
         CLASS_REMEDY + "train without gradient_checkpointing",
         check_checkpointing,
+        needs="logits",
         level="deep",
     ),
     Check(
@@ -224,6 +227,7 @@ CHECKS = (
         "a run on a smaller machine is another run: short rows count more",
         CLASS_REMEDY + "accept num_items_in_batch in forward and divide the summed loss by it",
         check_accumulation,
+        needs="logits",
         level="deep",
     ),
     Check(
@@ -232,6 +236,7 @@ CHECKS = (
         "an interrupted run is not the run it would have been",
         "look for state that is neither a parameter nor a persistent buffer",
         check_resume,
+        needs="logits",
         level="deep",
     ),
 )

@@ -265,6 +265,12 @@ def check_disk(destination: Path, num_bytes: int) -> None:
         )
 
 
+def check_absent(destination: Path) -> None:
+    """Raises ValueError if there is something in the place of what is to be written."""
+    if destination.exists() or destination.is_symlink():
+        raise ValueError(f"{destination} exists; delete it or choose another name")
+
+
 @contextmanager
 def written_aside(destination: Path, num_bytes: int) -> Iterator[Path]:
     """A path beside `destination` to write to, which takes its name when all is done and is deleted if it fails.
@@ -272,8 +278,7 @@ def written_aside(destination: Path, num_bytes: int) -> Iterator[Path]:
     Raises:
         ValueError: if `destination` exists, or its disk has no room for `num_bytes`.
     """
-    if destination.exists() or destination.is_symlink():
-        raise ValueError(f"{destination} exists; delete it or choose another name")
+    check_absent(destination)
     check_disk(destination, num_bytes)
     destination.absolute().parent.mkdir(parents=True, exist_ok=True)
     aside = destination.absolute().with_name(f".{destination.name}.{os.getpid()}.partial")

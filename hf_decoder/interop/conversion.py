@@ -22,7 +22,7 @@ from hf_decoder.interop import checkpoint, gguf_read, gguf_write, onnx_export, v
 from hf_decoder.interop.checkpoint import LazyTensor, Tensors
 from hf_decoder.interop.families import FAMILIES, OURS, BuiltConfig, Family, fused_names, read_config, to_stock
 from hf_decoder.model.registry_hf_decoder import AUTO_MAP
-from hf_decoder.modelcard import write_conversion_card
+from hf_decoder.modelcard import DIFFERENCE, NOT_MEASURED, write_conversion_card
 
 GGUF, ONNX = "gguf", "onnx"
 TARGETS = ("auto", OURS, *FAMILIES, GGUF, ONNX)
@@ -178,7 +178,7 @@ def _write_card(source: Source, origin: Origin, folder: Path, title: str, kind: 
         words,
         parameters=parameters,
         context_length=source.config.max_position_embeddings,
-        difference=difference,
+        measured={DIFFERENCE: f"{difference:.1e} (fp32)" if difference is not None else NOT_MEASURED},
         source_card=card,
     )
 

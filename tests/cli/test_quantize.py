@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_decoder import evaluation, quantization
 from hf_decoder.cli.main import main
 from hf_decoder.corpus import load_text
+from hf_decoder.doctor import run_doctor
 
 TEXT = "the cat sees the dog\n"
 
@@ -49,6 +50,10 @@ def test_one_method_is_measured_and_saved(method, run, tmp_path, text_file, caps
     config = quantization.quantization_config(method)
     on_load = AutoModelForCausalLM.from_pretrained(run.folder, dtype=torch.bfloat16, quantization_config=config)
     assert torch.equal(saved(ids).logits, on_load(ids).logits)
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert f"quantized by `{method}`" in card and f"{table['none'][4]}, {table[method][4]}" in card
+    report = run_doctor(out, level="quick")
+    assert report.ok, report.failures
     documents = load_text(text_file, validation_fraction=0)["train"]
     score, _ = evaluation.score_text(saved, AutoTokenizer.from_pretrained(out), documents, block_size=64)
     assert float(table[method][4]) == pytest.approx(evaluation.perplexity(score.loss), rel=0.02)

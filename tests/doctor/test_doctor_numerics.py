@@ -1,7 +1,14 @@
 """Each way of computing wrong is caught, by the row that is there for it."""
 
 import pytest
-from patients import ROWS, examine, of, patient, randomise, save, shape
+import torch
+from patients import PROCESS_ROWS, ROWS, copy, examine, of, patient, randomise, save, shape
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from hf_decoder import quantization
+from hf_decoder.doctor.numerics import judge
+from hf_decoder.doctor.subject import Subject
 
 # defect -> rows that fail; a defect that reaches into several computations is caught by several
 CAUGHT = {
@@ -57,8 +64,6 @@ OTHERS = {
 
 @pytest.mark.parametrize("model_type", OTHERS)
 def test_no_false_alarm_about_other_families(model_type, tokenizer, tmp_path):
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     fields, skipped = OTHERS[model_type]
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**shape(tokenizer), **fields}))
     names = ("load", "causal", "padding", "packing", "attention", "loss", "dynamic_cache", "generate", "rope", "tied")
@@ -67,6 +72,55 @@ def test_no_false_alarm_about_other_families(model_type, tokenizer, tmp_path):
         skipped = skipped - {"attention"}
     assert of("fail", rows) == {}
     assert set(of("skip", rows)) == skipped and set(of("warn", rows)) <= {"packing"}
+
+
+def test_weights_that_give_no_numbers_are_no_fault_of_the_class(healthy, tmp_path):
+    """The rows that say so say so; those that would compare logits are skipped."""
+    folder = copy(healthy["ours"], tmp_path / "ours")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][1, 2] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    rows = examine(folder)
+    assert set(of("fail", rows)) == {"weights", "load", "half"}
+    assert rows["load"].detail == "the logits are not finite"
+    skipped = of("skip", rows)
+    assert {"causal", "padding", "packing", "loss", "generate", "generation_config", "lora"} <= set(skipped)
+    assert all("not finite" in rows[name].detail for name in skipped)
+    # finite, and all of them 0: nothing is proven, and nothing contradicts itself
+    tensors["model.layers.0.mlp.up_proj.weight"][1, 2] = 0
+    for name, tensor in tensors.items():
+        if "norm" in name:
+            tensor.zero_()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    rows = examine(folder, ("load", "causal", "padding", "generate"))
+    assert of("fail", rows) == {}
+    assert "not proven" in rows["causal"].detail and rows["generate"].status == "pass"
+
+
+@pytest.mark.parametrize("tokens", [4, 8, 11, 12, 13])
+def test_a_short_context_is_no_fault(tokens: int, tokenizer, tmp_path):
+    model = LlamaForCausalLM(LlamaConfig(**{**shape(tokenizer), "max_position_embeddings": tokens}))
+    rows = examine(save(randomise(model), tokenizer, tmp_path / "model"))
+    assert of("fail", rows) == {}
+    too_short = {"padding", "attention", "dynamic_cache", "static_cache"}
+    assert too_short & set(of("skip", rows)) == (too_short if tokens < 12 else set())
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes_nf4", "bitsandbytes_int8", "torchao_int8"])
+def test_the_rounding_of_quantized_products_is_no_fault(method: str, healthy, tmp_path):
+    if not quantization.installed(method):
+        pytest.skip(f"{method} is not installed")
+    config = quantization.quantization_config(method)
+    model = AutoModelForCausalLM.from_pretrained(healthy["ours"], quantization_config=config, dtype=torch.bfloat16)
+    folder = copy(healthy["ours"], tmp_path / "quantized")
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder)
+    rows = examine(folder, (*ROWS, *PROCESS_ROWS))
+    assert of("fail", rows) == {}
+    assert ("not proven" in rows["packing"].detail) == method.startswith("bitsandbytes")
+    assert rows["reload"].status == "pass"
+    # a mistake is larger than this rounding, and still found
+    assert judge(Subject(folder), 0.06, "another").status == "fail"
 
 
 def test_overflow_in_fp16_is_no_fault_of_the_padding(tokenizer, tmp_path):
@@ -83,9 +137,6 @@ def test_a_model_without_context_proves_nothing(tokenizer, tmp_path):
 
 def test_casting_llama_rounds_its_angles_and_ours_not(healthy):
     """Warned of where it is so: the angles after .to(bfloat16), against the definition, by hand."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
     for name, status in (("ours", "pass"), ("llama", "warn")):
         assert examine(healthy[name], ("rope_cast",))["rope_cast"].status == status
         model = AutoModelForCausalLM.from_pretrained(healthy[name]).to(torch.bfloat16)
