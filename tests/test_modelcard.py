@@ -130,14 +130,19 @@ def test_a_conversion_card_of_a_hub_name(tmp_path):
     source.write_text("---\nlicense: other\nlicense_name: gemma\nlanguage: [en, fr]\n---\n# A\n", encoding="utf-8")
     words = {"title": "small", "kind": "onnx", "source_kind": "`HfDecoderForCausalLM`", "source": "some/model"}
     words |= {"base_model": "some/model", "revision": "0" * 40}
-    write_conversion_card(
-        tmp_path, words, parameters=1234, context_length=64, measured={"gap": "2.5e-06"}, source_card=source
-    )
+    measured = {"gap": "2.5e-06 (fp32)", "second": "4"}
+    write_conversion_card(tmp_path, words, parameters=1234, context_length=64, measured=measured, source_card=source)
     card = ModelCard.load(tmp_path / "README.md")
     data = card.data.to_dict()
     assert (data["base_model"], data["license"], data["license_name"]) == ("some/model", "other", "gemma")
     assert (data["library_name"], data["pipeline_tag"], data["language"]) == ("onnx", "text-generation", ["en", "fr"])
-    for said in ("some/model at " + "0" * 40, "| 1,234 |", "| 64 tokens |", "| 2.5e-06 (fp32) |", "Licence: gemma"):
+    for said in (
+        "some/model at " + "0" * 40,
+        "| 1,234 |",
+        "| 64 tokens |",
+        "| gap | 2.5e-06 (fp32) |\n| second | 4 |\n| soft",
+        "Licence: gemma",
+    ):
         assert said in card.text
     assert "{{" not in card.content and "small/model.onnx" in card.text
     again = ModelCard(card.content)
