@@ -110,6 +110,12 @@ def check_choice(flag: str, value: str, choices: Sequence[str]) -> None:
         raise ValueError(f"{flag} {value!r} is unknown; choose one of: {', '.join(choices)}")
 
 
+def check_at_least(flag: str, value: int | None, least: int) -> None:
+    """Raises ValueError where a number is given and below `least`: a zero is no way of leaving a flag out."""
+    if value is not None and value < least:
+        raise ValueError(f"{flag} {value} must be at least {least}")
+
+
 def did_you_mean(name: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {close[0]!r}?" if close else "; --help lists them all"

@@ -14,6 +14,7 @@ from hf_decoder import accounting, corpus, evaluation, examples
 from hf_decoder.classification import predict
 from hf_decoder.cli import (
     DTYPES,
+    check_at_least,
     check_choice,
     is_classifier,
     load_classifier,
@@ -141,8 +142,8 @@ def measure(args: EvalArguments) -> dict[str, Any]:
 def _check(args: EvalArguments) -> None:
     for metric in args.metrics:
         check_choice("--metrics", metric, METRICS)
-    if args.batch_size < 1:
-        raise ValueError(f"--batch_size {args.batch_size} must be at least 1")
+    for name in ("batch_size", "max_eval_samples", "max_new_tokens", "num_beams"):
+        check_at_least(f"--{name}", getattr(args, name), 1)
     if "{prompt}" not in args.prompt_template:
         raise ValueError(f"--prompt_template {args.prompt_template!r} must hold {{prompt}}")
     for metrics, flag in ((TEXT_METRICS, "text_file"), ((*ANSWER_METRICS, *LABEL_METRICS), "eval_file")):
@@ -204,10 +205,10 @@ def _usable(args: EvalArguments, rows: list[examples.Row]) -> list[examples.Row]
 
 def _measure_text(args: EvalArguments, model: Any, tokenizer: Any, documents: Any) -> dict[str, Any]:
     limit = getattr(model.config, "max_position_embeddings", None) or DEFAULT_BLOCK_SIZE
-    block_size = args.block_size or min(limit, DEFAULT_BLOCK_SIZE)
+    block_size = min(limit, DEFAULT_BLOCK_SIZE) if args.block_size is None else args.block_size
     if not 2 <= block_size <= limit:
         raise ValueError(f"--block_size {block_size} must lie between 2 and the model's context, {limit}")
-    stride = args.stride or block_size // 2
+    stride = block_size // 2 if args.stride is None else args.stride
     score, report = evaluation.score_text(
         model, tokenizer, documents, block_size=block_size, stride=stride, batch_size=args.batch_size
     )

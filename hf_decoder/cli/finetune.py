@@ -30,6 +30,7 @@ from hf_decoder.adapters import is_adapter, load_adapter, merge
 from hf_decoder.classification import label_map
 from hf_decoder.cli import (
     MUON_ADAMW,
+    check_at_least,
     check_choice,
     find_value,
     load_classifier,
@@ -214,7 +215,7 @@ def finetune(task_args: TaskArguments, model_args: Any, args: Any) -> None:
     started = time.monotonic()
     if not 0 <= task_args.dropout < 1:
         raise ValueError(f"--dropout {task_args.dropout} must be at least 0 and below 1")
-    _check(task_args, model_args)
+    _check(task_args, model_args, args.max_length)
     if args.uses_muon and task_args.task == "preference":
         raise ValueError(f"--optim {MUON_ADAMW} does not go with TRL's DPOTrainer; leave it out")
     time_limit = parse_duration(task_args.time_limit) if task_args.time_limit else None
@@ -291,7 +292,7 @@ def _config(task_args: TaskArguments, model_args: Any, tokenizer: Any) -> Any:
     return config
 
 
-def _check(task_args: TaskArguments, model_args: Any) -> None:
+def _check(task_args: TaskArguments, model_args: Any, max_length: int | None) -> None:
     if task_args.preset is not None:
         _check_new_model(task_args, model_args)
     elif not model_args.model_name_or_path:
@@ -305,6 +306,7 @@ def _check(task_args: TaskArguments, model_args: Any) -> None:
             f"{model_args.model_name_or_path} holds an adapter; name its base, and the adapter with "
             "--adapter_name_or_path to go on training it"
         )
+    check_at_least("--max_length", max_length, 1)
     if "{prompt}" not in task_args.prompt_template:
         raise ValueError(f"--prompt_template {task_args.prompt_template!r} must hold {{prompt}}")
     if not 0 <= task_args.validation_split_percentage < 100:

@@ -124,6 +124,11 @@ def test_update_card_makes_a_card_where_there_is_none(run, llama, tmp_path):
         (["--text_file", "prompts.txt", "--block_size", "4096"], "128"),
         (["--text_file", "prompts.txt", "--batch_size", "0"], "--batch_size 0"),
         (["--text_file", "prompts.txt", "--prompt_template", "x"], "--prompt_template"),
+        (["--text_file", "prompts.txt", "--stride", "0"], "stride 0"),
+        (["--text_file", "prompts.txt", "--block_size", "0"], "--block_size 0"),
+        ([*BLEU, "prompts.txt", "--max_eval_samples", "0"], "--max_eval_samples 0 must be at least 1"),
+        ([*BLEU, "prompts.txt", "--max_new_tokens", "0"], "--max_new_tokens 0 must be at least 1"),
+        ([*BLEU, "prompts.txt", "--num_beams", "0"], "--num_beams 0 must be at least 1"),
     ],
 )  # fmt: skip
 def test_what_a_user_can_get_wrong(fails, run, tmp_path, monkeypatch, flags, reason):
