@@ -18,9 +18,10 @@ from transformers import Trainer
 
 from . import HfDecoderForCausalLM
 from .classification import encode_texts, label_map
-from .completion import end_ids
-from .evaluation import accuracy, macro_f1
-from .examples import Row, Skipped, count_overlap, drop_unusable, read_lines, read_rows, select_columns
+from .completion import encode_prompt, end_ids
+from .evaluation import IGNORE_INDEX, Score, accuracy, macro_f1
+from .examples import Row, Skipped, check_alike, count_overlap, drop_unusable, read_lines, read_rows, select_columns
+from .layouts import form_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -78,9 +79,11 @@ def load_task(
     skipped: dict[str, Skipped] = {}
     for path, completions in zip(files, completion_files, strict=False):
         rows = _with_completions(path, completions) if completions else read_rows(path)
-        selected, skipped[path] = drop_unusable(select_columns(rows, task, columns, path))
+        rows = select_columns(rows, task, columns, path)
+        selected, skipped[path] = drop_unusable(rows)
         if not selected:
             raise ValueError(f"{path} has no usable row: {skipped[path]}")
+        check_alike(rows, path, across_roles=task == "sft")
         parts.append(selected)
     train, validation = parts if len(parts) == 2 else _hold_out(parts[0], validation_fraction, seed)
     if tuple(train[0]) != (roles := tuple((validation or train)[0])):

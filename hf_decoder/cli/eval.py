@@ -229,7 +229,7 @@ def _measure_answers(
     names = ("max_new_tokens", "num_beams", "length_penalty", "do_sample", "stop_strings")
     given = {name: getattr(args, name) for name in names}
     prompts = [_template(args, row["prompt"]) for row in rows]
-    references = [r if isinstance(r, list) else [str(r)] for r in (row["reference"] for row in rows)]
+    references = [_references(row["reference"]) for row in rows]
     answers = list(show_progress(complete(model, tokenizer, prompts, given, args.batch_size), len(prompts), "answers"))
     answers = [answer.strip() for answer in answers]
     for prompt, answer, options in zip(prompts, answers, references, strict=True):
@@ -238,7 +238,16 @@ def _measure_answers(
     return {"answers": len(rows), **{name: function(answers, references) for name, function in wanted.items()}}
 
 
-def _measure_labels(
+def _references(value: Any) -> list[str]:
+    """The texts that an answer is compared with: a text, several, or of messages what the assistant says first."""
+    if not isinstance(value, list):
+        return [str(value)]
+    if isinstance(value[0], Mapping):
+        return [str(examples.first_answer(value))]
+    return [str(option) for option in value]
+
+
+def _classify(
     args: EvalArguments, model: Any, tokenizer: Any, rows: list[examples.Row], predictions: list[dict[str, Any]]
 ) -> dict[str, Any]:
     texts = [_template(args, str(row["text"])) for row in rows]

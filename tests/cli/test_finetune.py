@@ -158,7 +158,7 @@ def test_full_fine_tuning_learns_its_rows(run, tmp_path, capsys):
     ]
     out = run_task(run.folder, tmp_path, rows, *flags)
     printed = capsys.readouterr().out
-    assert "1 of 8 rows skipped: empty prompt; 1 of 8 rows skipped: empty completion" in printed
+    assert "1 of 8 rows skipped: empty prompt, first row 7; 1 of 8 rows skipped: empty completion" in printed
     assert "2 of 2 held-out rows also stand in the training rows" in printed
     results = json.loads((out / "all_results.json").read_text())
     assert results["trainable_share"] == 1
@@ -382,6 +382,9 @@ def test_what_a_user_can_get_wrong_about_a_new_model(fails, run, tmp_path, flags
         (PAIRS, ["--preset", "nano"], "leave out"),
         (PAIRS, ["--tokenizer_name", "x"], "--preset"),
         (PAIRS, ["--dropout", "1"], "--dropout 1.0"),
+        (PAIRS, ["--max_length", "0"], "--max_length 0 must be at least 1"),
+        ([*PAIRS, {"prompt": CHATS[0]["messages"][:2], "completion": CHATS[0]["messages"][2:3]}], [], "mixes text and messages: row 1"),  # noqa: E501
+        ([{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": 5}]}], [], "train.jsonl has no usable row: 1 of 1 rows skipped: messages has a turn whose content is not text, first row 1"),  # noqa: E501
         (PAIRS, ["--time_limit", "soon"], "soon"),
         (PREFERENCES, ["--task", "preference", "--optim", "muon_adamw"], "muon_adamw"),
     ],
