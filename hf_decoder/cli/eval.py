@@ -11,7 +11,7 @@ from typing import Any
 from transformers import set_seed
 
 from hf_decoder import accounting, corpus, evaluation, examples
-from hf_decoder.classification import predict
+from hf_decoder.classification import name_classes, predict, share_padding
 from hf_decoder.cli import (
     DTYPES,
     check_at_least,
@@ -115,15 +115,16 @@ def measure(args: EvalArguments) -> dict[str, Any]:
     documents = _documents(args) if wanted & set(TEXT_METRICS) else None
     pairs = _pairs(args) if wanted & set(ANSWER_METRICS) else []
     labelled = _labelled(args) if wanted & set(LABEL_METRICS) else []
-    classifier = is_classifier(args.model)
+    options: dict[str, Any] = {"adapter": args.adapter_name_or_path, "trust_remote_code": args.trust_remote_code}
+    classifier = is_classifier(args.model, **options)
     if classifier and wanted - set(LABEL_METRICS):
-        raise ValueError(f"{args.model} is a sequence classifier, which has only {' and '.join(LABEL_METRICS)}")
-    options: dict[str, Any] = {"trust_remote_code": args.trust_remote_code, "dtype": args.dtype}
-    if args.adapter_name_or_path:
-        options["adapter"] = args.adapter_name_or_path
-    model = (load_classifier if classifier else load_model)(args.model, **options)
+        name = args.adapter_name_or_path or args.model
+        raise ValueError(f"{name} is a sequence classifier, which has only {' and '.join(LABEL_METRICS)}")
+    model = (load_classifier if classifier else load_model)(args.model, dtype=args.dtype, **options)
     model = model.to(select_device(args.device)).eval()
     tokenizer = load_tokenizer(args.model, trust_remote_code=args.trust_remote_code)
+    if classifier:
+        share_padding(model, tokenizer)
     set_seed(args.seed)
 
     results: dict[str, Any] = {"model": Path(args.model).name, "parameters": model.num_parameters()}
@@ -133,7 +134,8 @@ def measure(args: EvalArguments) -> dict[str, Any]:
     if pairs:
         results |= _measure_answers(args, model, tokenizer, pairs, predictions)
     if labelled:
-        results |= _measure_labels(args, model, tokenizer, labelled, predictions)
+        measure_labels = _classify if classifier else _choose_labels
+        results |= measure_labels(args, model, tokenizer, labelled, predictions)
     results |= accounting.hardware()
     _write(args, results, predictions)
     return results
@@ -250,29 +252,33 @@ def _references(value: Any) -> list[str]:
 def _classify(
     args: EvalArguments, model: Any, tokenizer: Any, rows: list[examples.Row], predictions: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    texts = [_template(args, str(row["text"])) for row in rows]
-    labels = [str(row["label"]) for row in rows]
-    if is_classifier(args.model):
-        names = model.config.id2label
-        known = {name: name for name in names.values()} | {str(index): name for index, name in names.items()}
-        unknown = sorted({label for label in labels if label not in known})
-        if unknown:
-            raise ValueError(
-                f"{args.eval_file} has the label {unknown[0]!r}, which the model does not know; "
-                f"its labels: {', '.join(names.values())}"
-            )
-        labels = [known[label] for label in labels]
-        guesses = [names[index] for index in predict(model, tokenizer, texts, batch_size=args.batch_size)]
-    else:
-        options = sorted(set(labels))
-        tokens = [tokenizer(option, add_special_tokens=False)["input_ids"] for option in options]
-        prompts = [encode_prompt(tokenizer, text) for text in texts]
-        nats = evaluation.option_nats(model, prompts, tokens, batch_size=args.batch_size)
-        guesses = [options[min(range(len(options)), key=row.__getitem__)] for row in nats]
+    """Accuracy and F1 of a classifier's own classes."""
+    texts, names = [_template(args, str(row["text"])) for row in rows], model.config.id2label
+    labels = name_classes([str(row["label"]) for row in rows], names, str(args.eval_file))
+    guesses = [names[index] for index in predict(model, tokenizer, texts, batch_size=args.batch_size)]
+    return _compare_labels(texts, guesses, labels, predictions)
+
+
+def _choose_labels(
+    args: EvalArguments, model: Any, tokenizer: Any, rows: list[examples.Row], predictions: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Accuracy and F1 of the label that a language model finds likeliest after each text."""
+    texts, labels = [_template(args, str(row["text"])) for row in rows], [str(row["label"]) for row in rows]
+    options = sorted(set(labels))
+    tokens = [tokenizer(option, add_special_tokens=False)["input_ids"] for option in options]
+    prompts = [encode_prompt(tokenizer, text) for text in texts]
+    nats = evaluation.option_nats(model, prompts, tokens, batch_size=args.batch_size)
+    guesses = [options[min(range(len(options)), key=row.__getitem__)] for row in nats]
+    return _compare_labels(texts, guesses, labels, predictions)
+
+
+def _compare_labels(
+    texts: list[str], guesses: list[str], labels: list[str], predictions: list[dict[str, Any]]
+) -> dict[str, Any]:
     for text, guess, label in zip(texts, guesses, labels, strict=True):
         predictions.append({"prompt": text, "prediction": guess, "label": label})
     return {
-        "labelled": len(rows),
+        "labelled": len(labels),
         "accuracy": evaluation.accuracy(guesses, labels),
         "f1": evaluation.macro_f1(guesses, labels),
     }

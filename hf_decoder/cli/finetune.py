@@ -26,8 +26,9 @@ from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
 from hf_decoder import HfDecoderConfig, accounting, evaluation, finetuning, training
-from hf_decoder.adapters import is_adapter, load_adapter, merge
-from hf_decoder.classification import label_map
+from hf_decoder.adapters import ADAPTER_CONFIG, is_adapter, load_adapter, merge
+from hf_decoder.checkpoints import CheckpointKeeper, check_same_run, checkpoint_to_resume, describe_run
+from hf_decoder.classification import KeepLabelNames, label_map, read_label_names, save_label_names, share_padding
 from hf_decoder.cli import (
     MUON_ADAMW,
     check_at_least,
@@ -382,14 +383,14 @@ def _trainer(task_args: TaskArguments, model_args: Any, args: Any, data: finetun
 def _classification_trainer(
     task_args: TaskArguments, model_args: Any, args: Any, data: finetuning.TaskData, tokenizer: Any
 ) -> Trainer:
-    label2id = label_map([row["label"] for row in data.train], task_args.class_names)
+    known = read_label_names(task_args.adapter_name_or_path) if task_args.adapter_name_or_path else None
+    names = task_args.class_names or (list(known.values()) if known else None)
+    label2id = label_map([row["label"] for row in data.train], names)
     if data.validation:
         label_map([row["label"] for row in data.validation], list(label2id))
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    names = {index: name for name, index in label2id.items()}
-    model = _load(load_classifier, task_args, model_args, tokenizer, id2label=names, label2id=label2id)
-    model.config.pad_token_id = tokenizer.pad_token_id
+    id2label = {index: name for name, index in label2id.items()}
+    model = _load(load_classifier, task_args, model_args, tokenizer, id2label=id2label, label2id=label2id)
+    share_padding(model, tokenizer)
     peft_config = _peft_config(task_args, model_args, "SEQ_CLS")
     if peft_config is not None:
         from peft import get_peft_model
@@ -406,6 +407,7 @@ def _classification_trainer(
         processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer),
         compute_metrics=finetuning.class_metrics,
+        callbacks=[KeepLabelNames(id2label)] if hasattr(model, "peft_config") else None,
         optimizer_cls_and_kwargs=muon_adamw(args) if args.uses_muon else None,
     )
 
@@ -447,22 +449,27 @@ def _peft_config(task_args: TaskArguments, model_args: Any, task_type: str) -> A
 def _save(trainer: Any, tokenizer: Any, task_args: TaskArguments, model_args: Any, data: finetuning.TaskData) -> None:
     """Model or adapter into the output folder, ready to load."""
     model = trainer.accelerator.unwrap_model(trainer.model)
-    if task_args.task != "classification" and finetuning.is_conversational(data.train):
+    classifies = task_args.task == "classification"
+    if not classifies and finetuning.is_conversational(data.train):
         finetuning.end_turns(model, tokenizer)
-    if not task_args.merge:
-        save_in_full(trainer, trainer.args.output_dir)
-        return
+    # Of a quantized base the adapter goes into the weights as they were before: nothing is rounded twice.
+    reloads = task_args.merge and (model_args.load_in_4bit or model_args.load_in_8bit)
+    folder = Path(trainer.args.output_dir) / ("adapter" if reloads else "")
+    if reloads or not task_args.merge:
+        save_in_full(trainer, folder)
     if not trainer.is_world_process_zero():
         return
-    if model_args.load_in_4bit or model_args.load_in_8bit:
-        # Into the weights as they were before they were quantized: nothing is rounded twice.
-        folder = Path(trainer.args.output_dir) / "adapter"
-        save_in_full(trainer, folder)
-        loader = load_classifier if task_args.task == "classification" else load_model
-        kwargs = {"id2label": model.config.id2label} if task_args.task == "classification" else {}
-        ends = model.generation_config.eos_token_id if model.generation_config is not None else None
-        model = loader(model_args.model_name_or_path, adapter=str(folder), dtype=model_args.dtype, **kwargs)
-        if ends is not None:
+    if classifies and (folder / ADAPTER_CONFIG).is_file():
+        save_label_names(folder, model.config.id2label)
+    if not task_args.merge:
+        return
+    if reloads:
+        ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+        loader = load_classifier if classifies else load_model
+        model = loader(model_args.model_name_or_path, adapter=str(folder), dtype=model_args.dtype)
+        if classifies:
+            share_padding(model, tokenizer)
+        elif ends is not None:
             model.generation_config.eos_token_id = ends
     merge(model).save_pretrained(trainer.args.output_dir)
     tokenizer.save_pretrained(trainer.args.output_dir)
@@ -483,7 +490,7 @@ def _write_outputs(trainer: Any, task_args: TaskArguments, model_args: Any, resu
         words["base_model"] = model_args.model_name_or_path
     if task_args.license:
         words["license"] = task_args.license
-    is_peft = (folder / "adapter_config.json").is_file()
+    is_peft = (folder / ADAPTER_CONFIG).is_file()
     write_finetuning_card(folder, results, words, is_adapter=is_peft)
     kind = "adapter" if is_peft else "model"
     for key in ("eval_loss", "perplexity", "eval_accuracy", "eval_f1", "eval_rewards/margins"):

@@ -294,6 +294,66 @@ def test_classification_with_an_adapter(run, tmp_path):
     assert AutoModelForSequenceClassification.from_pretrained(out).config.id2label == {0: "neg", 1: "pos"}
 
 
+@pytest.mark.parametrize("kind", [[], ["--use_dora", "true"], ["--load_in_4bit", "true"]], ids=["lora", "dora", "qlora"])  # fmt: skip # noqa: E501
+def test_an_adapter_of_a_classifier_is_measured_as_one(fails, run, tmp_path, kind):
+    """Its labels are beside it, in every checkpoint too; the card's lines give the classes their names."""
+    held = write(tmp_path / "held.jsonl", LABELS)
+    flags = ["--use_peft", "true", "--learning_rate", "1e-2", "--max_steps", "60", "--validation_file", held, *kind]
+    out = run_task(run.folder, tmp_path, LABELS, *flags, task="classification")
+    results = json.loads((out / "all_results.json").read_text())
+    assert results["eval_accuracy"] == 1
+    (checkpoint,) = out.glob("checkpoint-*")
+    for names in ([str(out)], [str(run.folder), "--adapter_name_or_path", str(checkpoint)]):
+        argv = ["eval", *names, "--metrics", "accuracy", "f1", "--eval_file", held]
+        assert main([*argv, "--output_dir", str(tmp_path / "eval")]) == 0
+        assert json.loads((tmp_path / "eval" / "eval_results.json").read_text())["accuracy"] == 1
+    assert "is a sequence classifier, which has only accuracy and f1" in fails("eval", str(out), "--text_file", held)
+    lines = ModelCard.load(out / "README.md").text.split("```python\n")[1].split("```")[0]
+    found = {}
+    exec(lines.replace('"out"', repr(str(out))), found)
+    assert found["model"].config.id2label == {0: "neg", 1: "pos"}
+    assert found["model"].config.label2id == {"neg": 0, "pos": 1}
+    ids = found["tokenizer"]([row["text"] for row in LABELS], return_tensors="pt", padding=True)
+    with torch.no_grad():
+        classes = found["model"].eval()(**ids).logits.argmax(-1).tolist()
+    assert [found["model"].config.id2label[index] for index in classes] == [row["label"] for row in LABELS]
+    (out / "id2label.json").unlink()
+    assert "id2label.json" in fails("eval", str(out), "--metrics", "accuracy", "--eval_file", held)
+
+
+def test_a_continued_adapter_keeps_its_classes_in_their_order(run, tmp_path):
+    flags = ["--use_peft", "true", "--class_names", "pos", "neg"]
+    first = run_task(run.folder, tmp_path, LABELS, *flags, task="classification")
+    argv = ["finetune", str(run.folder), "--task", "classification", "--adapter_name_or_path", str(first), *QUICK]
+    train, more = str(tmp_path / "train.jsonl"), tmp_path / "more"
+    assert main([*argv, "--train_file", train, "--output_dir", str(more)]) == 0
+    assert json.loads((more / "id2label.json").read_text()) == {"0": "pos", "1": "neg"}
+
+
+def test_a_classifier_of_a_four_bit_base_is_merged(run, tmp_path):
+    flags = ["--use_peft", "true", "--load_in_4bit", "true", "--merge"]
+    out = run_task(run.folder, tmp_path, LABELS, *flags, task="classification")
+    merged = AutoModelForSequenceClassification.from_pretrained(out).eval()
+    assert merged.config.id2label == {0: "neg", 1: "pos"} and merged.config.label2id == {"neg": 0, "pos": 1}
+    base = AutoModelForSequenceClassification.from_pretrained(run.folder, num_labels=2)
+    ids = torch.arange(5, 60)[None]
+    with torch.no_grad():
+        unmerged = PeftModel.from_pretrained(base, out / "adapter").eval()(ids).logits
+        torch.testing.assert_close(merged(ids).logits, unmerged, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["full", "adapter"])
+def test_a_classifier_writes_no_text(fails, run, tmp_path, kind):
+    flags = ["--use_peft", "true"] if kind == "adapter" else []
+    out = run_task(run.folder, tmp_path, LABELS, *flags, task="classification")
+    assert "is a sequence classifier, which writes no text" in fails("generate", str(out), "the cat")
+    train = write(tmp_path / "pairs.jsonl", PAIRS)
+    names = [str(run.folder), "--adapter_name_or_path", str(out)] if kind == "adapter" else [str(out)]
+    line = fails("finetune", *names, "--train_file", train, "--output_dir", str(tmp_path / "new"), *QUICK)
+    assert "sequence classifier" in line
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize("peft", [[], ["--use_peft", "true"]], ids=["full", "lora"])
 def test_preferences_move_the_margin(run, tmp_path, peft):
     flags = ["--validation_file", write(tmp_path / "held.jsonl", PREFERENCES[:4]), "--max_steps", "12"]
