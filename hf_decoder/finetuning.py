@@ -7,14 +7,19 @@ TRL's SFTTrainer puts the loss on completions when rows have a `completion`, and
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from transformers import Trainer
+from transformers.trainer import SCHEDULER_NAME
 
 from . import HfDecoderForCausalLM
 from .classification import encode_texts, label_map
@@ -160,8 +165,12 @@ def sft_trainer() -> type:
 
     TRL's fused head also gives the entropy and the accuracy of the tokens, at more than the cost of a small model's
     whole step (measured on a CPU); they are not logged then. Any other model, and label smoothing, take TRL's way.
+
+    The loss of an evaluation is the mean over its tokens, where Trainer takes the mean over batches: that depends on
+    which rows share one. (Several processes may take the last rows twice, to have as many each.)
     """
     import trl
+    from accelerate.utils import gather_object
 
     class OwnLossTrainer(trl.SFTTrainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -177,6 +186,21 @@ def sft_trainer() -> type:
                 self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
             inputs = {**inputs, "use_cache": False, "skip_logits": True}
             return Trainer.compute_loss(self, model, inputs, num_items_in_batch=num_items_in_batch)
+
+        def prediction_step(self, model, inputs, *args, **kwargs):
+            count = int((inputs["labels"][:, 1:] != IGNORE_INDEX).sum())
+            loss, logits, labels = super().prediction_step(model, inputs, *args, **kwargs)
+            if count:
+                self._scores.append(Score(float(loss) * count, count))
+            return loss, logits, labels
+
+        def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+            self._scores = []
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+            scores = gather_object(self._scores)
+            total = Score(math.fsum(score.nats for score in scores), sum(score.tokens for score in scores))
+            output.metrics[f"{metric_key_prefix}_loss"] = total.loss
+            return output
 
     return OwnLossTrainer
 

@@ -478,7 +478,8 @@ def _save(trainer: Any, tokenizer: Any, task_args: TaskArguments, model_args: An
 def _write_outputs(trainer: Any, task_args: TaskArguments, model_args: Any, results: dict[str, Any]) -> None:
     folder = Path(trainer.args.output_dir)
     for name in ("train", "eval"):
-        part = {key: value for key, value in results.items() if key.startswith("eval_") == (name == "eval")}
+        evaluated = [key for key in results if key.startswith("eval_") or key == "perplexity"]
+        part = {key: value for key, value in results.items() if (key in evaluated) == (name == "eval")}
         trainer.save_metrics(name, part, combined=False)
     text = json.dumps(results, indent=4, sort_keys=True) + "\n"
     (folder / "all_results.json").write_text(text, encoding="utf-8")

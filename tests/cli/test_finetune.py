@@ -161,6 +161,9 @@ def test_full_fine_tuning_learns_its_rows(run, tmp_path, capsys):
     assert "1 of 8 rows skipped: empty prompt, first row 7; 1 of 8 rows skipped: empty completion" in printed
     assert "2 of 2 held-out rows also stand in the training rows" in printed
     results = json.loads((out / "all_results.json").read_text())
+    parts = [json.loads((out / f"{name}_results.json").read_text()) for name in ("train", "eval")]
+    assert {**parts[0], **parts[1]} == results
+    assert {"eval_loss", "perplexity"} <= parts[1].keys() and "train_loss" in parts[0]
     assert results["trainable_share"] == 1
     assert results["skipped_rows"] == results["overlapping_rows"] == 2
     assert results["perplexity"] == pytest.approx(torch.tensor(results["eval_loss"]).exp().item(), rel=1e-5)
