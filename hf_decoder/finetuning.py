@@ -42,11 +42,19 @@ class TaskData:
     validation: list[Row]
     skipped: dict[str, Skipped]
     overlap: int
+    masked: tuple[int, int] = (0, 0)  # of either, how many have no token to learn within the block (`skip_masked`)
 
     @property
     def roles(self) -> tuple[str, ...]:
         """The columns of the rows, by their roles."""
         return tuple(self.train[0])
+
+    def describe(self) -> dict[str, Any]:
+        """What has to stay the same of the rows for a run to go on (`checkpoints.describe_run`)."""
+        digest = hashlib.sha256()
+        for row in self.train:
+            digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+        return {"rows": len(self.train), "content": digest.hexdigest()[:16]}
 
     def warnings(self) -> list[str]:
         """One line for each thing about the rows that the user should know."""
@@ -120,12 +128,64 @@ def text_rows(rows: Sequence[Row], prompt_template: str = "{prompt}") -> Dataset
     """Rows for TRL's trainers; a prompt that is text is put into `prompt_template`."""
     from datasets import Dataset
 
-    def fill(row: Row) -> Row:
-        if isinstance(row.get("prompt"), str):
-            return {**row, "prompt": prompt_template.replace("{prompt}", row["prompt"])}
-        return row
+    return Dataset.from_list([_fill(row, prompt_template) for row in rows])
 
-    return Dataset.from_list([fill(row) for row in rows])
+
+def _fill(row: Row, prompt_template: str) -> Row:
+    if isinstance(row.get("prompt"), str):
+        return {**row, "prompt": prompt_template.replace("{prompt}", row["prompt"])}
+    return row
+
+
+def skip_masked(trainer: Any, data: TaskData, prompt_template: str = "{prompt}") -> list[str]:
+    """Counts the rows whose prompt fills the block as skipped, and returns a line about those of each file.
+
+    SFTTrainer cuts rows at `max_length`. Of such a row nothing is left to learn: it is dropped without a word, or
+    packed with the others without a label.
+
+    Raises:
+        ValueError: if a file has no other rows, naming the length of its shortest prompt and the limit.
+    """
+    args, lines, masked = trainer.args, [], []
+    packs = (args.packing, args.packing if args.eval_packing is None else args.eval_packing)
+    parts = ((data.train, trainer.train_dataset), (data.validation, trainer.eval_dataset))
+    paths = (next(iter(data.skipped)), next(reversed(data.skipped)))
+    for path, packed, (rows, prepared) in zip(paths, packs, parts, strict=True):
+        lost = _count_masked(prepared, len(rows), args.packing_strategy if packed else None) if rows else 0
+        masked.append(lost)
+        if rows and lost == len(rows):
+            lengths = [_prompt_length(_fill(row, prompt_template), trainer.processing_class) for row in rows]
+            raise ValueError(
+                f"{path} has no row with an answer to learn: its shortest prompt has {min(lengths):,} tokens, and "
+                f"--max_length or the model's context cuts a row off after {args.max_length:,}"
+            )
+        if lost:
+            reason = f"the prompt fills the {args.max_length:,} tokens of --max_length or of the model's context"
+            data.skipped[path].reasons[reason] += lost
+            lines.append(f"{path}: {lost:,} of {len(rows):,} rows skipped: {reason}")
+    data.masked = (masked[0], masked[1])
+    return lines
+
+
+def _count_masked(prepared: Dataset, rows: int, strategy: str | None) -> int:
+    """How many of `rows` the trainer's `prepared` rows, packed by `strategy`, hold without a label or no longer."""
+    if strategy is None:
+        return rows - len(prepared)
+    if strategy != "bfd":  # nothing is cut off: the rest of a row stands in another
+        return 0
+    count = 0
+    for row in prepared.select_columns(["labels", "seq_lengths"]).with_format("numpy"):
+        starts = np.cumsum([0, *row["seq_lengths"][:-1]])
+        count += int((np.add.reduceat((row["labels"] != IGNORE_INDEX).astype(int), starts) == 0).sum())
+    return count
+
+
+def _prompt_length(row: Row, tokenizer: Any) -> int:
+    """Tokens before the first that the model is to write."""
+    if "messages" not in row:
+        return len(encode_prompt(tokenizer, row["prompt"]))
+    answer = next(number for number, turn in enumerate(row["messages"]) if turn["role"] == "assistant")
+    return len(encode_prompt(tokenizer, row["messages"][:answer]))
 
 
 def class_rows(rows: Sequence[Row], tokenizer: Any, label2id: Mapping[str, int], max_length: int | None) -> Dataset:
@@ -243,6 +303,44 @@ def training_state_bytes(model: Any, optimizer: Any) -> int:
     state = getattr(optimizer, "optimizer", optimizer).state  # accelerate wraps the optimizer
     held = [value for values in state.values() for value in values.values() if isinstance(value, torch.Tensor)]
     return sum(tensor.nbytes for tensor in [*held, *(p for p in model.parameters() if p.requires_grad)])
+
+
+def count_steps(trainer: Any) -> int:
+    """Optimizer steps of the whole run."""
+    args = trainer.args
+    batches = len(trainer.get_train_dataloader())
+    steps = math.ceil(args.num_train_epochs * math.ceil(batches / args.gradient_accumulation_steps))
+    return args.max_steps if args.max_steps > 0 else steps
+
+
+def check_resumable(checkpoint: str | Path) -> None:
+    """Refuses a checkpoint of the weights alone: Trainer would go on from it with a new optimizer and schedule.
+
+    Raises:
+        ValueError: naming what is missing.
+    """
+    missing = [] if form_of(checkpoint) else ["the state of the optimizer"]
+    if not (Path(checkpoint) / SCHEDULER_NAME).is_file():
+        missing.append("that of the schedule")
+    if missing:
+        raise ValueError(
+            f"--resume_from_checkpoint {checkpoint} lacks {' and '.join(missing)}, so it cannot be gone on with "
+            "(--save_only_model keeps neither); give it as the model, or its adapter as --adapter_name_or_path, to "
+            "start anew from its weights"
+        )
+
+
+def describe_method(model_args: Any, adapter: str | None) -> str:
+    """What is trained, in a few words, by the flags of TRL's ModelConfig and the adapter to go on with."""
+    if adapter:
+        return "an adapter, continued"
+    if not model_args.use_peft:
+        return "all parameters"
+    kind = "DoRA" if model_args.use_dora else "LoRA"
+    quantized = (
+        " on a 4-bit base" if model_args.load_in_4bit else " on an 8-bit base" if model_args.load_in_8bit else ""
+    )
+    return f"{kind} of rank {model_args.lora_r}, alpha {model_args.lora_alpha}{quantized}"
 
 
 def data_name(path: str) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, make_dataclass
@@ -21,7 +20,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import SchedulerType, get_last_checkpoint
+from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
@@ -220,7 +219,9 @@ def finetune(task_args: TaskArguments, model_args: Any, args: Any) -> None:
     if args.uses_muon and task_args.task == "preference":
         raise ValueError(f"--optim {MUON_ADAMW} does not go with TRL's DPOTrainer; leave it out")
     time_limit = parse_duration(task_args.time_limit) if task_args.time_limit else None
-    checkpoint = _checkpoint(args)
+    checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
+    if checkpoint is not None and not args.deepspeed:
+        finetuning.check_resumable(checkpoint)
     resumes_here = checkpoint is not None and Path(checkpoint).resolve().parent == Path(args.output_dir).resolve()
     training.check_output_dir(args.output_dir, overwrite=args.overwrite_output_dir, resume=resumes_here)
     tokenizer = load_tokenizer(str(model_args.model_name_or_path or task_args.tokenizer_name))
@@ -247,21 +248,32 @@ def finetune(task_args: TaskArguments, model_args: Any, args: Any) -> None:
     if not data.validation:
         args.eval_strategy = "no"
 
+    run = describe_run(config, tokenizer, data.describe(), args=args)
+    run["adapter"] = {"method": finetuning.describe_method(model_args, task_args.adapter_name_or_path)}
+    if checkpoint is not None:
+        check_same_run(checkpoint, run)
+    keeper = CheckpointKeeper(run, args.save_total_limit)
+    args.save_total_limit = None  # the keeper's
     trainer = _trainer(task_args, model_args, args, data, tokenizer)
+    if task_args.task == "sft":
+        for line in finetuning.skip_masked(trainer, data, task_args.prompt_template.replace("\\n", "\n")):
+            print(f"warning: {line}")
+    trainer.add_callback(keeper)
     if args.use_cpu:
         training.keep_freed_memory()
         trainer.add_callback(training.TrimMemory())
     if args.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY and not args.lr_scheduler_kwargs:
-        args.lr_scheduler_kwargs = wsd_kwargs(_count_steps(trainer))
+        args.lr_scheduler_kwargs = wsd_kwargs(finetuning.count_steps(trainer))
     if time_limit is not None:
         trainer.add_callback(TimeLimit(time_limit, started))
     model = trainer.model
     results: dict[str, Any] = {**finetuning.count_parameters(model)}
-    results |= {"train_rows": len(data.train), "eval_rows": len(data.validation)}
+    results |= {"train_rows": len(data.train) - data.masked[0], "eval_rows": len(data.validation) - data.masked[1]}
     results["skipped_rows"] = sum(sum(skipped.reasons.values()) for skipped in data.skipped.values())
     results["overlapping_rows"] = data.overlap
     print(f"{results['trainable_parameters']:,} of {results['parameters']:,} parameters are trained")
-    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    with keeper.explain_failed_save(args.output_dir):
+        metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     metrics["optimizer_and_gradient_bytes"] = finetuning.training_state_bytes(model, trainer.optimizer)
     if data.validation:
         metrics |= trainer.evaluate()
@@ -272,14 +284,6 @@ def finetune(task_args: TaskArguments, model_args: Any, args: Any) -> None:
     if trainer.is_world_process_zero():
         trainer.save_state()
         _write_outputs(trainer, task_args, model_args, results)
-
-
-def _count_steps(trainer: Any) -> int:
-    """Optimizer steps of the whole run."""
-    args = trainer.args
-    batches = len(trainer.get_train_dataloader())
-    steps = math.ceil(args.num_train_epochs * math.ceil(batches / args.gradient_accumulation_steps))
-    return args.max_steps if args.max_steps > 0 else steps
 
 
 def _config(task_args: TaskArguments, model_args: Any, tokenizer: Any) -> Any:
@@ -332,21 +336,6 @@ def _check_new_model(task_args: TaskArguments, model_args: Any) -> None:
         raise ValueError("a new model needs a tokenizer: train one with hf-decoder tokenizer, and --tokenizer_name it")
     if model_args.use_peft or task_args.adapter_name_or_path:
         raise ValueError("an adapter needs a trained model, and --preset starts a new one; leave one of them out")
-
-
-def _checkpoint(args: Any) -> str | None:
-    """The checkpoint folder that --resume_from_checkpoint asks for, or None."""
-    wanted = args.resume_from_checkpoint
-    if wanted is None or wanted.lower() == "false":
-        return None
-    if wanted.lower() != "true":
-        if not (Path(wanted) / "trainer_state.json").is_file():
-            raise ValueError(f"--resume_from_checkpoint {wanted} is not a checkpoint: it holds no trainer_state.json")
-        return wanted
-    last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
-    if last is None:
-        raise ValueError(f"there is no checkpoint to resume in --output_dir {args.output_dir}")
-    return last
 
 
 def _trainer(task_args: TaskArguments, model_args: Any, args: Any, data: finetuning.TaskData, tokenizer: Any) -> Any:
@@ -486,7 +475,10 @@ def _write_outputs(trainer: Any, task_args: TaskArguments, model_args: Any, resu
     base = Path(model_args.model_name_or_path or f"a new {task_args.preset} model").name
     data = finetuning.data_name(str(task_args.train_file))
     training.plot_loss_curve(trainer.state.log_history, folder / "loss_curve.png", title=f"{base} on {data}")
-    words = {"task": task_args.task, "base": base, "dataset": data, "method": _method(task_args, model_args)}
+    words = {"task": task_args.task, "base": base, "dataset": data}
+    words["method"] = finetuning.describe_method(model_args, task_args.adapter_name_or_path)
+    if task_args.merge and model_args.use_peft:
+        words["method"] += ", merged"
     if model_args.model_name_or_path and not Path(model_args.model_name_or_path).exists():
         words["base_model"] = model_args.model_name_or_path
     if task_args.license:
@@ -498,17 +490,3 @@ def _write_outputs(trainer: Any, task_args: TaskArguments, model_args: Any, resu
         if key in results:
             print(f"{key} {results[key]:.4f}")
     print(f"{folder} holds the {kind}")
-
-
-def _method(task_args: TaskArguments, model_args: Any) -> str:
-    """What is trained, in a few words."""
-    if task_args.adapter_name_or_path:
-        return "an adapter, continued"
-    if not model_args.use_peft:
-        return "all parameters"
-    kind = "DoRA" if model_args.use_dora else "LoRA"
-    quantized = (
-        " on a 4-bit base" if model_args.load_in_4bit else " on an 8-bit base" if model_args.load_in_8bit else ""
-    )
-    merged = ", merged" if task_args.merge else ""
-    return f"{kind} of rank {model_args.lora_r}, alpha {model_args.lora_alpha}{quantized}{merged}"

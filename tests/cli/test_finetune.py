@@ -272,6 +272,107 @@ def test_resumed_is_uninterrupted(run, tmp_path):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def copy_of_run(whole, folder, *steps):
+    for step in steps:
+        shutil.copytree(whole / f"checkpoint-{step}", folder / f"checkpoint-{step}")
+    return folder
+
+
+def test_only_a_whole_checkpoint_is_resumed(fails, run, tmp_path, capsys):
+    """Half of one is passed over for the one before; one without the optimizer's state is no start to go on from."""
+    flags = ["--use_peft", "true", "--max_steps", "4", "--save_steps", "2", "--save_total_limit", "5"]
+    whole = run_task(run.folder, tmp_path, PAIRS, *flags)
+    train = str(tmp_path / "train.jsonl")
+    argv = ["finetune", str(run.folder), "--train_file", train, *QUICK, *flags, "--resume_from_checkpoint"]
+    damages = {
+        "empty": lambda folder: (shutil.rmtree(folder), folder.mkdir()),
+        "cut": lambda folder: (folder / "optimizer.pt").write_bytes((folder / "optimizer.pt").read_bytes()[:100]),
+        "without": lambda folder: (folder / "optimizer.pt").unlink(),
+        "no-schedule": lambda folder: (folder / "scheduler.pt").unlink(),
+    }
+    expected = load_file(whole / "adapter_model.safetensors")
+    for name, damage in damages.items():
+        folder = copy_of_run(whole, tmp_path / name, 2, 4)
+        damage(folder / "checkpoint-4")
+        assert "checkpoint-4" in fails(*argv, str(folder / "checkpoint-4"), "--output_dir", str(folder))
+        assert main([*argv, "--output_dir", str(folder)]) == 0
+        found = load_file(folder / "adapter_model.safetensors")
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
+        damage(folder / "checkpoint-4")
+        shutil.rmtree(folder / "checkpoint-2")
+        assert "checkpoint-4" in fails(*argv, "--output_dir", str(folder))
+
+
+def test_a_run_is_resumed_with_its_rows_and_its_method(fails, run, tmp_path):
+    flags = ["--use_peft", "true", "--lora_r", "4", "--max_steps", "2", "--save_steps", "1", "--save_total_limit", "5"]
+    whole = run_task(run.folder, tmp_path, PAIRS, *flags)
+    folder, other = copy_of_run(whole, tmp_path / "resumed", 1), write(tmp_path / "other.jsonl", PAIRS[:5])
+    argv = ["finetune", str(run.folder), *QUICK, *flags, "--output_dir", str(folder), "--resume_from_checkpoint"]
+    assert "the data differs, rows was 6 and is 5 now" in fails(*argv, "--train_file", other)
+    line = fails(*argv, "--train_file", str(tmp_path / "train.jsonl"), "--lora_r", "8")
+    assert "'LoRA of rank 4, alpha 32' and is 'LoRA of rank 8, alpha 32' now" in line
+
+
+def test_a_checkpoint_of_weights_alone_is_not_resumed(fails, run, tmp_path):
+    flags = ["--max_steps", "1", "--save_strategy", "steps", "--save_steps", "1", "--save_only_model", "true"]
+    out = run_task(run.folder, tmp_path, PAIRS, *flags)
+    argv = ["finetune", str(run.folder), "--train_file", str(tmp_path / "train.jsonl"), *QUICK, *flags]
+    line = fails(*argv, "--output_dir", str(out), "--max_steps", "2", "--resume_from_checkpoint")
+    assert "checkpoint-1 lacks the state of the optimizer and that of the schedule" in line
+
+
+@pytest.mark.parametrize("kind", ["ours", "llama"])
+@pytest.mark.parametrize("flags", [[], ["--packing", "true"]], ids=["padded", "packed"])
+def test_the_measured_loss_is_the_mean_over_tokens_whatever_shares_a_batch(run, tmp_path, kind, flags):
+    folder = run.folder
+    if kind == "llama":
+        folder = tmp_path / "llama"
+        tokenizer = AutoTokenizer.from_pretrained(run.folder)
+        shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        torch.manual_seed(0)
+        LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    rows = [{"prompt": "the cat", "completion": " sees the dog" * n} for n in (1, 9, 1, 1, 36)]
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    nats, count = 0.0, 0
+    for row in rows:
+        prompt, answer = tokenizer(row["prompt"])["input_ids"], tokenizer(row["completion"])["input_ids"]
+        ids = prompt + answer + [tokenizer.eos_token_id]
+        labels = torch.tensor([[-100] * len(prompt) + ids[len(prompt) :]])
+        with torch.no_grad():
+            nats += float(model(torch.tensor([ids]), labels=labels).loss) * (len(ids) - len(prompt))
+        count += len(ids) - len(prompt)
+    for size in ("1", "2", "5"):
+        trainer = build(folder, tmp_path, rows, "--per_device_eval_batch_size", size, *flags)
+        trainer.eval_dataset = trainer.train_dataset  # prepared; as an argument it would be prepared again
+        assert len(trainer.train_dataset) == (2 if flags else 5)
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(nats / count, rel=1e-5)
+        assert trainer.state.log_history[-1]["eval_loss"] == pytest.approx(nats / count, rel=1e-5)
+
+
+@pytest.mark.parametrize("flags", [[], ["--packing", "true"]], ids=["padded", "packed"])
+def test_rows_whose_prompt_fills_the_block_are_counted(fails, run, tmp_path, capsys, flags):
+    long = [{"prompt": "the cat sees " * 100, "completion": "the dog"}] * 2
+    flags = [*flags, "--validation_file", write(tmp_path / "held.jsonl", [*PAIRS, *long[1:]])]
+    out = run_task(run.folder, tmp_path, [*PAIRS, *long], *flags)
+    assert "train.jsonl: 2 of 8 rows skipped: the prompt fills the 128 tokens" in capsys.readouterr().out
+    results = json.loads((out / "all_results.json").read_text())
+    assert (results["train_rows"], results["eval_rows"], results["skipped_rows"]) == (6, 6, 3)
+    train = write(tmp_path / "train.jsonl", long)
+    argv = ["finetune", str(run.folder), "--train_file", train, "--output_dir", str(tmp_path / "new"), *QUICK, *flags]
+    tokens = len(AutoTokenizer.from_pretrained(run.folder)(long[0]["prompt"])["input_ids"])
+    line = fails(*argv)
+    assert f"train.jsonl has no row with an answer to learn: its shortest prompt has {tokens:,} tokens" in line
+    assert "cuts a row off after 128" in line
+
+
+def test_chats_whose_question_fills_the_block_are_counted(fails, run, tmp_path):
+    turns = [{"role": "user", "content": "the cat " * 200}, {"role": "assistant", "content": "the dog"}]
+    train = write(tmp_path / "train.jsonl", [{"messages": turns}] * 4)
+    argv = ["finetune", str(run.folder), "--train_file", train, "--output_dir", str(tmp_path / "out"), *QUICK]
+    assert "has no row with an answer to learn" in fails(*argv, "--validation_split_percentage", "0")
+
+
 def test_classification_learns_and_is_measured_by_eval(run, tmp_path, capsys):
     flags = [
         "--max_steps",
