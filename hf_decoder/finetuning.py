@@ -1,4 +1,4 @@
-"""What fine-tuning adds to the trainers of TRL and transformers: rows of a task, classes, ends of turns, merging.
+"""What fine-tuning adds to the trainers of TRL and transformers: rows of a task, classes, losses, ends of turns.
 
 TRL's SFTTrainer puts the loss on completions when rows have a `completion`, and on the assistant's turns when asked by
 `assistant_only_loss`; which tokens those are, the chat template's generation block says.
@@ -101,6 +101,10 @@ def load_task(
     train, validation = parts if len(parts) == 2 else _hold_out(parts[0], validation_fraction, seed)
     if tuple(train[0]) != (roles := tuple((validation or train)[0])):
         raise ValueError(f"{train_file} has {', '.join(train[0])} and {validation_file} has {', '.join(roles)}")
+    if validation and is_conversational(train) != is_conversational(validation):
+        raise ValueError(
+            f"of {train_file} and {validation_file}, one holds text and the other messages; give two alike"
+        )
     return TaskData(train, validation, skipped, count_overlap(train, validation))
 
 
@@ -150,19 +154,20 @@ def skip_masked(trainer: Any, data: TaskData, prompt_template: str = "{prompt}")
     packs = (args.packing, args.packing if args.eval_packing is None else args.eval_packing)
     parts = ((data.train, trainer.train_dataset), (data.validation, trainer.eval_dataset))
     paths = (next(iter(data.skipped)), next(reversed(data.skipped)))
-    for path, packed, (rows, prepared) in zip(paths, packs, parts, strict=True):
+    names = (paths[0], paths[1] if paths[1] != paths[0] else f"the held-out part of {paths[0]}")
+    for path, name, packed, (rows, prepared) in zip(paths, names, packs, parts, strict=True):
         lost = _count_masked(prepared, len(rows), args.packing_strategy if packed else None) if rows else 0
         masked.append(lost)
         if rows and lost == len(rows):
             lengths = [_prompt_length(_fill(row, prompt_template), trainer.processing_class) for row in rows]
             raise ValueError(
-                f"{path} has no row with an answer to learn: its shortest prompt has {min(lengths):,} tokens, and "
+                f"{name} has no row with an answer to learn: its shortest prompt has {min(lengths):,} tokens, and "
                 f"--max_length or the model's context cuts a row off after {args.max_length:,}"
             )
         if lost:
             reason = f"the prompt fills the {args.max_length:,} tokens of --max_length or of the model's context"
             data.skipped[path].reasons[reason] += lost
-            lines.append(f"{path}: {lost:,} of {len(rows):,} rows skipped: {reason}")
+            lines.append(f"{name}: {lost:,} of {len(rows):,} rows skipped: {reason}")
     data.masked = (masked[0], masked[1])
     return lines
 
@@ -227,7 +232,8 @@ def sft_trainer() -> type:
     whole step (measured on a CPU); they are not logged then. Any other model, and label smoothing, take TRL's way.
 
     The loss of an evaluation is the mean over its tokens, where Trainer takes the mean over batches: that depends on
-    which rows share one. (Several processes may take the last rows twice, to have as many each.)
+    which rows share one. (Of several processes, those that repeat rows to have as many as the others leave these out,
+    but packed ones, which stand in one row.)
     """
     import trl
     from accelerate.utils import gather_object
@@ -248,8 +254,12 @@ def sft_trainer() -> type:
             return Trainer.compute_loss(self, model, inputs, num_items_in_batch=num_items_in_batch)
 
         def prediction_step(self, model, inputs, *args, **kwargs):
-            count = int((inputs["labels"][:, 1:] != IGNORE_INDEX).sum())
-            loss, logits, labels = super().prediction_step(model, inputs, *args, **kwargs)
+            own = inputs["labels"].clone()
+            state = self.accelerator.gradient_state
+            if self.args.world_size > 1 and state.end_of_dataloader and state.remainder > 0 and not self.padding_free:
+                own[max(0, state.remainder - self.args.process_index * len(own)) :] = IGNORE_INDEX
+            count = int((own[:, 1:] != IGNORE_INDEX).sum())
+            loss, logits, labels = super().prediction_step(model, {**inputs, "labels": own}, *args, **kwargs)
             if count:
                 self._scores.append(Score(float(loss) * count, count))
             return loss, logits, labels

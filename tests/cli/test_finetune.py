@@ -562,6 +562,15 @@ def test_what_a_user_can_get_wrong(fails, run, tmp_path, rows, flags, reason):
     assert not out.exists()
 
 
+def test_text_is_not_measured_on_messages(fails, run, tmp_path):
+    train, held = write(tmp_path / "train.jsonl", PAIRS), tmp_path / "held.jsonl"
+    turns = [{"role": "user", "content": "a"}], [{"role": "assistant", "content": "b"}]
+    write(held, [dict(zip(("prompt", "completion"), turns, strict=True))])
+    argv = ["finetune", str(run.folder), "--train_file", train, "--validation_file", str(held), *QUICK]
+    line = fails(*argv, "--output_dir", str(tmp_path / "out"))
+    assert f"of {train} and {held}, one holds text and the other messages" in line
+
+
 def test_four_bit_base_trains_and_merges_into_the_full_weights(run, tmp_path):
     flags = ["--use_peft", "true", "--load_in_4bit", "true", "--learning_rate", "1e-2", "--merge"]
     out = run_task(run.folder, tmp_path, PAIRS, *flags)
