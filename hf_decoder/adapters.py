@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 
 ADAPTER_CONFIG = "adapter_config.json"
+LANGUAGE_MODEL, CLASSIFIER = "CAUSAL_LM", "SEQ_CLS"  # what PEFT calls the tasks of these heads
 
 
 def is_adapter(folder: str | Path) -> bool:
@@ -33,21 +37,49 @@ def base_of(folder: str | Path) -> str:
     return str(base)
 
 
-def load_adapter(model: Any, name: str, *, is_trainable: bool = False) -> Any:
-    """`PeftModel.from_pretrained(model, name)`, refused where the adapter was trained on another base.
+def task_of(name: str) -> str | None:
+    """What an adapter was trained for, by PEFT's name of the task (`CLASSIFIER`, ...); None where it does not tell.
 
     Raises:
-        ValueError: naming the first tensor or module that differs and the base the adapter was made for.
+        ValueError: if PEFT cannot read its config.
+    """
+    from peft import PeftConfig
+
+    with _explained(name):
+        return PeftConfig.from_pretrained(name).task_type
+
+
+@contextlib.contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """What goes wrong with the files of an adapter, in one line."""
+    try:
+        yield
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        raise ValueError(f"{name} holds no adapter that PEFT can read: {str(error).splitlines()[0]}") from None
+
+
+def load_adapter(model: Any, name: str, *, is_trainable: bool = False) -> Any:
+    """`PeftModel.from_pretrained(model, name)`, refused where the adapter was trained on another base or head.
+
+    An adapter that fits but names another base is loaded, and one line on standard error says so.
+
+    Raises:
+        ValueError: naming the first tensor or module that differs and the base the adapter was made for, or its task.
     """
     from peft import PeftConfig, PeftModel
     from peft.utils import load_peft_weights
 
-    try:
+    with _explained(name):
         config = PeftConfig.from_pretrained(name)
         weights = load_peft_weights(name, device="cpu")
-    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
-        raise ValueError(f"{name} holds no adapter that PEFT can read: {str(error).splitlines()[0]}") from None
+    _check_task(model, config.task_type, name)
     _check_fits(model, weights, name, config.base_model_name_or_path)
+    given = model.name_or_path
+    if given and config.base_model_name_or_path and not _same_base(config.base_model_name_or_path, given):
+        print(
+            f"warning: adapter {name} was trained on {config.base_model_name_or_path} and is put on {given}",
+            file=sys.stderr,
+        )
     try:
         return PeftModel.from_pretrained(model, name, is_trainable=is_trainable)
     except (ValueError, RuntimeError) as error:
@@ -93,6 +125,22 @@ def _untie_adapted(base: Any) -> bool:
     head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
     base.config.tie_word_embeddings = False
     return True
+
+
+def _check_task(model: Any, task: str | None, name: str) -> None:
+    """Compares the head that the adapter was trained with and the model's; whatever else there is, PEFT compares."""
+    heads = {LANGUAGE_MODEL: "a language model", CLASSIFIER: "a sequence classifier"}
+    here = CLASSIFIER if type(model).__name__.endswith("ForSequenceClassification") else LANGUAGE_MODEL
+    if task in heads and task != here:
+        raise ValueError(f"adapter {name} is of {heads[task]}, and here it is put on {heads[here]}")
+
+
+def _same_base(named: str, given: str) -> bool:
+    """Whether two names may be of one base: where only one is a folder here, it may have been moved or downloaded."""
+    one, other = Path(named).expanduser(), Path(given).expanduser()
+    if one.exists() == other.exists():
+        return one.resolve() == other.resolve()
+    return one.resolve().name == other.resolve().name
 
 
 def _check_fits(model: Any, weights: dict[str, Any], name: str, base: str | None) -> None:

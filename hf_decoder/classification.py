@@ -1,11 +1,21 @@
-"""Sequence classification: the label map, and the classes a model finds likeliest."""
+"""Sequence classification: the label map, names of classes and their file, and the classes a model finds likeliest.
+
+A whole classifier tells the names of its classes in config.json. An adapter has no such file, and one beside it would
+have transformers look for the base's weights there; so they go into `LABELS_FILE`, in the form of `id2label`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainerCallback
+from transformers.utils import cached_file
+
+LABELS_FILE = "id2label.json"
 
 
 def label_map(labels: Sequence[Any], names: Sequence[str] | None = None) -> dict[str, int]:
@@ -29,6 +39,77 @@ def label_map(labels: Sequence[Any], names: Sequence[str] | None = None) -> dict
     if len(names) < 2:
         raise ValueError(f"classification needs at least two classes, and there is only {', '.join(names) or 'none'}")
     return {name: index for index, name in enumerate(names)}
+
+
+def name_classes(labels: Iterable[str], names: Mapping[int, str], source: str) -> list[str]:
+    """Each of `labels` as the name of a class: one of `names`, or a class id where no name is itself a number.
+
+    Raises:
+        ValueError: for a label that is neither, naming it, the rows' `source` and the names.
+    """
+    known = {} if any(map(_is_number, names.values())) else {str(index): name for index, name in names.items()}
+    known |= {name: name for name in names.values()}
+    labels = list(labels)
+    unknown = sorted({label for label in labels if label not in known})
+    if unknown:
+        raise ValueError(
+            f"{source} has the label {unknown[0]!r}, which the model does not know; "
+            f"its labels: {', '.join(names.values())}"
+        )
+    return [known[label] for label in labels]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def save_label_names(folder: str | Path, names: Mapping[int, str]) -> None:
+    """Writes the names of an adapter's classes beside it."""
+    text = json.dumps({str(index): name for index, name in names.items()}, ensure_ascii=False, indent=2) + "\n"
+    (Path(folder) / LABELS_FILE).write_text(text, encoding="utf-8")
+
+
+def read_label_names(adapter: str | Path) -> dict[int, str] | None:
+    """Class id -> name, from beside an adapter in a folder or on the Hub; None where it has no such file.
+
+    Raises:
+        ValueError: if the file is damaged.
+    """
+    path = cached_file(
+        str(adapter),
+        LABELS_FILE,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    if path is None:
+        return None
+    try:
+        names = json.loads(Path(path).read_text(encoding="utf-8"))
+        return {int(index): str(name) for index, name in names.items()}
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f'{path} is damaged ({error}); it must hold {{"0": "a name", "1": "a name"}}') from None
+
+
+class KeepLabelNames(TrainerCallback):
+    """Puts the names of the classes beside the adapter of every checkpoint, so that it can be measured alone."""
+
+    def __init__(self, names: Mapping[int, str]):
+        self.names = names
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            save_label_names(Path(args.output_dir) / f"checkpoint-{state.global_step}", self.names)
+
+
+def share_padding(model: Any, tokenizer: Any) -> None:
+    """Has tokenizer and classifier pad with one token: a batch is read at the last token that is not padding."""
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id
 
 
 def encode_texts(tokenizer: Any, texts: Sequence[str], max_length: int | None) -> list[list[int]]:

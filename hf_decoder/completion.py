@@ -65,7 +65,8 @@ def generate_settings(model: Any, tokenizer: Any, length: int, given: Mapping[st
     """
     settings = {name: value for name, value in given.items() if value is not None}
     limit = getattr(model.config, "max_position_embeddings", None)
-    wanted = settings.get("max_new_tokens") or model.generation_config.max_new_tokens or DEFAULT_NEW_TOKENS
+    wanted = settings.get("max_new_tokens", model.generation_config.max_new_tokens)
+    wanted = DEFAULT_NEW_TOKENS if wanted is None else wanted
     settings["max_new_tokens"] = wanted if limit is None else min(wanted, limit - length)
     if {"temperature", "top_p", "top_k", "min_p"} & settings.keys():
         settings.setdefault("do_sample", True)

@@ -2,7 +2,8 @@
 
 A file is .jsonl, .json, .csv, .tsv or .parquet with named columns, or text of any other suffix with one row a line
 (column `text`); each but parquet also gzipped. `KINDS` lists what a task may be given, in the order in which it is
-looked for.
+looked for. Rows as Alpaca has them (Taori et al. 2023), an `instruction` and the `input` it is about, have both in
+their prompt.
 """
 
 from __future__ import annotations
@@ -112,7 +113,8 @@ def select_columns(
     """`rows` with the columns of `kind` alone, renamed to their roles.
 
     Args:
-        named: role -> column name, where the user named it; the others are recognised by `ALIASES`.
+        named: role -> column name, where the user named it; the others are recognised by `ALIASES`, and an `input`
+            beside a recognised `instruction` follows it in the prompt, after a blank line.
         source: what the error message calls the rows.
 
     Raises:
@@ -129,7 +131,10 @@ def select_columns(
             continue
         found = {role: wanted.get(role) or next((c for c in ALIASES[role] if c in columns), None) for role in roles}
         if all(found.values()):
-            return [{role: row.get(str(column)) for role, column in found.items()} for row in rows]
+            selected = [{role: row.get(str(column)) for role, column in found.items()} for row in rows]
+            if "prompt" not in wanted and found.get("prompt") == "instruction" and "input" not in found.values():
+                selected = [{**chosen, "prompt": _with_input(row)} for row, chosen in zip(rows, selected, strict=True)]
+            return selected
     needed = " or ".join(" + ".join(roles) for roles in KINDS[kind])
     flags = ", ".join(dict.fromkeys(f"--{role}_column" for roles in KINDS[kind] for role in roles))
     raise ValueError(
@@ -137,16 +142,27 @@ def select_columns(
     )
 
 
+def _with_input(row: Mapping[str, Any]) -> Any:
+    """An instruction and, after a blank line, the input it is about, where the row has one."""
+    parts = [row.get("instruction"), row.get("input")]
+    if not all(isinstance(part, str) and part.strip() for part in parts):
+        return parts[0]
+    return "\n\n".join(map(str, parts))
+
+
 @dataclass
 class Skipped:
-    """Rows that were left out, by reason."""
+    """Rows that were left out, by reason, and the first of each, counted from 1."""
 
     rows: int
     reasons: Counter[str] = field(default_factory=Counter)
+    first: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return "; ".join(
-            f"{count:,} of {self.rows:,} rows skipped: {reason}" for reason, count in self.reasons.items()
+            f"{count:,} of {self.rows:,} rows skipped: {reason}"
+            + (f", first row {self.first[reason]:,}" if reason in self.first else "")
+            for reason, count in self.reasons.items()
         )
 
 
@@ -157,12 +173,13 @@ def drop_unusable(rows: Sequence[Row]) -> tuple[list[Row], Skipped]:
     assistant says nothing.
     """
     kept, skipped = [], Skipped(len(rows))
-    for row in rows:
+    for number, row in enumerate(rows, 1):
         reason = next((reason for role in row if (reason := _fault(role, row[role]))), None)
         if reason is None:
             kept.append(row)
         else:
             skipped.reasons[reason] += 1
+            skipped.first.setdefault(reason, number)
     return kept, skipped
 
 
@@ -176,11 +193,44 @@ def _fault(role: str, value: Any) -> str | None:
         return f"empty {role}"
     if not isinstance(value, list):
         return f"{role} is not text"
+    if role == "reference" and all(isinstance(option, str) for option in value):
+        return None
     if not all(isinstance(turn, Mapping) and "role" in turn and "content" in turn for turn in value):
         return f"{role} has a turn without role or content"
+    if not all(isinstance(turn["content"], str | list | None) for turn in value):
+        return f"{role} has a turn whose content is not text"
+    if role == "reference" and first_answer(value) is None:
+        return "no assistant turn"
     if role == "messages" and not any(turn["role"] == "assistant" and turn["content"] for turn in value):
         return "no assistant turn"
     return None
+
+
+def first_answer(turns: Sequence[Mapping[str, Any]]) -> str | None:
+    """What the assistant says first in a conversation, or None."""
+    said = (turn["content"] for turn in turns if turn["role"] == "assistant")
+    return next((content for content in said if isinstance(content, str) and content.strip()), None)
+
+
+def check_alike(rows: Sequence[Row], source: str, *, across_roles: bool = False) -> None:
+    """Refuses rows of which some hold text and others messages where a trainer takes only one of them.
+
+    `across_roles` says that this holds for all roles of a row together, too.
+
+    Raises:
+        ValueError: naming the `source` and a row of each.
+    """
+    seen: dict[tuple[str, bool], int] = {}
+    for number, row in enumerate(rows, 1):
+        for role, value in row.items():
+            if value and isinstance(value, str | list):
+                seen.setdefault(("" if across_roles else role, isinstance(value, list)), number)
+    for (role, has_messages), number in seen.items():
+        if has_messages and (role, False) in seen:
+            raise ValueError(
+                f"{source} mixes text and messages{f' as its {role}' if role else ''}: row {seen[role, False]:,} "
+                f"holds text and row {number:,} holds messages; one file holds one of them"
+            )
 
 
 def count_overlap(train: Sequence[Row], held_out: Sequence[Row]) -> int:

@@ -1,4 +1,4 @@
-"""What fine-tuning adds to the trainers of TRL and transformers: rows of a task, classes, ends of turns, merging.
+"""What fine-tuning adds to the trainers of TRL and transformers: rows of a task, classes, losses, ends of turns.
 
 TRL's SFTTrainer puts the loss on completions when rows have a `completion`, and on the assistant's turns when asked by
 `assistant_only_loss`; which tokens those are, the chat template's generation block says.
@@ -7,20 +7,26 @@ TRL's SFTTrainer puts the loss on completions when rows have a `completion`, and
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from transformers import Trainer
+from transformers.trainer import SCHEDULER_NAME
 
 from . import HfDecoderForCausalLM
 from .classification import encode_texts, label_map
-from .completion import end_ids
-from .evaluation import accuracy, macro_f1
-from .examples import Row, Skipped, count_overlap, drop_unusable, read_lines, read_rows, select_columns
+from .completion import encode_prompt, end_ids
+from .evaluation import IGNORE_INDEX, Score, accuracy, macro_f1
+from .examples import Row, Skipped, check_alike, count_overlap, drop_unusable, read_lines, read_rows, select_columns
+from .layouts import form_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -36,11 +42,19 @@ class TaskData:
     validation: list[Row]
     skipped: dict[str, Skipped]
     overlap: int
+    masked: tuple[int, int] = (0, 0)  # of either, how many have no token to learn within the block (`skip_masked`)
 
     @property
     def roles(self) -> tuple[str, ...]:
         """The columns of the rows, by their roles."""
         return tuple(self.train[0])
+
+    def describe(self) -> dict[str, Any]:
+        """What has to stay the same of the rows for a run to go on (`checkpoints.describe_run`)."""
+        digest = hashlib.sha256()
+        for row in self.train:
+            digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+        return {"rows": len(self.train), "content": digest.hexdigest()[:16]}
 
     def warnings(self) -> list[str]:
         """One line for each thing about the rows that the user should know."""
@@ -78,13 +92,19 @@ def load_task(
     skipped: dict[str, Skipped] = {}
     for path, completions in zip(files, completion_files, strict=False):
         rows = _with_completions(path, completions) if completions else read_rows(path)
-        selected, skipped[path] = drop_unusable(select_columns(rows, task, columns, path))
+        rows = select_columns(rows, task, columns, path)
+        selected, skipped[path] = drop_unusable(rows)
         if not selected:
             raise ValueError(f"{path} has no usable row: {skipped[path]}")
+        check_alike(rows, path, across_roles=task == "sft")
         parts.append(selected)
     train, validation = parts if len(parts) == 2 else _hold_out(parts[0], validation_fraction, seed)
     if tuple(train[0]) != (roles := tuple((validation or train)[0])):
         raise ValueError(f"{train_file} has {', '.join(train[0])} and {validation_file} has {', '.join(roles)}")
+    if validation and is_conversational(train) != is_conversational(validation):
+        raise ValueError(
+            f"of {train_file} and {validation_file}, one holds text and the other messages; give two alike"
+        )
     return TaskData(train, validation, skipped, count_overlap(train, validation))
 
 
@@ -112,12 +132,65 @@ def text_rows(rows: Sequence[Row], prompt_template: str = "{prompt}") -> Dataset
     """Rows for TRL's trainers; a prompt that is text is put into `prompt_template`."""
     from datasets import Dataset
 
-    def fill(row: Row) -> Row:
-        if isinstance(row.get("prompt"), str):
-            return {**row, "prompt": prompt_template.replace("{prompt}", row["prompt"])}
-        return row
+    return Dataset.from_list([_fill(row, prompt_template) for row in rows])
 
-    return Dataset.from_list([fill(row) for row in rows])
+
+def _fill(row: Row, prompt_template: str) -> Row:
+    if isinstance(row.get("prompt"), str):
+        return {**row, "prompt": prompt_template.replace("{prompt}", row["prompt"])}
+    return row
+
+
+def skip_masked(trainer: Any, data: TaskData, prompt_template: str = "{prompt}") -> list[str]:
+    """Counts the rows whose prompt fills the block as skipped, and returns a line about those of each file.
+
+    SFTTrainer cuts rows at `max_length`. Of such a row nothing is left to learn: it is dropped without a word, or
+    packed with the others without a label.
+
+    Raises:
+        ValueError: if a file has no other rows, naming the length of its shortest prompt and the limit.
+    """
+    args, lines, masked = trainer.args, [], []
+    packs = (args.packing, args.packing if args.eval_packing is None else args.eval_packing)
+    parts = ((data.train, trainer.train_dataset), (data.validation, trainer.eval_dataset))
+    paths = (next(iter(data.skipped)), next(reversed(data.skipped)))
+    names = (paths[0], paths[1] if paths[1] != paths[0] else f"the held-out part of {paths[0]}")
+    for path, name, packed, (rows, prepared) in zip(paths, names, packs, parts, strict=True):
+        lost = _count_masked(prepared, len(rows), args.packing_strategy if packed else None) if rows else 0
+        masked.append(lost)
+        if rows and lost == len(rows):
+            lengths = [_prompt_length(_fill(row, prompt_template), trainer.processing_class) for row in rows]
+            raise ValueError(
+                f"{name} has no row with an answer to learn: its shortest prompt has {min(lengths):,} tokens, and "
+                f"--max_length or the model's context cuts a row off after {args.max_length:,}"
+            )
+        if lost:
+            reason = f"the prompt fills the {args.max_length:,} tokens of --max_length or of the model's context"
+            data.skipped[path].reasons[reason] += lost
+            lines.append(f"{name}: {lost:,} of {len(rows):,} rows skipped: {reason}")
+    data.masked = (masked[0], masked[1])
+    return lines
+
+
+def _count_masked(prepared: Dataset, rows: int, strategy: str | None) -> int:
+    """How many of `rows` the trainer's `prepared` rows, packed by `strategy`, hold without a label or no longer."""
+    if strategy is None:
+        return rows - len(prepared)
+    if strategy != "bfd":  # nothing is cut off: the rest of a row stands in another
+        return 0
+    count = 0
+    for row in prepared.select_columns(["labels", "seq_lengths"]).with_format("numpy"):
+        starts = np.cumsum([0, *row["seq_lengths"][:-1]])
+        count += int((np.add.reduceat((row["labels"] != IGNORE_INDEX).astype(int), starts) == 0).sum())
+    return count
+
+
+def _prompt_length(row: Row, tokenizer: Any) -> int:
+    """Tokens before the first that the model is to write."""
+    if "messages" not in row:
+        return len(encode_prompt(tokenizer, row["prompt"]))
+    answer = next(number for number, turn in enumerate(row["messages"]) if turn["role"] == "assistant")
+    return len(encode_prompt(tokenizer, row["messages"][:answer]))
 
 
 def class_rows(rows: Sequence[Row], tokenizer: Any, label2id: Mapping[str, int], max_length: int | None) -> Dataset:
@@ -157,8 +230,13 @@ def sft_trainer() -> type:
 
     TRL's fused head also gives the entropy and the accuracy of the tokens, at more than the cost of a small model's
     whole step (measured on a CPU); they are not logged then. Any other model, and label smoothing, take TRL's way.
+
+    The loss of an evaluation is the mean over its tokens, where Trainer takes the mean over batches: that depends on
+    which rows share one. (Of several processes, those that repeat rows to have as many as the others leave these out,
+    but packed ones, which stand in one row.)
     """
     import trl
+    from accelerate.utils import gather_object
 
     class OwnLossTrainer(trl.SFTTrainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -174,6 +252,25 @@ def sft_trainer() -> type:
                 self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
             inputs = {**inputs, "use_cache": False, "skip_logits": True}
             return Trainer.compute_loss(self, model, inputs, num_items_in_batch=num_items_in_batch)
+
+        def prediction_step(self, model, inputs, *args, **kwargs):
+            own = inputs["labels"].clone()
+            state = self.accelerator.gradient_state
+            if self.args.world_size > 1 and state.end_of_dataloader and state.remainder > 0 and not self.padding_free:
+                own[max(0, state.remainder - self.args.process_index * len(own)) :] = IGNORE_INDEX
+            count = int((own[:, 1:] != IGNORE_INDEX).sum())
+            loss, logits, labels = super().prediction_step(model, {**inputs, "labels": own}, *args, **kwargs)
+            if count:
+                self._scores.append(Score(float(loss) * count, count))
+            return loss, logits, labels
+
+        def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+            self._scores = []
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+            scores = gather_object(self._scores)
+            total = Score(math.fsum(score.nats for score in scores), sum(score.tokens for score in scores))
+            output.metrics[f"{metric_key_prefix}_loss"] = total.loss
+            return output
 
     return OwnLossTrainer
 
@@ -216,6 +313,44 @@ def training_state_bytes(model: Any, optimizer: Any) -> int:
     state = getattr(optimizer, "optimizer", optimizer).state  # accelerate wraps the optimizer
     held = [value for values in state.values() for value in values.values() if isinstance(value, torch.Tensor)]
     return sum(tensor.nbytes for tensor in [*held, *(p for p in model.parameters() if p.requires_grad)])
+
+
+def count_steps(trainer: Any) -> int:
+    """Optimizer steps of the whole run."""
+    args = trainer.args
+    batches = len(trainer.get_train_dataloader())
+    steps = math.ceil(args.num_train_epochs * math.ceil(batches / args.gradient_accumulation_steps))
+    return args.max_steps if args.max_steps > 0 else steps
+
+
+def check_resumable(checkpoint: str | Path) -> None:
+    """Refuses a checkpoint of the weights alone: Trainer would go on from it with a new optimizer and schedule.
+
+    Raises:
+        ValueError: naming what is missing.
+    """
+    missing = [] if form_of(checkpoint) else ["the state of the optimizer"]
+    if not (Path(checkpoint) / SCHEDULER_NAME).is_file():
+        missing.append("that of the schedule")
+    if missing:
+        raise ValueError(
+            f"--resume_from_checkpoint {checkpoint} lacks {' and '.join(missing)}, so it cannot be gone on with "
+            "(--save_only_model keeps neither); give it as the model, or its adapter as --adapter_name_or_path, to "
+            "start anew from its weights"
+        )
+
+
+def describe_method(model_args: Any, adapter: str | None) -> str:
+    """What is trained, in a few words, by the flags of TRL's ModelConfig and the adapter to go on with."""
+    if adapter:
+        return "an adapter, continued"
+    if not model_args.use_peft:
+        return "all parameters"
+    kind = "DoRA" if model_args.use_dora else "LoRA"
+    quantized = (
+        " on a 4-bit base" if model_args.load_in_4bit else " on an 8-bit base" if model_args.load_in_8bit else ""
+    )
+    return f"{kind} of rank {model_args.lora_r}, alpha {model_args.lora_alpha}{quantized}"
 
 
 def data_name(path: str) -> str:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from safetensors import safe_open
+
+from .classification import read_label_names
 
 NOT_MEASURED = "not measured"
 TEMPLATE_NAME = "model_card.md"
@@ -48,16 +49,27 @@ def load_lines(folder: str, *, trust: bool = True) -> str:
     )
 
 
-def adapter_load_lines(folder: str, task: str, num_labels: int | None = None) -> str:
-    """Lines of Python that load an adapter together with its base, and the tokenizer that lies beside it."""
+def adapter_load_lines(folder: str, task: str, id2label: Mapping[int, str] | None = None) -> str:
+    """Lines of Python that load an adapter together with its base, and the tokenizer that lies beside it.
+
+    `id2label` are the classes of a classifier, which the base does not know.
+    """
     head = "SequenceClassification" if task == "classification" else "CausalLM"
-    labels = f", num_labels={num_labels}" if num_labels is not None else ""
     name = json.dumps(folder)
+    labels = []
+    if id2label is not None:
+        pairs = [(index, json.dumps(label, ensure_ascii=False)) for index, label in id2label.items()]
+        labels = [
+            f"id2label = {{{', '.join(f'{index}: {label}' for index, label in pairs)}}}",
+            f"label2id = {{{', '.join(f'{label}: {index}' for index, label in pairs)}}}",
+        ]
+    names = ", id2label=id2label, label2id=label2id" if labels else ""
     return "\n".join(
         [
             f"from peft import AutoPeftModelFor{head}",
             "from transformers import AutoTokenizer",
-            f"model = AutoPeftModelFor{head}.from_pretrained({name}, trust_remote_code=True{labels})",
+            *labels,
+            f"model = AutoPeftModelFor{head}.from_pretrained({name}, trust_remote_code=True{names})",
             f"tokenizer = AutoTokenizer.from_pretrained({name})",
         ]
     )
@@ -399,7 +411,7 @@ def _address(folder: Path) -> str:
 
 def _finetuned_load_lines(folder: Path, task: str, is_adapter: bool) -> str:
     if is_adapter:
-        return adapter_load_lines(_address(folder), task, _label_count(folder) if task == "classification" else None)
+        return adapter_load_lines(_address(folder), task, read_label_names(folder))
     if task == "classification":
         name = json.dumps(_address(folder))
         return "\n".join(
@@ -410,16 +422,6 @@ def _finetuned_load_lines(folder: Path, task: str, is_adapter: bool) -> str:
             ]
         )
     return load_lines(_address(folder))
-
-
-def _label_count(folder: Path) -> int | None:
-    """Rows of the classification head that was trained with an adapter, which its config does not tell."""
-    path = folder / "adapter_model.safetensors"
-    if not path.is_file():
-        return None
-    with safe_open(path, "pt") as file:
-        heads = [name for name in file.keys() if name.endswith("score.weight")]  # noqa: SIM118
-        return file.get_slice(heads[0]).get_shape()[0] if heads else None
 
 
 def _same_measure(one: EvalResult, other: EvalResult) -> bool:

@@ -5,11 +5,12 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM
-from hf_decoder.adapters import base_of, is_adapter, load_adapter, merge
-from hf_decoder.cli import load_model
+from hf_decoder.adapters import CLASSIFIER, LANGUAGE_MODEL, base_of, is_adapter, load_adapter, merge, task_of
+from hf_decoder.classification import save_label_names
+from hf_decoder.cli import load_classifier, load_model
 
 SHAPE = {
     "vocab_size": 60,
@@ -152,3 +153,43 @@ def test_damaged_adapters(base, tmp_path):
     path.write_text("{", encoding="utf-8")
     with pytest.raises(ValueError, match="is damaged"):
         base_of(folder)
+
+
+def test_an_adapter_of_another_name_is_loaded_with_a_warning(base, tmp_path, capsys):
+    adapt(AutoModelForCausalLM.from_pretrained(base)).save_pretrained(tmp_path / "adapter")
+    twin = tmp_path / "twin"
+    make().save_pretrained(twin)
+    load_model(str(twin), adapter=str(tmp_path / "adapter"))
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert str(base) in line and str(twin) in line
+    load_model(str(base), adapter=str(tmp_path / "adapter"))
+    moved = tmp_path / "elsewhere" / "base"
+    moved.parent.mkdir()
+    base.rename(moved)  # a base that is no longer where it was
+    load_model(str(moved), adapter=str(tmp_path / "adapter"))
+    load_adapter(make(), str(tmp_path / "adapter"))  # a model without a name
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_an_adapter_goes_on_the_head_it_was_trained_with(base, tmp_path):
+    adapt(AutoModelForCausalLM.from_pretrained(base)).save_pretrained(tmp_path / "writer")
+    classifier = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
+    head = get_peft_model(classifier, LoraConfig(task_type="SEQ_CLS", r=4))
+    head.save_pretrained(tmp_path / "judge")
+    with pytest.raises(ValueError, match="writer is of a language model, and here it is put on a sequence classifier"):
+        load_adapter(AutoModelForSequenceClassification.from_pretrained(base), str(tmp_path / "writer"))
+    with pytest.raises(ValueError, match="judge is of a sequence classifier, and here it is put on a language model"):
+        load_adapter(make(), str(tmp_path / "judge"))
+    assert task_of(str(tmp_path / "writer")) == LANGUAGE_MODEL and task_of(str(tmp_path / "judge")) == CLASSIFIER
+    with pytest.raises(ValueError, match="judge is a sequence classifier, which writes no text"):
+        load_model(str(tmp_path / "judge"))
+    with pytest.raises(ValueError, match=r"nothing tells the names of its classes.*id2label\.json"):
+        load_classifier(str(tmp_path / "judge"))
+    save_label_names(tmp_path / "judge", {0: "no", 1: "yes", 2: "größer"})
+    loaded = load_classifier(str(base), adapter=str(tmp_path / "judge")).eval()
+    assert loaded.config.id2label == {0: "no", 1: "yes", 2: "größer"}
+    assert loaded.config.label2id == {"no": 0, "yes": 1, "größer": 2}
+    torch.testing.assert_close(logits(loaded), logits(head.eval()))
+    (tmp_path / "judge" / "id2label.json").write_text("[1]", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"id2label\.json is damaged"):
+        load_classifier(str(tmp_path / "judge"))

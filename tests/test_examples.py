@@ -5,7 +5,16 @@ import json
 
 import pytest
 
-from hf_decoder.examples import count_overlap, drop_unusable, pair_lines, read_rows, select_columns
+from hf_decoder.examples import (
+    check_alike,
+    count_overlap,
+    drop_unusable,
+    first_answer,
+    pair_lines,
+    read_prompts,
+    read_rows,
+    select_columns,
+)
 
 ROWS = [{"prompt": "one, two\nthree", "n": "1"}, {"prompt": "größe", "n": "2"}]
 
@@ -80,7 +89,9 @@ def test_unusable_rows_are_counted_by_reason():
     rows += [{"prompt": "a", "completion": ""}, {"prompt": "a", "completion": None}]
     kept, skipped = drop_unusable(rows)
     assert kept == rows[:1]
-    assert str(skipped) == "1 of 4 rows skipped: empty prompt; 2 of 4 rows skipped: empty completion"
+    assert str(skipped) == (
+        "1 of 4 rows skipped: empty prompt, first row 2; 2 of 4 rows skipped: empty completion, first row 3"
+    )
     chats = [[turn, answer], [turn], [], [{"role": "user"}], [turn, {**answer, "content": ""}]]
     kept, skipped = drop_unusable([{"messages": chat} for chat in chats])
     assert kept == [{"messages": [turn, answer]}]
@@ -92,3 +103,49 @@ def test_unusable_rows_are_counted_by_reason():
 def test_overlap_counts_rows_of_the_held_out_part():
     train = [{"text": "a ", "label": 0}, {"text": "b", "label": 1}]
     assert count_overlap(train, [{"text": "a", "label": 0}, {"text": "b", "label": 0}, {"text": "a", "label": 0}]) == 2
+
+
+def test_the_input_of_an_instruction_follows_it(tmp_path):
+    """As Alpaca means it: the input is what the instruction is about; many rows have none."""
+    rows = [{"instruction": "Add.", "input": "1 and 2", "output": "3"}, {"instruction": "Sing.", "input": "", "output": "la"}]  # fmt: skip # noqa: E501
+    expected = [{"prompt": "Add.\n\n1 and 2", "completion": "3"}, {"prompt": "Sing.", "completion": "la"}]
+    assert select_columns(rows, "sft", {}, "x") == expected
+    assert [row["prompt"] for row in select_columns(rows, "reference", {}, "x")] == ["Add.\n\n1 and 2", "Sing."]
+    path = tmp_path / "alpaca.json"
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    assert [row["prompt"] for row in read_prompts(path)] == ["Add.\n\n1 and 2", "Sing."]
+    # whoever names a column has that column
+    assert select_columns(rows, "sft", {"prompt": "instruction"}, "x")[0]["prompt"] == "Add."
+    assert select_columns(rows, "sft", {"completion": "input"}, "x")[0] == {"prompt": "Add.", "completion": "1 and 2"}
+
+
+def test_a_turn_that_is_no_text_is_skipped_and_its_row_named():
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    rows = [{"messages": turns}, {"messages": [turns[0], {"role": "assistant", "content": 5}]}]
+    kept, skipped = drop_unusable(rows)
+    assert kept == rows[:1]
+    assert str(skipped) == "1 of 2 rows skipped: messages has a turn whose content is not text, first row 2"
+
+
+def test_references_are_a_text_several_or_messages():
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    rows = [{"prompt": "a", "reference": value} for value in ("x", ["x", "y"], turns, turns[:1], [])]
+    kept, skipped = drop_unusable(rows)
+    assert kept == rows[:3]
+    assert set(skipped.reasons) == {"no assistant turn", "empty reference"}
+    assert first_answer([*turns, {"role": "assistant", "content": "hey"}]) == "ho" and first_answer(turns[:1]) is None
+
+
+def test_text_and_messages_in_one_file_are_told_apart():
+    turns = [{"role": "user", "content": "hi"}]
+    text, chat = {"prompt": "a", "completion": "b"}, {"prompt": turns, "completion": turns}
+    check_alike([text, text], "x")
+    check_alike([chat, chat], "x", across_roles=True)
+    with pytest.raises(ValueError, match="x mixes text and messages as its prompt: row 2 holds text and row 1 holds"):
+        check_alike([chat, text], "x")
+    mixed = [text, {"prompt": "a", "completion": turns}]
+    with pytest.raises(ValueError, match="x mixes text and messages as its completion: row 1 holds text and row 2"):
+        check_alike(mixed, "x")
+    check_alike(mixed[1:], "x")
+    with pytest.raises(ValueError, match="x mixes text and messages: row 1 holds text and row 1 holds messages"):
+        check_alike(mixed[1:], "x", across_roles=True)

@@ -110,7 +110,14 @@ def test_the_template_and_what_fills_it_name_the_same_things(tmp_path, monkeypat
     assert named == {"card_data", *filled}
 
 
-@pytest.mark.parametrize("lines", [load_lines('runs/"x"'), adapter_load_lines("runs/x", "sft")])
+@pytest.mark.parametrize(
+    "lines",
+    [
+        load_lines('runs/"x"'),
+        adapter_load_lines("runs/x", "sft"),
+        adapter_load_lines("runs/x", "classification", {0: 'a "quote"', 1: "größer"}),
+    ],
+)
 def test_a_pinned_card_loads_one_commit_of_one_repo(lines):
     """Python whose every name is the repo, each time with the commit; and pinning twice keeps the last."""
     card = f'# model="runs/x"\n\n## How to load it\n\n```python\n{lines}\n```\n\n```python\nmodel="runs/x"\n```\n'

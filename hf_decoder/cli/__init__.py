@@ -110,6 +110,12 @@ def check_choice(flag: str, value: str, choices: Sequence[str]) -> None:
         raise ValueError(f"{flag} {value!r} is unknown; choose one of: {', '.join(choices)}")
 
 
+def check_at_least(flag: str, value: int | None, least: int) -> None:
+    """Raises ValueError where a number is given and below `least`: a zero is no way of leaving a flag out."""
+    if value is not None and value < least:
+        raise ValueError(f"{flag} {value} must be at least {least}")
+
+
 def did_you_mean(name: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {close[0]!r}?" if close else "; --help lists them all"
@@ -212,9 +218,15 @@ def _first_line(error: BaseException) -> str:
     return text.splitlines()[0] if text else type(error).__name__
 
 
-def is_classifier(name: str, *, trust_remote_code: bool = False) -> bool:
-    """Whether a saved model has a sequence-classification head. Raises ValueError as `load_config`."""
-    config = load_config(_base(name), trust_remote_code=trust_remote_code)
+def is_classifier(name: str, *, adapter: str | None = None, trust_remote_code: bool = False) -> bool:
+    """Whether a saved model or its adapter has a sequence-classification head. Raises ValueError as `load_config`."""
+    from hf_decoder.adapters import CLASSIFIER, task_of
+
+    base = _base(name)
+    adapter = adapter or (name if base != name else None)
+    config = load_config(base, trust_remote_code=trust_remote_code)
+    if adapter is not None and task_of(adapter) == CLASSIFIER:
+        return True
     return any(kind.endswith("ForSequenceClassification") for kind in config.architectures or [])
 
 
@@ -224,18 +236,28 @@ def load_model(name: str, *, trust_remote_code: bool = False, adapter: str | Non
     `name` may be the folder of an adapter, which names its base; `adapter` is one to put on the model.
 
     Raises:
-        ValueError: as `load_config`; if a weights file is damaged, missing, or lacks tensors of the config; or if the
-            adapter was made for another base.
+        ValueError: as `load_config`; if a weights file is damaged, missing, or lacks tensors of the config; if the
+            adapter was made for another base; or for a classifier, whose tied head would write nonsense.
     """
     from transformers import AutoModelForCausalLM
 
+    if is_classifier(name, adapter=adapter, trust_remote_code=trust_remote_code):
+        raise ValueError(
+            f"{adapter or name} is a sequence classifier, which writes no text; eval --metrics accuracy measures it, "
+            "and finetune --task classification trains it"
+        )
     return _load(AutoModelForCausalLM, name, trust_remote_code, adapter, kwargs)
 
 
 def load_classifier(name: str, *, trust_remote_code: bool = False, adapter: str | None = None, **kwargs: Any) -> Any:
     """`AutoModelForSequenceClassification.from_pretrained(name, **kwargs)`, as `load_model`.
 
-    With `num_labels` or `id2label` in `kwargs` the head may be missing: it starts from random weights.
+    With `num_labels` or `id2label` in `kwargs` the head may be missing: it starts from random weights. An adapter
+    brings its head, and the names of the classes in a file beside it; else they are those of a base that is a
+    classifier itself.
+
+    Raises:
+        ValueError: as `load_model`; or if nothing tells the names of an adapter's classes.
     """
     from transformers import AutoModelForSequenceClassification
 
@@ -251,6 +273,7 @@ def _base(name: str) -> str:
 
 def _load(auto_class: Any, name: str, trust_remote_code: bool, adapter: str | None, kwargs: dict[str, Any]) -> Any:
     from safetensors import SafetensorError
+    from transformers import AutoModelForSequenceClassification
     from transformers.utils import logging
 
     from hf_decoder.checkpoints import check_content
@@ -264,6 +287,10 @@ def _load(auto_class: Any, name: str, trust_remote_code: bool, adapter: str | No
     check_content(name)  # of a training's checkpoint, which has digests
     if (index := Path(name).expanduser() / INDEX_NAME).is_file():
         read_weight_map(index)  # transformers follows it out of the folder
+    if adapter is not None and auto_class is AutoModelForSequenceClassification and "id2label" not in kwargs:
+        kwargs["id2label"] = _label_names(adapter, name, config)
+    if "id2label" in kwargs:
+        kwargs.setdefault("label2id", {label: index for index, label in kwargs["id2label"].items()})
     new_head = "id2label" in kwargs or "num_labels" in kwargs
     for key in ("num_labels", "id2label", "label2id"):
         if key in kwargs:
@@ -297,6 +324,21 @@ def _load(auto_class: Any, name: str, trust_remote_code: bool, adapter: str | No
 
         model = load_adapter(model, adapter)
     return model
+
+
+def _label_names(adapter: str, base: str, config: PretrainedConfig) -> dict[int, str]:
+    """The names of the classes that an adapter tells apart."""
+    from hf_decoder.classification import LABELS_FILE, read_label_names
+
+    names = read_label_names(adapter)
+    if names is not None:
+        return names
+    if is_classifier(base):
+        return {int(index): label for index, label in (config.id2label or {}).items()}
+    raise ValueError(
+        f"the adapter {adapter} is of a classifier, and nothing tells the names of its classes; write them beside it "
+        f'into {LABELS_FILE}, by class id: {{"0": "a name", "1": "a name"}}'
+    )
 
 
 def show_progress(items: Any, total: int, name: str) -> Any:

@@ -18,6 +18,7 @@ from transformers import set_seed
 
 from hf_decoder.cli import (
     DTYPES,
+    check_at_least,
     check_choice,
     load_model,
     load_tokenizer,
@@ -69,8 +70,8 @@ def main(argv: Sequence[str]) -> int:
         "Has two models answer the same prompts and asks, blind, which answer is better.",
     )
     check_choice("--dtype", args.dtype, DTYPES)
-    if args.batch_size < 1:
-        raise ValueError(f"--batch_size {args.batch_size} must be at least 1")
+    for name in ("batch_size", "max_new_tokens"):
+        check_at_least(f"--{name}", getattr(args, name), 1)
     names = _names(args.model_a, args.model_b)
     prompts = [row["prompt"] for row in read_prompts(args.prompts, args.prompt_column)]
     file = JudgmentFile(Path(args.output_dir) / "judgments.jsonl", names)

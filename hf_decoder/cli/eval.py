@@ -11,9 +11,10 @@ from typing import Any
 from transformers import set_seed
 
 from hf_decoder import accounting, corpus, evaluation, examples
-from hf_decoder.classification import predict
+from hf_decoder.classification import name_classes, predict, share_padding
 from hf_decoder.cli import (
     DTYPES,
+    check_at_least,
     check_choice,
     is_classifier,
     load_classifier,
@@ -114,15 +115,16 @@ def measure(args: EvalArguments) -> dict[str, Any]:
     documents = _documents(args) if wanted & set(TEXT_METRICS) else None
     pairs = _pairs(args) if wanted & set(ANSWER_METRICS) else []
     labelled = _labelled(args) if wanted & set(LABEL_METRICS) else []
-    classifier = is_classifier(args.model)
+    options: dict[str, Any] = {"adapter": args.adapter_name_or_path, "trust_remote_code": args.trust_remote_code}
+    classifier = is_classifier(args.model, **options)
     if classifier and wanted - set(LABEL_METRICS):
-        raise ValueError(f"{args.model} is a sequence classifier, which has only {' and '.join(LABEL_METRICS)}")
-    options: dict[str, Any] = {"trust_remote_code": args.trust_remote_code, "dtype": args.dtype}
-    if args.adapter_name_or_path:
-        options["adapter"] = args.adapter_name_or_path
-    model = (load_classifier if classifier else load_model)(args.model, **options)
+        name = args.adapter_name_or_path or args.model
+        raise ValueError(f"{name} is a sequence classifier, which has only {' and '.join(LABEL_METRICS)}")
+    model = (load_classifier if classifier else load_model)(args.model, dtype=args.dtype, **options)
     model = model.to(select_device(args.device)).eval()
     tokenizer = load_tokenizer(args.model, trust_remote_code=args.trust_remote_code)
+    if classifier:
+        share_padding(model, tokenizer)
     set_seed(args.seed)
 
     results: dict[str, Any] = {"model": Path(args.model).name, "parameters": model.num_parameters()}
@@ -132,7 +134,8 @@ def measure(args: EvalArguments) -> dict[str, Any]:
     if pairs:
         results |= _measure_answers(args, model, tokenizer, pairs, predictions)
     if labelled:
-        results |= _measure_labels(args, model, tokenizer, labelled, predictions)
+        measure_labels = _classify if classifier else _choose_labels
+        results |= measure_labels(args, model, tokenizer, labelled, predictions)
     results |= accounting.hardware()
     _write(args, results, predictions)
     return results
@@ -141,8 +144,8 @@ def measure(args: EvalArguments) -> dict[str, Any]:
 def _check(args: EvalArguments) -> None:
     for metric in args.metrics:
         check_choice("--metrics", metric, METRICS)
-    if args.batch_size < 1:
-        raise ValueError(f"--batch_size {args.batch_size} must be at least 1")
+    for name in ("batch_size", "max_eval_samples", "max_new_tokens", "num_beams"):
+        check_at_least(f"--{name}", getattr(args, name), 1)
     if "{prompt}" not in args.prompt_template:
         raise ValueError(f"--prompt_template {args.prompt_template!r} must hold {{prompt}}")
     for metrics, flag in ((TEXT_METRICS, "text_file"), ((*ANSWER_METRICS, *LABEL_METRICS), "eval_file")):
@@ -204,10 +207,10 @@ def _usable(args: EvalArguments, rows: list[examples.Row]) -> list[examples.Row]
 
 def _measure_text(args: EvalArguments, model: Any, tokenizer: Any, documents: Any) -> dict[str, Any]:
     limit = getattr(model.config, "max_position_embeddings", None) or DEFAULT_BLOCK_SIZE
-    block_size = args.block_size or min(limit, DEFAULT_BLOCK_SIZE)
+    block_size = min(limit, DEFAULT_BLOCK_SIZE) if args.block_size is None else args.block_size
     if not 2 <= block_size <= limit:
         raise ValueError(f"--block_size {block_size} must lie between 2 and the model's context, {limit}")
-    stride = args.stride or block_size // 2
+    stride = block_size // 2 if args.stride is None else args.stride
     score, report = evaluation.score_text(
         model, tokenizer, documents, block_size=block_size, stride=stride, batch_size=args.batch_size
     )
@@ -228,7 +231,7 @@ def _measure_answers(
     names = ("max_new_tokens", "num_beams", "length_penalty", "do_sample", "stop_strings")
     given = {name: getattr(args, name) for name in names}
     prompts = [_template(args, row["prompt"]) for row in rows]
-    references = [r if isinstance(r, list) else [str(r)] for r in (row["reference"] for row in rows)]
+    references = [_references(row["reference"]) for row in rows]
     answers = list(show_progress(complete(model, tokenizer, prompts, given, args.batch_size), len(prompts), "answers"))
     answers = [answer.strip() for answer in answers]
     for prompt, answer, options in zip(prompts, answers, references, strict=True):
@@ -237,32 +240,45 @@ def _measure_answers(
     return {"answers": len(rows), **{name: function(answers, references) for name, function in wanted.items()}}
 
 
-def _measure_labels(
+def _references(value: Any) -> list[str]:
+    """The texts that an answer is compared with: a text, several, or of messages what the assistant says first."""
+    if not isinstance(value, list):
+        return [str(value)]
+    if isinstance(value[0], Mapping):
+        return [str(examples.first_answer(value))]
+    return [str(option) for option in value]
+
+
+def _classify(
     args: EvalArguments, model: Any, tokenizer: Any, rows: list[examples.Row], predictions: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    texts = [_template(args, str(row["text"])) for row in rows]
-    labels = [str(row["label"]) for row in rows]
-    if is_classifier(args.model):
-        names = model.config.id2label
-        known = {name: name for name in names.values()} | {str(index): name for index, name in names.items()}
-        unknown = sorted({label for label in labels if label not in known})
-        if unknown:
-            raise ValueError(
-                f"{args.eval_file} has the label {unknown[0]!r}, which the model does not know; "
-                f"its labels: {', '.join(names.values())}"
-            )
-        labels = [known[label] for label in labels]
-        guesses = [names[index] for index in predict(model, tokenizer, texts, batch_size=args.batch_size)]
-    else:
-        options = sorted(set(labels))
-        tokens = [tokenizer(option, add_special_tokens=False)["input_ids"] for option in options]
-        prompts = [encode_prompt(tokenizer, text) for text in texts]
-        nats = evaluation.option_nats(model, prompts, tokens, batch_size=args.batch_size)
-        guesses = [options[min(range(len(options)), key=row.__getitem__)] for row in nats]
+    """Accuracy and F1 of a classifier's own classes."""
+    texts, names = [_template(args, str(row["text"])) for row in rows], model.config.id2label
+    labels = name_classes([str(row["label"]) for row in rows], names, str(args.eval_file))
+    guesses = [names[index] for index in predict(model, tokenizer, texts, batch_size=args.batch_size)]
+    return _compare_labels(texts, guesses, labels, predictions)
+
+
+def _choose_labels(
+    args: EvalArguments, model: Any, tokenizer: Any, rows: list[examples.Row], predictions: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Accuracy and F1 of the label that a language model finds likeliest after each text."""
+    texts, labels = [_template(args, str(row["text"])) for row in rows], [str(row["label"]) for row in rows]
+    options = sorted(set(labels))
+    tokens = [tokenizer(option, add_special_tokens=False)["input_ids"] for option in options]
+    prompts = [encode_prompt(tokenizer, text) for text in texts]
+    nats = evaluation.option_nats(model, prompts, tokens, batch_size=args.batch_size)
+    guesses = [options[min(range(len(options)), key=row.__getitem__)] for row in nats]
+    return _compare_labels(texts, guesses, labels, predictions)
+
+
+def _compare_labels(
+    texts: list[str], guesses: list[str], labels: list[str], predictions: list[dict[str, Any]]
+) -> dict[str, Any]:
     for text, guess, label in zip(texts, guesses, labels, strict=True):
         predictions.append({"prompt": text, "prediction": guess, "label": label})
     return {
-        "labelled": len(rows),
+        "labelled": len(labels),
         "accuracy": evaluation.accuracy(guesses, labels),
         "f1": evaluation.macro_f1(guesses, labels),
     }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, make_dataclass
@@ -21,15 +20,17 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import SchedulerType, get_last_checkpoint
+from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
 from hf_decoder import HfDecoderConfig, accounting, evaluation, finetuning, training
-from hf_decoder.adapters import is_adapter, load_adapter, merge
-from hf_decoder.classification import label_map
+from hf_decoder.adapters import ADAPTER_CONFIG, is_adapter, load_adapter, merge
+from hf_decoder.checkpoints import CheckpointKeeper, check_same_run, checkpoint_to_resume, describe_run
+from hf_decoder.classification import KeepLabelNames, label_map, read_label_names, save_label_names, share_padding
 from hf_decoder.cli import (
     MUON_ADAMW,
+    check_at_least,
     check_choice,
     find_value,
     load_classifier,
@@ -214,11 +215,13 @@ def finetune(task_args: TaskArguments, model_args: Any, args: Any) -> None:
     started = time.monotonic()
     if not 0 <= task_args.dropout < 1:
         raise ValueError(f"--dropout {task_args.dropout} must be at least 0 and below 1")
-    _check(task_args, model_args)
+    _check(task_args, model_args, args.max_length)
     if args.uses_muon and task_args.task == "preference":
         raise ValueError(f"--optim {MUON_ADAMW} does not go with TRL's DPOTrainer; leave it out")
     time_limit = parse_duration(task_args.time_limit) if task_args.time_limit else None
-    checkpoint = _checkpoint(args)
+    checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
+    if checkpoint is not None and not args.deepspeed:
+        finetuning.check_resumable(checkpoint)
     resumes_here = checkpoint is not None and Path(checkpoint).resolve().parent == Path(args.output_dir).resolve()
     training.check_output_dir(args.output_dir, overwrite=args.overwrite_output_dir, resume=resumes_here)
     tokenizer = load_tokenizer(str(model_args.model_name_or_path or task_args.tokenizer_name))
@@ -245,21 +248,32 @@ def finetune(task_args: TaskArguments, model_args: Any, args: Any) -> None:
     if not data.validation:
         args.eval_strategy = "no"
 
+    run = describe_run(config, tokenizer, data.describe(), args=args)
+    run["adapter"] = {"method": finetuning.describe_method(model_args, task_args.adapter_name_or_path)}
+    if checkpoint is not None:
+        check_same_run(checkpoint, run)
+    keeper = CheckpointKeeper(run, args.save_total_limit)
+    args.save_total_limit = None  # the keeper's
     trainer = _trainer(task_args, model_args, args, data, tokenizer)
+    if task_args.task == "sft":
+        for line in finetuning.skip_masked(trainer, data, task_args.prompt_template.replace("\\n", "\n")):
+            print(f"warning: {line}")
+    trainer.add_callback(keeper)
     if args.use_cpu:
         training.keep_freed_memory()
         trainer.add_callback(training.TrimMemory())
     if args.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY and not args.lr_scheduler_kwargs:
-        args.lr_scheduler_kwargs = wsd_kwargs(_count_steps(trainer))
+        args.lr_scheduler_kwargs = wsd_kwargs(finetuning.count_steps(trainer))
     if time_limit is not None:
         trainer.add_callback(TimeLimit(time_limit, started))
     model = trainer.model
     results: dict[str, Any] = {**finetuning.count_parameters(model)}
-    results |= {"train_rows": len(data.train), "eval_rows": len(data.validation)}
+    results |= {"train_rows": len(data.train) - data.masked[0], "eval_rows": len(data.validation) - data.masked[1]}
     results["skipped_rows"] = sum(sum(skipped.reasons.values()) for skipped in data.skipped.values())
     results["overlapping_rows"] = data.overlap
     print(f"{results['trainable_parameters']:,} of {results['parameters']:,} parameters are trained")
-    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    with keeper.explain_failed_save(args.output_dir):
+        metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     metrics["optimizer_and_gradient_bytes"] = finetuning.training_state_bytes(model, trainer.optimizer)
     if data.validation:
         metrics |= trainer.evaluate()
@@ -270,14 +284,6 @@ def finetune(task_args: TaskArguments, model_args: Any, args: Any) -> None:
     if trainer.is_world_process_zero():
         trainer.save_state()
         _write_outputs(trainer, task_args, model_args, results)
-
-
-def _count_steps(trainer: Any) -> int:
-    """Optimizer steps of the whole run."""
-    args = trainer.args
-    batches = len(trainer.get_train_dataloader())
-    steps = math.ceil(args.num_train_epochs * math.ceil(batches / args.gradient_accumulation_steps))
-    return args.max_steps if args.max_steps > 0 else steps
 
 
 def _config(task_args: TaskArguments, model_args: Any, tokenizer: Any) -> Any:
@@ -291,7 +297,7 @@ def _config(task_args: TaskArguments, model_args: Any, tokenizer: Any) -> Any:
     return config
 
 
-def _check(task_args: TaskArguments, model_args: Any) -> None:
+def _check(task_args: TaskArguments, model_args: Any, max_length: int | None) -> None:
     if task_args.preset is not None:
         _check_new_model(task_args, model_args)
     elif not model_args.model_name_or_path:
@@ -305,6 +311,7 @@ def _check(task_args: TaskArguments, model_args: Any) -> None:
             f"{model_args.model_name_or_path} holds an adapter; name its base, and the adapter with "
             "--adapter_name_or_path to go on training it"
         )
+    check_at_least("--max_length", max_length, 1)
     if "{prompt}" not in task_args.prompt_template:
         raise ValueError(f"--prompt_template {task_args.prompt_template!r} must hold {{prompt}}")
     if not 0 <= task_args.validation_split_percentage < 100:
@@ -329,21 +336,6 @@ def _check_new_model(task_args: TaskArguments, model_args: Any) -> None:
         raise ValueError("a new model needs a tokenizer: train one with hf-decoder tokenizer, and --tokenizer_name it")
     if model_args.use_peft or task_args.adapter_name_or_path:
         raise ValueError("an adapter needs a trained model, and --preset starts a new one; leave one of them out")
-
-
-def _checkpoint(args: Any) -> str | None:
-    """The checkpoint folder that --resume_from_checkpoint asks for, or None."""
-    wanted = args.resume_from_checkpoint
-    if wanted is None or wanted.lower() == "false":
-        return None
-    if wanted.lower() != "true":
-        if not (Path(wanted) / "trainer_state.json").is_file():
-            raise ValueError(f"--resume_from_checkpoint {wanted} is not a checkpoint: it holds no trainer_state.json")
-        return wanted
-    last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
-    if last is None:
-        raise ValueError(f"there is no checkpoint to resume in --output_dir {args.output_dir}")
-    return last
 
 
 def _trainer(task_args: TaskArguments, model_args: Any, args: Any, data: finetuning.TaskData, tokenizer: Any) -> Any:
@@ -380,14 +372,14 @@ def _trainer(task_args: TaskArguments, model_args: Any, args: Any, data: finetun
 def _classification_trainer(
     task_args: TaskArguments, model_args: Any, args: Any, data: finetuning.TaskData, tokenizer: Any
 ) -> Trainer:
-    label2id = label_map([row["label"] for row in data.train], task_args.class_names)
+    known = read_label_names(task_args.adapter_name_or_path) if task_args.adapter_name_or_path else None
+    names = task_args.class_names or (list(known.values()) if known else None)
+    label2id = label_map([row["label"] for row in data.train], names)
     if data.validation:
         label_map([row["label"] for row in data.validation], list(label2id))
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    names = {index: name for name, index in label2id.items()}
-    model = _load(load_classifier, task_args, model_args, tokenizer, id2label=names, label2id=label2id)
-    model.config.pad_token_id = tokenizer.pad_token_id
+    id2label = {index: name for name, index in label2id.items()}
+    model = _load(load_classifier, task_args, model_args, tokenizer, id2label=id2label, label2id=label2id)
+    share_padding(model, tokenizer)
     peft_config = _peft_config(task_args, model_args, "SEQ_CLS")
     if peft_config is not None:
         from peft import get_peft_model
@@ -404,6 +396,7 @@ def _classification_trainer(
         processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer),
         compute_metrics=finetuning.class_metrics,
+        callbacks=[KeepLabelNames(id2label)] if hasattr(model, "peft_config") else None,
         optimizer_cls_and_kwargs=muon_adamw(args) if args.uses_muon else None,
     )
 
@@ -445,22 +438,27 @@ def _peft_config(task_args: TaskArguments, model_args: Any, task_type: str) -> A
 def _save(trainer: Any, tokenizer: Any, task_args: TaskArguments, model_args: Any, data: finetuning.TaskData) -> None:
     """Model or adapter into the output folder, ready to load."""
     model = trainer.accelerator.unwrap_model(trainer.model)
-    if task_args.task != "classification" and finetuning.is_conversational(data.train):
+    classifies = task_args.task == "classification"
+    if not classifies and finetuning.is_conversational(data.train):
         finetuning.end_turns(model, tokenizer)
-    if not task_args.merge:
-        save_in_full(trainer, trainer.args.output_dir)
-        return
+    # Of a quantized base the adapter goes into the weights as they were before: nothing is rounded twice.
+    reloads = task_args.merge and (model_args.load_in_4bit or model_args.load_in_8bit)
+    folder = Path(trainer.args.output_dir) / ("adapter" if reloads else "")
+    if reloads or not task_args.merge:
+        save_in_full(trainer, folder)
     if not trainer.is_world_process_zero():
         return
-    if model_args.load_in_4bit or model_args.load_in_8bit:
-        # Into the weights as they were before they were quantized: nothing is rounded twice.
-        folder = Path(trainer.args.output_dir) / "adapter"
-        save_in_full(trainer, folder)
-        loader = load_classifier if task_args.task == "classification" else load_model
-        kwargs = {"id2label": model.config.id2label} if task_args.task == "classification" else {}
-        ends = model.generation_config.eos_token_id if model.generation_config is not None else None
-        model = loader(model_args.model_name_or_path, adapter=str(folder), dtype=model_args.dtype, **kwargs)
-        if ends is not None:
+    if classifies and (folder / ADAPTER_CONFIG).is_file():
+        save_label_names(folder, model.config.id2label)
+    if not task_args.merge:
+        return
+    if reloads:
+        ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+        loader = load_classifier if classifies else load_model
+        model = loader(model_args.model_name_or_path, adapter=str(folder), dtype=model_args.dtype)
+        if classifies:
+            share_padding(model, tokenizer)
+        elif ends is not None:
             model.generation_config.eos_token_id = ends
     merge(model).save_pretrained(trainer.args.output_dir)
     tokenizer.save_pretrained(trainer.args.output_dir)
@@ -469,36 +467,26 @@ def _save(trainer: Any, tokenizer: Any, task_args: TaskArguments, model_args: An
 def _write_outputs(trainer: Any, task_args: TaskArguments, model_args: Any, results: dict[str, Any]) -> None:
     folder = Path(trainer.args.output_dir)
     for name in ("train", "eval"):
-        part = {key: value for key, value in results.items() if key.startswith("eval_") == (name == "eval")}
+        evaluated = [key for key in results if key.startswith("eval_") or key == "perplexity"]
+        part = {key: value for key, value in results.items() if (key in evaluated) == (name == "eval")}
         trainer.save_metrics(name, part, combined=False)
     text = json.dumps(results, indent=4, sort_keys=True) + "\n"
     (folder / "all_results.json").write_text(text, encoding="utf-8")
     base = Path(model_args.model_name_or_path or f"a new {task_args.preset} model").name
     data = finetuning.data_name(str(task_args.train_file))
     training.plot_loss_curve(trainer.state.log_history, folder / "loss_curve.png", title=f"{base} on {data}")
-    words = {"task": task_args.task, "base": base, "dataset": data, "method": _method(task_args, model_args)}
+    words = {"task": task_args.task, "base": base, "dataset": data}
+    words["method"] = finetuning.describe_method(model_args, task_args.adapter_name_or_path)
+    if task_args.merge and model_args.use_peft:
+        words["method"] += ", merged"
     if model_args.model_name_or_path and not Path(model_args.model_name_or_path).exists():
         words["base_model"] = model_args.model_name_or_path
     if task_args.license:
         words["license"] = task_args.license
-    is_peft = (folder / "adapter_config.json").is_file()
+    is_peft = (folder / ADAPTER_CONFIG).is_file()
     write_finetuning_card(folder, results, words, is_adapter=is_peft)
     kind = "adapter" if is_peft else "model"
     for key in ("eval_loss", "perplexity", "eval_accuracy", "eval_f1", "eval_rewards/margins"):
         if key in results:
             print(f"{key} {results[key]:.4f}")
     print(f"{folder} holds the {kind}")
-
-
-def _method(task_args: TaskArguments, model_args: Any) -> str:
-    """What is trained, in a few words."""
-    if task_args.adapter_name_or_path:
-        return "an adapter, continued"
-    if not model_args.use_peft:
-        return "all parameters"
-    kind = "DoRA" if model_args.use_dora else "LoRA"
-    quantized = (
-        " on a 4-bit base" if model_args.load_in_4bit else " on an 8-bit base" if model_args.load_in_8bit else ""
-    )
-    merged = ", merged" if task_args.merge else ""
-    return f"{kind} of rank {model_args.lora_r}, alpha {model_args.lora_alpha}{quantized}{merged}"

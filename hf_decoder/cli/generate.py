@@ -14,6 +14,7 @@ from transformers import TextStreamer, set_seed
 
 from hf_decoder.cli import (
     DTYPES,
+    check_at_least,
     check_choice,
     load_model,
     load_tokenizer,
@@ -138,8 +139,8 @@ def _check(args: GenerateArguments) -> None:
         raise ValueError("--input_file and --output_file go together")
     if args.input_file and args.prompt is not None:
         raise ValueError("give a prompt or an --input_file, not both")
-    if args.batch_size < 1:
-        raise ValueError(f"--batch_size {args.batch_size} must be at least 1")
+    for name in ("batch_size", "max_new_tokens", "num_beams"):
+        check_at_least(f"--{name}", getattr(args, name), 1)
 
 
 def _given(args: GenerateArguments) -> dict[str, Any]:

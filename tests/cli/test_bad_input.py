@@ -199,6 +199,8 @@ def test_weights_of_another_model_type(fails, model_copy):
         (["the cat", "--system", "be brief"], "--chat"),
         ([""], "empty"),
         (["the cat", "--temperature", "-1"], "temperature"),
+        (["the cat", "--num_beams", "0"], "--num_beams 0 must be at least 1"),
+        (["the cat", "--max_new_tokens", "0"], "--max_new_tokens 0 must be at least 1"),
     ],
 )
 def test_generate_flags(fails, run, flags, reason):

@@ -8,8 +8,16 @@ import sacrebleu
 import torch
 from huggingface_hub import ModelCard
 from PIL import Image
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
+from hf_decoder.classification import name_classes
+from hf_decoder.cli import eval as eval_command
 from hf_decoder.cli.main import main
 
 BLEU = ["--metrics", "bleu", "--eval_file"]
@@ -88,6 +96,61 @@ def test_labels_are_chosen_by_likelihood(run, tmp_path):
     assert results["accuracy"] == sum(row["prediction"] == row["label"] for row in saved) / 3
 
 
+@pytest.mark.parametrize(
+    "names, rows, same",
+    [
+        (["1", "2"], ["1", "2", "2", "1"], ["1", "2", "2", "1"]),
+        (["1", "2", "3", "4", "5"], [5, 4, 1, 2], ["5", "4", "1", "2"]),
+        (["-1", "1"], [-1, 1, 1, -1], ["-1", "1", "1", "-1"]),
+        (["neg", "pos"], ["1", "neg", "0", "pos"], ["pos", "neg", "neg", "pos"]),
+    ],
+)
+def test_a_label_is_the_name_of_a_class_before_it_is_its_number(run, tmp_path, monkeypatch, names, rows, same):
+    tokenizer = AutoTokenizer.from_pretrained(run.folder)
+    labels = {"id2label": dict(enumerate(names)), "label2id": {name: number for number, name in enumerate(names)}}
+    model = AutoModelForSequenceClassification.from_pretrained(run.folder, **labels)
+    model.save_pretrained(tmp_path / "classifier")
+    tokenizer.save_pretrained(tmp_path / "classifier")
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"text": "the cat", "label": label}) + "\n" for label in rows), "utf-8")
+    flags = ["--metrics", "accuracy", "f1", "--eval_file", path]
+    # a classifier that is always right
+    monkeypatch.setattr(eval_command, "predict", lambda *args, **kwargs: [names.index(label) for label in same])
+    results = evaluate(tmp_path / "classifier", tmp_path / "out", *flags)
+    assert results["accuracy"] == results["f1"] == 1
+    saved = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text("utf-8").splitlines()]
+    assert [row["label"] for row in saved] == same
+
+
+def test_a_number_that_is_no_class_is_refused_where_the_classes_are_numbers():
+    with pytest.raises(ValueError, match="x has the label '0', which the model does not know; its labels: 1, 2"):
+        name_classes(["1", "0"], {0: "1", 1: "2"}, "x")
+
+
+def test_references_in_messages_are_what_the_assistant_says(run, tmp_path):
+    path = tmp_path / "chat.jsonl"
+    prompts = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
+    rows = [
+        {"prompt": prompt, "completion": [{"role": "assistant", "content": f"the {word}"}]}
+        for prompt, word in zip(prompts, "abcd", strict=True)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    flags = ["--metrics", "bleu", "exact_match", "--eval_file", path, "--max_new_tokens", 4]
+    results = evaluate(run.folder, tmp_path / "out", *flags)
+    saved = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text("utf-8").splitlines()]
+    assert [row["references"] for row in saved] == [[f"the {word}"] for word in "abcd"]
+    answers = [row["prediction"] for row in saved]
+    assert results["bleu"] == pytest.approx(sacrebleu.corpus_bleu(answers, [[f"the {w}" for w in "abcd"]]).score)
+
+
+def test_an_answer_may_have_several_references(run, tmp_path):
+    path = tmp_path / "several.jsonl"
+    options = [greedy(run.folder, "the cat", 4), "x"]
+    path.write_text(json.dumps({"prompt": "the cat", "references": options}) + "\n", encoding="utf-8")
+    flags = ["--metrics", "exact_match", "--eval_file", path, "--max_new_tokens", 4]
+    assert evaluate(run.folder, tmp_path / "out", *flags)["exact_match"] == 1
+
+
 def test_update_card_writes_the_model_index_and_keeps_the_rest(run, model_copy, pairs, tmp_path):
     before = ModelCard.load(model_copy / "README.md")
     flags = ["--metrics", "perplexity", "bleu", "--text_file", run.validation_file, "--eval_file", pairs]
@@ -124,6 +187,11 @@ def test_update_card_makes_a_card_where_there_is_none(run, llama, tmp_path):
         (["--text_file", "prompts.txt", "--block_size", "4096"], "128"),
         (["--text_file", "prompts.txt", "--batch_size", "0"], "--batch_size 0"),
         (["--text_file", "prompts.txt", "--prompt_template", "x"], "--prompt_template"),
+        (["--text_file", "prompts.txt", "--stride", "0"], "stride 0"),
+        (["--text_file", "prompts.txt", "--block_size", "0"], "--block_size 0"),
+        ([*BLEU, "prompts.txt", "--max_eval_samples", "0"], "--max_eval_samples 0 must be at least 1"),
+        ([*BLEU, "prompts.txt", "--max_new_tokens", "0"], "--max_new_tokens 0 must be at least 1"),
+        ([*BLEU, "prompts.txt", "--num_beams", "0"], "--num_beams 0 must be at least 1"),
     ],
 )  # fmt: skip
 def test_what_a_user_can_get_wrong(fails, run, tmp_path, monkeypatch, flags, reason):

@@ -158,9 +158,12 @@ def test_full_fine_tuning_learns_its_rows(run, tmp_path, capsys):
     ]
     out = run_task(run.folder, tmp_path, rows, *flags)
     printed = capsys.readouterr().out
-    assert "1 of 8 rows skipped: empty prompt; 1 of 8 rows skipped: empty completion" in printed
+    assert "1 of 8 rows skipped: empty prompt, first row 7; 1 of 8 rows skipped: empty completion" in printed
     assert "2 of 2 held-out rows also stand in the training rows" in printed
     results = json.loads((out / "all_results.json").read_text())
+    parts = [json.loads((out / f"{name}_results.json").read_text()) for name in ("train", "eval")]
+    assert {**parts[0], **parts[1]} == results
+    assert {"eval_loss", "perplexity"} <= parts[1].keys() and "train_loss" in parts[0]
     assert results["trainable_share"] == 1
     assert results["skipped_rows"] == results["overlapping_rows"] == 2
     assert results["perplexity"] == pytest.approx(torch.tensor(results["eval_loss"]).exp().item(), rel=1e-5)
@@ -269,6 +272,107 @@ def test_resumed_is_uninterrupted(run, tmp_path):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def copy_of_run(whole, folder, *steps):
+    for step in steps:
+        shutil.copytree(whole / f"checkpoint-{step}", folder / f"checkpoint-{step}")
+    return folder
+
+
+def test_only_a_whole_checkpoint_is_resumed(fails, run, tmp_path, capsys):
+    """Half of one is passed over for the one before; one without the optimizer's state is no start to go on from."""
+    flags = ["--use_peft", "true", "--max_steps", "4", "--save_steps", "2", "--save_total_limit", "5"]
+    whole = run_task(run.folder, tmp_path, PAIRS, *flags)
+    train = str(tmp_path / "train.jsonl")
+    argv = ["finetune", str(run.folder), "--train_file", train, *QUICK, *flags, "--resume_from_checkpoint"]
+    damages = {
+        "empty": lambda folder: (shutil.rmtree(folder), folder.mkdir()),
+        "cut": lambda folder: (folder / "optimizer.pt").write_bytes((folder / "optimizer.pt").read_bytes()[:100]),
+        "without": lambda folder: (folder / "optimizer.pt").unlink(),
+        "no-schedule": lambda folder: (folder / "scheduler.pt").unlink(),
+    }
+    expected = load_file(whole / "adapter_model.safetensors")
+    for name, damage in damages.items():
+        folder = copy_of_run(whole, tmp_path / name, 2, 4)
+        damage(folder / "checkpoint-4")
+        assert "checkpoint-4" in fails(*argv, str(folder / "checkpoint-4"), "--output_dir", str(folder))
+        assert main([*argv, "--output_dir", str(folder)]) == 0
+        found = load_file(folder / "adapter_model.safetensors")
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
+        damage(folder / "checkpoint-4")
+        shutil.rmtree(folder / "checkpoint-2")
+        assert "checkpoint-4" in fails(*argv, "--output_dir", str(folder))
+
+
+def test_a_run_is_resumed_with_its_rows_and_its_method(fails, run, tmp_path):
+    flags = ["--use_peft", "true", "--lora_r", "4", "--max_steps", "2", "--save_steps", "1", "--save_total_limit", "5"]
+    whole = run_task(run.folder, tmp_path, PAIRS, *flags)
+    folder, other = copy_of_run(whole, tmp_path / "resumed", 1), write(tmp_path / "other.jsonl", PAIRS[:5])
+    argv = ["finetune", str(run.folder), *QUICK, *flags, "--output_dir", str(folder), "--resume_from_checkpoint"]
+    assert "the data differs, rows was 6 and is 5 now" in fails(*argv, "--train_file", other)
+    line = fails(*argv, "--train_file", str(tmp_path / "train.jsonl"), "--lora_r", "8")
+    assert "'LoRA of rank 4, alpha 32' and is 'LoRA of rank 8, alpha 32' now" in line
+
+
+def test_a_checkpoint_of_weights_alone_is_not_resumed(fails, run, tmp_path):
+    flags = ["--max_steps", "1", "--save_strategy", "steps", "--save_steps", "1", "--save_only_model", "true"]
+    out = run_task(run.folder, tmp_path, PAIRS, *flags)
+    argv = ["finetune", str(run.folder), "--train_file", str(tmp_path / "train.jsonl"), *QUICK, *flags]
+    line = fails(*argv, "--output_dir", str(out), "--max_steps", "2", "--resume_from_checkpoint")
+    assert "checkpoint-1 lacks the state of the optimizer and that of the schedule" in line
+
+
+@pytest.mark.parametrize("kind", ["ours", "llama"])
+@pytest.mark.parametrize("flags", [[], ["--packing", "true"]], ids=["padded", "packed"])
+def test_the_measured_loss_is_the_mean_over_tokens_whatever_shares_a_batch(run, tmp_path, kind, flags):
+    folder = run.folder
+    if kind == "llama":
+        folder = tmp_path / "llama"
+        tokenizer = AutoTokenizer.from_pretrained(run.folder)
+        shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        torch.manual_seed(0)
+        LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    rows = [{"prompt": "the cat", "completion": " sees the dog" * n} for n in (1, 9, 1, 1, 36)]
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    nats, count = 0.0, 0
+    for row in rows:
+        prompt, answer = tokenizer(row["prompt"])["input_ids"], tokenizer(row["completion"])["input_ids"]
+        ids = prompt + answer + [tokenizer.eos_token_id]
+        labels = torch.tensor([[-100] * len(prompt) + ids[len(prompt) :]])
+        with torch.no_grad():
+            nats += float(model(torch.tensor([ids]), labels=labels).loss) * (len(ids) - len(prompt))
+        count += len(ids) - len(prompt)
+    for size in ("1", "2", "5"):
+        trainer = build(folder, tmp_path, rows, "--per_device_eval_batch_size", size, *flags)
+        trainer.eval_dataset = trainer.train_dataset  # prepared; as an argument it would be prepared again
+        assert len(trainer.train_dataset) == (2 if flags else 5)
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(nats / count, rel=1e-5)
+        assert trainer.state.log_history[-1]["eval_loss"] == pytest.approx(nats / count, rel=1e-5)
+
+
+@pytest.mark.parametrize("flags", [[], ["--packing", "true"]], ids=["padded", "packed"])
+def test_rows_whose_prompt_fills_the_block_are_counted(fails, run, tmp_path, capsys, flags):
+    long = [{"prompt": "the cat sees " * 100, "completion": "the dog"}] * 2
+    flags = [*flags, "--validation_file", write(tmp_path / "held.jsonl", [*PAIRS, *long[1:]])]
+    out = run_task(run.folder, tmp_path, [*PAIRS, *long], *flags)
+    assert "train.jsonl: 2 of 8 rows skipped: the prompt fills the 128 tokens" in capsys.readouterr().out
+    results = json.loads((out / "all_results.json").read_text())
+    assert (results["train_rows"], results["eval_rows"], results["skipped_rows"]) == (6, 6, 3)
+    train = write(tmp_path / "train.jsonl", long)
+    argv = ["finetune", str(run.folder), "--train_file", train, "--output_dir", str(tmp_path / "new"), *QUICK, *flags]
+    tokens = len(AutoTokenizer.from_pretrained(run.folder)(long[0]["prompt"])["input_ids"])
+    line = fails(*argv)
+    assert f"train.jsonl has no row with an answer to learn: its shortest prompt has {tokens:,} tokens" in line
+    assert "cuts a row off after 128" in line
+
+
+def test_chats_whose_question_fills_the_block_are_counted(fails, run, tmp_path):
+    turns = [{"role": "user", "content": "the cat " * 200}, {"role": "assistant", "content": "the dog"}]
+    train = write(tmp_path / "train.jsonl", [{"messages": turns}] * 4)
+    argv = ["finetune", str(run.folder), "--train_file", train, "--output_dir", str(tmp_path / "out"), *QUICK]
+    assert "has no row with an answer to learn" in fails(*argv, "--validation_split_percentage", "0")
+
+
 def test_classification_learns_and_is_measured_by_eval(run, tmp_path, capsys):
     flags = [
         "--max_steps",
@@ -292,6 +396,66 @@ def test_classification_learns_and_is_measured_by_eval(run, tmp_path, capsys):
 def test_classification_with_an_adapter(run, tmp_path):
     out = run_task(run.folder, tmp_path, LABELS, "--use_peft", "true", "--merge", task="classification")
     assert AutoModelForSequenceClassification.from_pretrained(out).config.id2label == {0: "neg", 1: "pos"}
+
+
+@pytest.mark.parametrize("kind", [[], ["--use_dora", "true"], ["--load_in_4bit", "true"]], ids=["lora", "dora", "qlora"])  # fmt: skip # noqa: E501
+def test_an_adapter_of_a_classifier_is_measured_as_one(fails, run, tmp_path, kind):
+    """Its labels are beside it, in every checkpoint too; the card's lines give the classes their names."""
+    held = write(tmp_path / "held.jsonl", LABELS)
+    flags = ["--use_peft", "true", "--learning_rate", "1e-2", "--max_steps", "60", "--validation_file", held, *kind]
+    out = run_task(run.folder, tmp_path, LABELS, *flags, task="classification")
+    results = json.loads((out / "all_results.json").read_text())
+    assert results["eval_accuracy"] == 1
+    (checkpoint,) = out.glob("checkpoint-*")
+    for names in ([str(out)], [str(run.folder), "--adapter_name_or_path", str(checkpoint)]):
+        argv = ["eval", *names, "--metrics", "accuracy", "f1", "--eval_file", held]
+        assert main([*argv, "--output_dir", str(tmp_path / "eval")]) == 0
+        assert json.loads((tmp_path / "eval" / "eval_results.json").read_text())["accuracy"] == 1
+    assert "is a sequence classifier, which has only accuracy and f1" in fails("eval", str(out), "--text_file", held)
+    lines = ModelCard.load(out / "README.md").text.split("```python\n")[1].split("```")[0]
+    found = {}
+    exec(lines.replace('"out"', repr(str(out))), found)
+    assert found["model"].config.id2label == {0: "neg", 1: "pos"}
+    assert found["model"].config.label2id == {"neg": 0, "pos": 1}
+    ids = found["tokenizer"]([row["text"] for row in LABELS], return_tensors="pt", padding=True)
+    with torch.no_grad():
+        classes = found["model"].eval()(**ids).logits.argmax(-1).tolist()
+    assert [found["model"].config.id2label[index] for index in classes] == [row["label"] for row in LABELS]
+    (out / "id2label.json").unlink()
+    assert "id2label.json" in fails("eval", str(out), "--metrics", "accuracy", "--eval_file", held)
+
+
+def test_a_continued_adapter_keeps_its_classes_in_their_order(run, tmp_path):
+    flags = ["--use_peft", "true", "--class_names", "pos", "neg"]
+    first = run_task(run.folder, tmp_path, LABELS, *flags, task="classification")
+    argv = ["finetune", str(run.folder), "--task", "classification", "--adapter_name_or_path", str(first), *QUICK]
+    train, more = str(tmp_path / "train.jsonl"), tmp_path / "more"
+    assert main([*argv, "--train_file", train, "--output_dir", str(more)]) == 0
+    assert json.loads((more / "id2label.json").read_text()) == {"0": "pos", "1": "neg"}
+
+
+def test_a_classifier_of_a_four_bit_base_is_merged(run, tmp_path):
+    flags = ["--use_peft", "true", "--load_in_4bit", "true", "--merge"]
+    out = run_task(run.folder, tmp_path, LABELS, *flags, task="classification")
+    merged = AutoModelForSequenceClassification.from_pretrained(out).eval()
+    assert merged.config.id2label == {0: "neg", 1: "pos"} and merged.config.label2id == {"neg": 0, "pos": 1}
+    base = AutoModelForSequenceClassification.from_pretrained(run.folder, num_labels=2)
+    ids = torch.arange(5, 60)[None]
+    with torch.no_grad():
+        unmerged = PeftModel.from_pretrained(base, out / "adapter").eval()(ids).logits
+        torch.testing.assert_close(merged(ids).logits, unmerged, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["full", "adapter"])
+def test_a_classifier_writes_no_text(fails, run, tmp_path, kind):
+    flags = ["--use_peft", "true"] if kind == "adapter" else []
+    out = run_task(run.folder, tmp_path, LABELS, *flags, task="classification")
+    assert "is a sequence classifier, which writes no text" in fails("generate", str(out), "the cat")
+    train = write(tmp_path / "pairs.jsonl", PAIRS)
+    names = [str(run.folder), "--adapter_name_or_path", str(out)] if kind == "adapter" else [str(out)]
+    line = fails("finetune", *names, "--train_file", train, "--output_dir", str(tmp_path / "new"), *QUICK)
+    assert "sequence classifier" in line
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("peft", [[], ["--use_peft", "true"]], ids=["full", "lora"])
@@ -382,6 +546,9 @@ def test_what_a_user_can_get_wrong_about_a_new_model(fails, run, tmp_path, flags
         (PAIRS, ["--preset", "nano"], "leave out"),
         (PAIRS, ["--tokenizer_name", "x"], "--preset"),
         (PAIRS, ["--dropout", "1"], "--dropout 1.0"),
+        (PAIRS, ["--max_length", "0"], "--max_length 0 must be at least 1"),
+        ([*PAIRS, {"prompt": CHATS[0]["messages"][:2], "completion": CHATS[0]["messages"][2:3]}], [], "mixes text and messages: row 1"),  # noqa: E501
+        ([{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": 5}]}], [], "train.jsonl has no usable row: 1 of 1 rows skipped: messages has a turn whose content is not text, first row 1"),  # noqa: E501
         (PAIRS, ["--time_limit", "soon"], "soon"),
         (PREFERENCES, ["--task", "preference", "--optim", "muon_adamw"], "muon_adamw"),
     ],
@@ -393,6 +560,15 @@ def test_what_a_user_can_get_wrong(fails, run, tmp_path, rows, flags, reason):
         "finetune", str(run.folder), "--train_file", train, "--output_dir", str(out), *QUICK, *flags
     )
     assert not out.exists()
+
+
+def test_text_is_not_measured_on_messages(fails, run, tmp_path):
+    train, held = write(tmp_path / "train.jsonl", PAIRS), tmp_path / "held.jsonl"
+    turns = [{"role": "user", "content": "a"}], [{"role": "assistant", "content": "b"}]
+    write(held, [dict(zip(("prompt", "completion"), turns, strict=True))])
+    argv = ["finetune", str(run.folder), "--train_file", train, "--validation_file", str(held), *QUICK]
+    line = fails(*argv, "--output_dir", str(tmp_path / "out"))
+    assert f"of {train} and {held}, one holds text and the other messages" in line
 
 
 def test_four_bit_base_trains_and_merges_into_the_full_weights(run, tmp_path):

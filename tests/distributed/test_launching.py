@@ -17,8 +17,9 @@ from ranks import run_ranks
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from hf_decoder import HfDecoderForCausalLM
+from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM
 from hf_decoder.checkpoints import is_complete
+from hf_decoder.cli.main import main as command
 from hf_decoder.launch import check_launch, configuration_file, configurations
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -97,6 +98,27 @@ def same_weights(folder, whole):
     assert found.keys() == expected.keys()
     for name, weight in expected.items():  # Muon's iteration in bf16 lets differences of the last bit grow
         torch.testing.assert_close(found[name], weight, rtol=0, atol=2e-3, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def test_a_fine_tuned_model_is_measured_alike_in_one_process_and_in_two(tokenizer, tmp_path):
+    """On five rows of unlike lengths: the second process would take one of them again."""
+    config = dict(part.split("=") for part in SHAPE.split(","))
+    torch.manual_seed(0)
+    model = HfDecoderForCausalLM(HfDecoderConfig(**{name: int(value) for name, value in config.items()}, vocab_size=len(tokenizer)))  # fmt: skip # noqa: E501
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    rows = [{"prompt": "def main", "completion": "(argv):" * n} for n in (1, 9, 2, 12, 5)]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    argv = ["finetune", str(tmp_path / "base"), "--train_file", str(data), "--validation_file", str(data)]
+    argv += ["--max_steps", "1", "--learning_rate", "1e-9", "--bf16", "false", "--report_to", "none"]
+    losses = []
+    for processes, size in ((1, 5), (1, 2), (2, 1), (2, 2), (2, 4)):
+        out = tmp_path / f"{processes}x{size}"
+        flags = ["--per_device_eval_batch_size", str(size), "--output_dir", str(out)]
+        assert run_ranks(processes, command, [*argv, *flags], folder=tmp_path) == [0] * processes
+        losses.append(json.loads((out / "eval_results.json").read_text(encoding="utf-8"))["eval_loss"])
+    assert losses == pytest.approx([losses[0]] * 5, rel=1e-5)
 
 
 def _pretrain_in_shards(argv: list[str]) -> int:
