@@ -31,6 +31,11 @@ CHUNK_ELEMENTS = 2**26
 UPDATE_RMS = 0.2
 # Share of the steps over which the learning rate falls.
 DECAY_SHARE = 0.4
+# What an optimizer takes from its state when a run goes on, and what makes the schedule: `TrainingArguments`' names.
+RECIPE_FLAGS = (
+    "optim_args", "optim_target_modules", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
+    "max_grad_norm", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps",
+)  # fmt: skip
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -230,6 +235,14 @@ def grouped_optimizer(args: TrainingArguments) -> tuple[Any, dict[str, Any]]:
     """The optimizer that `args.optim` names, with the recipe's groups: `Trainer(optimizer_cls_and_kwargs=...)`."""
     optimizer_cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args)
     return OptimizerFactory, {"optimizer_cls": optimizer_cls, "weight_decay": args.weight_decay, **kwargs}
+
+
+def describe_recipe(args: TrainingArguments, optimizer: str) -> dict[str, Any]:
+    """Optimizer and schedule as the flags of `args` say them, `optimizer` being the name of the first.
+
+    A resumed run has the optimizer's settings from its checkpoint, whatever the flags say, and mixes the others.
+    """
+    return {"optim": optimizer, **{name: getattr(args, name) for name in RECIPE_FLAGS}}
 
 
 def wsd_kwargs(num_training_steps: int) -> dict[str, Any]:

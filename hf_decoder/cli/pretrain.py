@@ -44,7 +44,7 @@ from hf_decoder.modelcard import load_lines
 from hf_decoder.pace import MeasuringTrainer, StepMetrics, TimeLimit, parse_duration
 from hf_decoder.preparation import Rows, coverage, make_rows, make_streamed_rows, open_text, training_texts
 from hf_decoder.presets import get_preset
-from hf_decoder.recipe import grouped_optimizer, muon_adamw, wsd_kwargs
+from hf_decoder.recipe import describe_recipe, grouped_optimizer, muon_adamw, wsd_kwargs
 from hf_decoder.results import procedure, score_held_out, sizes_and_machine, summary, write_outputs
 from hf_decoder.sources import TextArguments, names_of
 from hf_decoder.streamed_rows import StreamedRows, StreamingTrainer
@@ -219,6 +219,7 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, args: Pretrai
         rows.description,
         trained_tokenizer=_trained_tokenizer(model_args),
         args=args,
+        recipe=describe_recipe(args, _optimizer(args)),
     )
     if checkpoint is not None:
         check_same_run(checkpoint, run)
@@ -302,6 +303,11 @@ def _say_stopped(number: signal.Signals, trainer: Trainer) -> None:
             "the same command with --resume_from_checkpoint goes on",
             file=sys.stderr,
         )
+
+
+def _optimizer(args: PretrainingArguments) -> str:
+    """What --optim said."""
+    return MUON_ADAMW if args.uses_muon else OptimizerNames(args.optim).value
 
 
 def _count_steps(args: PretrainingArguments, rows: Dataset | StreamedRows) -> int:
@@ -404,7 +410,6 @@ def _words(args: PretrainingArguments, model_args: ModelArguments, data_args: Da
         few = corpus.MIN_DOCUMENTS_TO_SPLIT
         held_out = f"whole documents chosen by their hash; with fewer than {few} documents, the end of the text"
     origin = model_args.tokenizer_name or model_args.model_name_or_path
-    optimizer = MUON_ADAMW if args.uses_muon else OptimizerNames(args.optim).value
     return {
         "dataset": ", ".join(own_text) if own_text else f"the standard library of Python {platform.python_version()}",
         "held_out": held_out,
@@ -414,6 +419,6 @@ def _words(args: PretrainingArguments, model_args: ModelArguments, data_args: Da
         "start": f"the weights of {model_args.model_name_or_path}"
         if model_args.model_name_or_path
         else "random weights",
-        "procedure": procedure(args, optimizer, data_args.block_size),
+        "procedure": procedure(args, _optimizer(args), data_args.block_size),
         **({"license": model_args.license} if model_args.license else {}),
     }
