@@ -150,6 +150,20 @@ def is_finished(checkpoint: str | Path, steps: int) -> bool:
     return state.global_step >= steps_planned(state.stateful_callbacks, steps)
 
 
+def check_steps_left(checkpoint: str | Path, steps: int, flag: str) -> None:
+    """Refuses to go on from a checkpoint that is past the last of `steps`, which `flag` asked for.
+
+    Raises:
+        ValueError: with both numbers.
+    """
+    taken = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).global_step
+    if taken > steps:
+        raise ValueError(
+            f"{flag} ends the training after step {steps}, and {checkpoint} has taken {taken} steps; give more, or "
+            "resume from an earlier checkpoint"
+        )
+
+
 def train(trainer: Trainer, checkpoint: str | None, *, finished: bool = False) -> dict[str, Any]:
     """Trains, from `checkpoint` if there is one, and returns Trainer's metrics with token counts beside them.
 

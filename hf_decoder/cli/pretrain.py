@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 QUICKSTART = "runs/quickstart"
+COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "sample_steps")
 # Without arguments the job ends within five minutes also where the machine is too slow for all its steps.
 QUICKSTART_TIME_LIMIT = "4m"
 DESCRIPTION = (
@@ -158,8 +159,14 @@ class PretrainingArguments(TrainingArguments):
         if not torch.accelerator.is_available():
             self.use_cpu = True
         check_launch(use_cpu=self.use_cpu, uses_muon=self.uses_muon)
-        if self.sample_steps is not None and self.sample_steps < 1:
-            raise ValueError(f"--sample_steps {self.sample_steps} must be at least 1")
+        for name in COUNTS:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name} {value} must be at least 1")
+        if self.max_steps == 0:
+            raise ValueError("--max_steps 0 trains nothing; give at least 1, or -1 to count --num_train_epochs")
+        if self.max_steps < 0 and not 0 < self.num_train_epochs < math.inf:
+            raise ValueError(f"--num_train_epochs {self.num_train_epochs:g} must be more than 0, and finite")
         if self.fp16:
             self.bf16 = False
         super().__post_init__()
@@ -190,6 +197,8 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, args: Pretrai
     checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
     resumes_here = checkpoint is not None and Path(checkpoint).resolve().parent == Path(args.output_dir).resolve()
     training.check_output_dir(args.output_dir, overwrite=args.overwrite_output_dir, resume=resumes_here)
+    if checkpoint is not None and args.max_steps > 0:
+        training.check_steps_left(checkpoint, args.max_steps, f"--max_steps {args.max_steps}")
     overrides = parse_overrides(model_args.config_overrides)
     if overrides and model_args.model_name_or_path:
         raise ValueError("--config_overrides shapes a new model; it does not go with --model_name_or_path")
@@ -223,6 +232,7 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, args: Pretrai
     )
     if checkpoint is not None:
         check_same_run(checkpoint, run)
+        training.check_steps_left(checkpoint, steps, f"--num_train_epochs {args.num_train_epochs:g}")
 
     finished = checkpoint is not None and training.is_finished(checkpoint, steps)
     model = _model(checkpoint if finished else model_args.model_name_or_path, config, new=checkpoint is None)

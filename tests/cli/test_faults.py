@@ -239,6 +239,18 @@ def test_resuming_another_run_is_refused(fails, run, flags, words):
     assert before == {path: path.stat().st_mtime_ns for path in run.folder.rglob("*")}
 
 
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--max_steps", "5"], "--max_steps 5 ends the training after step 5"),
+        (["--max_steps", "-1", "--num_train_epochs", "0.01"], "--num_train_epochs 0.01 ends the training after step"),
+    ],
+)
+def test_resuming_behind_the_end_is_refused(fails, run, flags, words):
+    line = fails("pretrain", *run.flags, *flags, "--output_dir", str(run.folder), "--resume_from_checkpoint")
+    assert words in line and "checkpoint-6 has taken 6 steps" in line
+
+
 def test_resuming_with_another_text_is_refused(fails, run, tmp_path):
     other = tmp_path / "other.txt"
     other.write_text(run.train_file.read_text(encoding="utf-8").replace("cat", "dog", 1), encoding="utf-8")
