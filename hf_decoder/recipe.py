@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers.trainer_utils import SchedulerType
 
 from hf_decoder.model.parts_hf_decoder import fast_dtype
 
@@ -252,3 +253,24 @@ def wsd_kwargs(num_training_steps: int) -> dict[str, Any]:
     fixed training durations", figure 5).
     """
     return {"num_decay_steps": round(DECAY_SHARE * num_training_steps), "decay_type": "linear"}
+
+
+def check_schedule(args: TrainingArguments) -> None:
+    """Draws up the schedule of `args` for a made-up optimizer, where what it does not take shows at once.
+
+    Raises:
+        ValueError: naming the schedule and its settings.
+    """
+    kwargs: Any = args.lr_scheduler_kwargs
+    kind, steps = SchedulerType(args.lr_scheduler_type), 100
+    if kind == SchedulerType.WARMUP_STABLE_DECAY and not kwargs:
+        kwargs = wsd_kwargs(steps)
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate)
+    try:
+        schedule = get_scheduler(kind, optimizer, args.get_warmup_steps(steps), steps, kwargs)
+        for factor in getattr(schedule, "lr_lambdas", []):
+            [factor(step) for step in range(steps)]
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise ValueError(
+            f"--lr_scheduler_type {kind.value} does not go with --lr_scheduler_kwargs {kwargs}: {error}"
+        ) from None

@@ -44,7 +44,7 @@ from hf_decoder.modelcard import load_lines
 from hf_decoder.pace import MeasuringTrainer, StepMetrics, TimeLimit, parse_duration
 from hf_decoder.preparation import Rows, coverage, make_rows, make_streamed_rows, open_text, training_texts
 from hf_decoder.presets import get_preset
-from hf_decoder.recipe import describe_recipe, grouped_optimizer, muon_adamw, wsd_kwargs
+from hf_decoder.recipe import check_schedule, describe_recipe, grouped_optimizer, muon_adamw, wsd_kwargs
 from hf_decoder.results import procedure, score_held_out, sizes_and_machine, summary, write_outputs
 from hf_decoder.sources import TextArguments, names_of
 from hf_decoder.streamed_rows import StreamedRows, StreamingTrainer
@@ -170,6 +170,7 @@ class PretrainingArguments(TrainingArguments):
         if self.fp16:
             self.bf16 = False
         super().__post_init__()
+        check_schedule(self)
 
 
 def main(argv: Sequence[str]) -> int:
