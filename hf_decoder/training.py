@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import re
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -37,6 +38,12 @@ def bf16_supported() -> bool:
     if torch.accelerator.is_available():
         return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     return cpu_has("avx512_bf16", "amx_bf16")
+
+
+def choose_bf16(args: TrainingArguments) -> None:
+    """Turns bf16 autocast on where the hardware has it, unless the flags said something of bf16 or ask for fp16."""
+    if args.bf16 is None:
+        args.bf16 = bf16_supported() and not args.fp16
 
 
 def keep_freed_memory() -> None:
@@ -194,14 +201,27 @@ def train(trainer: Trainer, checkpoint: str | None, *, finished: bool = False) -
 def check_output_dir(output_dir: str | Path, *, overwrite: bool, resume: bool | None = None) -> None:
     """Refuses a folder that already holds something, unless the user asks to overwrite it or to resume in it.
 
+    What is made beside a new folder, to find out whether it can be made, is gone at once.
+
     `resume` is None for what cannot be resumed.
 
     Raises:
-        ValueError: naming the folder and the two ways out.
+        ValueError: naming the folder and the ways out; for one, too, that cannot be made or written to.
     """
     folder = Path(output_dir)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output_dir {folder} is a file; name a folder")
+    if folder.is_dir():
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise ValueError(f"--output_dir {folder} cannot be written to; name another folder")
+    else:
+        above = next(path for path in folder.absolute().parents if path.exists())
+        try:
+            tempfile.TemporaryDirectory(dir=above).cleanup()
+        except OSError as error:
+            raise ValueError(
+                f"--output_dir {folder} cannot be made in {above}: {error.strerror}; name another folder"
+            ) from None
     if overwrite or resume or not folder.is_dir() or not any(folder.iterdir()):
         return
     go_on = "" if resume is None else " --resume_from_checkpoint to go on with it,"

@@ -123,7 +123,8 @@ class PretrainingArguments(TrainingArguments):
     weight_decay: float = field(default=0.1, metadata={"help": "Weight decay of matrices; nothing else decays."})
     adam_beta2: float = field(default=0.95, metadata={"help": "AdamW's second beta."})
     bf16: bool = field(
-        default=training.bf16_supported(), metadata={"help": "bf16 autocast; on where the hardware multiplies bf16."}
+        default=None,  # type: ignore[assignment]  # nothing said: `choose_bf16` looks at the hardware
+        metadata={"help": "bf16 autocast; if unset, on where the hardware multiplies bf16, unless --fp16 is."},
     )
     logging_steps: float = field(default=10, metadata={"help": "Steps between two points of the training curve."})
     logging_first_step: bool = field(default=True, metadata={"help": "Begin the training curve at step 1."})
@@ -167,8 +168,7 @@ class PretrainingArguments(TrainingArguments):
             raise ValueError("--max_steps 0 trains nothing; give at least 1, or -1 to count --num_train_epochs")
         if self.max_steps < 0 and not 0 < self.num_train_epochs < math.inf:
             raise ValueError(f"--num_train_epochs {self.num_train_epochs:g} must be more than 0, and finite")
-        if self.fp16:
-            self.bf16 = False
+        training.choose_bf16(self)
         super().__post_init__()
         check_schedule(self)
 

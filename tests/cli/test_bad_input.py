@@ -129,6 +129,7 @@ def test_a_checkpoint_of_elsewhere_does_not_open_the_folder_of_another_run(fails
         (["--max_steps", "-1", "--num_train_epochs", "0"], "--num_train_epochs 0"),
         (["--max_steps", "-1", "--num_train_epochs", "-3"], "--num_train_epochs -3"),
         (["--max_steps", "-1", "--num_train_epochs", "inf"], "--num_train_epochs inf"),
+        (["--bf16", "true", "--fp16", "true"], "At most one of fp16 and bf16"),
         (["--lr_scheduler_kwargs", '{"foo": 1}'], "--lr_scheduler_kwargs {'foo': 1}"),
         (["--lr_scheduler_kwargs", "foo"], "--lr_scheduler_kwargs foo"),
         (["--lr_scheduler_kwargs", "{foo"], "--lr_scheduler_kwargs {foo"),
@@ -143,6 +144,18 @@ def test_flags(fails, run, tmp_path, monkeypatch, flags, reason):
     monkeypatch.chdir(tmp_path)
     assert reason in fails(*train_flags(run.train_file, tmp_path / "out", *flags))
     assert not (tmp_path / "out").exists()
+
+
+def test_an_output_folder_below_a_file(fails, run, tmp_path):
+    folder = run.train_file / "model"
+    # before anything is read: the text is not there
+    assert f"--output_dir {folder} cannot be made" in fails(*train_flags(tmp_path / "nowhere.txt", folder))
+
+
+def test_finetuning_in_both_half_precisions(fails, run):
+    pytest.importorskip("trl")
+    flags = ["--train_file", str(run.train_file), "--bf16", "true", "--fp16", "true"]
+    assert "At most one of fp16 and bf16" in fails("finetune", str(run.folder), *flags)
 
 
 def test_prompt_longer_than_the_model_reads(fails, run):
