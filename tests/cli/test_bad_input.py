@@ -31,13 +31,22 @@ def write(path: Path, data: bytes) -> Path:
     ],
     ids=["missing", "empty", "binary", "not-utf8", "shorter-than-a-block"],
 )
-def test_training_file(fails, tmp_path, data, reason):
+@pytest.mark.parametrize("streaming", [[], ["--streaming"]], ids=["whole", "streamed"])
+def test_training_file(fails, tmp_path, data, reason, streaming):
     path = tmp_path / "text.txt"
     if data is not None:
         path.write_bytes(data)
-    line = fails(*train_flags(path, tmp_path / "out"))
+    line = fails(*train_flags(path, tmp_path / "out", *streaming))
     assert reason in line
     assert not (tmp_path / "out").exists()
+
+
+def test_a_streamed_text_is_as_short_as_the_same_text_read_whole(fails, tmp_path):
+    path = write(tmp_path / "a.jsonl", b'{"text": "a"}\n{"text": "bc"}\n')
+    held_out = write(tmp_path / "b.txt", b"some text")
+    flags = train_flags(path, tmp_path / "out", "--validation_file", str(held_out))
+    line = fails(*flags)
+    assert "less than one block of 64" in line and fails(*flags, "--streaming") == line
 
 
 @pytest.mark.parametrize("streaming", [[], ["--streaming"]], ids=["whole", "streamed"])
