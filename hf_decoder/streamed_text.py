@@ -149,7 +149,8 @@ def _open_files(
     if not sources:
         raise ValueError(f"train_file {name} is empty; it needs at least one character of text")
     if size is not None:
-        size = round((size + sum(ends)) * (1.0 if cut else 1 - fraction))
+        own = sum(max(0, end - text_start(file)) for file, end in zip(files, ends, strict=True))
+        size = round((size + own) * (1.0 if cut else 1 - fraction))
     part = Part(tuple(sources), weight, size)
     if not fraction:
         return part, []

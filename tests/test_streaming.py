@@ -111,7 +111,9 @@ def test_a_byte_order_mark_is_no_text(tmp_path, tokenizer, small, kind):
     )
     expected, whole = load_texts(args), load_texts(other)
     assert all(whole[side]["text"][:] == expected[side]["text"][:] for side in ("train", "validation"))
-    assert open_stream(other).validation["text"][:] == expected["validation"]["text"][:]
+    streamed = open_stream(other)
+    assert streamed.validation["text"][:] == expected["validation"]["text"][:]
+    assert streamed.num_bytes == open_stream(args).num_bytes
     rows, marked_rows = (list(islice(rows_of(each, tokenizer), 60)) for each in (args, other))
     assert [plain(row) for row in marked_rows] == [plain(row) for row in rows]
 
