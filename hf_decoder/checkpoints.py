@@ -31,6 +31,8 @@ MARK = "complete.json"
 
 # Fields of a config that say nothing about what the model computes.
 _UNCOUNTED_FIELDS = ("transformers_version", "dtype", "_name_or_path", "architectures", "auto_map", "use_cache")
+# Parts of a run's description that earlier checkpoints did not tell.
+_LATER_PARTS = ("training", "recipe")
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
@@ -134,11 +136,12 @@ def describe_run(
     *,
     trained_tokenizer: dict[str, Any] | None = None,
     args: TrainingArguments | None = None,
+    recipe: dict[str, Any] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """What has to stay the same for a run to go on: the model's shape, the tokenizer, the data, and its order.
+    """What has to stay the same for a run to go on: the model's shape, the tokenizer, the data, its order, the recipe.
 
     `data` is `describe_data`'s or one's own; `trained_tokenizer` are the settings of a tokenizer trained for the run;
-    `args` say which rows make a step.
+    `args` say which rows make a step; `recipe` is `recipe.describe_recipe`'s.
     """
     model = {name: value for name, value in config.to_dict().items() if name not in _UNCOUNTED_FIELDS}
     described = {
@@ -157,6 +160,8 @@ def describe_run(
             "seed": args.seed,
             "data_seed": args.data_seed,
         }
+    if recipe is not None:
+        described["recipe"] = recipe
     return json.loads(json.dumps(described, default=str))
 
 
@@ -179,14 +184,14 @@ def describe_data(tokenized: Dataset, block_size: int) -> dict[str, Any]:
 
 
 def check_same_run(checkpoint: str | Path, run: dict[str, dict[str, Any]]) -> None:
-    """Refuses to go on with another model, tokenizer, text or order of it than the checkpoint's.
+    """Refuses to go on with another model, tokenizer, text, order of it or recipe than the checkpoint's.
 
     Raises:
         ValueError: naming what differs, with both values.
     """
     before = _mark(checkpoint).get("run", {})
     for part, now in run.items():
-        then = before.get(part, {} if part != "training" else now)  # the first checkpoints did not tell
+        then = before.get(part, now if part in _LATER_PARTS else {})
         for name in [*now, *(name for name in then if name not in now)]:
             if part == "tokenizer" and (name not in then or name not in now):
                 continue  # how a tokenizer came about counts only where both were trained

@@ -63,7 +63,7 @@ def read_rows(path: str | Path) -> list[Row]:
         except json.JSONDecodeError as error:
             raise ValueError(f"{path} is not JSON: {error}") from None
     else:
-        text = io.StringIO(read_text(path).removeprefix("\ufeff"), newline="")
+        text = io.StringIO(read_text(path), newline="")
         rows = list(csv.DictReader(text, delimiter="\t" if suffix == ".tsv" else ","))
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{path} must hold rows with named columns: a list of objects")

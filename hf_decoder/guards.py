@@ -107,8 +107,8 @@ class StopOnNan(TrainerCallback):
             text = f", which begins {self._tokenizer.decode(ids[0, :12])!r}"
         raise ValueError(
             f"{what} at step {state.global_step + 1}, batch {number} of {count}{text}; the weights were not changed "
-            "by it and the last checkpoint is good: lower --learning_rate or look at the text, and go on with "
-            "--resume_from_checkpoint"
+            "by it and the last checkpoint is good: lower --learning_rate or look at the text, and go on from its "
+            "weights in a new run, with --model_name_or_path"
         )
 
 

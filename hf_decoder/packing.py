@@ -153,13 +153,16 @@ def pack(dataset: Dataset, block_size: int) -> Dataset:
     Raises ValueError for a block size under 2, and for a text shorter than one block.
     """
     layout = _Layout(dataset, block_size, stride=block_size - 1)
-    blocks = (layout.total - block_size) // layout.stride + 1
-    if blocks < 1:
+    check_one_block(layout.total, block_size)
+    return layout.pack(dataset, (layout.total - block_size) // layout.stride + 1)
+
+
+def check_one_block(tokens: int, block_size: int) -> None:
+    """Raises ValueError for a text whose tokens and markers do not fill one block."""
+    if tokens < block_size:
         raise ValueError(
-            f"the training text has {layout.total} tokens, less than one block of {block_size}; "
-            "lower block_size or add text"
+            f"the training text has {tokens} tokens, less than one block of {block_size}; lower block_size or add text"
         )
-    return layout.pack(dataset, blocks)
 
 
 def pack_for_evaluation(dataset: Dataset, block_size: int, stride: int | None = None) -> Dataset:

@@ -8,7 +8,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hf_decoder.checkpoints import describe_data
-from hf_decoder.packing import CorpusReport, encode_texts, pack, pack_for_evaluation, tokenize
+from hf_decoder.packing import (
+    CorpusReport,
+    check_one_block,
+    encode_texts,
+    markers_of,
+    pack,
+    pack_for_evaluation,
+    tokenize,
+)
 from hf_decoder.sources import TextArguments, load_texts
 from hf_decoder.streamed_rows import StreamedRows
 from hf_decoder.streamed_text import StreamedText, open_stream
@@ -114,7 +122,7 @@ def make_streamed_rows(
     buffer_size: int,
     args: TrainingArguments,
 ) -> Rows:
-    """Rows that are made while the training runs. Raises ValueError as `packing.pack_for_evaluation`."""
+    """Rows that are made while the training runs. Raises ValueError as `packing.pack` and `pack_for_evaluation`."""
     if buffer_size < 0:
         raise ValueError(f"--shuffle_buffer_size {buffer_size} must be 0, for text in order, or more")
     tokens = tokenize(text.validation, tokenizer)
@@ -137,14 +145,19 @@ def make_streamed_rows(
         "per_device_train_batch_size": args.per_device_train_batch_size,
         "content": hashlib.sha256("\n".join(text.identity).encode()).hexdigest()[:16],
     }
-    report = StreamReport(text.num_bytes, _bytes_per_token(text, tokenizer), block_size)
+    report = StreamReport(text.num_bytes, _bytes_per_token(text, tokenizer, block_size), block_size)
     return Rows(train, evaluation, held_out_texts(text), report, CorpusReport.of(tokens, evaluation), description)
 
 
-def _bytes_per_token(text: StreamedText, tokenizer: PreTrainedTokenizerBase) -> float:
+def _bytes_per_token(text: StreamedText, tokenizer: PreTrainedTokenizerBase, block_size: int) -> float:
+    """Bytes per token of the beginning, which must fill a block where it is the whole text."""
     texts = list(text.beginning(SAMPLE_CHARACTERS))
     pieces = [piece for text in texts for piece in split_text(text)]
     tokens = sum(map(len, encode_texts(tokenizer, pieces)))
+    if sum(map(len, texts)) < SAMPLE_CHARACTERS:
+        opening, closing = markers_of(tokenizer)
+        # A text so short that this matters is one stretch a document.
+        check_one_block(tokens + (len(texts) + 1 if opening == closing else 2 * len(texts)), block_size)
     return sum(len(text.encode("utf-8")) for text in texts) / max(1, tokens)
 
 

@@ -77,7 +77,7 @@ def _suffix(path: Path) -> str:
 def read_text(path: Path, encoding: str | None = None) -> str:
     """The text of a UTF-8 file, gzipped if its name ends in `.gz`; ValueError for anything that is not such a file.
 
-    What is not UTF-8 is read in `encoding`, if there is one.
+    What is not UTF-8 is read in `encoding`, if there is one. A byte order mark is no text.
     """
     with _open(path) as file:
         data = file.read()
@@ -92,9 +92,16 @@ def read_text(path: Path, encoding: str | None = None) -> str:
     if nul >= 0:
         raise ValueError(f"{path} is binary, not text (a zero byte at offset {nul}); give UTF-8 text")
     try:
-        return data.decode("utf-8")
+        return data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise not_utf8(path, data[error.start], error.start) from None
+
+
+def text_start(path: PathLike) -> int:
+    """The byte of a plain UTF-8 file where its text begins: behind the byte order mark, if there is one."""
+    mark = codecs.BOM_UTF8
+    with open(path, "rb") as file:
+        return len(mark) if file.read(len(mark)) == mark else 0
 
 
 def not_utf8(path: Path, byte: int, offset: int) -> ValueError:

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers.trainer_utils import SchedulerType
 
 from hf_decoder.model.parts_hf_decoder import fast_dtype
 
@@ -31,6 +32,11 @@ CHUNK_ELEMENTS = 2**26
 UPDATE_RMS = 0.2
 # Share of the steps over which the learning rate falls.
 DECAY_SHARE = 0.4
+# What an optimizer takes from its state when a run goes on, and what makes the schedule: `TrainingArguments`' names.
+RECIPE_FLAGS = (
+    "optim_args", "optim_target_modules", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
+    "max_grad_norm", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps",
+)  # fmt: skip
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -232,6 +238,14 @@ def grouped_optimizer(args: TrainingArguments) -> tuple[Any, dict[str, Any]]:
     return OptimizerFactory, {"optimizer_cls": optimizer_cls, "weight_decay": args.weight_decay, **kwargs}
 
 
+def describe_recipe(args: TrainingArguments, optimizer: str) -> dict[str, Any]:
+    """Optimizer and schedule as the flags of `args` say them, `optimizer` being the name of the first.
+
+    A resumed run has the optimizer's settings from its checkpoint, whatever the flags say, and mixes the others.
+    """
+    return {"optim": optimizer, **{name: getattr(args, name) for name in RECIPE_FLAGS}}
+
+
 def wsd_kwargs(num_training_steps: int) -> dict[str, Any]:
     """`lr_scheduler_kwargs` of transformers' `warmup_stable_decay`: a linear decay to 0 over the last part of the run.
 
@@ -239,3 +253,24 @@ def wsd_kwargs(num_training_steps: int) -> dict[str, Any]:
     fixed training durations", figure 5).
     """
     return {"num_decay_steps": round(DECAY_SHARE * num_training_steps), "decay_type": "linear"}
+
+
+def check_schedule(args: TrainingArguments) -> None:
+    """Draws up the schedule of `args` for a made-up optimizer, where what it does not take shows at once.
+
+    Raises:
+        ValueError: naming the schedule and its settings.
+    """
+    kwargs: Any = args.lr_scheduler_kwargs
+    kind, steps = SchedulerType(args.lr_scheduler_type), 100
+    if kind == SchedulerType.WARMUP_STABLE_DECAY and not kwargs:
+        kwargs = wsd_kwargs(steps)
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate)
+    try:
+        schedule = get_scheduler(kind, optimizer, args.get_warmup_steps(steps), steps, kwargs)
+        for factor in getattr(schedule, "lr_lambdas", []):
+            [factor(step) for step in range(steps)]
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise ValueError(
+            f"--lr_scheduler_type {kind.value} does not go with --lr_scheduler_kwargs {kwargs}: {error}"
+        ) from None

@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_decoder import corpus
-from hf_decoder.reading import bytes_of_text, check_encoding, find_files, load_hub, load_table, plain_file
+from hf_decoder.reading import (
+    bytes_of_text,
+    check_encoding,
+    find_files,
+    load_hub,
+    load_table,
+    plain_file,
+    text_start,
+)
 from hf_decoder.sources import TextArguments, weighted_files
 from hf_decoder.streaming import (
     LOOK_BYTES,
@@ -120,7 +128,7 @@ def _open_files(
     """A part of the training text, and the documents held out of it."""
     texts, tables, name = find_files(paths, "train_file")
     files = [plain_file(file, args.encoding) for file, _ in texts]
-    files = [file for file in files if file.stat().st_size > 0]
+    files = [file for file in files if file.stat().st_size > text_start(file)]
     sources = []
     size: int | None = 0
     for builder, found in tables.items():
@@ -141,7 +149,8 @@ def _open_files(
     if not sources:
         raise ValueError(f"train_file {name} is empty; it needs at least one character of text")
     if size is not None:
-        size = round((size + sum(ends)) * (1.0 if cut else 1 - fraction))
+        own = sum(max(0, end - text_start(file)) for file, end in zip(files, ends, strict=True))
+        size = round((size + own) * (1.0 if cut else 1 - fraction))
     part = Part(tuple(sources), weight, size)
     if not fraction:
         return part, []
@@ -210,15 +219,15 @@ def _tail(files: list[Path], fraction: float) -> tuple[int, int]:
 
     As `corpus` does it: at the last line border before, unless that more than doubles the share.
     """
-    lengths = [sum(map(len, decoded(file, 0, file.stat().st_size))) for file in files]
+    lengths = [sum(map(len, decoded(file, text_start(file), file.stat().st_size))) for file in files]
     left = sum(lengths) - max(1, round(sum(lengths) * fraction))
     number = 0
     while left > lengths[number]:
         left -= lengths[number]
         number += 1
-    border = cut = done = size = 0  # in bytes of the file; `done` in characters
-    border_at = 0
-    for text in decoded(files[number], 0, files[number].stat().st_size):
+    first = border = cut = size = text_start(files[number])  # in bytes of the file
+    done = border_at = 0  # in characters
+    for text in decoded(files[number], first, files[number].stat().st_size):
         head = text[: max(0, left - done)]
         newline = head.rfind("\n") + 1
         if newline:
@@ -230,7 +239,7 @@ def _tail(files: list[Path], fraction: float) -> tuple[int, int]:
         size += len(text.encode("utf-8"))
     if left < lengths[number] and left - border_at <= lengths[number] - left:
         cut = border
-    if number == 0 and cut == 0:
+    if number == 0 and cut == first:
         raise ValueError(
             f"{sum(lengths)} characters are too few to hold some out for validation; give a validation_file"
         )

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_decoder.corpus import hash_share
-from hf_decoder.reading import check_text_column, explain_table, not_utf8
+from hf_decoder.reading import check_text_column, explain_table, not_utf8, text_start
 from hf_decoder.tokenization import LONGEST_PIECE, place_to_cut, split_text
 
 if TYPE_CHECKING:
@@ -76,8 +76,11 @@ def stretches(
 
 
 def byte_ranges(file: Path, first: int, last: int) -> Iterator[tuple[str, int, int, int]]:
-    """Cuts bytes `first` to `last` of a file into ranges, each with the end of the whole: path, start, stop, last."""
-    start = first
+    """Cuts bytes `first` to `last` of a file into ranges, each with the end of the whole: path, start, stop, last.
+
+    A byte order mark at the beginning of the file is in none of them.
+    """
+    start = max(first, text_start(file))
     with file.open("rb") as opened:
         while last - start > RANGE_BYTES:
             stop = _line_start(opened, start + RANGE_BYTES, last)
@@ -109,9 +112,11 @@ def _read_ranges(ranges: list[tuple[str, int, int, int]], fraction: float, held_
     for path, start, stop, last in ranges:
         if fraction and (_share_of_file(path) < fraction) != held_out:
             continue
+        first = text_start(path)
         for text in _pieces(decoded(path, start, stop)):
             end = start + len(text.encode("utf-8"))
-            yield {"text": text, "path": path, "start": start, "stop": end, "ends": end == last}
+            place = {"path": path, "start": start, "stop": end, "begins": start == first, "ends": end == last}
+            yield {"text": text, **place}
             start = end
 
 
@@ -153,6 +158,7 @@ def decoded(path: str | Path, start: int, stop: int) -> Iterator[str]:
 def _share_of_file(path: str) -> float:
     digest = hashlib.md5(usedforsecurity=False)
     with open(path, "rb") as file:
+        file.seek(text_start(path))
         while data := file.read(LOOK_BYTES):
             digest.update(data)
     return hash_share(digest.digest())
@@ -258,8 +264,8 @@ class Reader:
 def _segments(row: dict[str, Any], source: Source) -> Iterator[tuple[Segment, bool]]:
     """The stretches of a row, each with whether it is the last one; none where the row has no text for this source."""
     if source.column is None:
-        ends = row["ends"]
-        yield Segment(row["text"], row["start"] == 0, ends, row["path"], start=row["start"], stop=row["stop"]), True
+        begins, ends = row["begins"], row["ends"]
+        yield Segment(row["text"], begins, ends, row["path"], start=row["start"], stop=row["stop"]), True
         return
     text = row.get(source.column)
     if not text or not _is_wanted(text, source):

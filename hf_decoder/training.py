@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import re
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -37,6 +38,12 @@ def bf16_supported() -> bool:
     if torch.accelerator.is_available():
         return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     return cpu_has("avx512_bf16", "amx_bf16")
+
+
+def choose_bf16(args: TrainingArguments) -> None:
+    """Turns bf16 autocast on where the hardware has it, unless the flags said something of bf16 or ask for fp16."""
+    if args.bf16 is None:
+        args.bf16 = bf16_supported() and not args.fp16
 
 
 def keep_freed_memory() -> None:
@@ -150,6 +157,20 @@ def is_finished(checkpoint: str | Path, steps: int) -> bool:
     return state.global_step >= steps_planned(state.stateful_callbacks, steps)
 
 
+def check_steps_left(checkpoint: str | Path, steps: int, flag: str) -> None:
+    """Refuses to go on from a checkpoint that is past the last of `steps`, which `flag` asked for.
+
+    Raises:
+        ValueError: with both numbers.
+    """
+    taken = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).global_step
+    if taken > steps:
+        raise ValueError(
+            f"{flag} ends the training after step {steps}, and {checkpoint} has taken {taken} steps; give more, or "
+            "resume from an earlier checkpoint"
+        )
+
+
 def train(trainer: Trainer, checkpoint: str | None, *, finished: bool = False) -> dict[str, Any]:
     """Trains, from `checkpoint` if there is one, and returns Trainer's metrics with token counts beside them.
 
@@ -180,14 +201,27 @@ def train(trainer: Trainer, checkpoint: str | None, *, finished: bool = False) -
 def check_output_dir(output_dir: str | Path, *, overwrite: bool, resume: bool | None = None) -> None:
     """Refuses a folder that already holds something, unless the user asks to overwrite it or to resume in it.
 
+    What is made beside a new folder, to find out whether it can be made, is gone at once.
+
     `resume` is None for what cannot be resumed.
 
     Raises:
-        ValueError: naming the folder and the two ways out.
+        ValueError: naming the folder and the ways out; for one, too, that cannot be made or written to.
     """
     folder = Path(output_dir)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output_dir {folder} is a file; name a folder")
+    if folder.is_dir():
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise ValueError(f"--output_dir {folder} cannot be written to; name another folder")
+    else:
+        above = next(path for path in folder.absolute().parents if path.exists())
+        try:
+            tempfile.TemporaryDirectory(dir=above).cleanup()
+        except OSError as error:
+            raise ValueError(
+                f"--output_dir {folder} cannot be made in {above}: {error.strerror}; name another folder"
+            ) from None
     if overwrite or resume or not folder.is_dir() or not any(folder.iterdir()):
         return
     go_on = "" if resume is None else " --resume_from_checkpoint to go on with it,"

@@ -19,6 +19,7 @@ from hf_decoder.checkpoints import (
     last_complete,
     mark_complete,
 )
+from hf_decoder.recipe import describe_recipe
 
 
 def write(folder: Path, step: int, *, whole: bool = True) -> Path:
@@ -143,6 +144,24 @@ def test_what_differs_is_named(tmp_path, tokenizer):
         check_same_run(checkpoint, run(block=32, vocab_size=300))
     with pytest.raises(ValueError, match="tokenizer differs, vocab_size was 300 and is 400 now"):
         check_same_run(checkpoint, run(vocab_size=400))
+
+
+def test_a_checkpoint_that_tells_no_recipe_goes_on_with_any(tmp_path, tokenizer):
+    def run(rate):
+        config = LlamaConfig(hidden_size=8, num_attention_heads=2, vocab_size=32)
+        args = TrainingArguments(
+            output_dir=str(tmp_path), use_cpu=True, learning_rate=rate, lr_scheduler_type="cosine"
+        )
+        return describe_run(config, tokenizer, {}, recipe=describe_recipe(args, "sgd"))
+
+    checkpoint = write(tmp_path, 5, whole=False)
+    mark_complete(checkpoint, run(0.1))
+    assert json.loads((checkpoint / MARK).read_text())["run"]["recipe"]["lr_scheduler_type"] == "cosine"
+    check_same_run(checkpoint, run(0.1))
+    with pytest.raises(ValueError, match=r"recipe differs, learning_rate was 0\.1 and is 0\.2 now"):
+        check_same_run(checkpoint, run(0.2))
+    mark_complete(checkpoint, {part: what for part, what in run(0.1).items() if part != "recipe"})
+    check_same_run(checkpoint, run(0.2))
 
 
 def test_another_number_of_processes_goes_on_where_a_step_takes_as_many_rows(tmp_path, tokenizer):

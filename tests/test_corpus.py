@@ -213,6 +213,7 @@ def test_equal_documents_are_still_split(tmp_path):
     [
         ("a.txt", b"", "a.txt is empty"),
         ("a.txt.gz", gzip.compress(b"", mtime=0), "a.txt.gz is empty"),
+        ("a.txt", b"\xef\xbb\xbf", "a.txt is empty"),
         ("a.jsonl", b"", "a.jsonl is empty"),
         ("a.txt", b"ab\0c", "a.txt is binary, not text .*offset 2"),
         ("a.txt", "né".encode("latin-1"), "a.txt is not UTF-8 .byte 0xe9 at offset 1.; convert"),

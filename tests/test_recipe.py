@@ -1,5 +1,6 @@
 """The recipe: which parameter learns how, against torch's own optimizers."""
 
+import contextlib
 import copy
 import re
 
@@ -7,11 +8,13 @@ import pytest
 import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import SchedulerType
 
 from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM
 from hf_decoder.model.parts_hf_decoder import FAST_HALF_PRECISION
 from hf_decoder.recipe import (
     MuonAdamW,
+    check_schedule,
     grouped_optimizer,
     muon_adamw,
     orthogonalise,
@@ -139,6 +142,25 @@ def test_trainer_takes_the_groups_with_the_optimizer_of_its_arguments(tmp_path):
     optimizer = Trainer(model=model, args=args, optimizer_cls_and_kwargs=grouped_optimizer(args)).create_optimizer()
     assert isinstance(optimizer, torch.optim.SGD)
     assert [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups] == [(0.25, 0.3), (0.25, 0.0)]
+
+
+@pytest.mark.parametrize("kind", list(SchedulerType))
+def test_schedules_are_tried_before_they_are_needed(tmp_path, kind):
+    settings = {"output_dir": str(tmp_path), "use_cpu": True, "eval_strategy": "steps", "eval_steps": 1}
+    takes_none = kind in (SchedulerType.CONSTANT, SchedulerType.CONSTANT_WITH_WARMUP)
+    needed = {"min_lr": 1e-6} if "with_min_lr" in kind.value else None
+    check_schedule(TrainingArguments(**settings, lr_scheduler_type=kind, lr_scheduler_kwargs=needed))
+    args = TrainingArguments(**settings, lr_scheduler_type=kind, lr_scheduler_kwargs={"foo": 1})
+    with pytest.raises(ValueError, match="lr_scheduler_kwargs") if not takes_none else contextlib.nullcontext():
+        check_schedule(args)
+
+
+@pytest.mark.parametrize("wrong", [{"num_decay_steps": "x"}, {"num_decay_steps": 9, "min_lr_ratio": "x"}, {"decay_type": "linear"}])  # fmt: skip # noqa: E501
+def test_settings_of_the_schedule_that_do_not_compute_are_refused(tmp_path, wrong):
+    args = TrainingArguments(str(tmp_path), use_cpu=True, lr_scheduler_type="warmup_stable_decay")
+    args.lr_scheduler_kwargs = wrong
+    with pytest.raises(ValueError, match="--lr_scheduler_type warmup_stable_decay does not go with"):
+        check_schedule(args)
 
 
 def test_the_schedule_warms_up_stays_and_falls_to_zero(tmp_path):

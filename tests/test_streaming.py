@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import tracemalloc
 from itertools import islice
 
@@ -96,6 +97,25 @@ def test_the_rows_are_those_of_the_text_read_whole(tmp_path, small, kind, bos):
         assert all(one[name].dtype == torch.int64 for name in plain(one))
     validation = open_stream(args).validation["text"][:]
     assert validation == whole["validation"]["text"][:]
+
+
+@pytest.mark.parametrize("kind", ["files", "few", "one"])
+def test_a_byte_order_mark_is_no_text(tmp_path, tokenizer, small, kind):
+    (folder,) = write_corpus(tmp_path, kind)
+    marked = tmp_path / "marked"
+    shutil.copytree(folder, marked)
+    for path in marked.glob("*.txt"):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    args, other = (
+        TextArguments(train_file=[name], validation_split_percentage=10.0) for name in (folder, str(marked))
+    )
+    expected, whole = load_texts(args), load_texts(other)
+    assert all(whole[side]["text"][:] == expected[side]["text"][:] for side in ("train", "validation"))
+    streamed = open_stream(other)
+    assert streamed.validation["text"][:] == expected["validation"]["text"][:]
+    assert streamed.num_bytes == open_stream(args).num_bytes
+    rows, marked_rows = (list(islice(rows_of(each, tokenizer), 60)) for each in (args, other))
+    assert [plain(row) for row in marked_rows] == [plain(row) for row in rows]
 
 
 def test_held_out_text_ends_at_its_limit(tmp_path, small, monkeypatch):
@@ -302,7 +322,9 @@ def test_compressed_and_foreign_files_are_read_too(tmp_path):
         (b"good\n" * 5000 + b"\xff", "a.txt is not UTF-8 (byte 0xff at offset 25000)"),
         (b"good\n" * 5000 + b"\0", "a.txt is binary, not text (a zero byte at offset 25000)"),
         (b"", "is empty"),
+        (b"\xef\xbb\xbf", "is empty"),
         (b"x", "too few"),
+        (b"\xef\xbb\xbfx", "too few"),
     ],
 )
 def test_bad_files(tmp_path, content, words):

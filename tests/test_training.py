@@ -2,6 +2,8 @@
 
 import io
 import platform
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -36,6 +38,19 @@ def test_check_output_dir(tmp_path):
     check(tmp_path, resume=True)
     with pytest.raises(ValueError, match="is a file"):
         check(tmp_path / "config.json", overwrite=True)
+
+
+def test_an_output_folder_that_cannot_be_made_is_noticed_at_once(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file" / "new", tmp_path / "file" / "new" / "deeper", Path("/proc/new")):
+        if folder.parents[-2].exists():
+            with pytest.raises(ValueError, match=f"--output_dir {folder} cannot be made in .*; name another folder"):
+                training.check_output_dir(folder, overwrite=True)
+    training.check_output_dir(tmp_path / "new" / "deeper", overwrite=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    monkeypatch.setattr(training.os, "access", lambda path, mode: False)
+    with pytest.raises(ValueError, match="cannot be written to"):
+        training.check_output_dir(tmp_path, overwrite=True)
 
 
 def test_speed_bar_shows_tokens_a_second_and_starts_where_a_run_was_resumed(tmp_path, monkeypatch, capsys):
@@ -151,11 +166,18 @@ def test_stage_records_its_time(monkeypatch, capsys):
 
 
 def test_bf16_is_for_cpus_that_multiply_it(monkeypatch):
+    def chosen(**flags):
+        args = SimpleNamespace(**flags)
+        training.choose_bf16(args)
+        return args.bf16
+
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
     assert training.bf16_supported()
+    assert chosen(bf16=None, fp16=False) and not chosen(bf16=None, fp16=True) and not chosen(bf16=False, fp16=False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True}, raising=False)
     assert not training.bf16_supported()
+    assert not chosen(bf16=None, fp16=False) and chosen(bf16=True, fp16=False)
 
 
 KEEPS_AND_TRIMS = """

@@ -6,6 +6,7 @@ Nothing heavy is imported here: `hf-decoder --help` should not wait for torch.
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import json
 import re
 from collections.abc import Sequence
@@ -30,7 +31,8 @@ def parse_arguments(
     The file is `--config FILE` or a first argument that ends in .yaml, .yml or .json; its keys are the flags' names.
 
     Raises:
-        ValueError: for an unknown or malformed flag, an unknown key of the file or a file that cannot be read.
+        ValueError: for an unknown or malformed flag, an unknown key of the file, a file that cannot be read, or a flag
+            that needs a package that is not installed.
     """
     from transformers import HfArgumentParser
 
@@ -54,9 +56,16 @@ def parse_arguments(
             if key not in known:
                 raise ValueError(f"unknown key {key!r} in {config_file}{did_you_mean(key, sorted(known))}")
         parser.set_defaults(**values)
-    *parsed, unknown = parser.parse_args_into_dataclasses(
-        flags, return_remaining_strings=True, look_for_args_file=False
-    )
+    given = vars(parser.parse_known_args(flags)[0])
+    if given.get("deepspeed") and importlib.util.find_spec("deepspeed") is None:
+        raise ValueError("--deepspeed needs a package that is not installed: pip install deepspeed")
+    try:
+        *parsed, unknown = parser.parse_args_into_dataclasses(
+            flags, return_remaining_strings=True, look_for_args_file=False
+        )
+    except json.JSONDecodeError as error:  # of a value that transformers takes for JSON, without the flag's name
+        name = next((name for name, value in given.items() if value == error.doc), "a flag")
+        raise ValueError(f"--{name} {error.doc} is not valid JSON: {error}") from None
     if unknown:
         options = [option for action in parser._actions for option in action.option_strings]
         raise ValueError(f"unknown argument {unknown[0]!r}{did_you_mean(unknown[0], options)}")
@@ -170,7 +179,8 @@ def _read_config_file(path: Path) -> dict[str, Any]:
         raise ValueError(f"config file {path} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"config file {path} must hold `key: value` lines that name the flags")
-    return values
+    # A bare `no` is False in YAML; of eval_strategy and its like it is one of the words.
+    return {key: "no" if value is False and str(key).endswith("_strategy") else value for key, value in values.items()}
 
 
 def load_config(name: str, *, trust_remote_code: bool = False) -> PretrainedConfig:

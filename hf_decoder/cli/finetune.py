@@ -142,7 +142,7 @@ def training_arguments(task: str) -> type:
     changed = [
         _flag("output_dir", str, OUTPUT_DIR, "Folder for everything that is written."),
         _flag("overwrite_output_dir", bool, False, "Replace the run that --output_dir holds."),
-        _flag("bf16", bool, training.bf16_supported(), "bf16 autocast."),
+        _flag("bf16", bool, None, "bf16 autocast; if unset, on where the hardware multiplies bf16, unless --fp16 is."),
         _flag("gradient_checkpointing", bool | None, None, "Save memory by running the forward pass twice."),
         _flag(
             "resume_from_checkpoint",
@@ -173,8 +173,7 @@ def training_arguments(task: str) -> type:
     def prepare(self: Any) -> None:
         if not torch.accelerator.is_available():
             self.use_cpu = True
-        if self.fp16:
-            self.bf16 = False
+        training.choose_bf16(self)
         self.uses_muon = self.optim == MUON_ADAMW
         if self.uses_muon:  # transformers checks the name, which is not one of its own
             self.optim = OptimizerNames.ADAMW_TORCH

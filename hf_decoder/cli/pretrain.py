@@ -44,7 +44,7 @@ from hf_decoder.modelcard import load_lines
 from hf_decoder.pace import MeasuringTrainer, StepMetrics, TimeLimit, parse_duration
 from hf_decoder.preparation import Rows, coverage, make_rows, make_streamed_rows, open_text, training_texts
 from hf_decoder.presets import get_preset
-from hf_decoder.recipe import grouped_optimizer, muon_adamw, wsd_kwargs
+from hf_decoder.recipe import check_schedule, describe_recipe, grouped_optimizer, muon_adamw, wsd_kwargs
 from hf_decoder.results import procedure, score_held_out, sizes_and_machine, summary, write_outputs
 from hf_decoder.sources import TextArguments, names_of
 from hf_decoder.streamed_rows import StreamedRows, StreamingTrainer
@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 QUICKSTART = "runs/quickstart"
+COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "sample_steps")
 # Without arguments the job ends within five minutes also where the machine is too slow for all its steps.
 QUICKSTART_TIME_LIMIT = "4m"
 DESCRIPTION = (
@@ -122,7 +123,8 @@ class PretrainingArguments(TrainingArguments):
     weight_decay: float = field(default=0.1, metadata={"help": "Weight decay of matrices; nothing else decays."})
     adam_beta2: float = field(default=0.95, metadata={"help": "AdamW's second beta."})
     bf16: bool = field(
-        default=training.bf16_supported(), metadata={"help": "bf16 autocast; on where the hardware multiplies bf16."}
+        default=None,  # type: ignore[assignment]  # nothing said: `choose_bf16` looks at the hardware
+        metadata={"help": "bf16 autocast; if unset, on where the hardware multiplies bf16, unless --fp16 is."},
     )
     logging_steps: float = field(default=10, metadata={"help": "Steps between two points of the training curve."})
     logging_first_step: bool = field(default=True, metadata={"help": "Begin the training curve at step 1."})
@@ -158,11 +160,17 @@ class PretrainingArguments(TrainingArguments):
         if not torch.accelerator.is_available():
             self.use_cpu = True
         check_launch(use_cpu=self.use_cpu, uses_muon=self.uses_muon)
-        if self.sample_steps is not None and self.sample_steps < 1:
-            raise ValueError(f"--sample_steps {self.sample_steps} must be at least 1")
-        if self.fp16:
-            self.bf16 = False
+        for name in COUNTS:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name} {value} must be at least 1")
+        if self.max_steps == 0:
+            raise ValueError("--max_steps 0 trains nothing; give at least 1, or -1 to count --num_train_epochs")
+        if self.max_steps < 0 and not 0 < self.num_train_epochs < math.inf:
+            raise ValueError(f"--num_train_epochs {self.num_train_epochs:g} must be more than 0, and finite")
+        training.choose_bf16(self)
         super().__post_init__()
+        check_schedule(self)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -190,6 +198,8 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, args: Pretrai
     checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
     resumes_here = checkpoint is not None and Path(checkpoint).resolve().parent == Path(args.output_dir).resolve()
     training.check_output_dir(args.output_dir, overwrite=args.overwrite_output_dir, resume=resumes_here)
+    if checkpoint is not None and args.max_steps > 0:
+        training.check_steps_left(checkpoint, args.max_steps, f"--max_steps {args.max_steps}")
     overrides = parse_overrides(model_args.config_overrides)
     if overrides and model_args.model_name_or_path:
         raise ValueError("--config_overrides shapes a new model; it does not go with --model_name_or_path")
@@ -219,9 +229,11 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, args: Pretrai
         rows.description,
         trained_tokenizer=_trained_tokenizer(model_args),
         args=args,
+        recipe=describe_recipe(args, _optimizer(args)),
     )
     if checkpoint is not None:
         check_same_run(checkpoint, run)
+        training.check_steps_left(checkpoint, steps, f"--num_train_epochs {args.num_train_epochs:g}")
 
     finished = checkpoint is not None and training.is_finished(checkpoint, steps)
     model = _model(checkpoint if finished else model_args.model_name_or_path, config, new=checkpoint is None)
@@ -302,6 +314,11 @@ def _say_stopped(number: signal.Signals, trainer: Trainer) -> None:
             "the same command with --resume_from_checkpoint goes on",
             file=sys.stderr,
         )
+
+
+def _optimizer(args: PretrainingArguments) -> str:
+    """What --optim said."""
+    return MUON_ADAMW if args.uses_muon else OptimizerNames(args.optim).value
 
 
 def _count_steps(args: PretrainingArguments, rows: Dataset | StreamedRows) -> int:
@@ -404,7 +421,6 @@ def _words(args: PretrainingArguments, model_args: ModelArguments, data_args: Da
         few = corpus.MIN_DOCUMENTS_TO_SPLIT
         held_out = f"whole documents chosen by their hash; with fewer than {few} documents, the end of the text"
     origin = model_args.tokenizer_name or model_args.model_name_or_path
-    optimizer = MUON_ADAMW if args.uses_muon else OptimizerNames(args.optim).value
     return {
         "dataset": ", ".join(own_text) if own_text else f"the standard library of Python {platform.python_version()}",
         "held_out": held_out,
@@ -414,6 +430,6 @@ def _words(args: PretrainingArguments, model_args: ModelArguments, data_args: Da
         "start": f"the weights of {model_args.model_name_or_path}"
         if model_args.model_name_or_path
         else "random weights",
-        "procedure": procedure(args, optimizer, data_args.block_size),
+        "procedure": procedure(args, _optimizer(args), data_args.block_size),
         **({"license": model_args.license} if model_args.license else {}),
     }

@@ -1,6 +1,7 @@
 """Flags, config files, and the list of verbs."""
 
 import importlib
+import importlib.util
 
 import pytest
 
@@ -14,7 +15,7 @@ train_file: some.txt
 learning_rate: 1e-3
 bf16: false
 max_steps: 7
-lr_scheduler_kwargs: {min_lr: 0.1}
+lr_scheduler_kwargs: {num_decay_steps: 3}
 """
 
 
@@ -35,7 +36,7 @@ def test_config_file_is_read_and_flags_override_it(tmp_path, form, suffix):
     assert args.max_steps == 9
     if suffix == ".yaml":
         assert data_args.train_file in ("some.txt", ["some.txt"])
-        assert args.lr_scheduler_kwargs == {"min_lr": 0.1}
+        assert args.lr_scheduler_kwargs == {"num_decay_steps": 3}
 
 
 def test_config_file_with_an_unknown_key_says_which(tmp_path):
@@ -51,6 +52,36 @@ def test_config_file_that_is_none(tmp_path, text):
     path.write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=r"run\.yaml"):
         parse(str(path))
+
+
+@pytest.mark.parametrize("suffix", [".yaml", ".json"])
+def test_a_bare_no_in_a_config_file_is_a_strategy(tmp_path, suffix):
+    path = tmp_path / f"run{suffix}"
+    text = '{"eval_strategy": "no", "save_strategy": "no", "bf16": false}'
+    path.write_text(
+        "eval_strategy: no\nsave_strategy: no\nbf16: no\n" if suffix == ".yaml" else text, encoding="utf-8"
+    )
+    _, _, args = parse(str(path))
+    assert args.eval_strategy == "no" and args.save_strategy == "no" and args.bf16 is False
+
+
+def test_a_value_that_is_no_json_is_named_with_its_flag(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("lr_scheduler_kwargs: '{bad'", encoding="utf-8")
+    for argv in ([str(path)], ["--lr_scheduler_kwargs", "{bad"]):
+        with pytest.raises(ValueError, match=r"--lr_scheduler_kwargs \{bad is not valid JSON"):
+            parse(*argv)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is not None, reason="deepspeed is installed")
+def test_deepspeed_that_is_not_installed_is_asked_for(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("deepspeed: zero3.json", encoding="utf-8")
+    for argv in ([str(path)], ["--deepspeed", "zero3.json"]):
+        with pytest.raises(ValueError, match=r"--deepspeed needs .* pip install deepspeed"):
+            parse(*argv)
+    path.write_text("deepspeed: no", encoding="utf-8")
+    assert not parse(str(path))[2].deepspeed
 
 
 def test_overrides_are_json_or_words():

@@ -31,13 +31,22 @@ def write(path: Path, data: bytes) -> Path:
     ],
     ids=["missing", "empty", "binary", "not-utf8", "shorter-than-a-block"],
 )
-def test_training_file(fails, tmp_path, data, reason):
+@pytest.mark.parametrize("streaming", [[], ["--streaming"]], ids=["whole", "streamed"])
+def test_training_file(fails, tmp_path, data, reason, streaming):
     path = tmp_path / "text.txt"
     if data is not None:
         path.write_bytes(data)
-    line = fails(*train_flags(path, tmp_path / "out"))
+    line = fails(*train_flags(path, tmp_path / "out", *streaming))
     assert reason in line
     assert not (tmp_path / "out").exists()
+
+
+def test_a_streamed_text_is_as_short_as_the_same_text_read_whole(fails, tmp_path):
+    path = write(tmp_path / "a.jsonl", b'{"text": "a"}\n{"text": "bc"}\n')
+    held_out = write(tmp_path / "b.txt", b"some text")
+    flags = train_flags(path, tmp_path / "out", "--validation_file", str(held_out))
+    line = fails(*flags)
+    assert "less than one block of 64" in line and fails(*flags, "--streaming") == line
 
 
 @pytest.mark.parametrize("streaming", [[], ["--streaming"]], ids=["whole", "streamed"])
@@ -121,6 +130,18 @@ def test_a_checkpoint_of_elsewhere_does_not_open_the_folder_of_another_run(fails
         (["--dataset_name", "some/name"], "dataset_name"),
         (["--time_limit", "soon"], "'soon'"),
         (["--sample_steps", "0"], "--sample_steps 0"),
+        (["--gradient_accumulation_steps", "0"], "--gradient_accumulation_steps 0 must be at least 1"),
+        (["--gradient_accumulation_steps", "-2"], "--gradient_accumulation_steps -2 must be at least 1"),
+        (["--per_device_train_batch_size", "0"], "--per_device_train_batch_size 0 must be at least 1"),
+        (["--per_device_eval_batch_size", "0"], "--per_device_eval_batch_size 0 must be at least 1"),
+        (["--max_steps", "0"], "--max_steps 0"),
+        (["--max_steps", "-1", "--num_train_epochs", "0"], "--num_train_epochs 0"),
+        (["--max_steps", "-1", "--num_train_epochs", "-3"], "--num_train_epochs -3"),
+        (["--max_steps", "-1", "--num_train_epochs", "inf"], "--num_train_epochs inf"),
+        (["--bf16", "true", "--fp16", "true"], "At most one of fp16 and bf16"),
+        (["--lr_scheduler_kwargs", '{"foo": 1}'], "--lr_scheduler_kwargs {'foo': 1}"),
+        (["--lr_scheduler_kwargs", "foo"], "--lr_scheduler_kwargs foo"),
+        (["--lr_scheduler_kwargs", "{foo"], "--lr_scheduler_kwargs {foo"),
         (["--report_to", "carrier_pigeon"], "carrier_pigeon is not supported"),
         (["--report_to", "mlflow"], "pip install mlflow"),
         (["--encoding", "klingon"], "--encoding 'klingon'"),
@@ -132,6 +153,18 @@ def test_flags(fails, run, tmp_path, monkeypatch, flags, reason):
     monkeypatch.chdir(tmp_path)
     assert reason in fails(*train_flags(run.train_file, tmp_path / "out", *flags))
     assert not (tmp_path / "out").exists()
+
+
+def test_an_output_folder_below_a_file(fails, run, tmp_path):
+    folder = run.train_file / "model"
+    # before anything is read: the text is not there
+    assert f"--output_dir {folder} cannot be made" in fails(*train_flags(tmp_path / "nowhere.txt", folder))
+
+
+def test_finetuning_in_both_half_precisions(fails, run):
+    pytest.importorskip("trl")
+    flags = ["--train_file", str(run.train_file), "--bf16", "true", "--fp16", "true"]
+    assert "At most one of fp16 and bf16" in fails("finetune", str(run.folder), *flags)
 
 
 def test_prompt_longer_than_the_model_reads(fails, run):

@@ -221,6 +221,14 @@ def test_a_loss_that_is_no_number_stops_before_the_step(fails, run, tmp_path, mo
         (["--gradient_accumulation_steps", "2"], ["training", "rows_per_step was 4 and is 8 now"]),
         (["--seed", "7"], ["training", "seed was 42 and is 7 now"]),
         (["--data_seed", "7"], ["training", "data_seed was None and is 7 now"]),
+        (["--optim", "adamw_torch"], ["recipe", "optim was 'muon_adamw' and is 'adamw_torch' now"]),
+        (["--learning_rate", "1e-3"], ["recipe", "learning_rate was 0.006 and is 0.001 now"]),
+        (["--weight_decay", "0"], ["recipe", "weight_decay was 0.1 and is 0.0 now"]),
+        (["--adam_beta2", "0.99"], ["recipe", "adam_beta2 was 0.95 and is 0.99 now"]),
+        (["--max_grad_norm", "2"], ["recipe", "max_grad_norm was 1.0 and is 2.0 now"]),
+        (["--warmup_steps", "2"], ["recipe", "warmup_steps was 0.05 and is 2.0 now"]),
+        (["--lr_scheduler_type", "cosine"], ["recipe", "'warmup_stable_decay' and is 'cosine' now"]),
+        (["--lr_scheduler_kwargs", '{"num_decay_steps": 2}'], ["recipe", "is {'num_decay_steps': 2} now"]),
         (["--streaming"], ["data"]),
     ],
 )
@@ -229,6 +237,18 @@ def test_resuming_another_run_is_refused(fails, run, flags, words):
     line = fails("pretrain", *run.flags, *flags, "--output_dir", str(run.folder), "--resume_from_checkpoint")
     assert all(word in line for word in words), line
     assert before == {path: path.stat().st_mtime_ns for path in run.folder.rglob("*")}
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--max_steps", "5"], "--max_steps 5 ends the training after step 5"),
+        (["--max_steps", "-1", "--num_train_epochs", "0.01"], "--num_train_epochs 0.01 ends the training after step"),
+    ],
+)
+def test_resuming_behind_the_end_is_refused(fails, run, flags, words):
+    line = fails("pretrain", *run.flags, *flags, "--output_dir", str(run.folder), "--resume_from_checkpoint")
+    assert words in line and "checkpoint-6 has taken 6 steps" in line
 
 
 def test_resuming_with_another_text_is_refused(fails, run, tmp_path):

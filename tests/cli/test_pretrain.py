@@ -134,6 +134,14 @@ def test_resumed_is_uninterrupted_bit_for_bit(run, tmp_path):
     assert results(folder)["num_input_tokens_seen"] == results(run.folder)["num_input_tokens_seen"]
 
 
+def test_a_finished_run_goes_on_for_more_steps(run, tmp_path):
+    folder = tmp_path / "longer"
+    shutil.copytree(run.folder / "checkpoint-6", folder / "checkpoint-6")
+    flags = [*run.flags, "--output_dir", str(folder), "--max_steps", "9", "--time_limit", "1h"]
+    assert main(["pretrain", *flags, "--resume_from_checkpoint"]) == 0
+    assert results(folder)["num_input_tokens_seen"] == 9 * 4 * 64
+
+
 def test_watching_a_run_changes_nothing_of_it(run, tmp_path, monkeypatch):
     drawn = []
     draw = training.plot_loss_curve
