@@ -46,7 +46,7 @@ from hf_decoder.model.bitsandbytes_hf_decoder import settle_layers
 from hf_decoder.modelcard import write_finetuning_card
 from hf_decoder.pace import TimeLimit, parse_duration
 from hf_decoder.presets import get_preset
-from hf_decoder.recipe import muon_adamw, wsd_kwargs
+from hf_decoder.recipe import check_schedule, muon_adamw, wsd_kwargs
 from hf_decoder.tokenization import check_tokenizer_fits
 
 OUTPUT_DIR = "runs/finetune"
@@ -181,6 +181,7 @@ def training_arguments(task: str) -> type:
             self.packing_was = self.packing
             self.packing = bool(self.packing)
         bases[task].__post_init__(self)
+        check_schedule(self)
 
     namespace = {"__post_init__": prepare, "__module__": __name__}
     return make_dataclass(ARGUMENT_CLASSES[task], changed, bases=(bases[task],), namespace=namespace)

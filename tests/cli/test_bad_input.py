@@ -161,10 +161,16 @@ def test_an_output_folder_below_a_file(fails, run, tmp_path):
     assert f"--output_dir {folder} cannot be made" in fails(*train_flags(tmp_path / "nowhere.txt", folder))
 
 
-def test_finetuning_in_both_half_precisions(fails, run):
+@pytest.mark.parametrize(
+    "flags, reason",
+    [
+        (["--bf16", "true", "--fp16", "true"], "At most one of fp16 and bf16"),
+        (["--lr_scheduler_kwargs", '{"foo": 1}'], "--lr_scheduler_kwargs {'foo': 1}"),
+    ],
+)
+def test_flags_of_finetuning(fails, run, flags, reason):
     pytest.importorskip("trl")
-    flags = ["--train_file", str(run.train_file), "--bf16", "true", "--fp16", "true"]
-    assert "At most one of fp16 and bf16" in fails("finetune", str(run.folder), *flags)
+    assert reason in fails("finetune", str(run.folder), "--train_file", str(run.train_file), *flags)
 
 
 def test_prompt_longer_than_the_model_reads(fails, run):
