@@ -52,8 +52,14 @@ def settle_tied_head(model: Any) -> None:
 
 def _layers(model: nn.Module) -> Iterator[Any]:
     """Those that may be packed."""
-    if _LIBRARY in sys.modules:
-        yield from (module for module in model.modules() if getattr(module, _SWITCH, False))
+    if _LIBRARY not in sys.modules:
+        return
+    # Trainer asks at every step, so not by `modules()`, nor for an attribute that a module lacks: 0.4 ms of 40M
+    # parameters, where this takes 0.03. A layer that two share comes twice.
+    modules: list[nn.Module] = [model]
+    for module in modules:
+        modules += [child for child in module._modules.values() if child is not None]
+    yield from (module for module in modules if vars(module).get(_SWITCH))
 
 
 def _fits(module: Any) -> bool:
