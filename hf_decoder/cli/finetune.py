@@ -46,7 +46,7 @@ from hf_decoder.model.bitsandbytes_hf_decoder import settle_layers
 from hf_decoder.modelcard import write_finetuning_card
 from hf_decoder.pace import TimeLimit, parse_duration
 from hf_decoder.presets import get_preset
-from hf_decoder.recipe import check_schedule, muon_adamw, wsd_kwargs
+from hf_decoder.recipe import check_schedule, describe_recipe, muon_adamw, wsd_kwargs
 from hf_decoder.tokenization import check_tokenizer_fits
 
 OUTPUT_DIR = "runs/finetune"
@@ -248,7 +248,8 @@ def finetune(task_args: TaskArguments, model_args: Any, args: Any) -> None:
     if not data.validation:
         args.eval_strategy = "no"
 
-    run = describe_run(config, tokenizer, data.describe(), args=args)
+    optimizer = MUON_ADAMW if args.uses_muon else OptimizerNames(args.optim).value
+    run = describe_run(config, tokenizer, data.describe(), args=args, recipe=describe_recipe(args, optimizer))
     run["adapter"] = {"method": finetuning.describe_method(model_args, task_args.adapter_name_or_path)}
     if checkpoint is not None:
         check_same_run(checkpoint, run)

@@ -311,6 +311,9 @@ def test_a_run_is_resumed_with_its_rows_and_its_method(fails, run, tmp_path):
     assert "the data differs, rows was 6 and is 5 now" in fails(*argv, "--train_file", other)
     line = fails(*argv, "--train_file", str(tmp_path / "train.jsonl"), "--lora_r", "8")
     assert "'LoRA of rank 4, alpha 32' and is 'LoRA of rank 8, alpha 32' now" in line
+    # the optimizer's own settings are in its state, and would win
+    line = fails(*argv, "--train_file", str(tmp_path / "train.jsonl"), "--weight_decay", "0.3")
+    assert "the recipe differs, weight_decay was 0.0 and is 0.3 now" in line
 
 
 def test_a_checkpoint_of_weights_alone_is_not_resumed(fails, run, tmp_path):
