@@ -117,10 +117,11 @@ def test_the_rounding_of_quantized_products_is_no_fault(method: str, healthy, tm
     model.save_pretrained(folder)
     rows = examine(folder, (*ROWS, *PROCESS_ROWS))
     assert of("fail", rows) == {}
-    assert ("not proven" in rows["packing"].detail) == method.startswith("bitsandbytes")
     assert rows["reload"].status == "pass"
-    # a mistake is larger than this rounding, and still found
-    assert judge(Subject(folder), 0.06, "another").status == "fail"
+    # what a library rounds depends on it and on the machine; a mistake is larger, and still found
+    verdicts = {gap: judge(Subject(folder), gap, "another").status for gap in (1e-5, 0.02, 0.06, float("nan"))}
+    assert list(verdicts.values()) == ["pass", "warn", "fail", "fail"]
+    assert judge(Subject(healthy["ours"]), 0.02, "another").status == "fail"
 
 
 def test_overflow_in_fp16_is_no_fault_of_the_padding(tokenizer, tmp_path):
