@@ -227,7 +227,9 @@ def test_the_weights_gradient_is_not_copied(monkeypatch):
     rows = torch.randn(9, 32).bfloat16().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
         linear_cross_entropy(rows, weight, torch.arange(9)).backward()
-    assert formed == [rows.grad.data_ptr(), weight.grad.data_ptr(), None]
+    assert formed[1:] == [weight.grad.data_ptr(), None]
+    if loss_hf_decoder.fast_dtype(rows.device, rows.dtype) == rows.dtype:  # else formed in fp32, and rounded
+        assert formed[0] == rows.grad.data_ptr()
 
 
 def test_many_chunks_add_up_in_fp32(monkeypatch):
