@@ -125,6 +125,13 @@ def check_at_least(flag: str, value: int | None, least: int) -> None:
         raise ValueError(f"{flag} {value} must be at least {least}")
 
 
+def optimizer_name(args: Any) -> str:
+    """What --optim said: transformers does not know our name, and has AdamW's in its place."""
+    from transformers.training_args import OptimizerNames
+
+    return MUON_ADAMW if args.uses_muon else OptimizerNames(args.optim).value
+
+
 def did_you_mean(name: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {close[0]!r}?" if close else "; --help lists them all"
@@ -230,11 +237,13 @@ def _first_line(error: BaseException) -> str:
 
 def is_classifier(name: str, *, adapter: str | None = None, trust_remote_code: bool = False) -> bool:
     """Whether a saved model or its adapter has a sequence-classification head. Raises ValueError as `load_config`."""
+    base, adapter = _parts_of(name, adapter)
+    return _classifies(load_config(base, trust_remote_code=trust_remote_code), adapter)
+
+
+def _classifies(config: PretrainedConfig, adapter: str | None = None) -> bool:
     from hf_decoder.adapters import CLASSIFIER, task_of
 
-    base = _base(name)
-    adapter = adapter or (name if base != name else None)
-    config = load_config(base, trust_remote_code=trust_remote_code)
     if adapter is not None and task_of(adapter) == CLASSIFIER:
         return True
     return any(kind.endswith("ForSequenceClassification") for kind in config.architectures or [])
@@ -251,11 +260,6 @@ def load_model(name: str, *, trust_remote_code: bool = False, adapter: str | Non
     """
     from transformers import AutoModelForCausalLM
 
-    if is_classifier(name, adapter=adapter, trust_remote_code=trust_remote_code):
-        raise ValueError(
-            f"{adapter or name} is a sequence classifier, which writes no text; eval --metrics accuracy measures it, "
-            "and finetune --task classification trains it"
-        )
     return _load(AutoModelForCausalLM, name, trust_remote_code, adapter, kwargs)
 
 
@@ -281,6 +285,12 @@ def _base(name: str) -> str:
     return base_of(name) if is_adapter(name) else name
 
 
+def _parts_of(name: str, adapter: str | None) -> tuple[str, str | None]:
+    """The base model and the adapter to put on it, which `name` itself may be."""
+    base = _base(name)
+    return base, adapter or (name if base != name else None)
+
+
 def _load(auto_class: Any, name: str, trust_remote_code: bool, adapter: str | None, kwargs: dict[str, Any]) -> Any:
     from safetensors import SafetensorError
     from transformers import AutoModelForSequenceClassification
@@ -290,15 +300,19 @@ def _load(auto_class: Any, name: str, trust_remote_code: bool, adapter: str | No
     from hf_decoder.interop.checkpoint import INDEX_NAME, read_weight_map
     from hf_decoder.sizes import check_sizes
 
-    base = _base(name)
-    if base != name:
-        adapter, name = adapter or name, base
+    name, adapter = _parts_of(name, adapter)
     config = load_config(name, trust_remote_code=trust_remote_code)
+    classifies = auto_class is AutoModelForSequenceClassification
+    if not classifies and _classifies(config, adapter):
+        raise ValueError(
+            f"{adapter or name} is a sequence classifier, which writes no text; eval --metrics accuracy measures it, "
+            "and finetune --task classification trains it"
+        )
     check_content(name)  # of a training's checkpoint, which has digests
     if (index := Path(name).expanduser() / INDEX_NAME).is_file():
         read_weight_map(index)  # transformers follows it out of the folder
-    if adapter is not None and auto_class is AutoModelForSequenceClassification and "id2label" not in kwargs:
-        kwargs["id2label"] = _label_names(adapter, name, config)
+    if adapter is not None and classifies and "id2label" not in kwargs:
+        kwargs["id2label"] = _label_names(adapter, config)
     if "id2label" in kwargs:
         kwargs.setdefault("label2id", {label: index for index, label in kwargs["id2label"].items()})
     new_head = "id2label" in kwargs or "num_labels" in kwargs
@@ -336,14 +350,14 @@ def _load(auto_class: Any, name: str, trust_remote_code: bool, adapter: str | No
     return model
 
 
-def _label_names(adapter: str, base: str, config: PretrainedConfig) -> dict[int, str]:
-    """The names of the classes that an adapter tells apart."""
+def _label_names(adapter: str, config: PretrainedConfig) -> dict[int, str]:
+    """The names of the classes that an adapter tells apart, whose base has this config."""
     from hf_decoder.classification import LABELS_FILE, read_label_names
 
     names = read_label_names(adapter)
     if names is not None:
         return names
-    if is_classifier(base):
+    if _classifies(config):
         return {int(index): label for index, label in (config.id2label or {}).items()}
     raise ValueError(
         f"the adapter {adapter} is of a classifier, and nothing tells the names of its classes; write them beside it "

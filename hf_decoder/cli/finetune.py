@@ -38,6 +38,7 @@ from hf_decoder.cli import (
     load_model,
     load_tokenizer,
     name_positionals,
+    optimizer_name,
     parse_arguments,
     parse_overrides,
 )
@@ -248,8 +249,8 @@ def finetune(task_args: TaskArguments, model_args: Any, args: Any) -> None:
     if not data.validation:
         args.eval_strategy = "no"
 
-    optimizer = MUON_ADAMW if args.uses_muon else OptimizerNames(args.optim).value
-    run = describe_run(config, tokenizer, data.describe(), args=args, recipe=describe_recipe(args, optimizer))
+    recipe = describe_recipe(args, optimizer_name(args))
+    run = describe_run(config, tokenizer, data.describe(), args=args, recipe=recipe)
     run["adapter"] = {"method": finetuning.describe_method(model_args, task_args.adapter_name_or_path)}
     if checkpoint is not None:
         check_same_run(checkpoint, run)

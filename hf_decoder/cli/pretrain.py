@@ -36,7 +36,16 @@ from hf_decoder.checkpoints import (
     checkpoints,
     describe_run,
 )
-from hf_decoder.cli import MUON_ADAMW, load_config, load_model, load_tokenizer, parse_arguments, parse_overrides
+from hf_decoder.cli import (
+    MUON_ADAMW,
+    check_at_least,
+    load_config,
+    load_model,
+    load_tokenizer,
+    optimizer_name,
+    parse_arguments,
+    parse_overrides,
+)
 from hf_decoder.guards import StopOnNan, StopOnSignal, WarnOfSpikes, check_reporters
 from hf_decoder.launch import check_launch
 from hf_decoder.layouts import save_in_full, whole_model
@@ -161,9 +170,7 @@ class PretrainingArguments(TrainingArguments):
             self.use_cpu = True
         check_launch(use_cpu=self.use_cpu, uses_muon=self.uses_muon)
         for name in COUNTS:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name} {value} must be at least 1")
+            check_at_least(f"--{name}", getattr(self, name), 1)
         if self.max_steps == 0:
             raise ValueError("--max_steps 0 trains nothing; give at least 1, or -1 to count --num_train_epochs")
         if self.max_steps < 0 and not 0 < self.num_train_epochs < math.inf:
@@ -229,7 +236,7 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, args: Pretrai
         rows.description,
         trained_tokenizer=_trained_tokenizer(model_args),
         args=args,
-        recipe=describe_recipe(args, _optimizer(args)),
+        recipe=describe_recipe(args, optimizer_name(args)),
     )
     if checkpoint is not None:
         check_same_run(checkpoint, run)
@@ -314,11 +321,6 @@ def _say_stopped(number: signal.Signals, trainer: Trainer) -> None:
             "the same command with --resume_from_checkpoint goes on",
             file=sys.stderr,
         )
-
-
-def _optimizer(args: PretrainingArguments) -> str:
-    """What --optim said."""
-    return MUON_ADAMW if args.uses_muon else OptimizerNames(args.optim).value
 
 
 def _count_steps(args: PretrainingArguments, rows: Dataset | StreamedRows) -> int:
@@ -430,6 +432,6 @@ def _words(args: PretrainingArguments, model_args: ModelArguments, data_args: Da
         "start": f"the weights of {model_args.model_name_or_path}"
         if model_args.model_name_or_path
         else "random weights",
-        "procedure": procedure(args, _optimizer(args), data_args.block_size),
+        "procedure": procedure(args, optimizer_name(args), data_args.block_size),
         **({"license": model_args.license} if model_args.license else {}),
     }

@@ -44,38 +44,19 @@ def main(argv: Sequence[str]) -> int:
         quantization.quantization_config(method)  # all names are checked before the first load
     if args.output_dir is not None and len(methods) != 1:
         raise ValueError(f"--output_dir saves one model; give one of --methods {' '.join(methods)}")
-    destination = None if args.output_dir is None else Path(args.output_dir).expanduser()
-    if destination is not None:
-        check_absent(destination)
-        if quantization.disk_bytes(_load(args.model, methods[0])) is None:
-            raise ValueError(f"method {methods[0]} has no form on disk; it can only be applied on load")
     tokenizer = load_tokenizer(args.model)
     documents = load_text(args.text_file, validation_fraction=0)["train"]
-    print(f"{'method':20}{'on disk':>10}{'in memory':>11}{'perplexity':>12}{'tokens/s':>10}")
-    rows: dict[str, quantization.Measurement] = {}
-    for method in [quantization.NONE, *methods]:
-        model = _load(args.model, method)
-        rows[method] = row = _measure(method, model, tokenizer, documents)
-        disk = "-" if row.disk_bytes is None else f"{row.disk_bytes / 1e6:.2f} MB"
-        memory = f"{row.memory_bytes / 1e6:.2f} MB"
-        print(
-            f"{row.method:20}{disk:>10}{memory:>11}{row.perplexity:>12.3f}{row.tokens_per_second:>10.1f}", flush=True
-        )
-    if destination is not None:
-        del model
-        _save(args, methods[0], tokenizer, rows, destination)
+    if args.output_dir is None:
+        _measure_all(args.model, methods, tokenizer, documents)
+    else:
+        _save(args, methods[0], tokenizer, documents, Path(args.output_dir).expanduser())
         print(f"{args.output_dir}: {methods[0]}")
     return 0
 
 
-def _save(
-    args: QuantizeArguments,
-    method: str,
-    tokenizer: Any,
-    rows: dict[str, quantization.Measurement],
-    destination: Path,
-) -> None:
-    """The model, its tokenizer, and a card with what was measured."""
+def _save(args: QuantizeArguments, method: str, tokenizer: Any, documents: Any, destination: Path) -> None:
+    """The model, its tokenizer, and a card with what is measured; what cannot be saved is not measured."""
+    check_absent(destination)
     model = _load(args.model, method)  # as it is before bitsandbytes rounds its scales in a forward pass
     folder, kind = Path(args.model).expanduser(), type(model).__name__
     words = {"title": destination.name, "kind": kind, "source_kind": f"`{kind}`", "method": method}
@@ -83,23 +64,43 @@ def _save(
         words["source"] = folder.resolve().name
     else:
         words["source"] = words["base_model"] = args.model
-    pair = rows[quantization.NONE], rows[method]
-    megabytes = ", ".join(f"{(row.disk_bytes or 0) / 1e6:.1f}" for row in pair)
-    measured = {
-        f"perplexity on {Path(args.text_file).name}": ", ".join(f"{row.perplexity:.3f}" for row in pair),
-        "weights on disk": f"{megabytes} MB",
-    }
-    with written_aside(destination, 2 * (rows[method].disk_bytes or 0)) as aside:
-        model.save_pretrained(aside)
+    context_length = model.config.max_position_embeddings
+    with written_aside(destination, 2 * quantization.tensor_bytes(model)) as aside:
+        try:
+            model.save_pretrained(aside)
+        except ValueError:  # what transformers and torchao raise
+            raise ValueError(f"method {method} has no form on disk; it can only be applied on load") from None
         tokenizer.save_pretrained(aside)
+        del model
+        rows = _measure_all(args.model, [method], tokenizer, documents)
+        megabytes = ", ".join(f"{(row.disk_bytes or 0) / 1e6:.1f}" for row in rows)
+        measured = {
+            f"perplexity on {Path(args.text_file).name}": ", ".join(f"{row.perplexity:.3f}" for row in rows),
+            "weights on disk": f"{megabytes} MB",
+        }
         write_conversion_card(
             aside,
             words,
-            parameters=pair[0].parameters,
-            context_length=model.config.max_position_embeddings,
+            parameters=rows[0].parameters,
+            context_length=context_length,
             measured={f"{what}, in bfloat16 and quantized": value for what, value in measured.items()},
             source_card=folder / "README.md" if folder.is_dir() else None,
         )
+
+
+def _measure_all(name: str, methods: list[str], tokenizer: Any, documents: Any) -> list[quantization.Measurement]:
+    """The model in bfloat16 and by each method, one printed line each."""
+    print(f"{'method':20}{'on disk':>10}{'in memory':>11}{'perplexity':>12}{'tokens/s':>10}")
+    rows = []
+    for method in [quantization.NONE, *methods]:
+        row = _measure(method, _load(name, method), tokenizer, documents)
+        disk = "-" if row.disk_bytes is None else f"{row.disk_bytes / 1e6:.2f} MB"
+        memory = f"{row.memory_bytes / 1e6:.2f} MB"
+        print(
+            f"{row.method:20}{disk:>10}{memory:>11}{row.perplexity:>12.3f}{row.tokens_per_second:>10.1f}", flush=True
+        )
+        rows.append(row)
+    return rows
 
 
 def _load(name: str, method: str) -> Any:

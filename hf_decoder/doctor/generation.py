@@ -78,8 +78,8 @@ def check_generate(subject: Subject) -> Finding:
     if not model.can_generate():
         return failed(f"{type(model).__name__} has no generate()")
     lengths = [subject.probe_tokens - NEW_TOKENS, subject.probe_tokens // 2 - NEW_TOKENS]
-    if lengths[1] < 2:
-        return skipped(f"a context of {subject.probe_tokens} tokens is too short to try it")
+    if skip := too_short(subject, 2 * (NEW_TOKENS + 2)):
+        return skip
     inputs = left_padded(subject, subject.ids(2), lengths)
     del inputs["position_ids"]
     pad = int(inputs["input_ids"][1, 0])

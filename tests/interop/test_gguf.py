@@ -4,7 +4,6 @@ import argparse
 import copy
 import inspect
 import json
-import json.decoder
 import math
 import pydoc_data.topics
 from dataclasses import replace
