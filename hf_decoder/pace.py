@@ -14,7 +14,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import SchedulerType
 
 from hf_decoder.accounting import flops_per_token, mfu
-from hf_decoder.model.parts_hf_decoder import fast_dtype
+from hf_decoder.engine.precision import fast_dtype
 from hf_decoder.recipe import DECAY_SHARE
 
 _UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0}

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from hf_decoder import accounting
-from hf_decoder.model.loss_hf_decoder import CHUNK_ELEMENTS, MIN_CHUNK_ROWS
+from hf_decoder.engine.training.loss import CHUNK_ELEMENTS, MIN_CHUNK_ROWS
 from hf_decoder.recipe import NEWTON_SCHULZ_STEPS, parameter_groups
 
 GB = 10**9

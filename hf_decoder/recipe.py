@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.trainer_utils import SchedulerType
 
-from hf_decoder.model.parts_hf_decoder import fast_dtype
+from hf_decoder.engine.precision import fast_dtype
 
 # Coefficients of the quintic iteration (Jordan et al. 2024): steep at zero, so that few iterations are enough.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)

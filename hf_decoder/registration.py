@@ -1,30 +1,45 @@
-"""Registers the classes with transformers' Auto classes; runs once, when `hf_decoder` is imported.
+"""Registers the model with transformers and PEFT; runs once, when `hf_decoder` is imported.
 
-The tables that hold names instead of classes are completed by `model/registry_hf_decoder.py`, which travels with a
-checkpoint. With the package imported, its classes win over a checkpoint's remote code.
-
-A model class takes seconds to import, with torch and most of transformers. So the tables are completed when they have
-been made, now if transformers has done so, and the class behind an entry of ours is imported when it is looked up.
+With the package imported, its classes win over a checkpoint's remote code. A model class takes seconds to import, with
+torch and most of transformers, so nothing is imported for this: a table is completed when its module has been
+imported, now if it has been already, and the class behind an entry of ours is imported when it is looked up. This is
+the package's one import hook; none travels with a checkpoint.
 """
 
 from __future__ import annotations
 
 import importlib
+import sys
+from collections.abc import Callable
+from importlib.abc import MetaPathFinder
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-from hf_decoder.model.registry_hf_decoder import AUTO_MAP, CONFIGS, MODEL_TYPE, MODELS, once_imported, register_names
 from hf_decoder.noise import quiet_imports
 
-# class -> the module of `hf_decoder.model` that has it
-CLASSES = {name: module for module, name in (path.split(".") for path in AUTO_MAP.values())}
-CLASSES["HfDecoderPreTrainedModel"] = "modeling_hf_decoder"
+MODEL_TYPE = "hf_decoder"
+CONFIG_CLASS = "HfDecoderConfig"
+# auto class -> our class
+HEADS = {
+    "AutoModel": "HfDecoderModel",
+    "AutoModelForCausalLM": "HfDecoderForCausalLM",
+    "AutoModelForSequenceClassification": "HfDecoderForSequenceClassification",
+    "AutoModelForTokenClassification": "HfDecoderForTokenClassification",
+    "AutoModelForQuestionAnswering": "HfDecoderForQuestionAnswering",
+}
+CLASSES = (CONFIG_CLASS, "HfDecoderPreTrainedModel", *HEADS.values())
 
 
 def load_class(name: str) -> Any:
-    """The public class of that name, a key of `CLASSES`."""
+    """The public class of that name, one of `CLASSES`: of models the fast one."""
     with quiet_imports():
-        return getattr(importlib.import_module(f"hf_decoder.model.{CLASSES[name]}"), name)
+        if name == CONFIG_CLASS:
+            return importlib.import_module("hf_decoder.model.configuration_hf_decoder").HfDecoderConfig
+        plain_class = getattr(importlib.import_module("hf_decoder.model.modeling_hf_decoder"), name)
+        if name not in HEADS.values():
+            return plain_class
+        return importlib.import_module("hf_decoder.engine.twins").twin_of(plain_class)
 
 
 class _LateClasses(dict):
@@ -43,19 +58,65 @@ class _LateClasses(dict):
 
 def register() -> None:
     """Makes `AutoConfig`, `AutoModel` and the four heads find our classes. Harmless if repeated."""
-    once_imported(CONFIGS, _register_config)
-    once_imported(MODELS, _register_models)
-    register_names()
+    once_imported("transformers.models.auto.configuration_auto", _register_config)
+    once_imported("transformers.models.auto.modeling_auto", _register_models)
+    once_imported("peft.utils.constants", _complete_peft_tables)
 
 
 def _register_config(configuration_auto: ModuleType) -> None:
-    configuration_auto.AutoConfig.register(MODEL_TYPE, load_class("HfDecoderConfig"), exist_ok=True)
+    configuration_auto.AutoConfig.register(MODEL_TYPE, load_class(CONFIG_CLASS), exist_ok=True)
 
 
 def _register_models(modeling_auto: ModuleType) -> None:
-    config_class = load_class("HfDecoderConfig")
-    for auto_name, path in AUTO_MAP.items():
-        if auto_class := getattr(modeling_auto, auto_name, None):  # AutoConfig is elsewhere
-            table = auto_class._model_mapping
-            table._extra_content = _LateClasses(table._extra_content)
-            table.register(config_class, path.partition(".")[2], exist_ok=True)
+    config_class = load_class(CONFIG_CLASS)
+    for auto_name, class_name in HEADS.items():
+        table = getattr(modeling_auto, auto_name)._model_mapping
+        table._extra_content = _LateClasses(table._extra_content)
+        table.register(config_class, class_name, exist_ok=True)
+
+
+def _complete_peft_tables(constants: ModuleType) -> None:
+    """Every tuner's default for Llama is right for us too: the modules have the same names."""
+    for name, table in vars(constants).items():
+        if name.startswith("TRANSFORMERS_MODELS_TO_") and isinstance(table, dict) and "llama" in table:
+            table.setdefault(MODEL_TYPE, table["llama"])
+
+
+def once_imported(name: str, complete: Callable[[ModuleType], None]) -> None:
+    """Calls `complete` with the module of that name: now if it is imported, or else when it has been."""
+    if name in sys.modules:
+        complete(sys.modules[name])
+    elif name not in (getattr(finder, "awaited", None) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Awaiting(name, complete))
+
+
+class _Awaiting(MetaPathFinder):
+    """Waits for the import of a module, completes it when it has been filled, and is gone."""
+
+    def __init__(self, name: str, complete: Callable[[ModuleType], None]):
+        self.awaited, self.complete = name, complete
+        self._looks = False
+
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname != self.awaited or self._looks:
+            return None
+        self._looks = True
+        try:
+            spec = find_spec(fullname)  # by all the others, of which another one may wait for it, too
+        finally:
+            self._looks = False
+        if spec is None or spec.loader is None:
+            return spec
+        exec_module = spec.loader.exec_module
+
+        def exec_and_complete(module: ModuleType) -> None:
+            exec_module(module)  # where this fails, somebody may try again
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
+            self.complete(module)
+
+        spec.loader.exec_module = exec_and_complete  # type: ignore[method-assign]
+        return spec
+
+
+__all__ = ["CLASSES", "load_class", "register"]

@@ -29,7 +29,7 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 
 from hf_decoder.layouts import is_sharded, resumable
-from hf_decoder.model.parts_hf_decoder import cpu_has
+from hf_decoder.engine.precision import cpu_has
 from hf_decoder.pace import steps_planned
 
 

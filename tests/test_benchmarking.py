@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from hf_decoder import benchmarking
 from hf_decoder.benchmarking import Disagreement, Row, Setting
 from hf_decoder.cli.main import main
-from hf_decoder.model import attention_hf_decoder
-from hf_decoder.model.native_step_hf_decoder import NativeStep
+from hf_decoder.engine.attention import tiles
+from hf_decoder.engine.decoding.cpp_step import CppStep
 
 SHAPE = {
     "vocab_size": 320,  # llama.cpp, where it is installed, takes no tokenizer that is smaller
@@ -38,7 +38,7 @@ def test_twins_have_the_same_weights_and_logits():
 def test_flops_are_those_of_the_products_that_need_be_formed(monkeypatch):
     """Counted by torch for the step, in which documents of 32 tokens are rows, and attention is a small part."""
     monkeypatch.setattr(
-        attention_hf_decoder, "MIN_TILED_TOKENS_IN_FP32", 0
+        tiles, "MIN_TILED_TOKENS_IN_FP32", 0
     )  # torch counts none of its kernel on a CPU
     ids = torch.randint(64, (2, 128))
     masked = ids.clone()
@@ -148,8 +148,8 @@ def test_calls_alternate_after_one_warm_up_each_and_the_median_counts(monkeypatc
 def test_suites_run(suite, sizes, cases, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     steps = []
-    run = NativeStep._run
-    monkeypatch.setattr(NativeStep, "_run", lambda self, chooses: steps.append(1) or run(self, chooses))
+    run = CppStep._run
+    monkeypatch.setattr(CppStep, "_run", lambda self, chooses: steps.append(1) or run(self, chooses))
     rows = list(suite(SETTING, **sizes))
     assert len({row.case for row in rows}) == cases and all(row.ours > 0 and row.stock > 0 for row in rows)
     if "new_tokens" in sizes or "lengths" in sizes:

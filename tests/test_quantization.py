@@ -20,7 +20,7 @@ from transformers import (
 from transformers.utils import logging
 
 from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM
-from hf_decoder.model.parts_hf_decoder import FAST_HALF_PRECISION
+from hf_decoder.engine.precision import FAST_HALF_PRECISION
 
 SHAPE = {
     "vocab_size": 96,

@@ -11,7 +11,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
 from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM
-from hf_decoder.model.parts_hf_decoder import FAST_HALF_PRECISION
+from hf_decoder.engine.precision import FAST_HALF_PRECISION
 from hf_decoder.recipe import (
     MuonAdamW,
     check_schedule,

@@ -21,7 +21,7 @@ from hf_decoder import HfDecoderForCausalLM, HfDecoderPreTrainedModel
 from hf_decoder.interop import checkpoint, gguf_read, gguf_write, onnx_export, verification
 from hf_decoder.interop.checkpoint import LazyTensor, Tensors
 from hf_decoder.interop.families import FAMILIES, OURS, BuiltConfig, Family, fused_names, read_config, to_stock
-from hf_decoder.model.registry_hf_decoder import AUTO_MAP
+from hf_decoder.model.configuration_hf_decoder import AUTO_MAP
 from hf_decoder.modelcard import DIFFERENCE, NOT_MEASURED, write_conversion_card
 
 GGUF, ONNX = "gguf", "onnx"

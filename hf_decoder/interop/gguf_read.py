@@ -18,7 +18,7 @@ from hf_decoder.interop.families import BuiltConfig
 from hf_decoder.interop.gguf_write import Plan, require_package
 from hf_decoder.interop.verification import VerificationError, text_ids
 from hf_decoder.model.configuration_hf_decoder import HfDecoderConfig
-from hf_decoder.model.rotary_hf_decoder import HfDecoderRotaryEmbedding
+from hf_decoder.model.modeling_hf_decoder import HfDecoderRotaryEmbedding
 
 # What the file's types become. Quantized matrices become fp32, which holds their values exactly.
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

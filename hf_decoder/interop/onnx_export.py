@@ -22,7 +22,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.utils import logging as transformers_logging
 
 from hf_decoder.interop.verification import TOLERANCE, VerificationError
-from hf_decoder.model.cache_name_hf_decoder import CACHE_NAME
+from hf_decoder.model.modeling_hf_decoder import CACHE_NAME
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 FILE = "model.onnx"

@@ -1,1 +1,1 @@
-"""The files that travel with a checkpoint: flat, self-contained, nothing but torch, transformers and the stdlib."""
+"""The code that travels with a checkpoint: plain PyTorch and transformers, to be read top to bottom."""

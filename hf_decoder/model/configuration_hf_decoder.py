@@ -37,6 +37,15 @@ ROPE_NUMBERS = {
     "mscale_all_dim": 0.0,
 }
 LAYER_TYPES = ("full_attention", "sliding_attention")
+# What `auto_map` says in a saved config: auto class -> class in the files beside it.
+AUTO_MAP = {
+    "AutoConfig": "configuration_hf_decoder.HfDecoderConfig",
+    "AutoModel": "modeling_hf_decoder.HfDecoderModel",
+    "AutoModelForCausalLM": "modeling_hf_decoder.HfDecoderForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_hf_decoder.HfDecoderForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_hf_decoder.HfDecoderForTokenClassification",
+    "AutoModelForQuestionAnswering": "modeling_hf_decoder.HfDecoderForQuestionAnswering",
+}
 # Every size and the largest it may be: ten times what any published model has, so that a config from elsewhere is
 # refused before anything of its size is built.
 LARGEST_SIZES = {
@@ -135,7 +144,7 @@ class HfDecoderConfig(PreTrainedConfig):
 
     model_type = "hf_decoder"
     _auto_class = "AutoConfig"  # so that the code travels with what is saved
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
     base_model_tp_plan = {
         "layers.*.self_attn.q_proj": "colwise",
         "layers.*.self_attn.k_proj": "colwise",

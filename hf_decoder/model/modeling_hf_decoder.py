@@ -1,19 +1,21 @@
 """The HfDecoder model: RMSNorm, RoPE, grouped-query attention, SwiGLU, and the heads on top.
 
-Legend of shapes: B batch, S query tokens, K key tokens, D hidden_size, H query heads, G key/value heads, E head_dim,
-V vocab_size. Parameter names and their layout on disk are Llama's.
+Shapes: B batch, S query tokens, K key tokens, D hidden_size, H query heads, G key/value heads, E head_dim, R the part
+of it that RoPE rotates, V vocab_size. Parameter names and their layout on disk are Llama's.
 """
 
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from functools import partial, wraps
+from typing import Any
 
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.dynamic_module_utils import custom_object_save
 from transformers.generation import GenerationMixin
+from transformers.integrations import use_kernel_forward_from_hub
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
@@ -21,46 +23,128 @@ from transformers.modeling_layers import (
     GradientCheckpointingLayer,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.models.auto import modeling_auto
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .bitsandbytes_hf_decoder import settle_layers, settle_tied_head, unpack_layers
-from .cache_name_hf_decoder import CACHE_NAME, takes_either_cache_name
-from .configuration_hf_decoder import HfDecoderConfig
-from .fast_products_hf_decoder import fast_products
-from .generation_hf_decoder import Decoding
-from .loss_hf_decoder import causal_lm_loss, linear_causal_lm_loss, softcap
-from .masks_hf_decoder import layer_masks, own_attention
-from .norm_hf_decoder import HfDecoderRMSNorm
-from .registry_hf_decoder import AUTO_MAP, register_names
-from .rotary_hf_decoder import HfDecoderRotaryEmbedding, apply_rotary_pos_emb
-from .shared_input_hf_decoder import normed_for, shared_input
-from .sizes_hf_decoder import check_loaded_sizes
-from .swiglu_hf_decoder import gated_for
+from .configuration_hf_decoder import AUTO_MAP, HfDecoderConfig
+from .loss_hf_decoder import causal_lm_loss, is_traced, linear_causal_lm_loss, softcap
 
-register_names()
+# transformers calls the cache `cache` from 5.24 on, and `past_key_values` before.
+CACHE_NAME = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
 
-LOSS_KWARGS = {"num_items_in_batch", "shift_labels", "ignore_index"}
+# Trainer's label smoothing, pipelines and `transformers serve` look a class up by its name in these tables.
+for table, auto_class in {
+    "MODEL_MAPPING_NAMES": "AutoModel",
+    "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": "AutoModelForCausalLM",
+    "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES": "AutoModelForSequenceClassification",
+    "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES": "AutoModelForTokenClassification",
+    "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES": "AutoModelForQuestionAnswering",
+}.items():
+    getattr(modeling_auto, table)[HfDecoderConfig.model_type] = AUTO_MAP[auto_class].partition(".")[2]
 
 
-class _EmptyLinear(nn.Linear):
-    def reset_parameters(self) -> None:
-        pass
+def takes_either_cache_name(forward: Callable) -> Callable:
+    """Lets callers of `forward`, which takes `cache`, name it `past_key_values`, as older transformers does."""
+    if CACHE_NAME == "cache":
+        return deprecate_kwarg("past_key_values", "5.40.0", new_name="cache", raise_if_both_names=True)(forward)
+
+    @wraps(forward)
+    def renamed(*args, **kwargs):
+        if "past_key_values" in kwargs:
+            kwargs["cache"] = kwargs.pop("past_key_values")
+        return forward(*args, **kwargs)
+
+    return renamed
 
 
-def linear(inputs: int, outputs: int, bias: bool) -> nn.Linear:
-    """A linear map; without torch's initialization where there is nothing to fill, which `from_pretrained` then loads.
+@use_kernel_forward_from_hub("RMSNorm")
+class HfDecoderRMSNorm(nn.Module):
+    """x / rms(x) * weight (Zhang and Sennrich 2019), with the statistics in fp32."""
 
-    On the meta device that is a fifth of the time that 40M parameters take to be built.
+    def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        input_dtype = hidden_states.dtype
+        hidden_states = hidden_states.to(torch.float32)
+        variance = hidden_states.pow(2).mean(-1, keepdim=True)
+        hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
+        return self.weight * hidden_states.to(input_dtype)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
+
+
+class HfDecoderRotaryEmbedding(nn.Module):
+    """Computes the cosines and sines of RoPE (Su et al. 2021).
+
+    transformers restores the buffers of a class whose name holds `RotaryEmbedding` from `original_inv_freq`.
     """
-    if torch.get_default_device().type != "meta":
-        return nn.Linear(inputs, outputs, bias=bias)
-    module = _EmptyLinear(inputs, outputs, bias=bias)
-    module.__class__ = nn.Linear
-    return module
+
+    def __init__(self, config: HfDecoderConfig):
+        super().__init__()
+        self.max_seq_len_cached = config.max_position_embeddings
+        self.original_max_seq_len = config.max_position_embeddings
+        self.config = config
+        self.rope_type = config.rope_parameters["rope_type"]
+        rope_init_fn: Callable = self.compute_default_rope_parameters
+        if self.rope_type != "default":
+            rope_init_fn = ROPE_INIT_FUNCTIONS[self.rope_type]
+        inv_freq, self.attention_scaling = rope_init_fn(config)
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
+
+    def _apply(self, fn, recurse=True):
+        # `.to(dtype)` changes the type of every buffer, but angles far into a text need frequencies in fp32
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            moved = self._buffers[name]
+            if moved.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(moved.device)
+        return self
+
+    @staticmethod
+    def compute_default_rope_parameters(
+        config: HfDecoderConfig, device: torch.device | None = None, seq_len: int | None = None, **kwargs
+    ) -> tuple[torch.Tensor, float]:
+        """Returns the inverse frequencies theta**(-2i/R) of the R rotated dimensions, (R/2,), and the scale 1."""
+        rotary_dim = int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
+        exponents = torch.arange(0, rotary_dim, 2, dtype=torch.int64).to(device=device, dtype=torch.float) / rotary_dim
+        return 1.0 / (config.rope_parameters["rope_theta"] ** exponents), 1.0
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """position_ids (B or 1, S) -> cos, sin (B or 1, S, R) in x's dtype; angles in fp32 whatever that dtype is."""
+        # an outer product written as a multiplication: autocast leaves it in fp32
+        angles = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
+        angles = torch.cat((angles, angles), dim=-1)
+        cos = angles.cos() * self.attention_scaling
+        sin = angles.sin() * self.attention_scaling
+        return cos.to(x.dtype), sin.to(x.dtype)
+
+
+def rotate_half(x: torch.Tensor) -> torch.Tensor:
+    """Turns (a, b) halves of the last dimension into (-b, a)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((-b, a), dim=-1)
+
+
+def apply_rotary_pos_emb(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotates the first R dimensions of x (B, heads, S, E) by cos and sin (B or 1, S, R)."""
+    rotary_dim = cos.shape[-1]
+    rotated, rest = x[..., :rotary_dim], x[..., rotary_dim:]
+    rotated = rotated * cos.unsqueeze(1) + rotate_half(rotated) * sin.unsqueeze(1)
+    return torch.cat((rotated, rest), dim=-1) if rest.shape[-1] else rotated
 
 
 class HfDecoderMLP(nn.Module):
@@ -68,18 +152,13 @@ class HfDecoderMLP(nn.Module):
 
     def __init__(self, config: HfDecoderConfig):
         super().__init__()
-        self.gate_proj = linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
         self.act_fn = ACT2FN[config.hidden_act]
 
-    def input_maps(self) -> tuple[nn.Module, ...]:
-        return self.gate_proj, self.up_proj
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate_proj, up_proj = maps = self.input_maps()
-        for_gate, for_up = shared_input(x, *maps)
-        return gated_for(self.down_proj, gate_proj(for_gate), up_proj(for_up), self.act_fn)
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
 def repeat_kv(hidden_states: torch.Tensor, n_rep: int) -> torch.Tensor:
@@ -110,6 +189,49 @@ def eager_attention_forward(
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
+class LayerMask:
+    """What a layer may get in place of an attention mask: it knows itself how to attend."""
+
+    def attend(self, attention: Callable, module, query, key, value, **kwargs) -> tuple[torch.Tensor, None]:
+        """Takes query (B, H, S, E), key and value (B, G, S, E); returns the output (B, S, H, E) and no weights."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class PackedDocuments(LayerMask):
+    """Attends within each document of packed rows: memory grows with the longest document, not with the row."""
+
+    lengths: list[int]  # of all documents of all rows, which add up to B * S
+    masks: dict[int, torch.Tensor]  # of each length that a sliding window cuts, (length, length), True where one sees
+
+    @classmethod
+    def of(cls, lengths: list[int], window: int | None, device: torch.device) -> "PackedDocuments":
+        cut = {length for length in lengths if window is not None and length > window}
+        return cls(
+            lengths,
+            {n: torch.ones(n, n, dtype=torch.bool, device=device).tril().triu(1 - window) for n in cut},
+        )
+
+    def attend(self, attention: Callable, module, query, key, value, **kwargs) -> tuple[torch.Tensor, None]:
+        batch, _, length, _ = query.shape
+        # all rows one after the other, then apart at the documents: (1, heads, document, E) each
+        documents = zip(
+            *(x.transpose(0, 1).flatten(1, 2)[None].split(self.lengths, dim=2) for x in (query, key, value)),
+            strict=True,
+        )
+        masks = (self.masks.get(length) for length in self.lengths)
+        parts = [attention(module, *document, next(masks), **kwargs)[0] for document in documents]
+        return torch.cat(parts, dim=1).view(batch, length, *parts[0].shape[2:]), None
+
+
+def document_lengths(position_ids: torch.Tensor) -> list[int]:
+    """Lengths of the documents in rows of positions (B, S): where positions do not go up by one, one starts."""
+    starts = torch.ones_like(position_ids, dtype=torch.bool)
+    starts[:, 1:] = position_ids.diff(dim=-1) != 1
+    bounds = nn.functional.pad(starts.flatten().nonzero().flatten(), (0, 1), value=starts.numel())
+    return bounds.diff().tolist()
+
+
 class HfDecoderAttention(nn.Module):
     """Grouped-query attention with RoPE, optional QK-norm, sliding window and NoPE."""
 
@@ -127,57 +249,66 @@ class HfDecoderAttention(nn.Module):
 
         width, key_value_width = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
         qkv_bias, output_bias = bool(config.attention_bias), config.attention_bias is True
-        self.q_proj = linear(config.hidden_size, width, bias=qkv_bias)
-        self.k_proj = linear(config.hidden_size, key_value_width, bias=qkv_bias)
-        self.v_proj = linear(config.hidden_size, key_value_width, bias=qkv_bias)
-        self.o_proj = linear(width, config.hidden_size, bias=output_bias)
+        self.q_proj = nn.Linear(config.hidden_size, width, bias=qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_value_width, bias=qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_value_width, bias=qkv_bias)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=output_bias)
         self.use_qk_norm = config.qk_norm
         if self.use_qk_norm:
             self.q_norm = HfDecoderRMSNorm(self.head_dim, eps=config.rms_norm_eps)
             self.k_norm = HfDecoderRMSNorm(self.head_dim, eps=config.rms_norm_eps)
 
-    def input_maps(self) -> tuple[nn.Module, ...]:
-        return self.q_proj, self.k_proj, self.v_proj
-
     def forward(
         self,
         hidden_states: torch.Tensor,  # (B, S, D)
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | LayerMask | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        past_key_values: Cache | None = kwargs.pop(CACHE_NAME, None)
+        cache: Cache | None = kwargs.pop(CACHE_NAME, None)
         input_shape = hidden_states.shape[:-1]
         head_shape = (*input_shape, -1, self.head_dim)
-        q_proj, k_proj, v_proj = maps = self.input_maps()
-        for_query, for_key, for_value = shared_input(hidden_states, *maps)
-        query = q_proj(for_query).view(head_shape)  # (B, S, H, E)
-        key = k_proj(for_key).view(head_shape)  # (B, S, G, E)
-        value = v_proj(for_value).view(head_shape).transpose(1, 2)
+        query = self.q_proj(hidden_states).view(head_shape)  # (B, S, H, E)
+        key = self.k_proj(hidden_states).view(head_shape)  # (B, S, G, E)
+        value = self.v_proj(hidden_states).view(head_shape).transpose(1, 2)
         if self.use_qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = query.transpose(1, 2), key.transpose(1, 2)
         if self.use_rope:
-            query, key = apply_rotary_pos_emb(query, key, *position_embeddings, for_cache=past_key_values is not None)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx, kwargs=kwargs)
+            query, key = (apply_rotary_pos_emb(x, *position_embeddings) for x in (query, key))
+        attn_output, attn_weights = self.attend(query, key, value, attention_mask, cache, **kwargs)
+        return self.o_proj(attn_output), attn_weights
 
-        attention_interface = own_attention(attention_mask) or ALL_ATTENTION_FUNCTIONS.get_interface(
+    def attend(
+        self,
+        query: torch.Tensor,  # (B, H, S, E)
+        key: torch.Tensor,  # (B, G, S, E)
+        value: torch.Tensor,  # (B, G, S, E)
+        attention_mask: torch.Tensor | LayerMask | None,
+        cache: Cache | None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Adds to the cache and attends, by the function the config names. Returns (B, S, H * E) and the weights."""
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        attn_output, attn_weights = attention_interface(
+        if isinstance(attention_mask, LayerMask):
+            attention = partial(attention_mask.attend, attention)
+        else:
+            kwargs["attention_mask"] = attention_mask
+        attn_output, attn_weights = attention(
             self,
             query,
             key,
             value,
-            attention_mask,
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
             sliding_window=self.sliding_window,
             **kwargs,
         )
-        attn_output = attn_output.reshape(*input_shape, -1).contiguous()
-        return self.o_proj(attn_output), attn_weights
+        return attn_output.flatten(2).contiguous(), attn_weights
 
 
 class HfDecoderLayer(GradientCheckpointingLayer):
@@ -193,23 +324,22 @@ class HfDecoderLayer(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: torch.Tensor,  # (B, S, D)
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | LayerMask | None = None,
         position_ids: torch.LongTensor | None = None,
         use_cache: bool | None = False,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        with fast_products(hidden_states, self.mlp.down_proj):
-            attn_output, _ = self.self_attn(
-                hidden_states=normed_for(self.self_attn, self.input_layernorm, hidden_states),
-                position_embeddings=position_embeddings,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                use_cache=use_cache,
-                **kwargs,
-            )
-            hidden_states = hidden_states + attn_output
-            return hidden_states + self.mlp(normed_for(self.mlp, self.post_attention_layernorm, hidden_states))
+        attn_output, _ = self.self_attn(
+            hidden_states=self.input_layernorm(hidden_states),
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = hidden_states + attn_output
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
 class HfDecoderPreTrainedModel(PreTrainedModel):
@@ -228,38 +358,9 @@ class HfDecoderPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": HfDecoderLayer, "attentions": HfDecoderAttention}
 
-    @classmethod
-    def is_remote_code(cls) -> bool:
-        # FSDP2 gives a sharded model a class of torch's making: transformers would save torch's files as the model's.
-        return super().is_remote_code() and not cls.__module__.startswith("torch.")
-
-    @staticmethod
-    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
-        """Refuses sizes that the weights do not have before transformers makes room for them, and then says so."""
-        loaded = PreTrainedModel._load_pretrained_model(
-            model, state_dict, checkpoint_files, load_config, *args, **kwargs
-        )
-        if state_dict is None:
-            where = load_config.pretrained_model_name_or_path
-            check_loaded_sizes(model, loaded[0], f"{where}", load_config.ignore_mismatched_sizes)
-        return loaded
-
-    def train(self, mode: bool = True):
-        """As in torch; the layers of bitsandbytes are made fit for either mode. `from_pretrained` ends with it too."""
-        settle_tied_head(self)
-        settle_layers(self, training=mode)
-        return super().train(mode)
-
     def save_pretrained(self, save_directory, *args, **kwargs):
-        """As in transformers; the saved config names every auto class, whatever head is saved."""
-        unpack_layers(self)
+        """Saves as transformers does; the config names every auto class, whatever head is saved."""
         self.config.auto_map = dict(AUTO_MAP)
-        if not self.is_remote_code():
-            os.makedirs(save_directory, exist_ok=True)
-            custom_object_save(HfDecoderPreTrainedModel, save_directory)
-        if kwargs.get("state_dict") is not None:  # gathered from shards, tied weights are copies of each other
-            tied, state = self.all_tied_weights_keys, kwargs["state_dict"]
-            kwargs["state_dict"] = {name: value for name, value in state.items() if tied.get(name) not in state}
         super().save_pretrained(save_directory, *args, **kwargs)
 
 
@@ -287,7 +388,7 @@ class HfDecoderModel(HfDecoderPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -296,14 +397,15 @@ class HfDecoderModel(HfDecoderPreTrainedModel):
         Args:
             input_ids (`torch.LongTensor` of shape `(B, S)`, *optional*): token ids; either these or `inputs_embeds`.
             attention_mask (`torch.Tensor`, *optional*): `(B, K)` 1 for tokens, 0 for padding, or a prepared mask.
-            position_ids (`torch.LongTensor` of shape `(B, S)`, *optional*): positions. Without an `attention_mask` and
-                cached tokens, positions that restart inside a row mark packed documents, which do not see each other.
-            past_key_values (`Cache`, *optional*): keys and values of earlier tokens; `cache` is another name for it.
+            position_ids (`torch.LongTensor` of shape `(B, S)`, *optional*): positions. Without padding and cached
+                tokens, positions that restart inside a row mark packed documents, which do not see each other.
+            cache (`Cache`, *optional*): keys and values of earlier tokens; `past_key_values` is its older name.
             inputs_embeds (`torch.FloatTensor` of shape `(B, S, D)`, *optional*): embeddings in place of `input_ids`.
             use_cache (`bool`, *optional*): whether to fill and return a cache; the config's value by default.
 
         Raises:
-            ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given.
+            ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given, for an id outside the
+                vocabulary (on a CPU), and for a mask or positions of another length than the input.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
@@ -315,32 +417,67 @@ class HfDecoderModel(HfDecoderPreTrainedModel):
                     f"input_ids holds ids between {input_ids.min()} and {input_ids.max()}, but the vocabulary ends at "
                     f"{self.config.vocab_size - 1}; use the tokenizer that belongs to this model"
                 ) from error
-        # only positions that the caller gives can mark documents, and only where no earlier tokens are cached
-        document_positions = position_ids if past_key_values is None and attention_mask is None else None
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        length = inputs_embeds.shape[1]
+        if position_ids is not None and position_ids.shape[-1] != length:
+            raise ValueError(f"position_ids has {position_ids.shape[-1]} columns, but the input has {length} tokens")
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2 and attention_mask.shape[1] < length:
+            raise ValueError(
+                f"attention_mask has {attention_mask.shape[1]} columns, but the input has {length} tokens"
+            )
+        masks = self.layer_masks(inputs_embeds, attention_mask, position_ids, cache)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         if position_ids is None:
-            seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen_tokens
-            position_ids = position_ids.unsqueeze(0)
+            seen_tokens = cache.get_seq_length() if cache is not None else 0
+            position_ids = (torch.arange(length, device=inputs_embeds.device) + seen_tokens).unsqueeze(0)
+        hidden_states = self.run_layers(
+            inputs_embeds,
+            masks,
+            position_ids=position_ids,
+            use_cache=use_cache,
+            position_embeddings=self.rotary_emb(inputs_embeds, position_ids),
+            **{CACHE_NAME: cache},
+            **kwargs,
+        )
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE_NAME: cache})
 
-        masks = layer_masks(self, inputs_embeds, attention_mask, document_positions, past_key_values)
+    def layer_masks(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | dict | None,
+        position_ids: torch.Tensor | None,
+        cache: Cache | None,
+    ) -> Mapping[str, torch.Tensor | LayerMask | None]:
+        """Returns one mask for each type of layer; arguments as those of the caller of `forward`."""
+        if isinstance(attention_mask, dict):  # prepared by `generate()`
+            return attention_mask
+        config = self.config
+        windows = {kind: config.sliding_window if kind == "sliding_attention" else None for kind in config.layer_types}
+        traced = is_traced(inputs_embeds)
+        may_be_packed = position_ids is not None and cache is None and not traced
+        if may_be_packed and attention_mask is not None and attention_mask.ndim == 2 and attention_mask.all():
+            attention_mask = None  # says nothing, and must not hide documents
+        has_documents = position_ids is not None and cache is attention_mask is None
+        if has_documents and not traced and getattr(config, "is_causal", True):
+            lengths = document_lengths(position_ids.expand(inputs_embeds.shape[0], -1))
+            has_documents = len(lengths) > inputs_embeds.shape[0]
+            if has_documents and config._attn_implementation == "sdpa":
+                device = inputs_embeds.device
+                return {kind: PackedDocuments.of(lengths, window, device) for kind, window in windows.items()}
+        create = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+        inputs = {"config": config, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
+        inputs |= {CACHE_NAME: cache, "position_ids": position_ids if has_documents else None}
+        return {kind: create[kind](**inputs) for kind in windows}
 
-        hidden_states = inputs_embeds
-        position_embeddings = self.rotary_emb(hidden_states, position_ids)
+    def run_layers(
+        self, hidden_states: torch.Tensor, masks: Mapping[str, torch.Tensor | LayerMask | None], **kwargs
+    ) -> torch.Tensor:
+        """(B, S, D) through all layers and the last norm, with the mask of each type of layer."""
         kinds = self.config.layer_types
         # a slice, because pipeline and early-exit tools shorten the model by its config
         for layer_idx, decoder_layer in enumerate(self.layers[: self.config.num_hidden_layers]):
-            hidden_states = decoder_layer(
-                hidden_states,
-                attention_mask=masks[kinds[layer_idx]],
-                position_ids=position_ids,
-                use_cache=use_cache,
-                position_embeddings=position_embeddings,
-                **{CACHE_NAME: past_key_values},
-                **kwargs,
-            )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE_NAME: past_key_values})
+            hidden_states = decoder_layer(hidden_states, attention_mask=masks[kinds[layer_idx]], **kwargs)
+        return self.norm(hidden_states)
 
 
 class HfDecoderForCausalLM(HfDecoderPreTrainedModel, GenerationMixin):
@@ -357,7 +494,7 @@ class HfDecoderForCausalLM(HfDecoderPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = HfDecoderModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     @property
@@ -365,14 +502,26 @@ class HfDecoderForCausalLM(HfDecoderPreTrainedModel, GenerationMixin):
         """Our `causal_lm_loss`, or the function that was assigned to this attribute in its place."""
         if hasattr(self, "_loss_function"):
             return self._loss_function
-        return partial(causal_lm_loss, z_loss_coef=self._z_loss_coef())
+        return partial(causal_lm_loss, z_loss_coef=self.z_loss_coef)
 
     @loss_function.setter
     def loss_function(self, value: Callable):
         self._loss_function = value
 
-    def _z_loss_coef(self) -> float:
-        return self.config.z_loss_coef if self.training else 0.0  # a regulariser, no part of what evaluation measures
+    @property
+    def z_loss_coef(self) -> float:
+        """Weight of the z-loss: a regulariser, which evaluation does not measure."""
+        return self.config.z_loss_coef if self.training else 0.0
+
+    def linear_loss(self, hidden_states: torch.Tensor, labels: torch.Tensor | None, **kwargs) -> torch.Tensor:
+        """Returns the loss of hidden states (B, S, D) without holding their logits."""
+        cap = self.config.final_logit_softcapping
+        kwargs = {"z_loss_coef": self.z_loss_coef, "final_logit_softcapping": cap, **kwargs}
+        return linear_causal_lm_loss(hidden_states, self.lm_head, labels, **kwargs)
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(..., D) -> (..., V)."""
+        return softcap(self.lm_head(hidden_states), self.config.final_logit_softcapping)
 
     @takes_either_cache_name
     @can_return_tuple
@@ -381,7 +530,7 @@ class HfDecoderForCausalLM(HfDecoderPreTrainedModel, GenerationMixin):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
@@ -398,95 +547,81 @@ class HfDecoderForCausalLM(HfDecoderPreTrainedModel, GenerationMixin):
             skip_logits (`bool`, *optional*): with labels, return `logits=None` and form the loss without ever holding
                 the (B, S, V) logits. `None`: in training mode, the way that Liger kernels do it too. Pass `False` to
                 have the logits while training, `True` to save their memory in an evaluation that reads only the loss.
-        """
-        config = self.config
-        wants_loss = labels is not None or kwargs.get("shift_labels") is not None
-        if skip_logits is None:
-            skip_logits = self.training
-        skip_logits = wants_loss and skip_logits and not hasattr(self, "_loss_function")
-        loss = logits = None
-        if inputs_embeds is None and not skip_logits and kwargs.keys() <= LOSS_KWARGS:
-            cache, use_cache = past_key_values, config.use_cache if use_cache is None else use_cache
-            inputs = input_ids, attention_mask, position_ids, cache, use_cache, logits_to_keep
-            if (found := Decoding.of_call(self, *inputs)) is not None:
-                logits, cache = found
-                if wants_loss:
-                    loss = self.loss_function(logits=logits, labels=labels, vocab_size=config.vocab_size, **kwargs)
-                return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE_NAME: cache})
 
+        Raises:
+            ValueError: for labels of another shape than the positions whose logits are wanted.
+        """
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            **{CACHE_NAME: cache},
             **kwargs,
         )
-        hidden_states = outputs.last_hidden_state
-        if not isinstance(logits_to_keep, int) or logits_to_keep:
-            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            hidden_states = hidden_states[:, keep, :]
-
-        if skip_logits:
-            cap = config.final_logit_softcapping
-            loss_kwargs = {"z_loss_coef": self._z_loss_coef(), "final_logit_softcapping": cap, **kwargs}
-            loss = linear_causal_lm_loss(hidden_states, self.lm_head, labels, **loss_kwargs)
+        hidden_states = keep_positions(outputs.last_hidden_state, logits_to_keep)
+        targets = labels if kwargs.get("shift_labels") is None else kwargs["shift_labels"]
+        if targets is not None and targets.shape != hidden_states.shape[:-1]:
+            raise ValueError(
+                f"labels of shape {list(targets.shape)} do not belong to logits of {list(hidden_states.shape[:-1])} "
+                "positions; leave logits_to_keep out, or give shift_labels of just these positions"
+            )
+        skip_logits = self.training if skip_logits is None else skip_logits
+        loss = logits = None
+        if targets is not None and skip_logits and not hasattr(self, "_loss_function"):
+            loss = self.linear_loss(hidden_states, labels, **kwargs)
         else:
-            with fast_products(hidden_states, self.lm_head):
-                logits = self.lm_head(hidden_states)
-            logits = softcap(logits, config.final_logit_softcapping)
-            if wants_loss:
-                loss = self.loss_function(logits=logits, labels=labels, vocab_size=config.vocab_size, **kwargs)
-
+            logits = self.compute_logits(hidden_states)
+            if targets is not None:
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            **{CACHE_NAME: outputs.get(CACHE_NAME)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
 
-    @wraps(GenerationMixin.generate)
-    def generate(self, *args, **kwargs):
-        with Decoding(self):
-            return super().generate(*args, **kwargs)
-
-    @wraps(GenerationMixin.prepare_inputs_for_generation)
     def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
-        inputs = None
-        if not args and (decoding := Decoding.of(self)) is not None:
-            inputs = decoding.prepare_inputs(input_ids, **kwargs)
-        if inputs is None:
-            inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
-        # PEFT puts its own method in place of this one, and, to 0.21, looks for the cache by the older name alone
-        if "prepare_inputs_for_generation" in self.__dict__ and CACHE_NAME in inputs:
-            inputs["past_key_values"] = inputs.pop(CACHE_NAME)
-        return inputs
+        """Prepares as transformers does; where LongRoPE changes its frequencies, cached keys have the former ones."""
+        rope, cache = self.config.rope_parameters, kwargs.get(CACHE_NAME)
+        if rope["rope_type"] == "longrope" and cache is not None:
+            limit = rope["original_max_position_embeddings"]
+            if input_ids.shape[1] > limit >= cache.get_seq_length() > 0:
+                kwargs |= {CACHE_NAME: DynamicCache(config=self.config), "next_sequence_length": None}
+        return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
 
-    @wraps(GenerationMixin._sample)
-    def _sample(self, *args, **kwargs):
-        if (decoding := Decoding.of(self)) is not None:
-            return decoding.sample(super()._sample, *args, **kwargs)
-        return super()._sample(*args, **kwargs)
 
-    def _valid_auto_compile_criteria(self, model_kwargs, generation_config) -> bool:
-        whole_model = super()._valid_auto_compile_criteria(model_kwargs, generation_config)
-        if (decoding := Decoding.of(self)) is not None:
-            if whole_model:
-                if not generation_config.compile_config and decoding.has_static_step(model_kwargs.get(CACHE_NAME)):
-                    return False
-                decoding.step = None  # transformers compiles the call of the modules, for which it prepares the masks
-            elif self.device.type == "cpu" and not generation_config.disable_compile:  # our step compiles itself
-                decoding.compiles = True
-                decoding.has_static_step(model_kwargs.get(CACHE_NAME))
-        return whole_model
+def keep_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """Picks the last positions of (B, S, D), or those at indices (N,) or (B, N), or where a mask (B, S) is True."""
+    if isinstance(logits_to_keep, int):
+        return hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
+    if logits_to_keep.ndim == 1:
+        return hidden_states[:, logits_to_keep]
+    if logits_to_keep.dtype == torch.bool:
+        return hidden_states[logits_to_keep]
+    return hidden_states.gather(1, logits_to_keep[..., None].expand(-1, -1, hidden_states.shape[-1]))
+
+
+def counts_labels(forward: Callable) -> Callable:
+    """Lets the mean loss of a head be the mean over all accumulated batches, where Trainer counts their labels."""
+
+    @wraps(forward)
+    def counting(self, *args, num_items_in_batch: Any = None, **kwargs):
+        outputs = forward(self, *args, **kwargs)
+        if num_items_in_batch is not None and kwargs.get("labels") is not None and not isinstance(outputs, tuple):
+            outputs.loss = outputs.loss * ((kwargs["labels"] != -100).sum() / num_items_in_batch)
+        return outputs
+
+    return counting
 
 
 class HfDecoderForSequenceClassification(GenericForSequenceClassification, HfDecoderPreTrainedModel):
     """The decoder with a classifier on the last token that is not padding."""
 
     _auto_class = "AutoModelForSequenceClassification"
+    forward = counts_labels(GenericForSequenceClassification.forward)
 
     # The Generic constructors ask AutoModel for the decoder, which a remote-code class is not registered with.
     def __init__(self, config: HfDecoderConfig):
@@ -501,6 +636,7 @@ class HfDecoderForTokenClassification(GenericForTokenClassification, HfDecoderPr
     """The decoder with a classifier on every token."""
 
     _auto_class = "AutoModelForTokenClassification"
+    forward = counts_labels(GenericForTokenClassification.forward)
 
     def __init__(self, config: HfDecoderConfig):
         HfDecoderPreTrainedModel.__init__(self, config)

@@ -16,7 +16,8 @@ from transformers.utils import logging
 
 from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM, recipe
 from hf_decoder.layouts import resumable, save_in_full
-from hf_decoder.model import loss_hf_decoder, modeling_hf_decoder
+from hf_decoder.engine.training import loss as engine_loss
+from hf_decoder.model import modeling_hf_decoder
 from hf_decoder.recipe import grouped_optimizer, muon_adamw
 
 VOCAB_SIZE = 96
@@ -151,13 +152,13 @@ def weights_of(trainer: Trainer) -> dict[str, torch.Tensor]:
 def count_held_logits() -> list[int]:
     """A list that grows whenever a loss is formed from all the logits of a batch."""
     held: list[int] = []
-    from_logits = loss_hf_decoder.causal_lm_loss
+    from_logits = engine_loss.causal_lm_loss
 
     def count(logits, *args, **kwargs):
         held.append(logits.numel())
         return from_logits(logits, *args, **kwargs)
 
-    modeling_hf_decoder.causal_lm_loss = loss_hf_decoder.causal_lm_loss = count
+    modeling_hf_decoder.causal_lm_loss = engine_loss.causal_lm_loss = count
     return held
 
 

@@ -23,7 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM, HfDecoderModel, HfDecoderPreTrainedModel
 from hf_decoder.interop.backends import SMALL, backend_conditions
 from hf_decoder.model import modeling_hf_decoder
-from hf_decoder.model.registry_hf_decoder import AUTO_MAP
+from hf_decoder.model.configuration_hf_decoder import AUTO_MAP
 
 NAMES = [
     "auto_map",

@@ -12,8 +12,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.integrations import flex_attention
 
-from hf_decoder.model import attention_hf_decoder, parts_hf_decoder
-from hf_decoder.model.attention_hf_decoder import (
+from hf_decoder.engine.attention import tiles
+
+from hf_decoder.engine import precision
+from hf_decoder.engine.attention.tiles import (
     MIN_TILED_TOKENS,
     MIN_TILED_TOKENS_IN_FP32,
     MIN_TILED_TOKENS_IN_INFERENCE,
@@ -40,8 +42,8 @@ CASES = pytest.mark.parametrize(
 @pytest.fixture
 def tiles_of_few_tokens(monkeypatch: pytest.MonkeyPatch):
     """Without gradients and in fp32, too, tiles are for rows of `MIN_TILED_TOKENS`."""
-    monkeypatch.setattr(attention_hf_decoder, "MIN_TILED_TOKENS_IN_INFERENCE", 0)
-    monkeypatch.setattr(attention_hf_decoder, "MIN_TILED_TOKENS_IN_FP32", 0)
+    monkeypatch.setattr(tiles, "MIN_TILED_TOKENS_IN_INFERENCE", 0)
+    monkeypatch.setattr(tiles, "MIN_TILED_TOKENS_IN_FP32", 0)
 
 
 def reference(ids: torch.Tensor, config: Any, parameters: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -285,9 +287,9 @@ def test_tiles_equal_attention_with_the_whole_mask(length: int, kind: str, windo
 
 def count_tiled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     calls: list[int] = []
-    original = attention_hf_decoder._TiledAttention.apply
+    original = tiles._TiledAttention.apply
     monkeypatch.setattr(
-        attention_hf_decoder._TiledAttention, "apply", lambda *args: calls.append(1) or original(*args)
+        tiles._TiledAttention, "apply", lambda *args: calls.append(1) or original(*args)
     )
     return calls
 
@@ -355,7 +357,7 @@ def test_short_rows_of_one_document_in_fp32_are_for_the_stock_kernel(monkeypatch
 @pytest.mark.parametrize("is_fast", [True, False])
 def test_tiles_in_half_precision_are_multiplied_as_is_fast_here(is_fast: bool, monkeypatch: pytest.MonkeyPatch):
     calls, factors = count_tiled(monkeypatch), []
-    monkeypatch.setitem(parts_hf_decoder.FAST_HALF_PRECISION, torch.bfloat16, is_fast)
+    monkeypatch.setitem(precision.FAST_HALF_PRECISION, torch.bfloat16, is_fast)
     bmm = torch.bmm
     monkeypatch.setattr(torch, "bmm", lambda a, b: factors.append(a.dtype) or bmm(a, b))
     model = tiny_model(attn_implementation="sdpa", max_position_embeddings=256)
@@ -382,8 +384,8 @@ def test_tiles_in_half_precision_are_multiplied_as_is_fast_here(is_fast: bool, m
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2)])
 def test_whole_documents_by_the_stock_kernel_are_those_in_tiles(heads, dtype, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(parts_hf_decoder.FAST_HALF_PRECISION, torch.bfloat16, False)
-    monkeypatch.setattr(attention_hf_decoder, "MIN_STOCK_TOKENS_IN_FP32", 150)
+    monkeypatch.setitem(precision.FAST_HALF_PRECISION, torch.bfloat16, False)
+    monkeypatch.setattr(tiles, "MIN_STOCK_TOKENS_IN_FP32", 150)
     calls = count_tiled(monkeypatch)
     torch.manual_seed(0)
     length = 150
@@ -393,7 +395,7 @@ def test_whole_documents_by_the_stock_kernel_are_those_in_tiles(heads, dtype, mo
     results = []
     for in_tiles in (False, True):
         if in_tiles:
-            monkeypatch.setattr(attention_hf_decoder, "MIN_STOCK_TOKENS_IN_FP32", 151)
+            monkeypatch.setattr(tiles, "MIN_STOCK_TOKENS_IN_FP32", 151)
         found, _ = tiled_attention_forward(Groups(heads[0] // heads[1]), *inputs, plan, 0.3)
         assert found.dtype == dtype and found.is_contiguous() and bool(calls) == in_tiles
         results.append((found, *torch.autograd.grad((found.float() * weight).sum(), inputs)))
@@ -405,12 +407,12 @@ def test_whole_documents_by_the_stock_kernel_are_those_in_tiles(heads, dtype, mo
 
 @pytest.mark.parametrize("is_fast", [True, False])
 def test_the_stock_kernel_takes_whole_documents_that_are_multiplied_in_fp32(is_fast, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(parts_hf_decoder.FAST_HALF_PRECISION, torch.bfloat16, is_fast)
-    monkeypatch.setattr(attention_hf_decoder, "MIN_STOCK_TOKENS_IN_FP32", 300)
+    monkeypatch.setitem(precision.FAST_HALF_PRECISION, torch.bfloat16, is_fast)
+    monkeypatch.setattr(tiles, "MIN_STOCK_TOKENS_IN_FP32", 300)
     tiled, stock = count_tiled(monkeypatch), []
-    kernel = attention_hf_decoder._StockCausalAttention.apply
+    kernel = tiles._StockCausalAttention.apply
     monkeypatch.setattr(
-        attention_hf_decoder._StockCausalAttention, "apply", lambda *args: stock.append(1) or kernel(*args)
+        tiles._StockCausalAttention, "apply", lambda *args: stock.append(1) or kernel(*args)
     )
     ids = random_ids(1, 300)
     shape = {"attn_implementation": "sdpa", "max_position_embeddings": 512}
@@ -435,14 +437,14 @@ def test_the_stock_kernel_takes_whole_documents_that_are_multiplied_in_fp32(is_f
     in_half = (2, 0) if is_fast else (0, 2)
     with torch.autocast("cpu", torch.bfloat16):
         assert ways(model) == in_half
-    monkeypatch.setattr(attention_hf_decoder, "MIN_STOCK_TOKENS_IN_FP32", 301)
+    monkeypatch.setattr(tiles, "MIN_STOCK_TOKENS_IN_FP32", 301)
     assert ways(model) == (2, 0)
-    monkeypatch.setattr(attention_hf_decoder, "MIN_STOCK_TOKENS_IN_FP32", 300)
+    monkeypatch.setattr(tiles, "MIN_STOCK_TOKENS_IN_FP32", 300)
     assert ways(model.bfloat16()) == in_half
 
 
 def test_tiles_in_bf16_and_under_autocast_are_close_to_fp32(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(parts_hf_decoder.FAST_HALF_PRECISION, torch.bfloat16, True)
+    monkeypatch.setitem(precision.FAST_HALF_PRECISION, torch.bfloat16, True)
     ids = random_ids(2, 150)
     model = tiny_model(attn_implementation="sdpa", max_position_embeddings=256, **WINDOWS).train()
     exact = model(ids, labels=ids).loss
@@ -580,7 +582,7 @@ def test_partial_rotation_leaves_the_rest_alone():
     query = torch.randn(1, 2, 5, 12)
     angle = torch.randn(1, 5, 3)
     cos, sin = (torch.cat((f(angle), f(angle)), -1) for f in (torch.cos, torch.sin))
-    turned, _ = apply_rotary_pos_emb(query, query, cos, sin)
+    turned = apply_rotary_pos_emb(query, cos, sin)
     torch.testing.assert_close(turned[..., 6:], query[..., 6:])
     pairs = torch.complex(query[..., :3], query[..., 3:6]) * torch.polar(torch.ones_like(angle), angle)[:, None]
     torch.testing.assert_close(turned[..., :6], torch.cat((pairs.real, pairs.imag), -1))

@@ -10,7 +10,7 @@ from tiny_models import random_ids, tiny_config, tiny_model
 from transformers import DynamicCache, LlamaForCausalLM, QuantizedCache, StaticCache
 from transformers.cache_utils import Cache
 
-from hf_decoder.model.cache_name_hf_decoder import CACHE_NAME
+from hf_decoder.model.modeling_hf_decoder import CACHE_NAME
 
 KINDS: dict[str, dict[str, Any]] = {
     "full": {},

@@ -8,9 +8,11 @@ from generating import VARIANTS, tiny_model, with_hook
 from tiny_models import padded, random_ids
 from transformers import DynamicCache, StaticCache
 
-from hf_decoder.model import loss_hf_decoder, parts_hf_decoder
-from hf_decoder.model.decoding_hf_decoder import DecodingStep
-from hf_decoder.model.loss_hf_decoder import causal_lm_loss
+from hf_decoder.engine.training import loss as engine_loss
+
+from hf_decoder.engine import precision
+from hf_decoder.engine.decoding.step import DecodingStep
+from hf_decoder.engine.training.loss import causal_lm_loss
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
@@ -58,7 +60,7 @@ def test_several_tokens_have_the_bits_of_the_modules(variant: str, dtype: torch.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_bits_of_long_rows(dtype: torch.dtype, is_fast: bool, layers, monkeypatch):
     """In tiles and blocks, and by products of few and of many rows."""
-    monkeypatch.setitem(parts_hf_decoder.FAST_HALF_PRECISION, dtype, is_fast)
+    monkeypatch.setitem(precision.FAST_HALF_PRECISION, dtype, is_fast)
     model = tiny_model(max_position_embeddings=512, qk_norm=True, attention_bias=True).to(dtype)
     for rows, tokens in ((1, 2), (1, 16), (1, 17), (2, 130), (1, 300)):
         check_bits(model, layers, random_ids(rows, tokens))
@@ -69,7 +71,7 @@ def test_bits_of_long_rows(dtype: torch.dtype, is_fast: bool, layers, monkeypatc
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_bits_under_autocast(variant: str, dtype: torch.dtype, is_fast: bool, layers, monkeypatch):
     """As Trainer evaluates with bf16=True: what the modules cast, and to which type, single tokens included."""
-    monkeypatch.setitem(parts_hf_decoder.FAST_HALF_PRECISION, torch.bfloat16, is_fast)
+    monkeypatch.setitem(precision.FAST_HALF_PRECISION, torch.bfloat16, is_fast)
     model = tiny_model(**VARIANTS[variant]).to(dtype)
     ids, mask = padded(3, 9)
     with torch.autocast("cpu", torch.bfloat16):
@@ -148,7 +150,7 @@ def test_a_tuple_and_the_defaults_of_the_config():
 @pytest.mark.parametrize("z_loss_coef", [0.0, 1e-2])
 def test_a_loss_of_logits(z_loss_coef: float, vocab_rows: int, layers, monkeypatch):
     """As Trainer evaluates: block by block, and as autograd would have it."""
-    monkeypatch.setattr(loss_hf_decoder, "BLOCK_ELEMENTS", 2 * 61 * vocab_rows)
+    monkeypatch.setattr(engine_loss, "BLOCK_ELEMENTS", 2 * 61 * vocab_rows)
     model, (ids, mask) = tiny_model(final_logit_softcapping=5.0), padded(3, 9)
     labels = ids.masked_fill(mask == 0, -100)
     for inputs in (

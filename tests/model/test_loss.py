@@ -12,7 +12,9 @@ from torch.utils._pytree import tree_flatten
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from hf_decoder import HfDecoderForCausalLM
-from hf_decoder.model import attention_hf_decoder, loss_hf_decoder, parts_hf_decoder
+from hf_decoder.engine.attention import tiles
+from hf_decoder.engine.training import loss as engine_loss
+from hf_decoder.engine import precision
 
 VOCAB = SHAPE["vocab_size"]
 SKIP = pytest.mark.parametrize("skip_logits", [True, False], ids=["without_logits", "with_logits"])
@@ -181,8 +183,8 @@ class LargestTensor(TorchDispatchMode):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_full_logits_never_exist(dtype: torch.dtype, monkeypatch):
-    monkeypatch.setattr(loss_hf_decoder, "CHUNK_ELEMENTS", 2**14)
-    monkeypatch.setattr(loss_hf_decoder, "MIN_CHUNK_ROWS", 16)
+    monkeypatch.setattr(engine_loss, "CHUNK_ELEMENTS", 2**14)
+    monkeypatch.setattr(engine_loss, "MIN_CHUNK_ROWS", 16)
     vocab, tokens = 1024, 512
     model = tiny_model(vocab_size=vocab).to(dtype).train()
     ids = random_ids(tokens // 16, 16, high=vocab)
@@ -386,20 +388,20 @@ def test_compiled_training_is_eager_training(variant: str, monkeypatch):
     model = tiny_model(**shape, **(windows if variant == "windows" else {})).train()
     if variant == "checkpointing":
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    monkeypatch.setattr(loss_hf_decoder, "MIN_CHUNK_ROWS", 50)
-    monkeypatch.setattr(loss_hf_decoder, "CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(engine_loss, "MIN_CHUNK_ROWS", 50)
+    monkeypatch.setattr(engine_loss, "CHUNK_ELEMENTS", 1)
     ids = random_ids(2, 150)
     labels = ids.clone()
     labels[:, :30] = -100
-    reached, form = [], loss_hf_decoder._loss_and_gradients
+    reached, form = [], engine_loss._loss_and_gradients
     monkeypatch.setattr(
-        loss_hf_decoder, "_loss_and_gradients", lambda rows, *rest: reached.append(len(rows)) or form(rows, *rest)
+        engine_loss, "_loss_and_gradients", lambda rows, *rest: reached.append(len(rows)) or form(rows, *rest)
     )
-    monkeypatch.setitem(parts_hf_decoder.FAST_HALF_PRECISION, torch.bfloat16, True)  # whatever CPU this is
-    monkeypatch.setattr(attention_hf_decoder, "MIN_TILED_TOKENS_IN_FP32", 0)  # of eager rows alone
+    monkeypatch.setitem(precision.FAST_HALF_PRECISION, torch.bfloat16, True)  # whatever CPU this is
+    monkeypatch.setattr(tiles, "MIN_TILED_TOKENS_IN_FP32", 0)  # of eager rows alone
     taken = []
-    attend = attention_hf_decoder._attend
-    monkeypatch.setattr(attention_hf_decoder, "_attend", lambda *inputs: taken.append(1) or attend(*inputs))
+    attend = tiles._attend
+    monkeypatch.setattr(tiles, "_attend", lambda *inputs: taken.append(1) or attend(*inputs))
 
     def loss_and_gradients(forward) -> tuple[torch.Tensor, list[torch.Tensor]]:
         with torch.autocast("cpu", torch.bfloat16, enabled=variant == "autocast"):

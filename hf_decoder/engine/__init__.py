@@ -1,0 +1,18 @@
+"""What makes the model fast: installed with the package, never copied to a checkpoint."""
+
+from typing import Any
+
+__all__ = ["attach", "detach", "settings"]
+
+
+def __getattr__(name: str) -> Any:  # the classes take seconds to import
+    if name == "settings":
+        from hf_decoder.engine.settings import settings as found
+    elif name in __all__:
+        from hf_decoder.engine import twins
+
+        found = getattr(twins, name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = found
+    return found

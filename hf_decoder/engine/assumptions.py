@@ -1,0 +1,222 @@
+"""What the fast ways assume of a model: one list, looked at once a call. Whatever differs goes by the plain modules.
+
+Everything that the `forward`s of the plain modules read is here in one of three ways: it is compared with what the
+fast ways were written for, it is part of the `state` by which a decoding step is known (so that a change makes a new
+step), or fast ways read it from the live module as the plain ones do.
+"""
+
+from collections.abc import Iterable
+from itertools import chain
+from operator import itemgetter
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from transformers.activations import ACT2FN
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from hf_decoder.model import modeling_hf_decoder
+
+PLAIN = (torch.Tensor, nn.Parameter)  # tensors that are no more than their numbers
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SILU = (type(ACT2FN["silu"]), nn.SiLU)
+METHODS = ("__call__", "forward", "attend", "layer_masks", "run_layers", "compute_logits", "linear_loss")
+# What stands among a module's own attributes where somebody has put a function in place of its class's.
+OWN = {*METHODS, "_compiled_call_impl"}
+# Hooks that change nothing: transformers' recorders act on calls that ask for outputs, which go by the modules.
+HARMLESS_HOOKS = "transformers.utils.output_capturing"
+FSDP_HOOKS = "torch.distributed.fsdp"
+
+# What decides a decoding step besides weights: attributes of each kind of module, and fields of the config.
+ATTENTION = ("layer_idx", "head_dim", "num_key_value_groups", "scaling", "is_causal", "use_rope", "use_qk_norm")
+ROTARY = ("attention_scaling", "rope_type", "max_seq_len_cached", "original_max_seq_len")
+CONFIG = ("num_hidden_layers", "layer_types", "sliding_window", "final_logit_softcapping", "rope_parameters")
+_attention_values, _rotary_values, _config_values = (itemgetter(*names) for names in (ATTENTION, ROTARY, CONFIG))
+_HOOKS = itemgetter("_forward_hooks"), itemgetter("_forward_pre_hooks")
+_PARAMETERS = itemgetter("_parameters")
+
+_as_written: dict[type, tuple] = {}
+
+
+def register(room: ModuleType, *twins: type) -> None:
+    """Takes the classes of a module of model code, and their twins, as they are now for the ones that are meant."""
+    classes = [kind for kind in vars(room).values() if isinstance(kind, type) and kind.__module__ == room.__name__]
+    for kind in (*classes, *twins):
+        if issubclass(kind, nn.Module):
+            _as_written.setdefault(kind, _methods(kind))
+
+
+def _methods(kind: type) -> tuple:
+    return tuple(getattr(kind, name, None) for name in METHODS)
+
+
+def is_as_written(kind: type) -> bool:
+    """Whether this is a class that the fast ways know, and nobody has put a function of their own into it."""
+    if issubclass(kind, FSDPModule):  # a class of torch's making, over the one that was sharded
+        kind = kind.__bases__[1]
+    return _as_written.get(kind) == _methods(kind)
+
+
+class Structure(NamedTuple):
+    """What the layers of a decoder have in common, for the operators between their linear maps."""
+
+    plain_attention_inputs: bool  # the maps that read an input are torch's own, which only multiply by it
+    plain_mlp_inputs: bool
+    has_silu: bool
+
+
+def structure_of(decoder: Any) -> Structure | None:
+    """The structure of a decoder; None where its layers must be called as modules.
+
+    They need not be if they, their norms, attention and MLP are as they were written and nothing hangs on them. Their
+    linear maps may be of any kind.
+    """
+    implementation = decoder.config._attn_implementation
+    if implementation != "sdpa" and not implementation.startswith("flash"):  # others can return attention weights
+        return None
+    if torch.nn.modules.module._has_any_global_hook():
+        return None
+    modules, norms, inputs_of_attention, inputs_of_mlp, activations = [], [decoder.norm], [], [], []
+    for layer in decoder.layers[: decoder.config.num_hidden_layers]:
+        if not is_as_written(type(layer)):  # before its parts are asked for
+            return None
+        attention, mlp = layer.self_attn, layer.mlp
+        modules += [layer, attention, mlp, mlp.act_fn]
+        norms += [layer.input_layernorm, layer.post_attention_layernorm]
+        if attention.use_qk_norm:
+            norms += [attention.q_norm, attention.k_norm]
+        inputs_of_attention += [attention.q_proj, attention.k_proj, attention.v_proj]
+        inputs_of_mlp += [mlp.gate_proj, mlp.up_proj]
+        activations.append(mlp.act_fn)
+    kinds = {type(module) for module in (*modules, *norms)} - {type(activation) for activation in activations}
+    if not all(map(is_as_written, kinds)) or any(map(is_hooked, (*modules, *norms))):
+        return None
+    device = decoder.norm.weight.device
+    is_sharded = any(isinstance(module, FSDPModule) for module in modules)  # its hooks gather what a layer needs
+    for norm in norms:
+        if norm.weight.device != device or not (is_sharded or type(norm.weight) in PLAIN):
+            return None
+    return Structure(
+        _are_torchs_own(inputs_of_attention),
+        _are_torchs_own(inputs_of_mlp),
+        all(type(activation) in SILU for activation in activations),
+    )
+
+
+def _are_torchs_own(maps: Iterable[nn.Module]) -> bool:
+    """An adapter or a quantizer casts in its own way, and a hook may write into what it is given."""
+    return all(type(module) is nn.Linear and not module._forward_pre_hooks for module in maps)
+
+
+def attends_as_stock(decoder: Any) -> bool:
+    """Whether attention is causal and torch's, so that another kernel gives the same."""
+    config = decoder.config
+    if config._attn_implementation != "sdpa" or ALL_ATTENTION_FUNCTIONS["sdpa"] is not sdpa_attention_forward:
+        return False
+    attentions = [getattr(layer, "self_attn", None) for layer in decoder.layers[: config.num_hidden_layers]]
+    return getattr(config, "is_causal", True) is True and all(
+        getattr(attention, "is_causal", False) is True and not (decoder.training and attention.attention_dropout)
+        for attention in attentions
+    )
+
+
+def state_of(model: Any) -> tuple[list[int], list[Any]] | None:
+    """What a decoding step of an `HfDecoderForCausalLM` is known by; None where the modules must be called.
+
+    That is all modules and tensors by identity, and all values that their `forward`s read. Modules need not be called
+    if they are as written, plain, without hooks, on one device, in evaluation mode.
+    """
+    # Asked at each call of `generate()`, of every module: in few calls that go through all of them
+    config, decoder, head = model.config, model.model, model.lm_head
+    if model.training or torch.nn.modules.module._has_any_global_hook() or not attends_as_stock(decoder):
+        return None
+    if not getattr(config, "return_dict", True) or decoder.config is not config:
+        return None
+    if getattr(config, "output_hidden_states", False) or getattr(config, "output_attentions", False):
+        return None
+    modules = modules_below(decoder, head)
+    layers = decoder.layers[: config.num_hidden_layers]
+    activations = {id(layer.mlp.act_fn) for layer in layers if hasattr(layer, "mlp")}
+    kinds = set(map(type, modules)) - {nn.ModuleList}  # which is never called
+    strange = {kind for kind in kinds if not is_as_written(kind)}
+    if strange and any(type(module) in strange and id(module) not in activations for module in modules):
+        return None
+    attributes = list(map(vars, modules))
+    may_be_hooked = any(any(map(hooks, attributes)) for hooks in _HOOKS)
+    if (may_be_hooked or not all(map(OWN.isdisjoint, attributes))) and any(map(is_hooked, modules)):
+        return None
+    if decoder.embed_tokens.max_norm is not None or not _fit_together(layers):
+        return None
+    weights = (decoder.embed_tokens.weight, decoder.norm.weight, head.weight)
+    if len({weight.device for weight in weights}) > 1:
+        return None
+    tensors = chain.from_iterable(map(dict.values, map(_PARAMETERS, attributes)))
+    identities = [*map(id, modules), *map(id, tensors)]
+    values: list[Any] = [of["variance_epsilon"] for of in attributes if "variance_epsilon" in of]
+    values += [_attention_values(vars(layer.self_attn)) for layer in layers]
+    rotary = vars(decoder.rotary_emb)
+    values += [*_rotary_values(rotary), _numbers(decoder.rotary_emb.inv_freq), repr(_config_values(vars(config)))]
+    return identities, values
+
+
+def _numbers(inv_freq: torch.Tensor) -> Any:
+    """What changes with the frequencies, also where they are written into; reading a GPU's would wait for it."""
+    if inv_freq.is_cpu:
+        return inv_freq.tolist()
+    return id(inv_freq), 0 if inv_freq.is_inference() else inv_freq._version
+
+
+def _fit_together(layers: Iterable[Any]) -> bool:
+    """Whether all layers have heads of one shape and scale, and each stands in its place."""
+    shapes = set()
+    for index, layer in enumerate(layers):
+        attention = layer.self_attn
+        width = attention.head_dim
+        queries, keys, values = (getattr(attention, name).weight.shape[0] for name in ("q_proj", "k_proj", "v_proj"))
+        if attention.layer_idx != index or queries != keys * attention.num_key_value_groups or keys != values:
+            return False
+        shapes.add((width, queries, keys, attention.scaling))
+    return len(shapes) == 1
+
+
+def modules_below(*roots: nn.Module) -> list[nn.Module]:
+    """These and all below them, one that two share twice: a tenth of the time that `modules()` takes."""
+    modules = [*roots]
+    for module in modules:
+        if children := module.__dict__["_modules"]:
+            modules += [child for child in children.values() if child is not None]
+    return modules
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a call of this module does more, or something else, than its class says."""
+    if not OWN.isdisjoint(module.__dict__) and any(module.__dict__.get(name) is not None for name in OWN):
+        return True
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    if module._backward_hooks or module._backward_pre_hooks:
+        return True
+    harmless = (HARMLESS_HOOKS, FSDP_HOOKS) if isinstance(module, FSDPModule) else (HARMLESS_HOOKS,)
+    return any(not (getattr(hook, "__module__", None) or "").startswith(harmless) for hook in hooks)
+
+
+register(modeling_hf_decoder)
+for kind in (nn.Linear, nn.Embedding, *SILU):
+    _as_written[kind] = _methods(kind)
+
+
+__all__ = [
+    "DTYPES",
+    "PLAIN",
+    "SILU",
+    "Structure",
+    "attends_as_stock",
+    "is_as_written",
+    "is_hooked",
+    "modules_below",
+    "register",
+    "state_of",
+    "structure_of",
+]

@@ -1,0 +1,54 @@
+"""Masks that stand in for those of a call's layers where an attention of our own is faster, or needs no S x S mask."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, DynamicCache
+
+from hf_decoder.engine import assumptions
+from hf_decoder.engine.attention.tiles import CausalTiles, may_be_faster_in_tiles, stock_kernel_is_faster, tile_masks
+from hf_decoder.engine.attention.varlen import varlen_masks
+from hf_decoder.model.modeling_hf_decoder import LayerMask
+
+
+def engine_masks(
+    decoder: Any,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    cache: Cache | None,
+) -> Mapping[str, LayerMask | None] | None:
+    """One for each type of layer; None where attention goes by torch's kernel and the plain masks.
+
+    Args:
+        decoder: an `HfDecoderModel`.
+        inputs_embeds: (B, S, D).
+        attention_mask: (B, K), 1 for tokens, 0 for padding, or a prepared mask.
+        position_ids: (B, S), as the caller gave them: where they do not go up by one, a document starts.
+        cache: of the tokens before.
+    """
+    if not assumptions.attends_as_stock(decoder):
+        return None
+    config, training = decoder.config, decoder.training
+    windows = {kind: config.sliding_window if kind == "sliding_attention" else None for kind in config.layer_types}
+    if torch.compiler.is_compiling():
+        # documents and padding would have to be looked for in the data, which a graph cannot do
+        whole = position_ids is None and attention_mask is None and cache is None
+        if not (whole and training and may_be_faster_in_tiles(inputs_embeds)):
+            return None
+        if stock_kernel_is_faster(inputs_embeds, windows):
+            return None
+        return {kind: CausalTiles(window) for kind, window in windows.items()}
+    if cache is not None and (type(cache) is not DynamicCache or cache.get_seq_length()):
+        return None
+    if attention_mask is not None and attention_mask.ndim != 2:
+        return None
+    if attention_mask is not None and position_ids is not None and cache is None and bool(attention_mask.all()):
+        attention_mask = None  # says nothing, and must not hide documents
+    documents = position_ids if cache is None and attention_mask is None else None
+    inputs = inputs_embeds, attention_mask, documents, windows
+    return varlen_masks(*inputs, config.head_dim, training) or tile_masks(*inputs)
+
+
+__all__ = ["engine_masks"]

@@ -1,0 +1,353 @@
+"""Attention of whole sequences in tiles: causal, windowed or packed, without a mask of length squared.
+
+On a CPU with products in half precision this beats the flash kernel of `scaled_dot_product_attention`: the matmuls of
+a tile run at full speed and the heads of a group share theirs, so keys and values are never repeated. Memory is linear
+in the length: a tile's weights live only while the tile is computed, and the backward pass computes them again (Dao et
+al. 2022, section 3.1). Where products are in fp32 that kernel is the faster one for long rows of one document.
+Shapes: B batch, S tokens, H query heads, G key/value heads, E head_dim, T rows of a tile, K keys that a tile sees.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from hf_decoder.engine.operators import operator
+from hf_decoder.engine.precision import autocast_dtype, fast_dtype, product_dtype
+from hf_decoder.model.modeling_hf_decoder import LayerMask
+
+aten = torch.ops.aten
+
+MIN_TILED_TOKENS = 64  # of a row; below, one call of the stock kernel is as fast, forward and backward
+MIN_TILED_TOKENS_IN_INFERENCE = 288  # of all rows: forward alone, that kernel is as fast up to here
+MIN_TILED_TOKENS_IN_FP32 = 257  # of a row of one document: forward and backward, in fp32, it is faster up to here
+MIN_STOCK_TOKENS_IN_FP32 = 1024  # of a row of one document; from here on that kernel is the faster one again, in fp32
+SHORT_SEQUENCE = 256
+TILE_ROWS = {"short": 64, "long": 128}  # measured on two AVX-512 cores, forward and backward, in bf16; fp32: short
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Rows `start` to `stop` of the queries, which see the keys from `first_key` to `stop`."""
+
+    start: int
+    stop: int
+    first_key: int
+    bias: torch.Tensor  # added to the scores of the last columns: (1 or B, 1, T, columns), 0 or -inf
+
+
+@dataclass(frozen=True)
+class TilePlan(LayerMask):
+    """Which query sees which key, worked out once a forward pass; stands in for the attention mask of a layer."""
+
+    tiles: tuple[Tile, ...]
+    is_causal: bool  # rows of one document without a window
+
+    def attend(self, attention, module, query, key, value, **kwargs) -> tuple[torch.Tensor, None]:
+        return tiled_attention_forward(module, query, key, value, self, kwargs["scaling"])
+
+
+@dataclass
+class CausalTiles(LayerMask):
+    """In place of a plan in a compiled graph, where it is worked out by the operator: one document a row."""
+
+    window: int | None
+
+    def attend(self, attention, module, query, key, value, **kwargs) -> tuple[torch.Tensor, None]:
+        return tiled_attention_forward(module, query, key, value, self, kwargs["scaling"])
+
+
+def may_be_faster_in_tiles(hidden_states: torch.Tensor) -> bool:
+    """Whether tiles are for rows (B, S, D) of this length on this device."""
+    return hidden_states.device.type == "cpu" and hidden_states.shape[1] >= MIN_TILED_TOKENS
+
+
+def stock_kernel_is_faster(hidden_states: torch.Tensor, windows: dict[str, int | None]) -> bool:
+    """Whether rows (B, S, D) of one document each are attended to at least as fast by torch's own kernel, on a CPU."""
+    rows, length = hidden_states.shape[:2]
+    if not torch.is_grad_enabled() and rows * length < MIN_TILED_TOKENS_IN_INFERENCE:
+        return True
+    if torch.compiler.is_compiling():  # a graph by torch 2.11 has wrong gradients of that kernel
+        return False
+    is_whole = all(window is None or window >= length for window in windows.values())  # or it would need a mask
+    return is_whole and length < MIN_TILED_TOKENS_IN_FP32 and product_dtype(hidden_states) == torch.float32
+
+
+def document_starts(position_ids: torch.Tensor) -> torch.Tensor:
+    """(B, S) positions -> (B, S) column at which each token's document starts; a jump in the positions starts one."""
+    columns = torch.arange(position_ids.shape[1], device=position_ids.device).expand_as(position_ids)
+    starts = torch.ones_like(position_ids, dtype=torch.bool)
+    starts[:, 1:] = position_ids.diff(dim=-1) != 1
+    return torch.where(starts, columns, 0).cummax(dim=-1).values
+
+
+def tile_masks(
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    document_positions: torch.Tensor | None,
+    windows: dict[str, int | None],
+) -> dict[str, TilePlan] | None:
+    """What stands in for the mask of each type of layer; `None` where the stock kernel is as fast or rows are padded.
+
+    Args:
+        inputs_embeds: (B, S, D), before which nothing is cached.
+        attention_mask: (B, S), 1 for tokens, 0 for padding.
+        document_positions: (B or 1, S); positions that do not go up by one mark the start of a document.
+        windows: the window of each type of layer.
+    """
+    if not may_be_faster_in_tiles(inputs_embeds):
+        return None
+    if document_positions is None and stock_kernel_is_faster(inputs_embeds, windows):
+        return None  # of several documents that kernel would need a mask
+    if attention_mask is not None and not bool(attention_mask.all()):
+        return None
+    if document_positions is None:
+        document_positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0)
+    dtype = product_dtype(inputs_embeds)
+    return {kind: plan_tiles(document_positions, dtype, window) for kind, window in windows.items()}
+
+
+def plan_tiles(position_ids: torch.Tensor, dtype: torch.dtype, sliding_window: int | None = None) -> TilePlan:
+    """Lays out the tiles for rows of one or more documents each.
+
+    Args:
+        position_ids: (B, S); positions that do not go up by one mark the start of a document.
+        dtype: of the scores that the tiles' biases are added to.
+        sliding_window: last tokens that a token sees, itself included; all of its document when `None`.
+    """
+    length = position_ids.shape[1]
+    is_wide = fast_dtype(position_ids.device, dtype) == torch.float32
+    rows = TILE_ROWS["short" if length <= SHORT_SEQUENCE or is_wide else "long"]
+    starts = document_starts(position_ids)
+    # one transfer from the device for all tiles
+    first_documents, last_documents = starts[:, ::rows].amin(0).tolist(), starts.amax(0)[rows - 1 :: rows].tolist()
+    last_documents.append(int(starts[:, -1].max()))
+    columns = torch.arange(length, device=position_ids.device)
+    causal: dict[int, torch.Tensor] = {}
+
+    tiles, is_causal = [], not any(last_documents)
+    for index, start in enumerate(range(0, length, rows)):
+        stop = min(start + rows, length)
+        first_key = first_documents[index]
+        windowed = False
+        if sliding_window is not None and stop - sliding_window > first_key:
+            windowed, is_causal = True, False
+            first_key = max(first_key, start - sliding_window + 1)
+        if last_documents[index] <= first_key and not windowed:  # one document: only the diagonal block has a mask
+            size = stop - start
+            if size not in causal:
+                hidden = torch.ones(size, size, dtype=torch.bool, device=position_ids.device).triu(1)
+                causal[size] = _bias(hidden, dtype)[None, None]
+            bias = causal[size]
+        else:
+            query, key = columns[start:stop, None], columns[None, first_key:stop]
+            hidden = (key > query) | (key < starts[:, start:stop, None])
+            if sliding_window is not None:
+                hidden |= key <= query - sliding_window
+            bias = _bias(hidden, dtype)[:, None]
+        tiles.append(Tile(start, stop, first_key, bias))
+    return TilePlan(tuple(tiles), is_causal)
+
+
+def _bias(hidden: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, float("-inf"))
+
+
+def tiled_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,  # (B, H, S, E)
+    key: torch.Tensor,  # (B, G, S, E)
+    value: torch.Tensor,  # (B, G, S, E)
+    attention_mask: TilePlan | CausalTiles,
+    scaling: float,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """Attention as the functions of transformers' attention interface give it: the output as (B, S, H, E)."""
+    dtype = autocast_dtype(query.device)
+    if dtype is not None:
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    with torch.autocast(query.device.type, enabled=False):
+        if isinstance(attention_mask, CausalTiles):
+            return _CompiledTiledAttention.apply(query, key, value, attention_mask.window, scaling), None
+        if _is_for_stock_kernel(query, attention_mask):
+            return _StockCausalAttention.apply(query, key, value, scaling), None
+        return _TiledAttention.apply(query, key, value, attention_mask, scaling), None
+
+
+def _is_for_stock_kernel(query, plan: TilePlan) -> bool:
+    """Whether these are long rows of one document without a window, to be multiplied in fp32.
+
+    Not in compiled graphs: that of torch 2.11 gives wrong gradients of this kernel.
+    """
+    is_long = query.shape[2] >= MIN_STOCK_TOKENS_IN_FP32
+    return is_long and plan.is_causal and fast_dtype(query.device, query.dtype) == torch.float32
+
+
+def _weights(query, key, tile: Tile, scaling: float) -> torch.Tensor:
+    """Softmax of a tile's scores, (B * G, H / G * T, K)."""
+    batch, heads, _, head_dim = query.shape
+    groups, rows, keys = key.shape[1], tile.stop - tile.start, tile.stop - tile.first_key
+    tile_query = (query[:, :, tile.start : tile.stop] * scaling).reshape(batch * groups, -1, head_dim)
+    tile_key = key[:, :, tile.first_key : tile.stop].reshape(batch * groups, keys, head_dim)
+    scores = torch.bmm(tile_query, tile_key.transpose(1, 2))
+    bias = tile.bias.to(scores.dtype)  # half precision may be multiplied in fp32
+    scores.view(batch, heads, rows, keys)[..., keys - bias.shape[-1] :].add_(bias)
+    return torch.softmax(scores, dim=-1)  # in fp32 inside, whatever the dtype
+
+
+def _in_fast_precision(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    dtype = fast_dtype(tensors[0].device, tensors[0].dtype)
+    return [tensor.to(dtype) for tensor in tensors]
+
+
+def _attend(query, key, value, plan: TilePlan, scaling: float) -> torch.Tensor:
+    batch, heads, length, head_dim = query.shape
+    groups = key.shape[1]
+    output = query.new_empty(batch, length, heads, head_dim)
+    query, key, value = _in_fast_precision(query, key, value)
+    for tile in plan.tiles:
+        tile_value = value[:, :, tile.first_key : tile.stop].reshape(batch * groups, -1, head_dim)
+        tile_output = torch.bmm(_weights(query, key, tile, scaling), tile_value)
+        output[:, tile.start : tile.stop] = tile_output.view(batch, heads, -1, head_dim).transpose(1, 2)
+    return output
+
+
+def _gradients(
+    grad_output, query, key, value, plan: TilePlan, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    batch, heads, _, head_dim = query.shape
+    groups = key.shape[1]
+    dtype, grad_query = query.dtype, torch.empty_like(query)
+    grad_output, query, key, value = _in_fast_precision(grad_output, query, key, value)
+    # fp32 whatever the dtype: many tiles are added up
+    grad_key = torch.zeros_like(key, dtype=torch.float32)
+    grad_value = torch.zeros_like(value, dtype=torch.float32)
+    for tile in plan.tiles:
+        rows, keys = slice(tile.start, tile.stop), slice(tile.first_key, tile.stop)
+        count = tile.stop - tile.first_key
+        weights = _weights(query, key, tile, scaling)
+        tile_query = query[:, :, rows].reshape(batch * groups, -1, head_dim)
+        tile_key = key[:, :, keys].reshape(batch * groups, count, head_dim)
+        tile_value = value[:, :, keys].reshape(batch * groups, count, head_dim)
+        tile_grad = grad_output[:, rows].transpose(1, 2).reshape(batch * groups, -1, head_dim)
+        shape = (batch, groups, count, head_dim)
+        grad_value[:, :, keys] += torch.bmm(weights.transpose(1, 2), tile_grad).view(shape)
+        grad_weights = torch.bmm(tile_grad, tile_value.transpose(1, 2))
+        grad_scores = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+        grad_scores *= scaling
+        grad_query[:, :, rows] = torch.bmm(grad_scores, tile_key).view(batch, heads, -1, head_dim)
+        grad_key[:, :, keys] += torch.bmm(grad_scores.transpose(1, 2), tile_query).view(shape)
+    return grad_query, grad_key.to(dtype), grad_value.to(dtype)
+
+
+class _TiledAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, key, value, plan, scaling):
+        ctx.save_for_backward(query, key, value)
+        ctx.plan, ctx.scaling = plan, scaling
+        return _attend(query, key, value, plan, scaling)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        with torch.autocast(grad_output.device.type, enabled=False):
+            return *_gradients(grad_output, *ctx.saved_tensors, ctx.plan, ctx.scaling), None, None
+
+
+class _StockCausalAttention(torch.autograd.Function):
+    """By torch's flash kernel in fp32, of what is kept as it came and not repeated.
+
+    Forward and backward of 2,048 tokens, 8 and 4 heads of 64, on two AVX2 cores: 206 ms, in tiles 280; of 512 tokens
+    as long as in tiles, with 14 and 2 heads 43 against 40. In half precision the kernel's backward pass goes number by
+    number: 151 ms of 512 tokens, 1,461 of 2,048.
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, scaling):
+        inputs = _repeated_in_fp32(query, key, value)
+        output, log_sums = aten._scaled_dot_product_flash_attention_for_cpu(*inputs, 0.0, True, scale=scaling)
+        output = output.to(query.dtype)
+        ctx.save_for_backward(query, key, value, output, log_sums)
+        ctx.scaling = scaling
+        return output.transpose(1, 2).contiguous()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        query, key, value, output, log_sums = ctx.saved_tensors
+        grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad_output.transpose(1, 2).float(),
+            *_repeated_in_fp32(query, key, value),
+            output.float(),
+            log_sums,
+            0.0,
+            True,
+            scale=ctx.scaling,
+        )
+        of_groups = (grad.unflatten(1, (key.shape[1], -1)).sum(2) for grad in grads[1:])
+        return *(grad.to(query.dtype) for grad in (grads[0], *of_groups)), None
+
+
+def _repeated_in_fp32(query, key, value) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """With a key and value head for every query head."""
+    of_group = query.shape[1] // key.shape[1]
+    key, value = (x.float().repeat_interleave(of_group, 1) if of_group > 1 else x.float() for x in (key, value))
+    return query.float(), key, value
+
+
+@lru_cache(maxsize=16)
+def _causal_plan(length: int, dtype: torch.dtype, window: int | None) -> TilePlan:
+    return plan_tiles(torch.arange(length).unsqueeze(0), dtype, window)
+
+
+def _attend_causal(query, key, value, window: int | None, scaling: float) -> torch.Tensor:
+    return _attend(query, key, value, _causal_plan(query.shape[2], query.dtype, window), scaling)
+
+
+def _gradients_causal(grad_output, query, key, value, window: int | None, scaling: float) -> list[torch.Tensor]:
+    plan = _causal_plan(query.shape[2], query.dtype, window)
+    return [gradient.contiguous() for gradient in _gradients(grad_output, query, key, value, plan, scaling)]
+
+
+_attend_operator = operator(
+    "tiled_attention(Tensor query, Tensor key, Tensor value, int? window, float scaling) -> Tensor",
+    _attend_causal,
+    lambda query, key, value, window, scaling: query.new_empty(
+        query.shape[0], query.shape[2], query.shape[1], query.shape[3]
+    ),
+)
+_gradients_operator = operator(
+    "tiled_attention_gradients(Tensor grad_output, Tensor query, Tensor key, Tensor value, int? window, float scaling)"
+    " -> Tensor[]",
+    _gradients_causal,
+    lambda grad_output, query, key, value, window, scaling: [x.new_empty(x.shape) for x in (query, key, value)],
+)
+
+
+class _CompiledTiledAttention(torch.autograd.Function):
+    """The same as two operators: traced, every tile would be compiled by itself."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, window, scaling):
+        ctx.save_for_backward(query, key, value)
+        ctx.window, ctx.scaling = window, scaling
+        return _attend_operator(query, key, value, window, scaling)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        return *_gradients_operator(grad_output, *ctx.saved_tensors, ctx.window, ctx.scaling), None, None
+
+
+__all__ = [
+    "MIN_TILED_TOKENS",
+    "CausalTiles",
+    "TilePlan",
+    "document_starts",
+    "may_be_faster_in_tiles",
+    "plan_tiles",
+    "stock_kernel_is_faster",
+    "tile_masks",
+    "tiled_attention_forward",
+]

@@ -1,0 +1,178 @@
+"""The decoding step of a few rows on a CPU, as one call of a function in C++.
+
+Its weights, of fp32, bf16 or torchao's int8, are read where they lie. A graph of torch.compile spends about as long
+on its buffers and guards as a small model's step takes: see the README. Short prompts are taken too, where that is
+sooner done than by the modules.
+"""
+
+import ctypes
+import sys
+from collections.abc import Callable, Collection
+from functools import cache
+from typing import Any
+
+import torch
+from transformers.cache_utils import StaticCache
+
+from hf_decoder.engine.decoding.products import AnyWeights, Weights
+from hf_decoder.engine.decoding.static_step import StaticStep, end_rows, is_for_kernels
+from hf_decoder.engine.cpp.build import load_step
+from hf_decoder.engine.int8 import Int8Weights
+from hf_decoder.engine.precision import cpu_has, fast_dtype
+
+DTYPES = (torch.float32, torch.bfloat16)
+WIDE_VECTORS = torch.backends.cpu.get_cpu_capability() == "AVX512"  # of 512 bits
+# of all rows: with more, matrix products of a library are as fast, and their attention faster; in fp32 sooner, by
+# vectors of 256 bits
+MAX_PROMPT_LINES, MAX_FP32_PROMPT_LINES = 128, 32
+
+
+class CppStep(StaticStep):
+    """The step by `run` of cpp/step.cpp."""
+
+    max_rows = 32 if WIDE_VECTORS else 8  # of more, products are bound by arithmetic, which libraries do as fast
+
+    def __init__(self, step: Any, rows: int = 1):
+        """step: a `DecodingStep` that `is_for_cpp`. Compiles the function, if no process has before.
+
+        Raises:
+            RuntimeError: where there is no compiler, or not one that knows vectors.
+        """
+        super().__init__(step, rows)
+        self._function = _function()
+        size, heads, width = step.embedding.shape[1], step.groups * step.heads_per_group, step.head_dim
+        inner = step.layers[0].gate[0].shape[0]
+        rotary = step.rotary
+        self._frequencies = rotary.inv_freq.float().contiguous()
+        # the struct `Step` and those it points to
+        self._layers = _table([_layer(layer) for layer in step.layers])
+        self._struct = _table(
+            [
+                *(self._layers.data_ptr(), step.embedding.data_ptr(), *_norm(step.norm), *_product(step.head)),
+                self._frequencies.data_ptr(),
+                *map(_bits, (rotary.attention_scaling, step.scaling, step.cap or 0.0)),
+                *(rows, len(step.layers), size, heads, step.groups, width, 2 * len(self._frequencies), inner),
+            ]
+        )
+        rotated = 2 * len(self._frequencies)
+        self._numbers = rotated + 2 * size + (2 * heads + 2 * step.groups) * width + 2 * inner  # of a line
+        self._room = torch.zeros(rows, self._numbers, dtype=torch.float32, device="cpu")
+        self._is_half = step.embedding.dtype == torch.bfloat16
+
+    def _run(self, chooses: bool) -> None:
+        self._call(self._ids, self._room, 1, chooses)
+
+    def _call(self, ids: torch.Tensor, room: torch.Tensor, tokens: int, chooses: bool) -> None:
+        places = (self._struct, self._buffers, self._state, ids, self._logits, room)
+        self._function(*(place.data_ptr() for place in places), self._is_half, torch.get_num_threads(), tokens, chooses)
+
+    def takes_prompts(self, rows: int, tokens: int) -> bool:
+        return rows == self.rows and rows * tokens <= _prompt_lines(self._step)
+
+    def prompt(
+        self,
+        input_ids: torch.Tensor,
+        cache: StaticCache,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+    ) -> torch.Tensor | None:
+        """(B, S) -> (B, 1, V) of the last ones, all of them cached; None, nothing done, where it cannot begin.
+
+        Mask and positions are those of `begin`.
+        """
+        rows, tokens = input_ids.shape
+        layers: list[Any] = cache.layers
+        if position_ids is not None and not _are_steady(position_ids, attention_mask):
+            return None
+        for layer in layers:
+            if not layer.is_initialized:
+                key = self._logits.new_empty(rows, self._step.groups, 0, self._step.head_dim)
+                layer.lazy_initialization(key, key)
+        if not self.begin(cache, attention_mask, position_ids, tokens=tokens):
+            return None
+        self._call(input_ids.contiguous(), self._room.new_empty(rows * tokens, self._numbers), tokens, chooses=False)
+        self._next_past += tokens
+        return self._logits.clone().unsqueeze(1)
+
+    def _write(self, text: torch.Tensor, made: int, ends: Collection[int], pad: int) -> int | None:
+        ended = {row for row, token in enumerate(self._ids.tolist()) if token in ends}
+        for place in range(made, text.shape[1]):
+            self._run(chooses=True)
+            if not ends:
+                continue
+            if end_rows(self._ids.tolist(), text, place, ends, ended, pad):
+                return place + 1
+            if ended:
+                self._ids.copy_(text[:, place])
+        return None
+
+
+def _prompt_lines(step: Any) -> int:
+    """How many tokens of all rows the function takes sooner than the modules do."""
+    dtype = step.embedding.dtype
+    if dtype != torch.float32:
+        is_slower = fast_dtype(step.embedding.device, dtype) == dtype and not _multiplies_bf16_by_vectors()
+        return 0 if is_slower else MAX_PROMPT_LINES
+    is_int8 = isinstance(step.layers[0].gate, Int8Weights)
+    return MAX_PROMPT_LINES if is_int8 or WIDE_VECTORS else MAX_FP32_PROMPT_LINES
+
+
+def _multiplies_bf16_by_vectors() -> bool:
+    """Whether this CPU multiplies bf16 as the function does, and has no matrices of it, which oneDNN has faster."""
+    return cpu_has("avx512_bf16") and not cpu_has("amx_bf16")
+
+
+def _are_steady(position_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> bool:
+    """Whether positions (B or 1, S) go up by one with each token that is seen."""
+    tokens = position_ids.shape[1]
+    steady = position_ids[:, -1:] + torch.arange(1 - tokens, 1, device=position_ids.device)
+    differs = position_ids != steady
+    return not bool((differs if attention_mask is None else differs & (attention_mask[:, -tokens:] != 0)).any())
+
+
+def is_for_cpp(step: Any) -> bool:
+    """Whether the function computes what this step does."""
+    return (
+        sys.platform != "win32"  # where torch's compiler is one without GCC's vectors
+        and step.embedding.device.type == "cpu"
+        and step.embedding.dtype in DTYPES
+        and is_for_kernels(step, Weights, Int8Weights)
+    )
+
+
+@cache
+def _function() -> Callable:
+    kernel = load_step().kernel  # called without the interpreter's lock
+    kernel.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_int64] * 4
+    kernel.restype = None
+    return kernel
+
+
+def _table(fields: list) -> torch.Tensor:
+    return torch.tensor(fields, dtype=torch.int64, device="cpu")
+
+
+def _bits(number: float) -> int:
+    return int(torch.tensor(number, dtype=torch.float64, device="cpu").view(torch.int64))
+
+
+def _norm(norm: Any) -> list[int]:
+    if norm is None:
+        return [0, 0]
+    return [norm.weight.data_ptr(), _bits(norm.variance_epsilon)]
+
+
+def _product(of: AnyWeights) -> list[int]:
+    scales = of.scales if isinstance(of, Int8Weights) else None
+    places = [0 if tensor is None else tensor.data_ptr() for tensor in (of[0], scales, of.bias)]
+    return [*places, scales is not None and scales.dtype == torch.float32, *of[0].shape]
+
+
+def _layer(layer: Any) -> list[int]:
+    norms = (layer.input_norm, layer.query_norm, layer.key_norm, layer.mlp_norm)
+    products = (*layer.heads, layer.output, layer.gate, layer.up, layer.down)
+    fields = [field for part in (*map(_norm, norms), *map(_product, products)) for field in part]
+    return [*fields, layer.attention.use_rope]
+
+
+__all__ = ["CppStep", "is_for_cpp"]

@@ -1,0 +1,245 @@
+"""The decoding step on CUDA: Triton kernels for one row on a static cache, captured into one graph.
+
+Launched one by one, the kernels of a step take longer to launch than to run. A graph of them is launched at once, and
+it serves every cache: where keys and values lie is read from a table. Of greedy text the graph chooses the next token
+too, so that the device goes on without waiting to be told.
+
+Shapes: D hidden_size, H query heads, G key/value heads, E head_dim, V vocab_size, L layers.
+"""
+
+from collections.abc import Callable, Collection, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+
+from hf_decoder.engine.assumptions import DTYPES
+from hf_decoder.engine.decoding.products import Weights
+from hf_decoder.engine.decoding.static_step import StaticStep, is_for_kernels
+from hf_decoder.engine.training.loss import softcap
+
+STEPS_AHEAD = 8  # launched before it is looked whether the text has ended
+WHOLE_ROW = 2048  # inputs of a product that one block holds
+BLOCK = 1024  # of them, where a block does not
+MIN_BLOCKS = 1024  # of a product, so that every multiprocessor of a large GPU has several
+MAX_BLOCK_ELEMENTS = 8192
+MIN_LATE_INPUTS = 1024  # of a product that is long enough to hide what it takes to start the next kernel
+BLOCK_KEYS = {torch.float32: 32}  # of a step of attention; of half precision by the width of the heads
+PRECISION = "ieee"  # of products of attention in fp32: never tf32
+
+
+class CudaGraphStep(StaticStep):
+    """The step as one graph, or, of greedy text, as one that chooses the next token too."""
+
+    def __init__(self, step: Any, rows: int = 1):
+        """step: a `DecodingStep` that `is_capturable`. Compiles the kernels and captures them."""
+        super().__init__(step, rows)
+        weight = step.embedding
+        device, dtype, groups = weight.device, weight.dtype, step.groups
+        heads = groups * step.heads_per_group
+        self._hidden = torch.empty(weight.shape[1], dtype=dtype, device=device)
+        self._heads = torch.empty((heads + 2 * groups) * step.head_dim, dtype=dtype, device=device)
+        self._attended = torch.empty(heads * step.head_dim, dtype=dtype, device=device)
+        self._gated = torch.empty(step.layers[0].gate.weight.shape[0], dtype=dtype, device=device)
+        self._launches = self._plan()
+        self._graphs: dict[bool, torch.cuda.CUDAGraph] = {}
+        if device.type == "cuda":
+            self._capture()
+
+    def _write(self, text: torch.Tensor, made: int, ends: Collection[int], pad: int) -> int | None:
+        (row,) = text
+        stop: int | None = None
+        looking: _Copy | None = None
+        while made < len(row) and stop is None:
+            before, made = made, min(made + STEPS_AHEAD, len(row))
+            for _ in range(before, made):
+                self._run(chooses=True)
+            if ends:  # looked for while the next tokens are on their way
+                found, looking = looking, _Copy(row, before, made)
+                stop = None if found is None else found.first_of(ends)
+        return looking.first_of(ends) if looking is not None and stop is None else stop
+
+    def _run(self, chooses: bool) -> None:
+        if self._graphs:
+            self._graphs[chooses].replay()
+        else:  # the interpreter of Triton
+            self._launch(chooses)
+
+    def _launch(self, chooses: bool) -> None:
+        from hf_decoder.engine.triton.decoding import advance_kernel
+
+        for launch in self._launches:
+            launch()
+        if self._step.cap is not None:
+            self._logits.copy_(softcap(self._logits, self._step.cap))
+        chosen = torch.argmax(self._logits) if chooses else self._ids
+        layers = len(self._buffers)
+        advance_kernel[(1,)](chosen, self._ids, self._state, self._buffers, layers, chooses, _power_of_2(layers))
+
+    @torch.no_grad()
+    def _capture(self) -> None:
+        step, device = self._step, self._state.device
+        # a cache of two tokens and a text to run on once, which compiles the kernels
+        room = torch.zeros(2, step.groups * 2 * step.head_dim, dtype=step.embedding.dtype, device=device)
+        numbers = torch.zeros(3, dtype=torch.int64, device=device)
+        row = [room[0].data_ptr(), room[1].data_ptr(), numbers.data_ptr(), 0]
+        self._buffers.copy_(torch.tensor([row] * len(step.layers)))
+        with torch.cuda.device(device):
+            for chooses in (False, True):
+                self._state.copy_(torch.tensor([0, 0, 0, 2, numbers.data_ptr()]))
+                self._launch(chooses)
+                torch.cuda.synchronize()
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                    self._launch(chooses)
+                self._graphs[chooses] = graph
+
+    def _plan(self) -> list[Callable[[], Any]]:
+        """The kernels of a step, with all that they are called with."""
+        from hf_decoder.engine.triton.decoding import embedding_kernel, head_kernel
+
+        step, size, norm = self._step, self._hidden.shape[0], self._step.norm
+        embedding = embedding_kernel[(_blocks(size, BLOCK),)]
+        launches: list[Callable[[], Any]] = [
+            partial(embedding, self._ids, step.embedding, self._hidden, size, BLOCK_N=BLOCK, **_early(size))
+        ]
+        for layer in self._plan_layers():
+            launches += layer
+        outputs = self._logits.shape[1]
+        blocks, settings = _settings(outputs, size)
+        normed = (self._hidden, norm.weight, norm.variance_epsilon)
+        launches.append(
+            partial(head_kernel[(blocks,)], *normed, step.head.weight, self._logits, outputs, size, **settings)
+        )
+        return launches
+
+    def _plan_layers(self) -> Iterator[list[Callable[[], Any]]]:
+        from hf_decoder.engine.triton.decoding import (
+            KEYS_PER_SPLIT,
+            SPLITS,
+            attention_kernel,
+            gate_kernel,
+            heads_kernel,
+            residual_kernel,
+        )
+
+        step, device, hidden = self._step, self._state.device, self._hidden
+        heads, groups, head_dim = step.groups * step.heads_per_group, step.groups, step.head_dim
+        size, width, group_width = hidden.shape[0], heads * head_dim, groups * head_dim
+        inner, rotary = self._gated.shape[0], step.rotary
+        frequencies = rotary.inv_freq.to(device=device, dtype=torch.float32).contiguous()
+        # what programs of attention leave for each other; one set is enough, for a layer ends before the next begins
+        sums = torch.empty(SPLITS, width, dtype=torch.float32, device=device)
+        weights = torch.empty(SPLITS, 2, heads, dtype=torch.float32, device=device)
+        arrived = torch.zeros(groups, dtype=torch.int32, device=device)
+        between = (self._attended, sums, weights, arrived)
+        sizes = {
+            "H": heads,
+            "G": groups,
+            "E": head_dim,
+            "R": 2 * frequencies.shape[0],
+            "BLOCK_H": max(16, _power_of_2(step.heads_per_group)),
+            "BLOCK_K": BLOCK_KEYS.get(hidden.dtype, 128 if head_dim <= 64 else 64),
+            "BLOCK_E": max(16, _power_of_2(head_dim)),
+            "SPLITS": SPLITS,
+            "KEYS_PER_SPLIT": KEYS_PER_SPLIT,
+            "PRECISION": PRECISION,
+            **_early(size),
+        }
+
+        def residual(x: torch.Tensor, of: Weights) -> Callable[[], Any]:
+            blocks, settings = _settings(size, x.shape[0])
+            product = residual_kernel[(blocks,)]
+            return partial(product, x, of.weight, _bias(of), hidden, size, x.shape[0], of.bias is not None, **settings)
+
+        for layer, buffers in zip(step.layers, self._buffers, strict=True):
+            query, key, value = layer.heads
+            norm, mlp_norm = layer.input_norm, layer.mlp_norm
+            normed = (hidden, norm.weight, norm.variance_epsilon)
+            _, settings = _settings(width, size)
+            rows = settings["BLOCK_M"]
+            blocks = _blocks(width, rows) + 2 * _blocks(group_width, rows)
+            maps = (query.weight, key.weight, value.weight, *map(_bias, layer.heads))
+            shape = (self._heads, size, width, group_width, query.bias is not None)
+            project = partial(heads_kernel[(blocks,)], *normed, *maps, *shape, **settings)
+
+            head_norms: tuple[Any, ...] = (norm.weight, norm.weight, 0.0)  # anything stands in for none
+            if layer.query_norm is not None:
+                norms = layer.query_norm, layer.key_norm
+                head_norms = (norms[0].weight, norms[1].weight, norms[0].variance_epsilon)
+            scales = (frequencies, float(rotary.attention_scaling), step.scaling, self._state, buffers)
+            kinds = {"NORMED": layer.query_norm is not None, "ROPE": layer.attention.use_rope}
+            attend = partial(
+                attention_kernel[(groups, SPLITS)], self._heads, *head_norms, *scales, *between, **kinds, **sizes
+            )
+
+            blocks, settings = _settings(inner, size)
+            normed = (hidden, mlp_norm.weight, mlp_norm.variance_epsilon)
+            maps = (layer.gate.weight, layer.up.weight, _bias(layer.gate), _bias(layer.up))
+            gate_shape = (self._gated, inner, size, layer.gate.bias is not None)
+            gate = partial(gate_kernel[(blocks,)], *normed, *maps, *gate_shape, **settings)
+            yield [project, attend, residual(self._attended, layer.output), gate, residual(self._gated, layer.down)]
+
+
+class _Copy:
+    """Tokens on their way to the host."""
+
+    def __init__(self, text: torch.Tensor, start: int, stop: int):
+        self._start = start
+        on_device = text.device.type == "cuda"
+        self._tokens = torch.empty(stop - start, dtype=text.dtype, pin_memory=on_device)
+        self._tokens.copy_(text[start:stop], non_blocking=True)
+        self._arrived = torch.cuda.Event() if on_device else None
+        if self._arrived is not None:
+            self._arrived.record()
+
+    def first_of(self, ends: Collection[int]) -> int | None:
+        """The number of tokens up to the first of `ends`, if there is one."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        for place, token in enumerate(self._tokens.tolist(), self._start):
+            if token in ends:
+                return place + 1
+        return None
+
+
+def is_capturable(step: Any) -> bool:
+    """Whether the kernels compute what this step does."""
+    head_norms = [[norm for norm in (layer.query_norm, layer.key_norm) if norm is not None] for layer in step.layers]
+    return (
+        is_for_kernels(step, Weights)
+        and step.embedding.dtype in DTYPES
+        and step.head_dim <= 256
+        and all(len({norm.variance_epsilon for norm in norms}) < 2 for norms in head_norms)
+    )
+
+
+def _bias(of: Weights) -> torch.Tensor:
+    return of.weight if of.bias is None else of.bias  # anything stands in for none
+
+
+def _early(inputs: int) -> dict[str, bool]:
+    """How a kernel is told to start while the one before it ends, which pays where both are short."""
+    pdl = inputs < MIN_LATE_INPUTS and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+    return {"PDL": True, "launch_pdl": True} if pdl else {"PDL": False}
+
+
+def _settings(outputs: int, inputs: int) -> tuple[int, dict[str, Any]]:
+    """Number of blocks of a product, and what its kernel is told about them."""
+    whole = inputs <= WHOLE_ROW
+    columns = max(16, _power_of_2(inputs)) if whole else BLOCK
+    rows = 1
+    while rows < 16 and outputs // (2 * rows) >= MIN_BLOCKS and 2 * rows * columns <= MAX_BLOCK_ELEMENTS:
+        rows *= 2
+    return _blocks(outputs, rows), {"WHOLE": whole, "BLOCK_M": rows, "BLOCK_N": columns, **_early(inputs)}
+
+
+def _blocks(count: int, size: int) -> int:
+    return -(-count // size)
+
+
+def _power_of_2(number: int) -> int:
+    return 1 << (number - 1).bit_length()
+
+
+__all__ = ["CudaGraphStep", "is_capturable"]

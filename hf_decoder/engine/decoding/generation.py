@@ -1,0 +1,365 @@
+"""One call of `generate()`, or of the model alone: what of it goes past the modules, and in which way.
+
+A single token a row goes through the `DecodingStep`, if the model has one; with packed weights, compiled or by kernels
+of its own where that is faster and asked for, which may take a short prompt, too. Other tokens, prompts and candidates
+above all, go through `prompt_logits`, and what needs them through the modules. Greedy text is written without
+transformers' loop on a CPU, where that loop takes a tenth of a small model's token, and by such kernels anywhere.
+"""
+
+from collections.abc import Callable, Collection, Sequence
+from contextvars import ContextVar
+from functools import partial
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, DynamicCache, StaticCache
+from transformers.generation import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
+
+from hf_decoder.engine.assumptions import is_as_written, is_hooked
+from hf_decoder.engine.decoding.growing_cache import GrowingCache
+from hf_decoder.engine.decoding.products import multiply, multiply_as_modules
+from hf_decoder.engine.decoding.static_step import StaticStep, end_rows, first_seen, is_for_static_step
+from hf_decoder.engine.decoding.step import DecodingStep
+from hf_decoder.engine.operators import runs_as_written
+from hf_decoder.engine.precision import autocast_dtype, fast_dtype
+from hf_decoder.model.modeling_hf_decoder import CACHE_NAME
+
+PACKED_BYTES = 2**30  # more is not copied unasked
+MAX_PACKED_TOKENS = 64  # of several tokens a row: of more, weights as they are are read as fast
+STEPS_BEFORE_PACKING = 2  # packing takes about as long as it saves in three
+# what transformers' loop does around a step, which others may have put something in place of, and what it knows of
+METHODS = {"prepare_inputs_for_generation", "_update_model_kwargs_for_generation"}
+MODEL_KWARGS = {CACHE_NAME, "attention_mask", "position_ids", "use_cache", "logits_to_keep"}
+
+_active: ContextVar["Decoding | None"] = ContextVar("hf_decoder_decoding", default=None)
+
+
+class Decoding:
+    """One call of `generate()`: while it lasts, the model's direct step, if there is one, takes its tokens.
+
+    Or of the model, without gradients: then several tokens have the bits that its modules give.
+    """
+
+    def __init__(self, model: Any, product: Callable = multiply):
+        self.model = model
+        self._product = product  # of several tokens a row
+        self.step = DecodingStep.of(model)
+        self.compiles = False  # set where the generation config asks for a static cache, on a CPU
+        self._static: StaticStep | None = None  # set where it does so, for one row
+        self._input_ids: torch.Tensor | None = None  # the prompt, while transformers' loop for single rows is at work
+        self._room = GrowingCache()
+        self._steps = 0  # of several tokens
+        self._packed: DecodingStep | None = None  # for this call alone: weights may change before the next one
+
+    @classmethod
+    def of(cls, model: Any) -> "Decoding | None":
+        """The running call of this model in this thread, None where its modules must be called."""
+        if not runs_as_written():
+            return None
+        running = _active.get()
+        return running if running is not None and running.model is model and running.step is not None else None
+
+    @classmethod
+    def of_call(
+        cls,
+        model: Any,
+        input_ids: torch.Tensor | None,
+        attention_mask: Any,
+        position_ids: torch.Tensor | None,
+        cache: Any,
+        use_cache: bool,
+        logits_to_keep: int | torch.Tensor,
+    ) -> tuple[torch.Tensor, Any] | None:
+        """The logits of a call of the model, within `generate()` or by itself, and the cache that it leaves.
+
+        None where its modules must be called.
+        """
+        if not (runs_as_written() and (cache is None or isinstance(cache, Cache))):
+            return None
+        if cache is attention_mask is None and position_ids is not None:  # which may mark documents
+            return None
+        decoding = _active.get()
+        if decoding is None or decoding.model is not model:
+            # on a CPU, where it has been measured
+            if torch.is_grad_enabled() or input_ids is None or not input_ids.is_cpu:
+                return None
+            decoding = cls(model, multiply_as_modules)  # of this call alone
+        if cache is None and use_cache and decoding.step is not None:
+            cache = DynamicCache(config=model.config)
+        logits = decoding.logits(input_ids, attention_mask, position_ids, cache, logits_to_keep)
+        return None if logits is None else (logits, cache)
+
+    def logits(
+        self,
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        cache: Any,
+        logits_to_keep: int | torch.Tensor = 0,
+    ) -> torch.Tensor | None:
+        """As the step gives them, in the quickest way that this call of `generate()` allows."""
+        step = self.step
+        if step is None or input_ids is None:
+            return None
+        if input_ids.shape[1] == 1:
+            is_static = self._is_static(input_ids, cache)
+        else:
+            is_static = type(logits_to_keep) is int and logits_to_keep == 1 and self._takes_prompt(input_ids, cache)
+        if is_static:
+            logits = self._static_logits(input_ids, attention_mask, position_ids, cache)
+            if logits is not None:
+                return logits
+        if _is_fast_packed(input_ids, step.embedding.dtype) and self._may_pack(step, input_ids, cache):
+            self._packed = self._packed or step.packed()
+            step = self._packed
+        inputs = input_ids, attention_mask, position_ids, cache
+        logits = step.next_logits(*inputs, self._room)
+        if logits is None and type(logits_to_keep) is int:
+            logits = step.prompt_logits(self.model.model, *inputs, logits_to_keep, self._product)
+        return logits
+
+    def sample(
+        self,
+        sample: Callable,
+        input_ids: torch.Tensor,
+        logits_processor: Sequence[Any],
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs,
+    ) -> Any:
+        """What `sample`, transformers' loop, returns of these; greedy text without that loop."""
+        self._input_ids = input_ids
+        go_on = partial(
+            sample,
+            logits_processor=logits_processor,
+            generation_config=generation_config,
+            synced_gpus=synced_gpus,
+            streamer=streamer,
+            **model_kwargs,
+        )
+        cache: Any = model_kwargs.get(CACHE_NAME)
+        mask = model_kwargs.get("attention_mask")
+        config = generation_config
+        ends, length = _ends(stopping_criteria), stopping_criteria.max_length
+        if (
+            (config.do_sample or config.return_dict_in_generate or synced_gpus or streamer or logits_processor)
+            or (config.is_assistant or config.compile_config or not _is_plain_loop(self.model, model_kwargs))
+            or (ends is None or length is None or cache is None)
+            # ids of the whole text, whatever of it is cached
+            or (int(cache.get_seq_length()) > 0 if mask is None else mask.shape != input_ids.shape)
+            or (mask is not None and first_seen(mask) is None)
+        ):
+            return go_on(input_ids, stopping_criteria=stopping_criteria)
+        by_kernels = self._may_be_static(config, cache, length)
+        if not by_kernels and input_ids.device.type != "cpu":
+            return go_on(input_ids, stopping_criteria=stopping_criteria)
+        # the prompt and its first token as ever
+        first = StoppingCriteriaList([MaxLengthCriteria(input_ids.shape[1] + 1), *stopping_criteria])
+        ids = go_on(input_ids, stopping_criteria=first)
+        if ids.shape[1] >= length or (ends and ends.issuperset(ids[:, -1].tolist())):
+            return ids
+        if mask is not None:
+            mask = torch.cat((mask, mask.new_ones(len(mask), 1)), 1)
+        positions = model_kwargs.get("position_ids")
+        if positions is not None:
+            positions = positions[:, -1:] + 1
+        # what is missing is of no use to a single row, and refused for several before
+        pad = 0 if config._pad_token_tensor is None else int(config._pad_token_tensor)
+        static = self._static
+        if by_kernels and static is not None and self._is_static(ids[:, -1:], cache):
+            with static.lock:
+                text = static.greedy(ids, cache, mask, positions, length, ends, pad)
+            if text is not None:
+                return text
+        if self.step is not None and ids.device.type == "cpu":
+            return self._greedy(ids, cache, mask, positions, length, ends, pad)
+        # by a mask of that length transformers knows that the ids are all of the text, not the new ones
+        go_on.keywords.update(attention_mask=torch.ones_like(ids) if mask is None else mask, position_ids=positions)
+        return go_on(ids, stopping_criteria=stopping_criteria)
+
+    def _greedy(
+        self,
+        ids: torch.Tensor,
+        cache: Any,
+        mask: torch.Tensor | None,
+        positions: torch.Tensor | None,
+        length: int,
+        ends: Collection[int],
+        pad: int,
+    ) -> torch.Tensor:
+        """What `StaticStep.greedy` gives, by any step, or the modules where no step takes a token."""
+        made = ids.shape[1]
+        text = ids.new_empty(len(ids), length)
+        text[:, :made] = ids
+        mask = torch.ones_like(text) if mask is None else torch.cat((mask, mask.new_ones(len(ids), length - made)), 1)
+        hides = not mask.all()
+        ended = {row for row, token in enumerate(ids[:, -1].tolist()) if token in ends}
+        for place in range(made, length):
+            seen = mask[:, :place]
+            logits = self.logits(text[:, place - 1 : place], seen if hides else None, positions, cache)
+            if logits is None:
+                inputs = {CACHE_NAME: cache, "attention_mask": seen, "position_ids": positions, "use_cache": True}
+                inputs = self.model.prepare_inputs_for_generation(text[:, :place], next_sequence_length=1, **inputs)
+                logits = self.model(**inputs).logits
+            text[:, place] = logits[:, -1].float().argmax(-1)
+            if positions is not None:
+                positions = positions + 1
+            if ends and end_rows(text[:, place].tolist(), text, place, ends, ended, pad):
+                return text[:, : place + 1].contiguous()
+        return text
+
+    def _may_be_static(self, config: Any, cache: Any, length: int) -> bool:
+        """Whether kernels of their own may choose a text of that length."""
+        return (
+            not config.disable_compile and self.has_static_step(cache) and cache.layers[0].max_cache_len >= length - 1
+        )
+
+    def has_static_step(self, cache: Any) -> bool:
+        """Whether kernels of their own take the steps of this call; from now on, if so."""
+        if self.step is None or self._input_ids is None or not is_for_static_step(self.step, self._input_ids, cache):
+            return False
+        self._static = self.step.on_static_cache(len(self._input_ids))
+        if self._static is None:
+            return False
+        self._static.end()
+        return True
+
+    def _is_static(self, input_ids: torch.Tensor, cache: Any) -> bool:
+        return (
+            self.step is not None
+            and self._static is not None
+            and is_for_static_step(self.step, input_ids, cache)
+            and cache.layers[-1].is_initialized
+            and len(input_ids) == len(cache.layers[-1].keys) == self._static.rows
+            and cache.layers[-1].keys.dtype == self.step.embedding.dtype
+        )
+
+    def _takes_prompt(self, input_ids: torch.Tensor, cache: Any) -> bool:
+        static = self._static
+        return (
+            self.step is not None
+            and static is not None
+            and input_ids.shape[1] > 1
+            and static.takes_prompts(*input_ids.shape)
+            and is_for_static_step(self.step, input_ids, cache)
+            and (not cache.layers[-1].is_initialized or self._is_static(input_ids, cache))
+        )
+
+    def _static_logits(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        cache: Any,
+    ) -> torch.Tensor | None:
+        static: Any = self._static
+        if (
+            static is None
+            or not _is_plain_mask(attention_mask)
+            # the modules say it in words; looking on another device would wait for it
+            or (input_ids.device.type == "cpu" and not _are_in(input_ids, static.vocab_size))
+        ):
+            return None
+        with static.lock:
+            if input_ids.shape[1] > 1:
+                return static.prompt(input_ids, cache, attention_mask, position_ids)
+            return static.logits(input_ids) if static.begin(cache, attention_mask, position_ids) else None
+
+    def _may_pack(self, step: DecodingStep, input_ids: torch.Tensor, cache: Any) -> bool:
+        """With the switch for speed, at once; else where the copy is small, after as many steps as it costs."""
+        if self.compiles and type(cache) is StaticCache:
+            return input_ids.shape[1] == 1  # a single row's prompt is followed by what needs no copy
+        self._steps += 1
+        return self._steps > STEPS_BEFORE_PACKING and step.nbytes() <= PACKED_BYTES
+
+    def prepare_inputs(
+        self,
+        input_ids: torch.Tensor,
+        next_sequence_length: int | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        is_first_iteration: bool = False,
+        **kwargs,
+    ) -> dict | None:
+        """The inputs of what goes past the modules, without masks; None where transformers is to prepare them."""
+        step, cache = self.step, kwargs.pop(CACHE_NAME, None)
+        if kwargs.keys() - {"use_cache", "logits_to_keep"}:
+            return None
+        if next_sequence_length is not None:
+            input_ids = input_ids[:, -next_sequence_length:]
+        if is_first_iteration:
+            goes_past = inputs_embeds is None and self._takes_prompt(input_ids, cache)
+        else:
+            goes_past = (
+                step is not None
+                and next_sequence_length == 1
+                and input_ids.device == step.embedding.device
+                and (step.covers(input_ids, cache) or self._is_static(input_ids, cache))
+            )
+        if not goes_past:
+            return None
+        if position_ids is not None:
+            position_ids = position_ids[:, -input_ids.shape[1] :]
+        inputs = {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": attention_mask, **kwargs}
+        return {**inputs, CACHE_NAME: cache}
+
+    def __enter__(self) -> "Decoding":
+        self._token = _active.set(self)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        _active.reset(self._token)
+        self._room.end()
+        if self._static is not None:
+            self._static.end()
+
+
+def _is_fast_packed(input_ids: torch.Tensor, dtype: torch.dtype) -> bool:
+    tokens = input_ids.numel()
+    return (
+        tokens > 1
+        and (input_ids.shape[1] == 1 or tokens <= MAX_PACKED_TOKENS)
+        and dtype == torch.bfloat16
+        and autocast_dtype(input_ids.device) is None
+        and fast_dtype(input_ids.device, dtype) == dtype
+        and torch._C._get_mkldnn_enabled()
+        and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    )
+
+
+def _is_plain_loop(model: Any, model_kwargs: dict[str, Any]) -> bool:
+    """Whether each step of transformers' loop would call what is written here, and nothing of someone else's."""
+    return (
+        is_as_written(type(model))
+        and not is_hooked(model)
+        and not METHODS & vars(model).keys()
+        and model_kwargs.keys() <= MODEL_KWARGS
+    )
+
+
+def _is_plain_mask(attention_mask: Any) -> bool:
+    """And not what transformers has prepared, one a layer type, for the modules."""
+    return attention_mask is None or (isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2)
+
+
+def _are_in(input_ids: torch.Tensor, vocab_size: int) -> bool:
+    return all(0 <= token < vocab_size for row in input_ids.tolist() for token in row)
+
+
+def _ends(criteria: Sequence[Any]) -> frozenset[int] | None:
+    """The tokens that end a text, None where more than these and a length may end it."""
+    for criterion in criteria:
+        if type(criterion) not in (MaxLengthCriteria, EosTokenCriteria):
+            return None
+        # beyond which transformers has something to say
+        limit = getattr(criterion, "max_position_embeddings", None)
+        if limit is not None and criterion.max_length > limit + 1:
+            return None
+    of_tokens = [criterion.eos_token_id for criterion in criteria if type(criterion) is EosTokenCriteria]
+    return frozenset(int(token) for tokens in of_tokens for token in tokens.flatten().tolist())
+
+
+__all__ = ["Decoding"]

@@ -1,0 +1,240 @@
+"""A decoding step that goes past torch: a few rows on a static cache, by kernels that read from where tensors lie.
+
+What the step on a CPU and the one on CUDA have in common: how texts are begun, and how greedy ones are written.
+
+Shapes: B rows, S new tokens of each, one but for a prompt, K cached and new tokens, V vocab_size.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection
+from threading import Lock
+from typing import Any
+
+import torch
+from transformers.cache_utils import StaticCache, StaticLayer
+
+from hf_decoder.engine.assumptions import PLAIN, SILU
+from hf_decoder.engine.int8 import Int8Weights
+from hf_decoder.engine.precision import autocast_dtype
+
+FIXED_ANGLES = ("default", "linear", "llama3", "yarn", "proportional")  # the others change with the length
+
+
+class StaticStep(ABC):
+    """One token a row through the decoder: ids in, logits out, the static cache one token longer."""
+
+    max_rows = 1
+
+    def __init__(self, step: Any, rows: int = 1):
+        """step: a `DecodingStep` that `is_for_kernels`.
+
+        Raises:
+            ValueError: on more than `max_rows` rows.
+        """
+        if rows > self.max_rows:
+            raise ValueError(f"{type(self).__name__} takes {self.max_rows} rows at most, not {rows}")
+        self._step = step
+        self.rows = rows
+        self.vocab_size = step.embedding.shape[0]
+        self.lock = Lock()  # a step is one at a time, whoever generates
+        self._cache: StaticCache | None = None
+        self._next_past = -1
+        self._addresses = _addresses(step)
+        device, dtype = step.embedding.device, step.embedding.dtype
+        # the number of cached tokens, the next one's position, the first token it sees, the room, and where text goes
+        self._state = torch.zeros(rows, 5, dtype=torch.int64, device=device)
+        # of each layer, where keys, values and the number of cached tokens lie
+        self._buffers = torch.zeros(len(step.layers), 4, dtype=torch.int64, device=device)
+        self._ids = torch.zeros(rows, dtype=torch.int64, device=device)
+        self._logits = torch.empty(rows, step.head[0].shape[0], dtype=dtype, device=device)
+
+    @abstractmethod
+    def _run(self, chooses: bool) -> None:
+        """The step on `_ids`, which writes `_logits`, the cache and `_state`; it may choose the next token, too.
+
+        What it chooses becomes the next of the ids, and of the text.
+        """
+
+    @abstractmethod
+    def _write(self, text: torch.Tensor, made: int, ends: Collection[int], pad: int) -> int | None:
+        """Chooses the tokens of text (B, length) from `made` on; gives the length at which all have ended, if any.
+
+        A row ends with the first of `ends`, and goes on with `pad`.
+        """
+
+    def takes_prompts(self, rows: int, tokens: int) -> bool:
+        """Whether `prompt` computes that many faster than the modules do."""
+        return False
+
+    def is_current(self) -> bool:
+        """Whether the weights still lie where the kernels read them."""
+        return self._addresses == _addresses(self._step)
+
+    def begin(
+        self,
+        cache: StaticCache,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        text: torch.Tensor | None = None,
+        tokens: int = 1,
+    ) -> bool:
+        """Gets ready for the next tokens; False where the mask hides more than the first ones, or the cache is full.
+
+        Args:
+            cache: of the tokens before.
+            attention_mask: (B, K), 0 for padding.
+            position_ids: (B or 1, S), one after the other; without them, the number of cached tokens, as in the model.
+            text: ids (B, n), the cached ones and that token at least; chosen tokens go there, behind it.
+            tokens: S.
+        """
+        goes_on = text is None and self._cache is cache
+        layers: list[Any] = cache.layers
+        if attention_mask is not None:
+            past = attention_mask.shape[1] - tokens
+        else:
+            past = self._next_past if goes_on else int(cache.get_seq_length())
+        room = layers[0].keys.shape[2]
+        if past + tokens > room:
+            return False
+        if goes_on and self._next_past == past:
+            return True
+        firsts = [0] * self.rows
+        if attention_mask is not None:
+            hidden = first_seen(attention_mask)
+            if hidden is None:
+                return False
+            firsts = hidden
+        rows = [
+            [layer.keys.data_ptr(), layer.values.data_ptr(), layer.cumulative_length.data_ptr(), 0] for layer in layers
+        ]
+        self._buffers.copy_(torch.tensor(rows))
+        addresses = [0] * self.rows if text is None else [row.data_ptr() for row in text]
+        states = zip(firsts, addresses, strict=True)
+        self._state.copy_(torch.tensor([[past, past, first, room, address] for first, address in states]))
+        if position_ids is not None:
+            self._state[:, 1].copy_(position_ids[:, -1] - (tokens - 1))
+        self._cache, self._next_past = cache, past
+        return True
+
+    def end(self) -> None:
+        """Lets go of the cache, which may change before it is seen again."""
+        self._cache = None
+
+    def logits(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """(B, 1) -> (B, 1, V), of the tokens that were begun with."""
+        self._ids.copy_(input_ids.view(-1))
+        self._run(chooses=False)
+        self._next_past += 1
+        return self._logits.clone().unsqueeze(1)
+
+    def greedy(
+        self,
+        ids: torch.Tensor,
+        cache: StaticCache,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        length: int,
+        ends: Collection[int],
+        pad: int,
+    ) -> torch.Tensor | None:
+        """Goes on with ids (B, n) to `length` tokens, or till all rows have ended; None where it cannot begin.
+
+        A row ends with the first of `ends`, and goes on with `pad`. The cache lacks the last of the ids; in the end it
+        lacks the last of the text, as after any step. Mask and positions are those of the ids, as for `begin`.
+        """
+        made = ids.shape[1]
+        text = ids.new_empty(len(ids), length)
+        text[:, :made] = ids
+        if not self.begin(cache, attention_mask, position_ids, text) or self._next_past != made - 1:
+            return None
+        self._ids.copy_(ids[:, -1])
+        stop = self._write(text, made, ends, pad)
+        self.end()
+        if stop is None:
+            return text
+        layers: list[Any] = cache.layers
+        for layer in layers:
+            layer.cumulative_length.fill_(stop - 1)
+        return text[:, :stop].contiguous()
+
+
+def end_rows(
+    tokens: list[int], text: torch.Tensor, place: int, ends: Collection[int], ended: set[int], pad: int
+) -> bool:
+    """Whether all rows of text (B, length) have ended with these tokens, chosen for that place.
+
+    Rows that had `ended` before are padded, those that end there join them.
+    """
+    for row, token in enumerate(tokens):
+        if row in ended:
+            text[row, place] = pad
+        elif token in ends:
+            ended.add(row)
+    return len(ended) == len(tokens)
+
+
+def first_seen(attention_mask: torch.Tensor) -> list[int] | None:
+    """How many tokens of each row a mask (B, K) hides with 0, None where these are not the first ones alone."""
+    hidden = attention_mask == 0
+    if not bool(hidden.any()):
+        return [0] * len(hidden)
+    if bool(hidden[:, -1].any() | (hidden[:, 1:] & ~hidden[:, :-1]).any()):
+        return None
+    return hidden.sum(1).tolist()
+
+
+def is_for_static_step(step: Any, input_ids: torch.Tensor, cache: Any) -> bool:
+    """Whether these are rows with a static cache that the kernels can extend."""
+    return (
+        input_ids.dtype == torch.int64
+        and input_ids.device == step.embedding.device
+        and type(cache) is StaticCache
+        and not cache.offloading
+        and len(cache.layers) == len(step.layers)
+        and all(type(layer) is StaticLayer for layer in cache.layers)
+        and autocast_dtype(input_ids.device) is None
+    )
+
+
+def is_for_kernels(step: Any, *kinds: type) -> bool:
+    """Whether kernels compute what this step does: weights of these kinds, SiLU, no windows, fixed angles."""
+    dtype, products = step.embedding.dtype, weights_of_products(step)
+    of_type = [step.embedding, *(norm.weight for norm in _norms(step))]
+    others: list[torch.Tensor] = []
+    for of in products:
+        if type(of) not in kinds:
+            return False
+        if isinstance(of, Int8Weights):
+            if of.values.dtype != torch.int8 or of.scales.dtype not in (dtype, torch.float32):
+                return False
+            others += [of.values, of.scales]
+        else:
+            of_type.append(of.weight)
+        if of.bias is not None:
+            of_type.append(of.bias)
+    return (
+        all(tensor.dtype == dtype for tensor in of_type)
+        and all(type(tensor) in PLAIN and tensor.is_contiguous() for tensor in of_type + others)
+        and all(type(layer.activation) in SILU and layer.window is None for layer in step.layers)
+        and step.rotary.rope_type in FIXED_ANGLES
+    )
+
+
+def weights_of_products(step: Any) -> list[Any]:
+    """The head's first."""
+    of_layers = [[*layer.heads, layer.output, layer.gate, layer.up, layer.down] for layer in step.layers]
+    return [step.head, *(weights for layer in of_layers for weights in layer)]
+
+
+def _norms(step: Any) -> list[Any]:
+    """The modules."""
+    of_layers = [(layer.input_norm, layer.query_norm, layer.key_norm, layer.mlp_norm) for layer in step.layers]
+    return [norm for norm in (step.norm, *(norm for layer in of_layers for norm in layer)) if norm is not None]
+
+
+def _addresses(step: Any) -> list[int]:
+    products = [tensor for of in weights_of_products(step) for tensor in of if tensor is not None]
+    return [tensor.data_ptr() for tensor in (step.embedding, *(norm.weight for norm in _norms(step)), *products)]
+
+
+__all__ = ["StaticStep", "end_rows", "first_seen", "is_for_kernels", "is_for_static_step", "weights_of_products"]

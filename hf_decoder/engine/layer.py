@@ -1,0 +1,72 @@
+"""One decoder layer as a function of its parts: the fast ways of a call differ in what they hand to it.
+
+The parts are the layer's own modules, so that adapters and quantized layers are called as they are, or products with
+their weights. Shapes: any leading dimensions, then D hidden_size; H query heads, G key/value heads, E head_dim.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+Map = Callable[[torch.Tensor], torch.Tensor]
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class LayerParts(NamedTuple):
+    """What one layer computes with: linear maps as callables, all else as modules."""
+
+    attention: Any
+    input_norm: nn.Module
+    heads: Callable[[tuple[torch.Tensor, ...]], Sequence[torch.Tensor]]  # query, key and value of an input for each
+    output: Map
+    mlp_norm: nn.Module
+    gate: Map
+    up: Map
+    down: Map
+    activation: nn.Module
+
+    @classmethod
+    def of(cls, layer: Any) -> "LayerParts":
+        """The modules of a layer."""
+        attention, mlp = layer.self_attn, layer.mlp
+        maps = attention.q_proj, attention.k_proj, attention.v_proj
+
+        def heads(inputs: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+            return [module(x) for module, x in zip(maps, inputs, strict=True)]
+
+        gated = mlp.gate_proj, mlp.up_proj, mlp.down_proj, mlp.act_fn
+        return cls(attention, layer.input_layernorm, heads, attention.o_proj, layer.post_attention_layernorm, *gated)
+
+
+class Operators:
+    """What stands between the linear maps of a layer, as the modules compute it."""
+
+    def norm(self, norm: Any, x: torch.Tensor) -> torch.Tensor:
+        return norm(x)
+
+    def norm_for(self, norm: Any, x: torch.Tensor, readers: int) -> tuple[torch.Tensor, ...]:
+        """The normed x for each of the linear maps that read it."""
+        return (self.norm(norm, x),) * readers
+
+    def gated(self, down: Map, gate: torch.Tensor, up: torch.Tensor, activation: nn.Module) -> torch.Tensor:
+        return down(activation(gate) * up)
+
+
+def run_layer(parts: LayerParts, x: torch.Tensor, operators: Operators, attend: Attend) -> torch.Tensor:
+    """x (..., D) through one layer; `attend` takes query (..., H, E), key and value (..., G, E) to (..., H * E).
+
+    It rotates them, unless the layer has no RoPE, and puts them into the cache.
+    """
+    attention = parts.attention
+    shape = (*x.shape[:-1], -1, attention.head_dim)
+    query, key, value = (heads.view(shape) for heads in parts.heads(operators.norm_for(parts.input_norm, x, 3)))
+    if attention.use_qk_norm:
+        query, key = operators.norm(attention.q_norm, query), operators.norm(attention.k_norm, key)
+    x = x + parts.output(attend(query, key, value))
+    for_gate, for_up = operators.norm_for(parts.mlp_norm, x, 2)
+    return x + operators.gated(parts.down, parts.gate(for_gate), parts.up(for_up), parts.activation)
+
+
+__all__ = ["LayerParts", "Operators", "run_layer"]

@@ -1,0 +1,102 @@
+"""A linear map part by part, in the precision that this machine multiplies matrices in.
+
+A part of the weight is cast or scaled, multiplied by while it lies in the caches, and forgotten: a whole copy would be
+written to the memory and read again, on pages that the system has to find.
+Shapes: R rows, N inputs, M outputs.
+"""
+
+from typing import Any
+
+import torch
+
+from hf_decoder.engine.training.blocks import as_rows
+
+# what this CPU multiplies in half precision faster than number by number; elsewhere oneDNN has no products of it
+FAST_HALF_PRECISION = {
+    torch.bfloat16: torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+    torch.float16: torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_fp16_supported(),
+}
+MIN_HALF_ROWS = 8  # of fewer in half precision, that loop is as fast, which reads the weights as they are
+MAX_TRANSPOSED_ROWS = 128  # up to so many, MKL multiplies the weight by the rows faster than the rows by the weight
+PART_ELEMENTS = 2**20  # of a weight: 4 MiB of fp32
+PART_ROWS = 512
+
+
+def cpu_has(*instructions: str) -> bool:
+    """Whether this CPU has any of these, in the names of `torch.cpu.get_capabilities`; not where torch cannot tell."""
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(name, False) for name in instructions)
+
+
+def fast_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """In which a device multiplies matrices of `dtype`: fp32 in place of what a CPU multiplies number by number."""
+    return torch.float32 if device.type == "cpu" and not FAST_HALF_PRECISION.get(dtype, True) else dtype
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast casts to there, None where it is off."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
+def product_dtype(x: torch.Tensor) -> torch.dtype:
+    """The type that a product with x has: autocast's, where it is on and does not leave x, in fp64, alone."""
+    dtype = autocast_dtype(x.device)
+    return x.dtype if dtype is None or x.dtype == torch.float64 else dtype
+
+
+def linear_in_parts(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, scales: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x (..., N) times weight (M, N) -> (..., M), in x's dtype, on a CPU.
+
+    Args:
+        x: of a floating-point dtype.
+        weight: of a floating-point dtype, rounded to x's, or int8.
+        bias: (M,).
+        scales: (M, 1), which the outputs are multiplied by before the bias is added.
+    """
+    rows = as_rows(x)
+    count, inputs = rows.shape
+    outputs, dtype = weight.shape[0], fast_dtype(x.device, x.dtype)
+    is_transposed = count <= MAX_TRANSPOSED_ROWS and dtype == torch.float32
+    result = rows.new_empty(count, outputs)
+    part_rows, part_outputs = min(count, PART_ROWS), min(outputs, max(1, PART_ELEMENTS // inputs))
+    row_buffer, weight_buffer = (torch.empty(size, inputs, dtype=dtype) for size in (part_rows, part_outputs))
+    product_buffer = torch.empty(part_rows * part_outputs, dtype=dtype)
+    for first in range(0, outputs, part_outputs):
+        part = slice(first, first + part_outputs)
+        of_weight = weight[part] if weight.dtype == torch.int8 else weight[part].to(x.dtype)
+        of_weight = weight_buffer[: len(of_weight)].copy_(of_weight)
+        for block in row_parts(rows):
+            if first == 0 or part_rows < count:
+                of_rows = row_buffer[: len(rows[block])].copy_(rows[block])
+            shape = (len(of_weight), len(of_rows))
+            if is_transposed:
+                product = product_buffer[: shape[0] * shape[1]].view(shape)
+                product = torch.mm(of_weight, of_rows.t(), out=product).t()
+            else:
+                product = product_buffer[: shape[0] * shape[1]].view(shape[::-1])
+                torch.mm(of_rows, of_weight.t(), out=product)
+            if scales is not None:
+                product *= scales[part].view(-1)
+            if bias is not None:
+                product += bias[part].to(x.dtype)
+            result[block, part] = product
+    return result.view(*x.shape[:-1], outputs)
+
+
+def row_parts(rows: torch.Tensor) -> list[slice]:
+    """Of (R, N)."""
+    return [slice(start, start + PART_ROWS) for start in range(0, len(rows), PART_ROWS)]
+
+
+__all__ = [
+    "FAST_HALF_PRECISION",
+    "MIN_HALF_ROWS",
+    "autocast_dtype",
+    "cpu_has",
+    "fast_dtype",
+    "linear_in_parts",
+    "product_dtype",
+    "row_parts",
+]

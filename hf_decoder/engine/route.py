@@ -1,0 +1,145 @@
+"""The route of one call through the modules of the decoder: decided once, at its entry, for all layers.
+
+A route says which masks the layers get and by which operators they compute what stands between their linear maps. Its
+layers ask nothing. What it assumes of modules and config stands in `assumptions`; what it needs to know of the call
+(device, dtype, autocast, sizes, a compiler at work) is looked at here.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_decoder.engine import assumptions
+from hf_decoder.engine.attention.masks import engine_masks
+from hf_decoder.engine.layer import LayerParts, Operators, run_layer
+from hf_decoder.engine.operators import may_call_operators, runs_as_written
+from hf_decoder.engine.precision import autocast_dtype
+from hf_decoder.engine.settings import settings
+from hf_decoder.engine.training import blocks
+from hf_decoder.engine.training.blocks import has_kernels
+from hf_decoder.engine.training.fast_products import FastProducts, needs_fast_products
+from hf_decoder.engine.training.gate import fused_gate
+from hf_decoder.engine.training.norm import fused_rms_norm
+from hf_decoder.engine.training.rotation import fused_rotation
+from hf_decoder.engine.training.shared_cast import cast_once
+from hf_decoder.model.modeling_hf_decoder import CACHE_NAME, apply_rotary_pos_emb
+
+
+class Route(Operators):
+    """Masks and operators of one call."""
+
+    def __init__(self, x: torch.Tensor, structure: assumptions.Structure | None, masks: Any = None):
+        """x: the embeddings (B, S, D); structure: of the decoder's layers, None where they are called as modules."""
+        self.masks = masks
+        self.products: Callable[[], AbstractContextManager] = nullcontext
+        self.structure = structure
+        self.least = blocks.MIN_BLOCKED_ELEMENTS if x.is_cpu else blocks.MIN_KERNEL_ELEMENTS
+        self.has_kernels = structure is not None and has_kernels(x)
+        self.attention_dtype = autocast_dtype(x.device)
+        # what autocast would cast for each of so many linear maps by itself is cast once
+        self.casts: set[int] = set()
+        if structure is not None and self.attention_dtype is not None and x.dtype == torch.float32:
+            self.casts = {
+                n for n, plain in ((3, structure.plain_attention_inputs), (2, structure.plain_mlp_inputs)) if plain
+            }
+        self.has_silu = structure is not None and structure.has_silu
+
+    @staticmethod
+    def of(
+        decoder: Any,
+        x: torch.Tensor,
+        attention_mask: torch.Tensor | dict | None,
+        position_ids: torch.Tensor | None,
+        cache: Any,
+    ) -> "Route | None":
+        """The route of a call of the decoder with these embeddings (B, S, D); None where it goes by its modules."""
+        compiling = may_call_operators()
+        if not compiling and not runs_as_written():
+            return None
+        structure = None
+        if not compiling:
+            structure = assumptions.structure_of(decoder)
+            if structure is None or type(x) not in assumptions.PLAIN or x.dtype not in assumptions.DTYPES:
+                return None
+        is_long = x.is_cpu or has_kernels(x)
+        route = Route(x, structure if settings.training and is_long else None)
+        if settings.training and needs_fast_products(x, decoder.layers[0].mlp.down_proj):
+            route.products = FastProducts
+        if settings.attention and not isinstance(attention_mask, dict):
+            route.masks = engine_masks(decoder, x, attention_mask, position_ids, cache)
+        if route.structure is None and route.masks is None and route.products is nullcontext:
+            return None
+        return route
+
+    def __getitem__(self, kind: str) -> Any:
+        return self.masks[kind]
+
+    def run_layer(
+        self,
+        layer: nn.Module,
+        by_modules: Callable,
+        hidden_states: torch.Tensor,
+        attention_mask: Any = None,
+        position_embeddings: Any = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """What the layer's `forward` gives."""
+        with self.products():
+            if self.structure is None:
+                inputs = {"attention_mask": attention_mask, "position_embeddings": position_embeddings}
+                return by_modules(hidden_states, **inputs, **kwargs)
+            attend = partial(self.attend, layer.self_attn, attention_mask, position_embeddings, kwargs)
+            return run_layer(LayerParts.of(layer), hidden_states, self, attend)
+
+    def attend(
+        self,
+        attention: Any,
+        mask: Any,
+        rotation: tuple[torch.Tensor, torch.Tensor],
+        kwargs: dict[str, Any],
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+    ) -> torch.Tensor:
+        """query (B, S, H, E), key and value (B, S, G, E) -> (B, S, H * E)."""
+        kwargs = dict(kwargs)
+        cache = kwargs.pop(CACHE_NAME, None)
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        if attention.use_rope:
+            query, key = self.rotated(query, key, rotation, for_cache=cache is not None)
+        return attention.attend(query, key, value, mask, cache, **kwargs)[0]
+
+    def _is_long(self, x: torch.Tensor) -> bool:
+        return self.structure is not None and x.numel() >= self.least
+
+    def norm(self, norm: Any, x: torch.Tensor) -> torch.Tensor:
+        if self._is_long(x):
+            return fused_rms_norm(x, norm.weight, norm.variance_epsilon)
+        return norm(x)
+
+    def norm_for(self, norm: Any, x: torch.Tensor, readers: int) -> tuple[torch.Tensor, ...]:
+        if readers not in self.casts or not self._is_long(x):
+            return super().norm_for(norm, x, readers)
+        if self.has_kernels:
+            return fused_rms_norm(x, norm.weight, norm.variance_epsilon, self.attention_dtype, readers)
+        return cast_once(self.norm(norm, x), self.attention_dtype, readers)
+
+    def gated(self, down: Any, gate: torch.Tensor, up: torch.Tensor, activation: nn.Module) -> torch.Tensor:
+        if self.has_silu and self._is_long(gate):
+            return fused_gate(down, gate, up)
+        return super().gated(down, gate, up, activation)
+
+    def rotated(
+        self, query: torch.Tensor, key: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor], for_cache: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._is_long(query) and not rotation[0].requires_grad:
+            # what goes into no cache is rounded at once to what autocast gives to attention
+            return fused_rotation(query, key, *rotation, None if for_cache else self.attention_dtype)
+        return apply_rotary_pos_emb(query, *rotation), apply_rotary_pos_emb(key, *rotation)
+
+
+__all__ = ["Route"]

@@ -1,0 +1,77 @@
+"""Long tensors in blocks of rows that stay in a CPU's caches, or by the kernels of triton_hf_decoder.py on a GPU.
+
+What stands between the matrix products of a training step (norms, rotations, gates, casts) is a dozen passes through
+the memory, and on a CPU fresh pages for each, when it is written tensor by tensor. Done block by block, each tensor is
+read and written once.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import cache
+
+import torch
+from transformers.utils import logging
+
+from hf_decoder.engine.assumptions import DTYPES, PLAIN
+
+logger = logging.get_logger(__name__)
+
+BLOCK_ELEMENTS = 2**18
+MIN_BLOCKED_ELEMENTS = 2**19  # fewer stay in the caches anyhow
+MIN_KERNEL_ELEMENTS = 2**14  # with fewer, a GPU waits for its launches whatever they do
+
+
+def has_kernels(x: torch.Tensor) -> bool:
+    """Whether the kernels take this tensor."""
+    return type(x) in PLAIN and x.dtype in DTYPES and _kernels_run_on(x.device)
+
+
+def is_nvidia_with_bf16(device: torch.device) -> bool:
+    """Whether kernels written for NVIDIA's GPUs from Ampere on run here; a ROCm device goes by the same name."""
+    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@cache
+def _kernels_run_on(device: torch.device) -> bool:
+    """Whether this is such a GPU, and Triton, which needs a C compiler, works."""
+    if not is_nvidia_with_bf16(device):
+        return False
+    try:
+        from hf_decoder.engine.triton.training import sum_in_fp32
+
+        one = torch.ones(1, device=device)
+        sum_in_fp32(one, one)
+    except ImportError:
+        return False
+    except Exception as error:
+        logger.warning(f"Triton does not work here, so that training is slower: {error}")
+        return False
+    return True
+
+
+def blocks(count: int, width: int) -> list[slice]:
+    """Of `count` rows of `width` numbers."""
+    size = max(1, BLOCK_ELEMENTS // width)
+    return [slice(start, start + size) for start in range(0, count, size)]
+
+
+def as_rows(x: torch.Tensor) -> torch.Tensor:
+    """(..., D) -> (N, D)."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def gradients_of_formula(
+    formula: Callable[..., torch.Tensor], inputs: Sequence[torch.Tensor], needs: Sequence[bool], grad: torch.Tensor
+) -> list[torch.Tensor | None]:
+    """Of the inputs that need one, from the formula written out, so that there is a second derivative."""
+    needed = [tensor for tensor, is_needed in zip(inputs, needs, strict=True) if is_needed]
+    found = iter(torch.autograd.grad(formula(*inputs), needed, grad, create_graph=True))
+    return [next(found) if is_needed else None for is_needed in needs]
+
+
+__all__ = [
+    "as_rows",
+    "blocks",
+    "gradients_of_formula",
+    "has_kernels",
+    "is_nvidia_with_bf16",
+]

@@ -1,0 +1,93 @@
+"""The gate of SwiGLU (Shazeer 2020): act(gate) * up.
+
+Of SiLU, in blocks of rows on a CPU and by a kernel on CUDA: each tensor is read and written once, and of the forward
+pass nothing is kept but the two inputs, where the activation's result would be a third; with kernels not even the
+product for the linear map that reads it.
+Shapes: (..., F) intermediate_size.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch.nn.functional import silu
+
+from hf_decoder.engine.assumptions import PLAIN
+from hf_decoder.engine.training.blocks import as_rows, blocks, gradients_of_formula, has_kernels
+
+
+def fused_gate(reader: Callable[[torch.Tensor], torch.Tensor], gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """Returns reader(silu(gate) * up), whose input, where there are kernels, is made again for the backward pass.
+
+    That is a sixth of what a layer keeps, and one or two hundredths of a step by arithmetic; a CPU, which has more
+    memory than time, keeps it. Whatever the reader is, what it saves of that very tensor is dropped, and no more.
+    Where someone looks after saved tensors already (gradient checkpointing, offloading), it is theirs.
+    """
+    if gate.dtype != up.dtype or gate.shape != up.shape:  # of an adapter's making
+        return reader(silu(gate) * up)
+    product = _BlockedGatedSiLU.apply(gate, up)
+    is_kept = not has_kernels(product) or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    if is_kept or not product.requires_grad:
+        return reader(product)
+    gate, up, mark = gate.detach(), up.detach(), _mark(product)
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor | torch.Size:
+        is_product = type(tensor) in PLAIN and tensor.is_contiguous() and _mark(tensor) == mark
+        return tensor.shape if is_product else tensor
+
+    def unpack(kept: torch.Tensor | torch.Size) -> torch.Tensor:
+        return kept if isinstance(kept, torch.Tensor) else _product(gate, up).view(kept)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        return reader(product)
+
+
+def _mark(x: torch.Tensor) -> tuple:
+    """Of a tensor and its views, for as long as nothing is written into it."""
+    return x.data_ptr(), x.numel(), x.dtype, x._version
+
+
+def _product(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up."""
+    if has_kernels(up):
+        from hf_decoder.engine.triton.training import gated_silu
+
+        return gated_silu(gate, up)
+    gates, ups = as_rows(gate), as_rows(up)
+    output = torch.empty_like(ups)
+    for block in blocks(*ups.shape):
+        torch.mul(silu(gates[block]), ups[block], out=output[block])
+    return output.view(up.shape)
+
+
+class _BlockedGatedSiLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return _product(gate, up)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        gate, up = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            return tuple(gradients_of_formula(lambda gate, up: silu(gate) * up, (gate, up), needs, grad_output))
+        if has_kernels(up):
+            from hf_decoder.engine.triton.training import gated_silu_gradients
+
+            return gated_silu_gradients(grad_output, gate, up, *needs)
+        grads, gates, ups = as_rows(grad_output), as_rows(gate), as_rows(up)
+        grad_gate = torch.empty_like(gates) if needs[0] else None
+        grad_up = torch.empty_like(ups) if needs[1] else None
+        for block in blocks(*ups.shape):
+            if grad_up is not None:
+                torch.mul(grads[block], silu(gates[block]), out=grad_up[block])
+            if grad_gate is not None:
+                grad = grads[block] * ups[block]
+                torch.ops.aten.silu_backward.grad_input(grad, gates[block], grad_input=grad_gate[block])
+        return (
+            None if grad_gate is None else grad_gate.view(gate.shape),
+            None if grad_up is None else grad_up.view(up.shape),
+        )
+
+
+__all__ = ["fused_gate"]

@@ -1,0 +1,299 @@
+"""The fast classes: each takes a plain class of the model's and replaces the few methods that decide what runs.
+
+This is the one place that says what the engine replaces. A twin has its plain class's name and module and no state of
+its own, so that transformers saves, copies code and records outputs as for the plain class; a pickled twin is the
+plain class by reference. `attach` gives the modules of a live model their twins, `detach` takes them away.
+"""
+
+import sys
+from functools import cache, wraps
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+
+from hf_decoder.engine import assumptions
+from hf_decoder.engine.bitsandbytes import settle_layers, settle_tied_head, unpack_layers
+from hf_decoder.engine.decoding.generation import Decoding
+from hf_decoder.engine.loading import check_loaded_sizes
+from hf_decoder.engine.route import Route
+from hf_decoder.engine.settings import settings
+from hf_decoder.engine.training.fast_products import fast_products
+from hf_decoder.engine.training.loss import linear_causal_lm_loss
+from hf_decoder.model import modeling_hf_decoder as plain
+from hf_decoder.model.modeling_hf_decoder import CACHE_NAME
+
+# Arguments of a call that goes past the modules; any other one goes to the plain class.
+TAKEN = {"labels", "use_cache", "logits_to_keep", "skip_logits", "cache", "past_key_values"}
+FOR_LOSS = {"num_items_in_batch", "shift_labels", "ignore_index"}
+
+
+class _Twin:
+    """What every twin does: it is pickled as its plain class, by reference."""
+
+    def __reduce_ex__(self, protocol):
+        _, _, *rest = super().__reduce_ex__(protocol)
+        return _new_twin, (plain_of(type(self)),), *rest
+
+
+class _Layer(_Twin):
+    """A decoder layer that goes by the operators of a route, where a call has one."""
+
+    def forward(self, hidden_states, *args, route: Route | None = None, **kwargs):
+        if route is None:
+            return super().forward(hidden_states, *args, **kwargs)
+        return route.run_layer(self, super().forward, hidden_states, *args, **kwargs)
+
+
+class _PreTrained(_Twin):
+    """What every model does here: twins inside, checked sizes, quantized layers that train and save."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        _give_twins(self)
+
+    @classmethod
+    def is_remote_code(cls) -> bool:
+        # FSDP2 gives a sharded model a class of torch's making: transformers would save torch's files as the model's
+        return super().is_remote_code() and not cls.__module__.startswith("torch.")
+
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
+        """Refuses sizes that the weights do not have before transformers makes room for them, and then says so."""
+        loaded = PreTrainedModel._load_pretrained_model(
+            model, state_dict, checkpoint_files, load_config, *args, **kwargs
+        )
+        if state_dict is None:
+            where = load_config.pretrained_model_name_or_path
+            check_loaded_sizes(model, loaded[0], f"{where}", load_config.ignore_mismatched_sizes)
+        return loaded
+
+    def train(self, mode: bool = True):
+        """As in torch; the layers of bitsandbytes are made fit for either mode. `from_pretrained` ends with it too."""
+        settle_tied_head(self)
+        settle_layers(self, training=mode)
+        return super().train(mode)
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As in transformers; leaves no file of an older version's code in the folder."""
+        unpack_layers(self)
+        if not self.is_remote_code():
+            Path(save_directory).mkdir(parents=True, exist_ok=True)
+            custom_object_save(plain.HfDecoderPreTrainedModel, save_directory)
+        if kwargs.get("state_dict") is not None:  # gathered from shards, tied weights are copies of each other
+            tied, state = self.all_tied_weights_keys, kwargs["state_dict"]
+            kwargs["state_dict"] = {name: value for name, value in state.items() if tied.get(name) not in state}
+        super().save_pretrained(save_directory, *args, **kwargs)
+        remove_former_code(Path(save_directory))
+
+
+class _Model(_PreTrained):
+    """The decoder, whose calls get a route."""
+
+    def layer_masks(self, inputs_embeds, attention_mask, position_ids, cache):
+        route = Route.of(self, inputs_embeds, attention_mask, position_ids, cache)
+        if route is None:
+            return super().layer_masks(inputs_embeds, attention_mask, position_ids, cache)
+        if route.masks is None:  # no attention of its own
+            route.masks = super().layer_masks(inputs_embeds, attention_mask, position_ids, cache)
+        return route
+
+    def run_layers(self, hidden_states, masks, **kwargs):
+        if not isinstance(masks, Route):
+            return super().run_layers(hidden_states, masks, **kwargs)
+        kinds = self.config.layer_types
+        for layer_idx, layer in enumerate(self.layers[: self.config.num_hidden_layers]):
+            hidden_states = layer(hidden_states, attention_mask=masks[kinds[layer_idx]], route=masks, **kwargs)
+        return masks.norm(self.norm, hidden_states)
+
+
+class _ForCausalLM(_PreTrained):
+    """The language model, whose tokens go past the modules where a call allows it."""
+
+    @wraps(plain.HfDecoderForCausalLM.forward)
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, *args, **kwargs):
+        if not args and input_ids is not None and kwargs.keys() <= TAKEN | FOR_LOSS:
+            outputs = self._past_the_modules(input_ids, attention_mask, position_ids, **kwargs)
+            if outputs is not None:
+                return outputs
+        return super().forward(input_ids, attention_mask, position_ids, *args, **kwargs)
+
+    def _past_the_modules(
+        self,
+        input_ids,
+        attention_mask,
+        position_ids,
+        labels=None,
+        use_cache=None,
+        logits_to_keep=0,
+        skip_logits=None,
+        cache=None,
+        past_key_values=None,
+        **kwargs,
+    ):
+        wants_loss = labels is not None or kwargs.get("shift_labels") is not None
+        skips = wants_loss and (self.training if skip_logits is None else skip_logits)
+        if skips or (wants_loss and logits_to_keep != 0):
+            return None
+        cache = past_key_values if cache is None else cache
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        inputs = input_ids, attention_mask, position_ids, cache, use_cache, logits_to_keep
+        found = Decoding.of_call(self, *inputs)
+        if found is None:
+            return None
+        logits, cache = found
+        loss = None
+        if wants_loss:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE_NAME: cache})
+
+    def linear_loss(self, hidden_states, labels, **kwargs):
+        if not settings.training:
+            return super().linear_loss(hidden_states, labels, **kwargs)
+        cap = self.config.final_logit_softcapping
+        kwargs = {"z_loss_coef": self.z_loss_coef, "final_logit_softcapping": cap, **kwargs}
+        return linear_causal_lm_loss(hidden_states, self.lm_head, labels, **kwargs)
+
+    def compute_logits(self, hidden_states):
+        with fast_products(hidden_states, self.lm_head):
+            return super().compute_logits(hidden_states)
+
+    @wraps(plain.HfDecoderForCausalLM.generate)
+    def generate(self, *args, **kwargs):
+        with Decoding(self):
+            return super().generate(*args, **kwargs)
+
+    @wraps(plain.HfDecoderForCausalLM.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
+        inputs = None
+        if not args and (decoding := Decoding.of(self)) is not None:
+            inputs = decoding.prepare_inputs(input_ids, **kwargs)
+        if inputs is None:
+            inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        # PEFT puts its own method in place of this one, and, to 0.21, looks for the cache by the older name alone
+        if "prepare_inputs_for_generation" in self.__dict__ and CACHE_NAME in inputs:
+            inputs["past_key_values"] = inputs.pop(CACHE_NAME)
+        return inputs
+
+    @wraps(plain.HfDecoderForCausalLM._sample)
+    def _sample(self, *args, **kwargs):
+        if (decoding := Decoding.of(self)) is not None:
+            return decoding.sample(super()._sample, *args, **kwargs)
+        return super()._sample(*args, **kwargs)
+
+    def _valid_auto_compile_criteria(self, model_kwargs, generation_config) -> bool:
+        whole_model = super()._valid_auto_compile_criteria(model_kwargs, generation_config)
+        if (decoding := Decoding.of(self)) is not None:
+            if whole_model:
+                if not generation_config.compile_config and decoding.has_static_step(model_kwargs.get(CACHE_NAME)):
+                    return False
+                decoding.step = None  # transformers compiles the call of the modules, for which it prepares the masks
+            elif self.device.type == "cpu" and not generation_config.disable_compile:  # our step compiles itself
+                decoding.compiles = True
+                decoding.has_static_step(model_kwargs.get(CACHE_NAME))
+        return whole_model
+
+
+REPLACED = {
+    "HfDecoderLayer": _Layer,
+    "HfDecoderModel": _Model,
+    "HfDecoderForCausalLM": _ForCausalLM,
+    "HfDecoderForSequenceClassification": _PreTrained,
+    "HfDecoderForTokenClassification": _PreTrained,
+    "HfDecoderForQuestionAnswering": _PreTrained,
+}
+
+
+@cache
+def twin_of(plain_class: type) -> type:
+    """Makes the fast class of a plain one, of this package or of a checkpoint's copy; the same one at every call."""
+    names = {"__module__": plain_class.__module__, "__qualname__": plain_class.__qualname__}
+    twin = type(plain_class.__name__, (REPLACED[plain_class.__name__], plain_class), names)
+    assumptions.register(sys.modules[plain_class.__module__], twin)
+    return twin
+
+
+def attach(model: PreTrainedModel) -> PreTrainedModel:
+    """Gives the modules of a live model their fast classes, in place, and returns it. `detach` is its inverse.
+
+    Raises:
+        ValueError: for a model of another class or of another version of its code, one that is sharded, and one with
+            an adapter.
+    """
+    name = type(model).__name__
+    inside = list(model.modules())
+    if any(isinstance(module, FSDPModule) for module in inside) or any(
+        isinstance(parameter, DTensor) for parameter in model.parameters()
+    ):
+        raise ValueError(f"this {name} is sharded; call attach(model) before it is sharded")
+    if any(type(module).__module__.partition(".")[0] == "peft" for module in inside):
+        raise ValueError(f"this {name} has an adapter; call attach(model) on the base model, before get_peft_model")
+    if name not in REPLACED or not isinstance(model, PreTrainedModel):
+        raise ValueError(f"{name} is no model of this package; load an hf_decoder checkpoint, or convert one")
+    if not is_plain_code(sys.modules[type(model).__module__]):
+        raise ValueError(
+            f"the code that came with this {name} is another version of this package's; import hf_decoder and load "
+            "the checkpoint again, which takes the installed classes"
+        )
+    _give_twins(model)
+    return model
+
+
+def detach(model: nn.Module) -> nn.Module:
+    """Gives the modules of a model their plain classes back, in place, and returns it."""
+    for module in model.modules():
+        if is_twin(type(module)):
+            module.__class__ = plain_of(type(module))
+    return model
+
+
+def is_twin(kind: type) -> bool:
+    """Whether this is a fast class, and not a plain one or a class of somebody's over either."""
+    return kind.__bases__[0] in REPLACED.values()
+
+
+def plain_of(twin: type) -> type:
+    """The plain class of a fast one."""
+    return twin.__bases__[1]
+
+
+def is_plain_code(module: Any) -> bool:
+    """Whether a module of model code, and what it imports of its folder, is this package's, to the letter."""
+    theirs = Path(module.__file__).parent
+    return all(
+        (theirs / file.name).is_file() and (theirs / file.name).read_text("utf-8") == file.read_text("utf-8")
+        for file in code_files()
+    )
+
+
+def code_files() -> list[Path]:
+    """The manifest: the files that travel with a checkpoint."""
+    return sorted(Path(plain.__file__).parent.glob("*_hf_decoder.py"))
+
+
+def remove_former_code(folder: Path) -> None:
+    """Removes what older versions of this package left beside a checkpoint: files of its names that travel no more."""
+    names = {file.name for file in code_files()}
+    for file in folder.glob("*_hf_decoder.py"):
+        if file.name not in names:
+            file.unlink()
+
+
+def _give_twins(model: nn.Module) -> None:
+    for module in model.modules():
+        kind = type(module)
+        if kind.__name__ in REPLACED and kind.__module__ == type(model).__module__ and not is_twin(kind):
+            module.__class__ = twin_of(kind)
+
+
+def _new_twin(plain_class: type) -> Any:
+    twin = twin_of(plain_class)
+    return twin.__new__(twin)
+
+
+__all__ = ["REPLACED", "attach", "code_files", "detach", "is_twin", "plain_of", "remove_former_code", "twin_of"]

@@ -1,0 +1,401 @@
+"""The decoding step gives what the modules give, and steps aside where something hangs on these."""
+
+import copy
+import gc
+from types import SimpleNamespace
+
+import pytest
+import torch
+from generating import NEW_TOKENS, VARIANTS, generated, through_modules, tiny_model
+from peft import LoraConfig, get_peft_model
+from tiny_models import padded, random_ids
+from torch import nn
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
+
+from hf_decoder.engine.decoding import step
+
+from hf_decoder.engine.decoding import generation
+
+from hf_decoder.engine.decoding import products
+from hf_decoder.engine.decoding.step import DecodingStep
+from hf_decoder.engine.int8 import Int8Weights
+from hf_decoder.engine.training.norm import HfDecoderRMSNorm
+from hf_decoder.engine.decoding.products import Weights, multiply, multiply_row
+
+
+@pytest.fixture
+def steps(monkeypatch) -> list[torch.Tensor]:
+    """Collects the logits of every step that is taken directly."""
+    taken: list[torch.Tensor] = []
+    step = DecodingStep.__call__
+
+    def recorded(self, *inputs, **kwargs):
+        logits = step(self, *inputs, **kwargs)
+        if logits is not None:
+            taken.append(logits)
+        return logits
+
+    monkeypatch.setattr(DecodingStep, "__call__", recorded)
+    return taken
+
+
+@pytest.fixture
+def without_native_step(monkeypatch):
+    """Rows on a static cache are left to torch.compile, as where the step in C++ does not compute what they need."""
+    monkeypatch.setattr(step, "is_for_cpp", lambda step: False)
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_step_gives_the_tokens_and_logits_of_the_modules(variant: str, cache: str | None, steps):
+    model = tiny_model(**VARIANTS[variant])
+    ids, mask = padded(3, 9)
+    slow = {"attention_mask": mask}
+    fast = {**slow, "cache_implementation": cache, "disable_compile": True} if cache else slow
+    for inputs, settings in ((ids[:1], {}), (ids, {"attention_mask": mask})):
+        expected = through_modules(model, inputs, **settings)
+        assert not steps
+        tokens, logits = generated(
+            model, inputs, **(fast | settings if len(inputs) > 1 else {**fast, "attention_mask": None})
+        )
+        torch.testing.assert_close(logits, expected[1], rtol=0, atol=2e-5)
+        torch.testing.assert_close(tokens, expected[0])
+        windowed = "windows" in variant
+        assert len(steps) == (0 if cache and windowed else NEW_TOKENS - 1)
+        steps.clear()
+
+
+def test_other_caches_and_searches_give_the_same_tokens(steps):
+    model = tiny_model()
+    ids, mask = padded(2, 9)
+    for settings in (
+        {"num_beams": 3},
+        {"do_sample": True, "top_k": 20, "num_return_sequences": 2},
+        {"past_key_values": "without config"},
+    ):
+        runs = []
+        for run in (through_modules, generated):
+            torch.manual_seed(3)
+            own = {"past_key_values": DynamicCache()} if "past_key_values" in settings else settings
+            runs.append(run(model, ids, attention_mask=mask, **own)[0])
+            assert bool(steps) == (run is generated)
+        assert torch.equal(*runs)
+        steps.clear()
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_prompts_as_embeddings(cache: str | None, steps):
+    model = tiny_model()
+    ids = random_ids(1, 9)
+    settings = {"cache_implementation": cache, "disable_compile": True} if cache else {}
+    tokens, _ = generated(model, ids, **settings)
+    steps.clear()
+    embedded, _ = generated(model, None, inputs_embeds=model.get_input_embeddings()(ids), **settings)
+    assert torch.equal(embedded, tokens[:, 9:]) and len(steps) == NEW_TOKENS - 1
+
+
+def test_masks_that_are_prepared_already_are_not_for_the_step(steps, monkeypatch):
+    model = tiny_model()
+    ids, mask = padded(3, 9)
+    settings = {"attention_mask": mask, "cache_implementation": "static", "disable_compile": True}
+    expected = generated(model, ids, **settings)[0]
+    steps.clear()
+    monkeypatch.setattr(generation.Decoding, "prepare_inputs", lambda *inputs, **others: None)
+    assert torch.equal(generated(model, ids, **settings)[0], expected) and not steps
+
+
+def test_a_hook_is_called_for_every_token(steps):
+    model, calls = tiny_model(), []
+    hook = model.model.layers[1].mlp.up_proj.register_forward_hook(lambda *inputs: calls.append(1))
+    model.generate(random_ids(1, 5), max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None)
+    assert len(calls) == NEW_TOKENS and not steps
+    hook.remove()
+    model.generate(random_ids(1, 5), max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None)
+    assert len(calls) == NEW_TOKENS and len(steps) == NEW_TOKENS - 1
+
+
+def hang_lora(model):
+    get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False))
+
+
+def replace_forward(model):
+    norm = model.model.layers[0].input_layernorm
+    norm.forward = lambda x: 2 * type(norm).forward(norm, x)
+
+
+def replace_module(model):
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    old = model.model.layers[0].mlp.up_proj
+    new = Doubled(old.in_features, old.out_features, bias=False)
+    new.load_state_dict(old.state_dict())
+    model.model.layers[0].mlp.up_proj = new
+
+
+def hang_everywhere(model):
+    return nn.modules.module.register_module_forward_hook(lambda module, inputs, output: None)
+
+
+def replace_forward_of_a_class(model):
+    patch, forward = pytest.MonkeyPatch(), HfDecoderRMSNorm.forward
+    patch.setattr(HfDecoderRMSNorm, "forward", lambda self, *inputs: 0.5 * forward(self, *inputs))
+    return SimpleNamespace(remove=patch.undo)
+
+
+CHANGES = [hang_lora, replace_forward, replace_module, hang_everywhere, replace_forward_of_a_class]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_modules_are_called(change, steps):
+    model = tiny_model()
+    generated(model, random_ids(1, 5))  # a step is known from before the change
+    assert steps
+    steps.clear()
+    handle = change(model)
+    try:
+        tokens, logits = generated(model, random_ids(1, 5))
+        whole = model(tokens, use_cache=False).logits[:, -NEW_TOKENS - 1 : -1]
+    finally:
+        if handle is not None:
+            handle.remove()
+    assert not steps
+    torch.testing.assert_close(logits, whole, rtol=0, atol=2e-5)
+
+
+def test_what_a_caller_asks_for_beside_logits_comes_from_the_modules(steps):
+    model = tiny_model()
+    out = model.generate(
+        random_ids(1, 5), max_new_tokens=4, eos_token_id=None, output_hidden_states=True, return_dict_in_generate=True
+    )
+    assert not steps and [len(states) for states in out.hidden_states] == [3] * 4
+    generated(model, random_ids(1, 5))  # the recorders that transformers leaves on the modules record nothing now
+    assert len(steps) == NEW_TOKENS - 1
+
+
+def test_new_weights_are_seen(steps):
+    model = tiny_model()
+    ids = random_ids(1, 5)
+    generated(model, ids)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.mul_(3)
+        model.model.layers[1].self_attn.q_proj.weight = nn.Parameter(
+            torch.randn_like(model.model.layers[1].self_attn.q_proj.weight)
+        )
+    expected = through_modules(model, ids)
+    steps.clear()
+    assert torch.equal(generated(model, ids)[0], expected[0]) and steps
+
+
+@torch.no_grad()
+def test_half_precision_is_no_further_from_the_truth_than_the_modules_are(steps):
+    model = tiny_model(qk_norm=True)
+    ids = random_ids(1, 5)
+    errors = []
+    tokens, _ = generated(model, ids)
+    truth = model(tokens, use_cache=False).logits[:, -NEW_TOKENS - 1 : -1]
+    half = copy.deepcopy(model).bfloat16()
+    for run in (generated, through_modules):
+        forced = {"prefix_allowed_tokens_fn": lambda row, seen: [int(tokens[0, len(seen)])]}  # the same text for both
+        errors.append((run(half, ids, **forced)[1].float() - truth).square().mean().sqrt())
+    assert errors[0] <= 1.1 * errors[1]
+    assert torch.backends.mkldnn.enabled
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cache", ["static", None])
+def test_packed_weights_of_several_rows(cache: str | None, steps, without_native_step, monkeypatch):
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        pytest.skip("weights are packed on AVX-512 alone")
+    packed = []
+    pack = DecodingStep.packed
+    monkeypatch.setattr(DecodingStep, "packed", lambda self: packed.append(1) or pack(self))
+    monkeypatch.setattr(generation, "STEPS_BEFORE_PACKING", 2)
+    model = tiny_model(attention_bias=True, tie_word_embeddings=False)
+    ids, mask = padded(3, 9)
+    tokens, _ = generated(model, ids, attention_mask=mask)
+    forced = {"prefix_allowed_tokens_fn": lambda row, seen: [int(tokens[row, len(seen)])], "attention_mask": mask}
+    _, truth = through_modules(model, ids, **forced)
+    half = copy.deepcopy(model).bfloat16()
+    error = [
+        (run(half, ids, **forced, cache_implementation=kind)[1].float() - truth).square().mean().sqrt()
+        for run, kind in ((generated, cache), (through_modules, None))
+    ]
+    assert packed == [1] and error[0] <= 1.1 * error[1]
+    half.lm_head.weight.data.mul_(2)  # changed in a way that leaves no trace
+    doubled = generated(half, ids, **forced, cache_implementation=cache)[1]
+    torch.testing.assert_close(doubled.float(), 2 * truth, rtol=0, atol=2 * 6 * float(error[1]))
+    gc.collect()  # the compiler leaves cycles behind
+    assert packed == [1, 1] and not products._packed  # the copies are gone with the calls
+    monkeypatch.setattr(generation, "PACKED_BYTES", 10)
+    generated(half, ids, **forced, cache_implementation=cache)
+    assert packed == ([1, 1] if cache is None else [1, 1, 1])
+
+
+def test_quantized_weights_are_not_packed():
+    """Such as torchao's int4, which cannot be joined or laid out anew."""
+
+    class Quantized(torch.Tensor):
+        pass
+
+    several = [products.Weights(torch.ones(2, 4).as_subclass(Quantized), None) for _ in range(3)]
+    assert all(products.packed_weights(weights) is weights for weights in several)
+    assert products.joined(several) == tuple(several)
+
+
+def test_the_kernels_are_given_back_when_a_step_fails(monkeypatch):
+    model = tiny_model().bfloat16()
+
+    def fail(*inputs):
+        raise KeyError("broken")
+
+    monkeypatch.setattr(step, "decode_row", fail)
+    with pytest.raises(KeyError):
+        generated(model, random_ids(1, 5))
+    assert torch.backends.mkldnn.enabled
+
+
+def test_a_token_out_of_range_is_named():
+    model = tiny_model()
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad(), generation.Decoding(model):
+        model(random_ids(1, 5), past_key_values=cache, use_cache=True)
+        with pytest.raises(ValueError, match="vocabulary ends at"):
+            model(torch.tensor([[10**6]]), past_key_values=cache, use_cache=True)
+
+
+def test_compiled_step(steps, without_native_step, tmp_path, monkeypatch):
+    model = tiny_model(qk_norm=True, attention_bias=True, sliding_window=None)
+    # the longer rows, of the MLP's last product, by torch's own, the others as sums
+    monkeypatch.setattr(products, "LONG_ROW", model.config.hidden_size)
+    monkeypatch.setattr(products, "MIN_SPLIT_ELEMENTS", 1)
+    assert model.config.intermediate_size > model.config.hidden_size
+    ids, mask = padded(3, 9)
+    model.generation_config = GenerationConfig(cache_implementation="static", pad_token_id=0, do_sample=False)
+    model.save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)  # the switch is saved with the model
+    calls = [(ids[:1], None, 9), (ids, mask, 9), (ids[:1, :4], None, 20), (ids[:2], mask[:2], 30), (ids, None, 5)]
+    for turn, (inputs, inputs_mask, count) in enumerate(calls):
+        settings = {"attention_mask": inputs_mask, "max_new_tokens": count}
+        expected = through_modules(model, inputs, **settings, cache_implementation=None)
+        with torch._dynamo.config.patch(error_on_recompile=turn > 2):  # rows or one row, padding or none: three graphs
+            tokens, logits = generated(model, inputs, **settings)
+        assert torch.equal(tokens, expected[0])
+        torch.testing.assert_close(logits, expected[1], rtol=0, atol=2e-5)
+        assert len(steps) == count - 1
+        steps.clear()
+    assert DecodingStep.of(model)._compiled
+
+
+@pytest.mark.parametrize("failure", ["at once", "in the middle"])
+def test_without_a_compiler_the_step_runs_as_it_is(failure: str, steps, without_native_step, monkeypatch):
+    model = tiny_model()
+    seen: list[int] = []
+
+    def no_compiler(function, **options):
+        def call(*inputs):
+            seen.append(1)
+            if failure == "at once" or len(seen) > 2:
+                raise RuntimeError("no C++ compiler found")
+            return function(*inputs)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    expected = generated(model, random_ids(1, 5))
+    steps.clear()
+    assert torch.equal(generated(model, random_ids(1, 5), cache_implementation="static")[0], expected[0])
+    assert len(steps) == NEW_TOKENS - 1 and len(seen) == (1 if failure == "at once" else 3)
+
+
+@pytest.mark.parametrize("cache", [None, pytest.param("static", marks=pytest.mark.slow)])  # that compiles for long
+def test_int8_weights(cache: str | None, steps, without_native_step, monkeypatch):
+    torchao = pytest.importorskip("torchao.quantization")
+    multiplied = []
+    int8_linear = products.int8_linear
+    monkeypatch.setattr(
+        products, "int8_linear", lambda *inputs: multiplied.append(1) or int8_linear(*inputs)
+    )
+    model = tiny_model(attention_bias=True)
+    torchao.quantize_(model.model, torchao.Int8WeightOnlyConfig())
+    ids, mask = padded(3, 9)
+    for inputs, inputs_mask in ((ids[:1], None), (ids, mask), (ids[:1], None)):
+        tokens, logits = generated(model, inputs, attention_mask=inputs_mask, cache_implementation=cache)
+        assert len(steps) == NEW_TOKENS - 1
+        expected = through_modules(model, inputs, attention_mask=inputs_mask)
+        assert torch.equal(tokens, expected[0])
+        torch.testing.assert_close(logits, expected[1], rtol=0, atol=5e-5)
+        steps.clear()
+    assert multiplied or cache
+    assert DecodingStep.of(model) is DecodingStep.of(model)  # and so its graphs are used again
+
+
+@torch.no_grad()
+def test_int8_weights_in_half_precision(steps):
+    torchao = pytest.importorskip("torchao.quantization")
+    model = tiny_model(attention_bias=True).bfloat16()
+    ids = random_ids(1, 9)
+    torchao.quantize_(model.model, torchao.Int8WeightOnlyConfig())
+    exact = copy.deepcopy(model)  # what was quantized, computed with in fp32
+    for module in exact.modules():
+        if type(module) is nn.Linear and type(module.weight) is not nn.Parameter:
+            module.weight = nn.Parameter(module.weight.qdata.float() * module.weight.scale)
+    exact.float()
+    tokens, truth = through_modules(exact, ids)
+    forced = {"prefix_allowed_tokens_fn": lambda row, seen: [int(tokens[row, len(seen)])]}
+    settings: list[dict] = [{}, {"cache_implementation": "static"}]
+    errors = [(generated(model, ids, **forced, **more)[1].float() - truth).square().mean().sqrt() for more in settings]
+    assert len(steps) == NEW_TOKENS - 1  # those on the static cache are the function's in C++
+    slow = (through_modules(model, ids, **forced)[1].float() - truth).square().mean().sqrt()
+    assert max(errors) <= 1.1 * slow
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("rows", [1, 3, 17])
+@pytest.mark.parametrize("columns", [32, 44, 48])
+def test_int8_products_of_rows_of_any_length(columns, rows, dtype):
+    values = torch.randint(-127, 128, (34, columns), dtype=torch.int8)
+    x, scales = torch.randn(rows, 1, columns).to(dtype), torch.rand(34, 1).to(dtype)
+    expected = x.double() @ (values.double() * scales.double()).T
+    found = multiply(x, Int8Weights(values, scales, None)).double()
+    assert (found - expected).abs().max() <= 0.01 * expected.abs().max()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [1, 2, 16, 17])
+@pytest.mark.parametrize("outputs", [8, 10])
+def test_fp32_products_of_a_few_rows(outputs, rows, bias, monkeypatch):
+    monkeypatch.setattr(products, "MIN_SPLIT_ELEMENTS", 1)
+    torch.manual_seed(0)
+    module = torch.nn.Linear(40, outputs, bias=bias)
+    x = torch.randn(rows, 1, 40)
+    exact = torch.nn.functional.linear(x.double(), module.weight.double(), module.bias.double() if bias else None)
+    apart = torch.empty(40, outputs).copy_(module.weight.detach().t()).t()
+    for weight in (module.weight, apart):
+        weights = Weights(weight, module.bias)
+        found = [multiply(x, weights)]
+        if rows == 1:
+            found.append(multiply_row(x.view(-1), weights).view(1, 1, -1))
+        for product in found:
+            assert product.shape == exact.shape and product.is_contiguous()
+            torch.testing.assert_close(product.double(), exact, rtol=1e-6, atol=1e-6)
+
+
+def test_disable_compile_is_heard(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda *inputs, **options: pytest.fail("compiled"))
+    model = tiny_model()
+    settings = {"cache_implementation": "static", "disable_compile": True}
+    assert torch.equal(generated(model, random_ids(1, 5), **settings)[0], generated(model, random_ids(1, 5))[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_norms_in_few_calls_are_the_modules(dtype):
+    norm = tiny_model().to(dtype).model.norm
+    hidden = (3 * torch.randn(5, 1, norm.weight.shape[0])).to(dtype)
+    for x in (hidden, torch.zeros_like(hidden), hidden * float("nan")):
+        found = [step.normed_in_few_calls(norm.forward, x)]
+        found.append(torch.stack([step._normed(norm.forward, row.view(-1)) for row in x]).view(x.shape))
+        for normed in found:
+            assert normed.dtype == dtype
+            torch.testing.assert_close(normed, norm(x), equal_nan=True)

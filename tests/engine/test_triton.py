@@ -1,0 +1,686 @@
+"""The kernels of training against the formulas in fp64 and written out whole: on a GPU, or interpreted on a CPU."""
+
+import gc
+import weakref
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+from transformers.activations import ACT2FN
+
+from hf_decoder.engine.training import blocks
+
+from hf_decoder.engine.training import loss as engine_loss
+from hf_decoder.engine.training.blocks import has_kernels, is_for_blocks
+from hf_decoder.model.configuration_hf_decoder import HfDecoderConfig
+from hf_decoder.engine.training.loss import linear_cross_entropy
+from hf_decoder.model.modeling_hf_decoder import HfDecoderForCausalLM
+from hf_decoder.engine.training.norm import HfDecoderRMSNorm
+from hf_decoder.engine.training.rotation import apply_rotary_pos_emb
+from hf_decoder.engine.training.shared_cast import normed_for, shared_input
+from hf_decoder.engine.training.gate import gated_for
+
+pytest.importorskip("triton")
+from triton.runtime import interpreter
+
+from hf_decoder.engine.triton import training as triton_training
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NEVER = 2**40
+HALF = [torch.bfloat16, torch.float16]
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+SILU = ACT2FN["silu"]
+gated = partial(gated_for, torch.nn.Identity())
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch: pytest.MonkeyPatch):
+    """For tensors however short, on a CPU too."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(blocks, "_kernels_run_on", lambda device: device.type == "cpu")
+        monkeypatch.setattr(interpreter, "_convert_float", as_devices_round(interpreter._convert_float))
+    assert has_kernels(torch.ones(1, device=DEVICE))  # a GPU's answer is found by a launch, once: not to be counted
+    take_from(monkeypatch, 1)
+
+
+def as_devices_round(convert: Callable) -> Callable:
+    """The interpreter's conversion to bf16 cuts bits off; a device rounds to the nearest number."""
+
+    def rounded(data, source, target, mode):
+        if source.is_fp32() and target.is_bf16():
+            return torch.from_numpy(data.copy()).bfloat16().view(torch.int16).numpy().view("uint16")
+        return convert(data, source, target, mode)
+
+    return rounded
+
+
+def take_from(monkeypatch: pytest.MonkeyPatch, elements: int) -> None:
+    monkeypatch.setattr(blocks, "MIN_BLOCKED_ELEMENTS", elements)
+    monkeypatch.setattr(blocks, "MIN_KERNEL_ELEMENTS", elements)
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, *names: str) -> list[str]:
+    """Names of the kernels' functions, as they are called."""
+    calls: list[str] = []
+    for name in names or triton_training.__all__:
+        function = getattr(triton_training, name)
+        monkeypatch.setattr(
+            triton_training,
+            name,
+            lambda *args, function=function, name=name, **kwargs: calls.append(name) or function(*args, **kwargs),
+        )
+    return calls
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def leaf(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    return (2 * random(*shape, seed=seed)).to(dtype).requires_grad_()
+
+
+def results(function: Callable, leaves: list[torch.Tensor], kind: torch.dtype | None = None) -> list[torch.Tensor]:
+    """Output and gradients; the gradient that comes in has values of `kind`."""
+    output = function(*leaves)
+    grad = random(*output.shape, seed=9).to(kind or output.dtype).to(output.dtype)
+    return [output.detach(), *torch.autograd.grad(output, leaves, grad)]
+
+
+def check(
+    function: Callable, leaves: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch, exact: Callable | None = None
+) -> None:
+    """Dtypes, shapes and layout as written out whole, and no further from fp64 than that."""
+    calls = counted(monkeypatch)
+    mine = results(function, leaves)
+    assert len(calls) >= 2
+    take_from(monkeypatch, NEVER)
+    calls.clear()
+    whole = results(function, leaves)
+    assert not calls
+    truth = results(exact or function, [leaf.detach().double().requires_grad_() for leaf in leaves], mine[0].dtype)
+    for a, b, true in zip(mine, whole, truth, strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        errors = [float((tensor.double() - true).norm() / true.norm()) for tensor in (a, b)]
+        assert errors[0] <= errors[1] * 1.05 + 1e-6, errors
+
+
+NORM_TYPES = [(kind, kind) for kind in (torch.float32, *HALF)] + [(kind, torch.float32) for kind in HALF]
+
+
+@pytest.mark.parametrize("dtype, weight_dtype", NORM_TYPES)
+@pytest.mark.parametrize("shape", [(2, 5, 16), (3, 7, 6, 24), (70, 64), (3, 3000)], ids=str)
+def test_norm(shape, dtype, weight_dtype, monkeypatch):
+    norm = HfDecoderRMSNorm(shape[-1])
+    torch.nn.init.normal_(norm.weight)
+    norm = norm.to(DEVICE, weight_dtype)
+
+    def function(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(norm, {"weight": weight}, (x,))
+
+    def exact(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return x * (x.square().mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt() * weight
+
+    weight = norm.weight.detach().requires_grad_()
+    check(function, [leaf(*shape, dtype=dtype), weight], monkeypatch, exact)
+
+
+def test_norm_of_views_that_lie_apart(monkeypatch):
+    norm = HfDecoderRMSNorm(16).to(DEVICE)
+    x = random(5, 3, 40)
+    for view in (x[..., 8:24], x[..., :16].transpose(0, 1)):
+        view = view.detach().requires_grad_()
+        calls = counted(monkeypatch)
+        output = norm(view)
+        grad = random(*output.shape[::-1]).permute(2, 1, 0)  # of another layout
+        found = [output, *torch.autograd.grad(output, (view, norm.weight), grad)]
+        assert calls == ["rms_norm", "rms_norm_gradients"]
+        leaves = [tensor.detach().double().requires_grad_() for tensor in (view, norm.weight)]
+        output = functional.rms_norm(leaves[0], (16,), leaves[1], norm.variance_epsilon)
+        for mine, true in zip(found, [output, *torch.autograd.grad(output, leaves, grad.double())], strict=True):
+            torch.testing.assert_close(mine, true.float())
+
+
+def test_norm_of_which_a_part_is_frozen():
+    norm, x, grad = HfDecoderRMSNorm(24).to(DEVICE), leaf(7, 24), random(7, 24, seed=1)
+    both = torch.autograd.grad(norm(x), (x, norm.weight), grad)
+    (alone,) = torch.autograd.grad(norm(x.detach()), norm.weight, grad)
+    assert torch.equal(alone, both[1])
+    norm.requires_grad_(False)
+    assert torch.equal(torch.autograd.grad(norm(x), x, grad)[0], both[0])
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_statistics_are_fp32(dtype):
+    x = (random(4, 256) * 3000).to(dtype)  # squares overflow fp16
+    truth = x.double() / x.double().square().mean(-1, keepdim=True).sqrt()
+    output = HfDecoderRMSNorm(256).to(DEVICE, dtype)(x)
+    torch.testing.assert_close(output.double(), truth, rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", [(2, 5, 16), (3, 1001)], ids=str)
+def test_gate(shape, dtype, monkeypatch):
+    leaves = [leaf(*shape, dtype=dtype), leaf(*shape, dtype=dtype, seed=1)]
+    check(lambda gate, up: gated(gate, up, SILU), leaves, monkeypatch, lambda gate, up: gate * gate.sigmoid() * up)
+
+
+def test_gate_of_one_product_for_both(monkeypatch):
+    check(lambda both: gated(*both.chunk(2, -1), SILU), [leaf(3, 7, 40)], monkeypatch)
+
+
+def test_gate_of_large_numbers():
+    gate = torch.tensor([-1e4, -100.0, -20.0, 0.0, 20.0, 100.0, 1e4], device=DEVICE, requires_grad=True)
+    output = gated(gate, torch.ones_like(gate), SILU)
+    torch.testing.assert_close(output, functional.silu(gate))
+    (grad,) = torch.autograd.grad(output.sum(), gate)
+    torch.testing.assert_close(grad, torch.autograd.grad(functional.silu(gate).sum(), gate)[0])
+
+
+def test_gradients_of_what_is_asked_for_alone():
+    gate, up, grad = leaf(3, 16), leaf(3, 16, seed=1), random(3, 16, seed=2)
+    both = torch.autograd.grad(gated(gate, up, SILU), (gate, up), grad)
+    assert torch.equal(torch.autograd.grad(gated(gate, up.detach(), SILU), gate, grad)[0], both[0])
+    assert torch.equal(torch.autograd.grad(gated(gate.detach(), up, SILU), up, grad)[0], both[1])
+
+
+def reader_of(kind: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    reader = torch.nn.Linear(16, 8, bias="bias" in kind).to(DEVICE)
+    if kind == "lora":
+        holder = torch.nn.ModuleDict({"down": reader})
+        config = LoraConfig(target_modules=["down"], r=2, init_lora_weights=False)
+        return inject_adapter_in_model(config, holder)["down"].to(DEVICE)
+    if kind == "of int8":
+        quantization = pytest.importorskip("torchao.quantization")
+        quantization.quantize_(reader, quantization.Int8WeightOnlyConfig(version=2))
+        reader.requires_grad_(False)
+    if kind == "frozen":
+        reader.requires_grad_(False)
+    if kind == "written into":
+        reader.register_forward_pre_hook(lambda module, inputs: (inputs[0].mul_(2),))
+    return reader
+
+
+READERS = ["plain", "with a bias", "frozen", "lora", "written into", "of int8"]
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("kind", READERS)
+def test_a_reader_of_the_gate_has_the_same_gradients(kind, autocast, monkeypatch):
+    reader = reader_of(kind)
+    leaves = [leaf(2, 5, 16), leaf(2, 5, 16, seed=1)]
+    weights = [weight for weight in reader.parameters() if weight.requires_grad]
+    found, calls = [], counted(monkeypatch, "gated_silu")
+    for read in (lambda gate, up: reader(gated(gate, up, SILU)), lambda gate, up: gated_for(reader, gate, up, SILU)):
+        calls.clear()
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
+            gate, up = (2 * tensor if not autocast else tensor.bfloat16() for tensor in leaves)
+            output = read(gate, up)
+        output.float().square().sum().backward()
+        found.append([output.detach(), *(tensor.grad.clone() for tensor in (*leaves, *weights))])
+        for tensor in (*leaves, *weights):
+            tensor.grad = None
+    assert all(map(torch.equal, *found))
+    # once more in the backward pass, but not for whom it is of no use, and not what was written into or cast anew
+    is_made_again = kind in ("plain", "with a bias") or (kind == "lora" and not autocast)
+    assert len(calls) == 1 + is_made_again
+
+
+@pytest.mark.parametrize("within", ["nothing", "another activation", "someone else's hooks", "checkpointing"])
+def test_who_keeps_the_gate_for_its_reader(within, monkeypatch):
+    if DEVICE == "cpu":  # the interpreter holds on to its tensors
+        monkeypatch.setattr(triton_training, "gated_silu", lambda gate, up: functional.silu(gate) * up)
+    reader, act = reader_of("plain"), ACT2FN["gelu" if within == "another activation" else "silu"]
+    products = []
+    reader.register_forward_pre_hook(
+        lambda module, inputs: products.append(StorageWeakRef(inputs[0].untyped_storage()))
+    )
+    leaves = [leaf(2, 5, 16), leaf(2, 5, 16, seed=1), reader.weight]
+    expected = reader(gated(*leaves[:2], act))
+    expected = [expected, *torch.autograd.grad(expected.square().sum(), leaves)]
+    products.clear()
+    packed = []
+    if within == "checkpointing":
+        output = checkpoint(gated_for, reader, *leaves[:2], act, use_reentrant=False)
+    elif within == "someone else's hooks":
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: packed.append(x.shape) or x, lambda x: x):
+            output = gated_for(reader, *leaves[:2], act)
+        assert (10, 16) in packed  # as the matrix that was multiplied
+    else:
+        output = gated_for(reader, *leaves[:2], act)
+    assert products[0].expired() == (within in ("nothing", "checkpointing"))
+    mine = [output, *torch.autograd.grad(output.square().sum(), leaves)]
+    assert all(map(torch.equal, mine, expected))
+
+
+def angles(rows: int, length: int, rotary_dim: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    half = 6 * random(rows, length, rotary_dim // 2, seed=2)
+    both = torch.cat((half, half), -1)
+    return both.cos().to(dtype), both.sin().to(dtype)
+
+
+def rotated_by(cos: torch.Tensor, sin: torch.Tensor, **kwargs) -> Callable:
+    """Queries and keys laid out as projections leave them, (B, S, H, E) -> the rotated ones side by side."""
+
+    def rotate(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return torch.cat(apply_rotary_pos_emb(query.transpose(1, 2), key.transpose(1, 2), cos, sin, **kwargs), dim=1)
+
+    return rotate
+
+
+@DTYPES
+@pytest.mark.parametrize("rows", [1, 3], ids=["positions of all rows", "positions by row"])
+@pytest.mark.parametrize("head_dim, rotary_dim", [(8, 8), (8, 6), (80, 80), (20, 4)])
+@pytest.mark.parametrize("angle_dtype", [None, torch.float32], ids=["own type", "angles in fp32"])
+def test_rotation(dtype, rows, head_dim, rotary_dim, angle_dtype, monkeypatch):
+    cos, sin = angles(rows, 7, rotary_dim, angle_dtype or dtype)
+    leaves = [leaf(3, 7, 5, head_dim, dtype=dtype), leaf(3, 7, 2, head_dim, dtype=dtype, seed=3)]
+    check(rotated_by(cos, sin), leaves, monkeypatch, rotated_by(cos.double(), sin.double()))
+
+
+@pytest.mark.parametrize("rotary_dim", [8, 4])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rotation_for_attention_alone_is_in_the_type_of_autocast(dtype, rotary_dim, monkeypatch):
+    cos, sin = angles(1, 7, rotary_dim, torch.float32)
+    leaves = [leaf(3, 7, 4, 8, dtype=dtype), leaf(3, 7, 2, 8, dtype=dtype, seed=3)]
+    with torch.autocast(DEVICE, torch.bfloat16):
+        mine = results(rotated_by(cos, sin, for_cache=False), leaves)
+        cached = rotated_by(cos, sin)(*leaves)
+        take_from(monkeypatch, NEVER)
+        whole = results(rotated_by(cos, sin, for_cache=False), leaves, torch.bfloat16)
+    assert mine[0].dtype == torch.bfloat16 and cached.dtype == whole[0].dtype == torch.float32
+    assert [grad.dtype for grad in mine[1:]] == [dtype, dtype]
+    for a, b in zip(mine, whole, strict=True):
+        torch.testing.assert_close(
+            a.float(), b.float(), rtol=2**-7, atol=2e-2
+        )  # written out, the gradient is rounded thrice
+
+
+def test_rotation_keeps_the_layout_of_the_projection_whatever_that_of_its_input():
+    cos, sin = angles(2, 7, 8, torch.float32)
+    projected = random(2, 7, 4, 8)
+    expected = (
+        projected.transpose(1, 2) * cos[:, None]
+        + torch.cat((-projected[..., 4:], projected[..., :4]), -1).transpose(1, 2) * sin[:, None]
+    )
+    of_one_product = torch.cat((projected, random(2, 7, 3, 8)), 2)[:, :, :4].transpose(1, 2)
+    apart = projected.transpose(1, 2).permute(3, 0, 1, 2).contiguous().permute(1, 2, 3, 0)
+    for query in (projected.transpose(1, 2), projected.transpose(1, 2).contiguous(), of_one_product, apart):
+        out, _ = apply_rotary_pos_emb(query, query, cos, sin)
+        assert out.transpose(1, 2).is_contiguous()
+        torch.testing.assert_close(out, expected)
+
+
+def test_rotation_takes_gradients_that_are_one_number():
+    cos, sin = angles(1, 7, 8, torch.float32)
+    leaves = [leaf(1, 7, 2, 8), leaf(1, 7, 1, 8)]
+    grads = torch.autograd.grad(rotated_by(cos, sin)(*leaves).sum(), leaves)
+    expected = cos + torch.cat((sin[..., 4:], -sin[..., :4]), -1)
+    for grad in grads:
+        torch.testing.assert_close(grad, expected[:, :, None].expand_as(grad))
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("count", [2, 3])
+def test_shared_input(count, dtype, monkeypatch):
+    torch.manual_seed(0)
+    maps = [torch.nn.Linear(24, width, bias=False).to(DEVICE) for width in (8, 4, 4)[:count]]
+    calls = counted(monkeypatch)
+
+    def all_maps(x: torch.Tensor) -> torch.Tensor:
+        inputs = shared_input(x * 1, *maps)  # autocast would keep the cast of a leaf
+        return torch.cat([module(mine) for module, mine in zip(maps, inputs, strict=True)], -1)
+
+    with torch.autocast(DEVICE, dtype):
+        mine = results(all_maps, [leaf(2, 5, 24)])
+        assert calls == ["sum_in_fp32"]
+        take_from(monkeypatch, NEVER)
+        whole = results(all_maps, [leaf(2, 5, 24)])
+    assert torch.equal(mine[0], whole[0]) and mine[1].dtype == torch.float32
+    torch.testing.assert_close(mine[1], whole[1], rtol=1e-6, atol=1e-6)  # sums in fp32, in another order
+
+
+def test_shared_input_of_which_a_part_is_used():
+    torch.manual_seed(0)
+    maps, x, alone = [torch.nn.Linear(16, 8).to(DEVICE) for _ in range(2)], leaf(5, 16), leaf(5, 16)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        maps[1](shared_input(x, *maps)[1]).sum().backward()
+        maps[1](alone).sum().backward()
+    torch.testing.assert_close(x.grad, alone.grad)
+
+
+class Reader(torch.nn.Module):
+    """Two or three maps of one input, side by side."""
+
+    def __init__(self, count: int, width: int = 24):
+        super().__init__()
+        torch.manual_seed(0)
+        self.maps = torch.nn.ModuleList(torch.nn.Linear(width, 4 * k, bias=False) for k in (2, 1, 1)[:count])
+
+    def input_maps(self) -> tuple[torch.nn.Module, ...]:
+        return tuple(self.maps)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        inputs = shared_input(x, *self.maps)
+        return torch.cat([module(mine) for module, mine in zip(self.maps, inputs, strict=True)], -1)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
+def test_norm_for_linear_maps(count, dtype, weight_dtype, monkeypatch):
+    """The output as without kernels to the bit, and gradients that are added up in fp32."""
+    reader, norm = Reader(count).to(DEVICE), HfDecoderRMSNorm(24)
+    torch.nn.init.normal_(norm.weight)
+    norm = norm.to(DEVICE, weight_dtype)
+    calls, inputs = counted(monkeypatch), []
+
+    def function(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        inputs.append(normed_for(reader, norm, x))
+        return reader(inputs[-1])
+
+    leaves = [leaf(2, 5, 24), norm.weight]
+    with torch.autocast(DEVICE, dtype):
+        mine = results(function, leaves)
+        assert calls == ["rms_norm", "rms_norm_gradients"]
+        take_from(monkeypatch, NEVER)
+        whole = results(function, leaves)
+    assert inputs[0].dtype == dtype and inputs[1].dtype == torch.float32
+    torch.testing.assert_close(inputs[0], inputs[1].to(dtype), rtol=torch.finfo(dtype).eps, atol=0)
+    assert [tensor.dtype for tensor in mine] == [tensor.dtype for tensor in whole]
+    for a, b in zip(mine[1:], whole[1:], strict=True):
+        torch.testing.assert_close(a, b, rtol=torch.finfo(dtype).eps, atol=1e-2)
+
+
+def test_norm_for_linear_maps_of_which_a_part_is_used():
+    reader, norm, x = Reader(3).to(DEVICE), HfDecoderRMSNorm(24).to(DEVICE), leaf(2, 5, 24)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        normed = normed_for(reader, norm, x)
+        output = reader.maps[1](shared_input(normed, *reader.maps)[1])
+        (mine,) = torch.autograd.grad(output.sum(), x)
+        (alone,) = torch.autograd.grad(reader.maps[1](norm(x)).sum(), x)
+    assert normed.dtype == torch.bfloat16
+    torch.testing.assert_close(mine, alone)
+
+
+def test_norm_for_linear_maps_has_a_second_derivative(monkeypatch):
+    reader, norm, x = Reader(2).to(DEVICE), HfDecoderRMSNorm(24).to(DEVICE), leaf(2, 5, 24)
+    found = []
+    for least in (1, NEVER):
+        take_from(monkeypatch, least)
+        with torch.autocast(DEVICE, torch.bfloat16):
+            output = reader(normed_for(reader, norm, x))
+        (first,) = torch.autograd.grad(output.float().square().sum(), x, create_graph=True)
+        found.append((first, *torch.autograd.grad(first.square().sum(), (x, norm.weight))))
+    for mine, other in zip(*found, strict=True):
+        assert (mine - other).norm() < 3e-2 * other.norm()
+
+
+def test_what_the_norm_gives_to_several_is_freed_at_once():
+    reader, norm = Reader(3).to(DEVICE), HfDecoderRMSNorm(24).to(DEVICE)
+    with torch.autocast(DEVICE, torch.bfloat16), torch.no_grad():
+        normed = normed_for(reader, norm, random(2, 5, 24))
+    gc.disable()
+    try:
+        alive = [weakref.ref(tensor) for tensor in shared_input(normed, *reader.maps)]
+        assert len(alive) == 3 and normed.dtype == torch.bfloat16
+        del normed
+        assert [tensor() for tensor in alive] == [None] * 3
+    finally:
+        gc.enable()
+
+
+def replace_a_map(reader: Reader, norm: HfDecoderRMSNorm) -> None:
+    reader.maps[1] = torch.nn.Sequential(reader.maps[1])
+
+
+WATCHED: dict[str, Callable[[Reader, HfDecoderRMSNorm], object]] = {
+    "nothing": lambda reader, norm: None,
+    "norm": lambda reader, norm: norm.register_forward_hook(lambda *args: None),
+    "input of the norm": lambda reader, norm: norm.register_forward_pre_hook(lambda *args: None),
+    "gradient of the norm": lambda reader, norm: norm.register_full_backward_hook(lambda *args: None),
+    "forward of the norm": lambda reader, norm: setattr(norm, "forward", norm.forward),
+    "reader": lambda reader, norm: reader.register_forward_pre_hook(lambda *args: None),
+    "forward of the reader": lambda reader, norm: setattr(reader, "forward", reader.forward),
+    "compiled reader": lambda reader, norm: reader.compile(backend="eager"),
+    "map": lambda reader, norm: reader.maps[0].register_forward_pre_hook(lambda *args: None),
+    "another map": replace_a_map,
+}
+
+
+@pytest.mark.parametrize("what", WATCHED)
+def test_norm_gives_its_own_type_where_anything_hangs_on_the_modules(what):
+    reader, norm, x = Reader(3).to(DEVICE), HfDecoderRMSNorm(24).to(DEVICE), random(2, 5, 24)
+    WATCHED[what](reader, norm)
+    assert normed_for(reader, norm, x).dtype == torch.float32
+    with torch.autocast(DEVICE, torch.bfloat16):
+        normed = normed_for(reader, norm, x)
+        assert normed.dtype == (torch.bfloat16 if what == "nothing" else torch.float32)
+        assert normed_for(torch.nn.Identity(), norm, x).dtype == torch.float32
+    torch.testing.assert_close(normed.float(), norm(x), rtol=2**-8, atol=0)
+
+
+@pytest.mark.parametrize("of", ["norm", "gate", "gate for a reader", "rotation", "part of a rotation"])
+def test_there_is_a_second_derivative(of, monkeypatch):
+    norm, reader = HfDecoderRMSNorm(8).to(DEVICE), torch.nn.Linear(8, 4, bias=False).to(DEVICE)
+    function = {
+        "norm": lambda a, b: norm(a) * norm(b),
+        "gate": lambda a, b: gated(a, b, SILU),
+        "gate for a reader": lambda a, b: gated_for(reader, a, b, SILU) / 32,
+        "rotation": rotated_by(*angles(1, 7, 8, torch.float32)),
+        "part of a rotation": rotated_by(*angles(1, 7, 4, torch.float32)),
+    }[of]
+    leaves = [leaf(3, 7, 2, 8), leaf(3, 7, 2, 8, seed=3)]
+    found = []
+    for least in (1, NEVER):
+        take_from(monkeypatch, least)
+        of_all = [*leaves, reader.weight] if of == "gate for a reader" else leaves
+        first = torch.autograd.grad(function(*leaves).square().sum(), of_all, create_graph=True)
+        second = torch.autograd.grad(sum(gradient.square().sum() for gradient in first), of_all)
+        found.append([*first, *second])
+    for mine, other in zip(*found, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
+
+
+LOSS_OPTIONS = [
+    {},
+    {"final_logit_softcapping": 3.0},
+    {"z_loss_coef": 0.01},
+    {"label_smoothing": 0.1},
+    {"z_loss_coef": 0.02, "final_logit_softcapping": 2.0, "label_smoothing": 0.3},
+]
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch):
+    """Six rows a chunk, and rows of the vocabulary in pieces."""
+    monkeypatch.setattr(engine_loss, "KERNEL_CHUNK_ELEMENTS", 6 * 61)
+    monkeypatch.setattr(engine_loss, "MIN_CHUNK_ROWS", 1)
+    monkeypatch.setattr(engine_loss, "TILE_ROWS", 2)
+    monkeypatch.setattr(triton_training, "VOCABULARY_BLOCK", 32)
+
+
+def loss_in_fp64(rows, weight, targets, bias, z_loss_coef=0.0, final_logit_softcapping=None, label_smoothing=0.0):
+    logits = functional.linear(rows, weight, bias)
+    if final_logit_softcapping is not None:
+        logits = final_logit_softcapping * torch.tanh(logits / final_logit_softcapping)
+    loss = functional.cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing)
+    return loss + z_loss_coef * logits.logsumexp(-1)[targets != -100].square().sum()
+
+
+@DTYPES
+@pytest.mark.parametrize("options", LOSS_OPTIONS, ids=str)
+def test_loss(options, dtype, small_chunks, monkeypatch):
+    """Against fp64, and against what there is without kernels."""
+    leaves = [leaf(15, 32, dtype=dtype), leaf(61, 32, dtype=dtype, seed=1), leaf(61, dtype=dtype, seed=2)]
+    targets = torch.randint(61, (15,), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    targets[1::4] = -100
+
+    def run(function: Callable, kind: torch.dtype) -> list[torch.Tensor]:
+        inputs = [(tensor.detach() / 4).to(dtype).to(kind).requires_grad_() for tensor in leaves]
+        total = function(inputs[0], inputs[1], targets, inputs[2], **options)
+        return [total.detach(), *torch.autograd.grad(total * 0.37, inputs)]
+
+    calls = counted(monkeypatch)
+    mine = run(linear_cross_entropy, dtype)
+    assert calls == ["cross_entropy"] * 3
+    monkeypatch.setattr(blocks, "_kernels_run_on", lambda device: False)
+    plain = run(linear_cross_entropy, dtype)
+    for a, b, true in zip(mine, plain, run(loss_in_fp64, torch.float64), strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        errors = [float((tensor.double() - true).norm() / true.norm()) for tensor in (a, b)]
+        assert errors[0] <= errors[1] * 1.25 + 2e-6, errors
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_loss_under_autocast(dtype, small_chunks):
+    rows, weight = leaf(11, 32), leaf(61, 32, seed=1)
+    targets = torch.arange(11, device=DEVICE)
+    with torch.autocast(DEVICE, dtype):
+        total = linear_cross_entropy(rows, weight, targets)
+    grads = torch.autograd.grad(total, (rows, weight))
+    exact = [tensor.detach().double().requires_grad_() for tensor in (rows, weight)]
+    expected = loss_in_fp64(*exact, targets, None)
+    for mine, true in zip((total, *grads), (expected, *torch.autograd.grad(expected, exact)), strict=True):
+        assert mine.dtype == torch.float32
+        assert (mine.double() - true).norm() < 5e-2 * true.norm()
+
+
+def test_loss_without_gradient_leaves_the_logits_alone():
+    logits = random(5, 40)
+    targets = torch.tensor([3, -100, 39, 0, 7], device=DEVICE)
+    before = logits.clone()
+    losses = triton_training.cross_entropy(logits, targets, -100, 0.0, None, 0.0, needs_gradient=False)
+    assert torch.equal(logits, before)
+    torch.testing.assert_close(losses, functional.cross_entropy(logits, targets, reduction="none"))
+
+
+def test_loss_of_logits_far_apart():
+    logits = torch.full((3, 40), float("-inf"), device=DEVICE)
+    logits[:, 20:] = 100 * random(3, 20)
+    targets = torch.tensor([20, 30, 39], device=DEVICE)
+    expected = functional.cross_entropy(logits, targets, reduction="none")
+    gradient = logits.softmax(-1) - functional.one_hot(targets, 40)
+    losses = triton_training.cross_entropy(logits, targets, -100, 0.0, None, 0.0, needs_gradient=True)
+    torch.testing.assert_close(losses, expected)
+    torch.testing.assert_close(logits, gradient)
+
+
+def test_loss_of_rows_without_a_label_is_nothing(small_chunks):
+    rows, weight = leaf(7, 32), leaf(61, 32, seed=1)
+    for count in (7, 0):
+        total = linear_cross_entropy(rows[:count], weight, torch.full((count,), -100, device=DEVICE))
+        grads = torch.autograd.grad(total, (rows, weight))
+        assert total.item() == 0 and not any(grad.any() for grad in grads)
+
+
+def test_many_chunks_add_up_in_fp32(small_chunks, monkeypatch):
+    """In bf16 a running sum stops growing after 256 equal terms."""
+    monkeypatch.setattr(triton_training, "VOCABULARY_BLOCK", 64)
+    monkeypatch.setattr(engine_loss, "KERNEL_CHUNK_ELEMENTS", 61)
+    rows = torch.ones(300, 8, dtype=torch.bfloat16, device=DEVICE)
+    weight = torch.zeros(61, 8, dtype=torch.bfloat16, device=DEVICE, requires_grad=True)
+    linear_cross_entropy(rows, weight, torch.zeros(300, dtype=torch.long, device=DEVICE)).backward()
+    expected = torch.full((8,), 300 * (1 / 61 - 1), device=DEVICE)
+    torch.testing.assert_close(weight.grad[0].float(), expected, rtol=2**-7, atol=0)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="an assertion of the device ends the process")
+def test_a_label_outside_the_vocabulary_stops_the_run():
+    for wrong in (61, -1):
+        with pytest.raises(RuntimeError, match="outside the vocabulary"):
+            linear_cross_entropy(random(2, 8), random(61, 8), torch.tensor([0, wrong]))
+
+
+def test_chunks_are_large_and_of_about_one_size():
+    sizes = {vocab: engine_loss._chunk_rows(8192, vocab, True) for vocab in (32_000, 128_256, 256_000)}
+    assert sizes == {32_000: 4096, 128_256: 1024, 256_000: 512}
+    assert engine_loss._chunk_rows(4100, 32_768, True) == 2176
+    assert engine_loss._chunk_rows(100, 32_768, True) == 100
+    assert engine_loss._chunk_rows(0, 32_768, True) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF] if DEVICE == "cuda" else [torch.float32])
+def test_products_add_up_in_fp32(dtype):
+    assert engine_loss._adds_products_in_fp32(torch.device(DEVICE), dtype)
+    a, b = random(5, 7).to(dtype), random(7, 3, seed=1).to(dtype)
+    total = torch.full((5, 3), float("nan"), device=DEVICE)
+    engine_loss._add_product(total, a, b, is_first=True)
+    engine_loss._add_product(total, a, b, is_first=False)
+    torch.testing.assert_close(total, 2 * a.float() @ b.float())
+
+
+def test_a_compiled_loss_takes_the_kernel(small_chunks, monkeypatch):
+    rows, weight = leaf(13, 32), leaf(61, 32, seed=1)
+    targets = torch.arange(13, device=DEVICE)
+    targets[3] = -100
+    calls = counted(monkeypatch)
+    total = torch.compile(linear_cross_entropy, backend="aot_eager", fullgraph=True)(rows, weight, targets)
+    grads = torch.autograd.grad(total, (rows, weight))
+    assert calls and set(calls) == {"cross_entropy"}
+    exact = [tensor.detach().double().requires_grad_() for tensor in (rows, weight)]
+    expected = loss_in_fp64(*exact, targets, None)
+    for mine, true in zip((total, *grads), (expected, *torch.autograd.grad(expected, exact)), strict=True):
+        torch.testing.assert_close(mine, true.float(), rtol=1e-5, atol=1e-4)
+
+
+def test_kernels_are_for_plain_tensors_that_nothing_looks_inside():
+    x = torch.empty(64, device=DEVICE)
+    assert is_for_blocks(x) and has_kernels(x)
+    assert not is_for_blocks(x, torch.empty(1, device="meta")) and not is_for_blocks(x.double())
+    assert not has_kernels(x.to("meta")) and not has_kernels(x.double())
+    asked = []
+    torch.func.vmap(lambda x: asked.append(is_for_blocks(x)) or x)(x.expand(2, -1))
+    assert asked == [False]
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_training_step_takes_all_of_them(autocast, checkpointing, monkeypatch):
+    torch.manual_seed(0)
+    config = HfDecoderConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        qk_norm=True,
+    )
+    model = HfDecoderForCausalLM(config).to(DEVICE).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    ids = torch.randint(64, (2, 9), device=DEVICE)
+    calls = counted(monkeypatch)
+
+    def step() -> list[torch.Tensor]:
+        model.zero_grad()
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
+            loss = model(ids, labels=ids).loss
+        loss.backward()
+        return [loss.detach(), *(parameter.grad for parameter in model.parameters())]
+
+    mine = step()
+    forwards = 2 if checkpointing else 1
+    expected = {
+        "rms_norm": 8 * forwards + 1,
+        "rms_norm_gradients": 9,
+        "gated_silu": 4,  # with checkpointing the layer is run again, without it the product is made again
+        "gated_silu_gradients": 2,
+        "rotated": 2 * (forwards + 1),
+        "sum_in_fp32": 0,  # the gradients of norms do it
+        "cross_entropy": 1,
+    }
+    assert {name: calls.count(name) for name in expected} == expected
+    monkeypatch.setattr(blocks, "_kernels_run_on", lambda device: False)
+    calls.clear()
+    for a, b in zip(mine, step(), strict=True):
+        assert (a - b).norm() <= (3e-2 if autocast else 1e-4) * b.norm()
+    assert not calls
