@@ -36,6 +36,11 @@ ROPE_NUMBERS = {
     "mscale": 0.0,
     "mscale_all_dim": 0.0,
 }
+# Of two of them the second one is larger; these are their defaults.
+ROPE_ORDER: dict[str, dict[str, float]] = {
+    "yarn": {"beta_slow": 1.0, "beta_fast": 32.0},
+    "llama3": {"low_freq_factor": 1.0, "high_freq_factor": 4.0},
+}
 LAYER_TYPES = ("full_attention", "sliding_attention")
 # What `auto_map` says in a saved config: auto class -> class in the files beside it.
 AUTO_MAP = {
@@ -45,6 +50,13 @@ AUTO_MAP = {
     "AutoModelForSequenceClassification": "modeling_hf_decoder.HfDecoderForSequenceClassification",
     "AutoModelForTokenClassification": "modeling_hf_decoder.HfDecoderForTokenClassification",
     "AutoModelForQuestionAnswering": "modeling_hf_decoder.HfDecoderForQuestionAnswering",
+}
+RANGES = {
+    "attention_dropout": (lambda x: 0 <= x < 1, "must be at least 0 and below 1"),
+    "initializer_range": (lambda x: 0 <= x <= 1, "must be between 0 and 1"),
+    "rms_norm_eps": (lambda x: 0 < x <= 1, "must be above 0 and at most 1"),
+    "z_loss_coef": (lambda x: 0 <= x <= 1, "must be between 0 (off) and 1; 1e-5 to 1e-4 is usual"),
+    "final_logit_softcapping": (lambda x: 0 < x < float("inf"), "must be positive and finite, or None for no cap"),
 }
 # Every size and the largest it may be: ten times what any published model has, so that a config from elsewhere is
 # refused before anything of its size is built.
@@ -199,11 +211,10 @@ class HfDecoderConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         # before anything is derived from them
         for name, largest in LARGEST_SIZES.items():
-            value = getattr(self, name)
-            if value is not None and value <= 0 and name != "sliding_window":  # which has a lowest value of its own
-                raise ValueError(f"{name}={value} is not possible; it must be a positive integer")
-            if value is not None and value > largest:
-                raise ValueError(f"{name}={value} is not possible; it must be at most {largest}")
+            # transformers' caches of a sliding window hold one token less than the window, but never none
+            value, least = getattr(self, name), 2 if name == "sliding_window" else 1
+            if value is not None and not least <= value <= largest:
+                raise ValueError(f"{name}={value} is not possible; it must be at least {least} and at most {largest}")
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
@@ -218,9 +229,7 @@ class HfDecoderConfig(PreTrainedConfig):
         if self.layer_types is None:
             kind = "full_attention" if self.sliding_window is None else "sliding_attention"
             self.layer_types = [kind] * self.num_hidden_layers
-        if (
-            self.pad_token_id is not None and not -1 <= self.pad_token_id < self.vocab_size
-        ):  # -1: old checkpoints' none
+        if self.pad_token_id is not None and not -1 <= self.pad_token_id < self.vocab_size:  # -1: none, once
             raise ValueError(
                 f"pad_token_id={self.pad_token_id} is outside the vocabulary; it must be below vocab_size="
                 f"{self.vocab_size}, or None"
@@ -252,54 +261,28 @@ class HfDecoderConfig(PreTrainedConfig):
             raise ValueError(f"hidden_act={self.hidden_act!r} is unknown; choose one of {', '.join(sorted(ACT2FN))}")
         if self.attention_bias not in (True, False, "qkv"):
             raise ValueError(f"attention_bias={self.attention_bias!r} is unknown; choose True, False or 'qkv'")
-        self._check_number("attention_dropout", 0.0, 1.0, "must be at least 0 and below 1", include_high=False)
-        self._check_number("initializer_range", 0.0, 1.0, "must be between 0 and 1")
-        self._check_number("rms_norm_eps", 0.0, 1.0, "must be above 0 and at most 1", include_low=False)
-        self._check_number("z_loss_coef", 0.0, 1.0, "must be between 0 (off) and 1; 1e-5 to 1e-4 is usual")
-        if self.final_logit_softcapping is not None:
-            self._check_number(
-                "final_logit_softcapping",
-                0.0,
-                float("inf"),
-                "must be positive and finite, or None for no cap",
-                include_low=False,
-                include_high=False,
-            )
+        for name, (fits, rule) in RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not fits(value):  # also when it is not a number at all
+                raise ValueError(f"{name}={value} is out of range; it {rule}")
         self._check_layers()
         self._check_rotary_dim()
 
-    def _check_number(
-        self, name: str, low: float, high: float, rule: str, *, include_low: bool = True, include_high: bool = True
-    ):
-        value = getattr(self, name)
-        above = value >= low if include_low else value > low
-        below = value <= high if include_high else value < high
-        if not (above and below):  # also when it is not a number at all
-            raise ValueError(f"{name}={value} is out of range; it {rule}")
-
     def _check_layers(self):
-        # transformers' caches of a sliding window hold one token less than the window, but never none
-        if self.sliding_window is not None and self.sliding_window < 2:
-            raise ValueError(f"sliding_window={self.sliding_window} is not possible; it must be at least 2, or None")
-        if len(self.layer_types) != self.num_hidden_layers:
-            raise ValueError(
-                f"layer_types has {len(self.layer_types)} entries but num_hidden_layers={self.num_hidden_layers}; "
-                "give one entry a layer"
-            )
+        for name in ("layer_types", "no_rope_layers"):
+            entries = getattr(self, name)
+            if entries is not None and len(entries) != self.num_hidden_layers:
+                raise ValueError(
+                    f"{name} has {len(entries)} entries but num_hidden_layers={self.num_hidden_layers}; "
+                    "give one entry a layer"
+                )
         unknown = sorted(set(self.layer_types) - set(LAYER_TYPES))
         if unknown:
             raise ValueError(f"layer_types holds {unknown[0]!r}; choose among {', '.join(LAYER_TYPES)}")
-        slides = "sliding_attention" in self.layer_types
-        if slides and self.sliding_window is None:
+        if "sliding_attention" in self.layer_types and self.sliding_window is None:
             raise ValueError("layer_types has sliding_attention but sliding_window=None; set the window in tokens")
-        if self.no_rope_layers is not None:
-            if len(self.no_rope_layers) != self.num_hidden_layers:
-                raise ValueError(
-                    f"no_rope_layers has {len(self.no_rope_layers)} entries but num_hidden_layers="
-                    f"{self.num_hidden_layers}; give one entry a layer"
-                )
-            if not set(self.no_rope_layers) <= {0, 1}:
-                raise ValueError(f"no_rope_layers={self.no_rope_layers} is not possible; use 1 for RoPE, 0 for none")
+        if self.no_rope_layers is not None and not set(self.no_rope_layers) <= {0, 1}:
+            raise ValueError(f"no_rope_layers={self.no_rope_layers} is not possible; use 1 for RoPE, 0 for none")
 
     def _check_rotary_dim(self):
         factor = self.rope_parameters.get("partial_rotary_factor")
@@ -356,16 +339,11 @@ class HfDecoderConfig(PreTrainedConfig):
                 )
         if not isinstance(rope_parameters.get("truncate", True), bool):
             raise ValueError(f"rope_parameters['truncate']={rope_parameters['truncate']!r} must be True or False")
-        if rope_type == "yarn" and rope_parameters.get("beta_fast", 32.0) <= rope_parameters.get("beta_slow", 1.0):
-            raise ValueError(
-                f"rope_parameters['beta_fast']={rope_parameters.get('beta_fast', 32.0)} must be above "
-                f"beta_slow={rope_parameters.get('beta_slow', 1.0)}"
-            )
-        if rope_type == "llama3" and rope_parameters["high_freq_factor"] <= rope_parameters["low_freq_factor"]:
-            raise ValueError(
-                f"rope_parameters['high_freq_factor']={rope_parameters['high_freq_factor']} must be above "
-                f"low_freq_factor={rope_parameters['low_freq_factor']}"
-            )
+        if rope_type in ROPE_ORDER:
+            (low_name, low), (high_name, high) = ROPE_ORDER[rope_type].items()
+            low, high = rope_parameters.get(low_name, low), rope_parameters.get(high_name, high)
+            if high <= low:
+                raise ValueError(f"rope_parameters[{high_name!r}]={high} must be above {low_name}={low}")
 
 
 __all__ = ["HfDecoderConfig"]

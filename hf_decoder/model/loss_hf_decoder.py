@@ -82,11 +82,9 @@ def causal_lm_loss(
     rows = logits.reshape(-1, vocab_size)
     # without gradients nothing is kept, so a few rows at a time need little memory
     size = max(len(rows), 1) if torch.is_grad_enabled() or is_traced(rows) else CHUNK_ROWS
-    parts = [
-        _summed_loss(*part, ignore_index, z_loss_coef)
-        for part in zip(rows.split(size), targets.split(size), strict=True)
-    ]
-    return mean_loss(torch.stack(parts).sum(), targets != ignore_index, num_items_in_batch)
+    pairs = zip(rows.split(size), targets.split(size), strict=True)
+    total = torch.stack([_summed_loss(*pair, ignore_index, z_loss_coef) for pair in pairs]).sum()
+    return mean_loss(total, targets != ignore_index, num_items_in_batch)
 
 
 def _summed_loss(rows: torch.Tensor, targets: torch.Tensor, ignore_index: int, z_loss_coef: float) -> torch.Tensor:
@@ -128,17 +126,9 @@ def linear_causal_lm_loss(
     dtype, device_type = rows.dtype, rows.device.type
     if torch.is_autocast_enabled(device_type) and dtype != torch.float64:  # which autocast leaves alone
         dtype = torch.get_autocast_dtype(device_type)
+    settings = (dtype, torch.is_grad_enabled(), z_loss_coef, final_logit_softcapping)
     with torch.autocast(device_type, enabled=False):
-        total = _ChunkedCrossEntropy.apply(
-            rows,
-            lm_head.weight,
-            lm_head.bias,
-            targets[places],
-            dtype,
-            torch.is_grad_enabled(),
-            z_loss_coef,
-            final_logit_softcapping,
-        )
+        total = _ChunkedCrossEntropy.apply(rows, lm_head.weight, lm_head.bias, targets[places], *settings)
     return mean_loss(total, counted, num_items_in_batch)
 
 

@@ -15,6 +15,7 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.integrations import use_kernel_forward_from_hub
+from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
@@ -161,13 +162,6 @@ class HfDecoderMLP(nn.Module):
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
-def repeat_kv(hidden_states: torch.Tensor, n_rep: int) -> torch.Tensor:
-    """(B, G, K, E) -> (B, G * n_rep, K, E), each head n_rep times in a row."""
-    if n_rep == 1:
-        return hidden_states
-    return hidden_states[:, :, None].expand(-1, -1, n_rep, -1, -1).flatten(1, 2)
-
-
 def eager_attention_forward(
     module: nn.Module,
     query: torch.Tensor,  # (B, H, S, E)
@@ -207,21 +201,22 @@ class PackedDocuments(LayerMask):
     @classmethod
     def of(cls, lengths: list[int], window: int | None, device: torch.device) -> "PackedDocuments":
         cut = {length for length in lengths if window is not None and length > window}
-        return cls(
-            lengths,
-            {n: torch.ones(n, n, dtype=torch.bool, device=device).tril().triu(1 - window) for n in cut},
-        )
+        seen = {n: torch.ones(n, n, dtype=torch.bool, device=device).tril().triu(1 - window) for n in cut}
+        return cls(lengths, seen)
 
     def attend(self, attention: Callable, module, query, key, value, **kwargs) -> tuple[torch.Tensor, None]:
         batch, _, length, _ = query.shape
         # all rows one after the other, then apart at the documents: (1, heads, document, E) each
-        documents = zip(
-            *(x.transpose(0, 1).flatten(1, 2)[None].split(self.lengths, dim=2) for x in (query, key, value)),
-            strict=True,
-        )
+        rows = (x.transpose(0, 1).flatten(1, 2)[None] for x in (query, key, value))
+        documents = zip(*(x.split(self.lengths, dim=2) for x in rows), strict=True)
         masks = (self.masks.get(length) for length in self.lengths)
         parts = [attention(module, *document, next(masks), **kwargs)[0] for document in documents]
         return torch.cat(parts, dim=1).view(batch, length, *parts[0].shape[2:]), None
+
+
+def hides_nothing(attention_mask: Any) -> bool:
+    """Whether a mask (B, K) has no padding: it must not keep packed documents from being told apart."""
+    return isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2 and bool(attention_mask.all())
 
 
 def document_lengths(position_ids: torch.Tensor) -> list[int]:
@@ -325,19 +320,10 @@ class HfDecoderLayer(GradientCheckpointingLayer):
         self,
         hidden_states: torch.Tensor,  # (B, S, D)
         attention_mask: torch.Tensor | LayerMask | None = None,
-        position_ids: torch.LongTensor | None = None,
-        use_cache: bool | None = False,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        attn_output, _ = self.self_attn(
-            hidden_states=self.input_layernorm(hidden_states),
-            position_embeddings=position_embeddings,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            use_cache=use_cache,
-            **kwargs,
-        )
+        normed = self.input_layernorm(hidden_states)
+        attn_output, _ = self.self_attn(hidden_states=normed, attention_mask=attention_mask, **kwargs)
         hidden_states = hidden_states + attn_output
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
@@ -418,12 +404,11 @@ class HfDecoderModel(HfDecoderPreTrainedModel):
                     f"{self.config.vocab_size - 1}; use the tokenizer that belongs to this model"
                 ) from error
         length = inputs_embeds.shape[1]
-        if position_ids is not None and position_ids.shape[-1] != length:
-            raise ValueError(f"position_ids has {position_ids.shape[-1]} columns, but the input has {length} tokens")
-        if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2 and attention_mask.shape[1] < length:
-            raise ValueError(
-                f"attention_mask has {attention_mask.shape[1]} columns, but the input has {length} tokens"
-            )
+        columns = length if position_ids is None else position_ids.shape[-1]
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2 and columns == length:
+            columns = min(length, attention_mask.shape[1])
+        if columns != length:
+            raise ValueError(f"attention_mask or position_ids has {columns} columns, but the input {length} tokens")
         masks = self.layer_masks(inputs_embeds, attention_mask, position_ids, cache)
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
@@ -455,8 +440,8 @@ class HfDecoderModel(HfDecoderPreTrainedModel):
         windows = {kind: config.sliding_window if kind == "sliding_attention" else None for kind in config.layer_types}
         traced = is_traced(inputs_embeds)
         may_be_packed = position_ids is not None and cache is None and not traced
-        if may_be_packed and attention_mask is not None and attention_mask.ndim == 2 and attention_mask.all():
-            attention_mask = None  # says nothing, and must not hide documents
+        if may_be_packed and hides_nothing(attention_mask):
+            attention_mask = None
         has_documents = position_ids is not None and cache is attention_mask is None
         if has_documents and not traced and getattr(config, "is_causal", True):
             lengths = document_lengths(position_ids.expand(inputs_embeds.shape[0], -1))
@@ -597,11 +582,9 @@ def keep_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tens
     """Picks the last positions of (B, S, D), or those at indices (N,) or (B, N), or where a mask (B, S) is True."""
     if isinstance(logits_to_keep, int):
         return hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
-    if logits_to_keep.ndim == 1:
-        return hidden_states[:, logits_to_keep]
-    if logits_to_keep.dtype == torch.bool:
-        return hidden_states[logits_to_keep]
-    return hidden_states.gather(1, logits_to_keep[..., None].expand(-1, -1, hidden_states.shape[-1]))
+    if logits_to_keep.ndim == 2 and logits_to_keep.dtype != torch.bool:
+        return hidden_states.gather(1, logits_to_keep[..., None].expand(-1, -1, hidden_states.shape[-1]))
+    return hidden_states[logits_to_keep] if logits_to_keep.ndim == 2 else hidden_states[:, logits_to_keep]
 
 
 def counts_labels(forward: Callable) -> Callable:
