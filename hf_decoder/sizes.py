@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from hf_decoder.interop.checkpoint import INDEX_NAME, WEIGHTS_NAME, read_shapes, read_weight_map
 from hf_decoder.engine.loading import MAX_NEW_PARAMETERS, fields_of
+from hf_decoder.interop.checkpoint import INDEX_NAME, WEIGHTS_NAME, read_shapes, read_weight_map
 
 # Parameters that a quantized checkpoint may keep in one element: 2 bits each in an int32.
 PACKED = 16

@@ -28,8 +28,8 @@ from transformers import (
 )
 from transformers.trainer import TRAINER_STATE_NAME
 
-from hf_decoder.layouts import is_sharded, resumable
 from hf_decoder.engine.precision import cpu_has
+from hf_decoder.layouts import is_sharded, resumable
 from hf_decoder.pace import steps_planned
 
 

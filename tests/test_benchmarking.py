@@ -37,9 +37,7 @@ def test_twins_have_the_same_weights_and_logits():
 
 def test_flops_are_those_of_the_products_that_need_be_formed(monkeypatch):
     """Counted by torch for the step, in which documents of 32 tokens are rows, and attention is a small part."""
-    monkeypatch.setattr(
-        tiles, "MIN_TILED_TOKENS_IN_FP32", 0
-    )  # torch counts none of its kernel on a CPU
+    monkeypatch.setattr(tiles, "MIN_TILED_TOKENS_IN_FP32", 0)  # torch counts none of its kernel on a CPU
     ids = torch.randint(64, (2, 128))
     masked = ids.clone()
     masked[:, 1:100] = -100

@@ -1,4 +1,4 @@
-"""Which part imports which: scripts -> commands -> library -> model -> torch, transformers; nothing points back."""
+"""Which part imports which: scripts -> commands -> library -> engine -> model -> torch, transformers; never back."""
 
 import ast
 import re
@@ -10,16 +10,19 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "hf_decoder"
 MODEL = sorted((PACKAGE / "model").glob("*.py"))
+ENGINE = sorted((PACKAGE / "engine").rglob("*.py"))
 CLI = sorted((PACKAGE / "cli").glob("*.py"))
 SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
-LIBRARY = sorted(path for path in PACKAGE.rglob("*.py") if path not in {*MODEL, *CLI})
-EVERYTHING = [*MODEL, *CLI, *LIBRARY, *SCRIPTS]
+LIBRARY = sorted(path for path in PACKAGE.rglob("*.py") if path not in {*MODEL, *ENGINE, *CLI})
+EVERYTHING = [*MODEL, *ENGINE, *CLI, *LIBRARY, *SCRIPTS]
 # what every command shares; the others do not know each other
 CLI_SHARED = {"hf_decoder.cli", "hf_decoder.cli.main"}
 # huggingface_hub comes with transformers, which cannot be installed without it
 MODEL_MAY_USE = {"torch", "transformers", "huggingface_hub"}
-# transformers asks a receiver of the files for whatever they import, unless it stands in a `try`
-MODEL_MAY_TRY = {"triton"}
+# Of the standard library, what touches nothing outside of the process.
+MODEL_MAY_USE_OF_STDLIB = {"collections", "dataclasses", "functools", "typing"}
+MODEL_LINES = 1200
+ENGINE_MAY_USE = {"hf_decoder.engine", "hf_decoder.model"}
 HEAVY = {"datasets", "peft", "matplotlib", "trl", "gguf"}
 
 
@@ -66,21 +69,21 @@ def own(path: Path) -> set[str]:
 
 
 def test_the_rules_look_at_files_that_are_there():
-    assert len(MODEL) >= 5 and len(CLI) >= 4 and len(LIBRARY) >= 8 and len(SCRIPTS) >= 3
+    assert len(MODEL) >= 3 and len(ENGINE) >= 10 and len(CLI) >= 4 and len(LIBRARY) >= 8 and len(SCRIPTS) >= 3
+
+
+def test_the_model_can_be_read():
+    """Whoever is asked for `trust_remote_code=True` reads all of it, or should."""
+    travelling = [path for path in MODEL if path.name != "__init__.py"]
+    assert len(travelling) <= 4
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in MODEL) <= MODEL_LINES
 
 
 @each(MODEL)
 def test_the_model_imports_only_what_travels_with_a_checkpoint(path: Path):
     siblings = {file.stem for file in MODEL}
-    nodes = list(ast.walk(parse(path)))
-    tried = {
-        id(inner)
-        for node in nodes
-        if isinstance(node, ast.Try) and [ast.unparse(handler.type) for handler in node.handlers] == ["ImportError"]
-        for inner in node.body
-    }
-    for node in nodes:
-        allowed = MODEL_MAY_USE | set(sys.stdlib_module_names) | (MODEL_MAY_TRY if id(node) in tried else set())
+    allowed = MODEL_MAY_USE | MODEL_MAY_USE_OF_STDLIB
+    for node in ast.walk(parse(path)):
         if isinstance(node, ast.Import):
             assert {alias.name.partition(".")[0] for alias in node.names} <= allowed
         elif isinstance(node, ast.ImportFrom) and node.level:
@@ -103,14 +106,20 @@ def test_no_text_of_the_model_reads_like_an_import(path: Path):
 
 @each(MODEL)
 def test_the_model_runs_nothing_it_was_not_written_to_run(path: Path):
-    """A receiver of a checkpoint trusts these files."""
-    forbidden = {"pickle", "subprocess", "socket", "marshal", "shelve", "ctypes", "urllib", "http", "shutil"}
-    assert {name.partition(".")[0] for name, _ in imports(path)} & forbidden == set()
+    """No file, process, environment or hook of imports, and no code of another language in a string."""
     for node in ast.walk(parse(path)):
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
-            assert called not in {"eval", "exec", "compile", "__import__", "open"}, called
-            assert called not in {"os.system", "os.popen", "os.remove", "torch.load"}, called
+            assert called not in {"eval", "exec", "compile", "__import__", "open", "torch.load"}, called
+        elif isinstance(node, ast.Attribute):
+            assert ast.unparse(node) not in {"sys.meta_path", "os.environ"}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            assert "#include" not in node.value and "triton" not in node.value
+
+
+@each(ENGINE)
+def test_the_engine_knows_the_model_and_nothing_above_itself(path: Path):
+    assert all(any(name == room or name.startswith(f"{room}.") for room in ENGINE_MAY_USE) for name in own(path))
 
 
 @each(LIBRARY)
@@ -153,7 +162,7 @@ def test_heavy_packages_are_imported_where_they_are_needed(path: Path):
 
 
 def test_nothing_imports_in_a_circle():
-    graph = {module_of(path): own(path) - {module_of(path)} for path in [*MODEL, *LIBRARY, *CLI]}
+    graph = {module_of(path): own(path) - {module_of(path)} for path in [*MODEL, *ENGINE, *LIBRARY, *CLI]}
 
     def visit(module: str, trail: tuple[str, ...]) -> None:
         assert module not in trail, " -> ".join((*trail, module))
@@ -168,4 +177,6 @@ def test_nothing_imports_in_a_circle():
 @each(EVERYTHING)
 def test_files_stay_small_and_are_named_for_a_subject(path: Path):
     assert path.stem not in {"utils", "helpers", "misc", "common"}
-    assert len(path.read_text(encoding="utf-8").splitlines()) < 600
+    # the model is one file, to be read from top to bottom
+    most = 700 if path in MODEL else 500
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= most

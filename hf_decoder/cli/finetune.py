@@ -42,8 +42,8 @@ from hf_decoder.cli import (
     parse_arguments,
     parse_overrides,
 )
-from hf_decoder.layouts import save_in_full
 from hf_decoder.engine.bitsandbytes import settle_layers
+from hf_decoder.layouts import save_in_full
 from hf_decoder.modelcard import write_finetuning_card
 from hf_decoder.pace import TimeLimit, parse_duration
 from hf_decoder.presets import get_preset

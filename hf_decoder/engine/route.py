@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_decoder.engine import assumptions
+from hf_decoder.engine.assumptions import DTYPES, PLAIN, Structure, structure_of
 from hf_decoder.engine.attention.masks import engine_masks
 from hf_decoder.engine.layer import LayerParts, Operators, run_layer
 from hf_decoder.engine.operators import may_call_operators, runs_as_written
@@ -32,7 +32,7 @@ from hf_decoder.model.modeling_hf_decoder import CACHE_NAME, apply_rotary_pos_em
 class Route(Operators):
     """Masks and operators of one call."""
 
-    def __init__(self, x: torch.Tensor, structure: assumptions.Structure | None, masks: Any = None):
+    def __init__(self, x: torch.Tensor, structure: Structure | None, masks: Any = None):
         """x: the embeddings (B, S, D); structure: of the decoder's layers, None where they are called as modules."""
         self.masks = masks
         self.products: Callable[[], AbstractContextManager] = nullcontext
@@ -62,8 +62,8 @@ class Route(Operators):
             return None
         structure = None
         if not compiling:
-            structure = assumptions.structure_of(decoder)
-            if structure is None or type(x) not in assumptions.PLAIN or x.dtype not in assumptions.DTYPES:
+            structure = structure_of(decoder)
+            if structure is None or type(x) not in PLAIN or x.dtype not in DTYPES:
                 return None
         is_long = x.is_cpu or has_kernels(x)
         route = Route(x, structure if settings.training and is_long else None)

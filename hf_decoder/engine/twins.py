@@ -17,7 +17,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 
-from hf_decoder.engine import assumptions
+from hf_decoder.engine.assumptions import register
 from hf_decoder.engine.bitsandbytes import settle_layers, settle_tied_head, unpack_layers
 from hf_decoder.engine.decoding.generation import Decoding
 from hf_decoder.engine.loading import check_loaded_sizes
@@ -214,7 +214,7 @@ def twin_of(plain_class: type) -> type:
     """Makes the fast class of a plain one, of this package or of a checkpoint's copy; the same one at every call."""
     names = {"__module__": plain_class.__module__, "__qualname__": plain_class.__qualname__}
     twin = type(plain_class.__name__, (REPLACED[plain_class.__name__], plain_class), names)
-    assumptions.register(sys.modules[plain_class.__module__], twin)
+    register(sys.modules[plain_class.__module__], twin)
     return twin
 
 

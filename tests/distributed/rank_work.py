@@ -15,8 +15,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.utils import logging
 
 from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM, recipe
-from hf_decoder.layouts import resumable, save_in_full
 from hf_decoder.engine.training import loss as engine_loss
+from hf_decoder.layouts import resumable, save_in_full
 from hf_decoder.model import modeling_hf_decoder
 from hf_decoder.recipe import grouped_optimizer, muon_adamw
 

@@ -9,9 +9,9 @@ from tiny_models import random_ids
 from tiny_models import tiny_model as eager_model
 from transformers import StaticCache
 
+from hf_decoder.engine.decoding.cpp_step import CppStep, is_for_cpp
 from hf_decoder.engine.decoding.cuda_graph_step import CudaGraphStep, is_capturable
 from hf_decoder.engine.decoding.step import DecodingStep
-from hf_decoder.engine.decoding.cpp_step import CppStep, is_for_cpp
 
 try:
     from hf_decoder.engine.triton import decoding as triton_decoding

@@ -8,17 +8,11 @@ import torch
 from tiny_models import random_ids, tiny_model
 from transformers.activations import ACT2FN
 
-from hf_decoder.engine.training import blocks
-
-from hf_decoder.engine.training import rotation
-
-from hf_decoder.engine.training import shared_cast
-
-from hf_decoder.engine.training import gate
+from hf_decoder.engine.training import blocks, gate, rotation, shared_cast
 from hf_decoder.engine.training.blocks import blocks, is_for_blocks
+from hf_decoder.engine.training.gate import gated_for
 from hf_decoder.engine.training.rotation import apply_rotary_pos_emb, rotate_half
 from hf_decoder.engine.training.shared_cast import shared_input
-from hf_decoder.engine.training.gate import gated_for
 
 NEVER = 2**30
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

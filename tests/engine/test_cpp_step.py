@@ -12,14 +12,14 @@ from transformers import StaticCache, TextStreamer
 from transformers.utils import logging
 
 from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM
-from hf_decoder.model import (
-    step,
-    native_source_hf_decoder,
-    cpp_step,
-    precision,
-)
-from hf_decoder.engine.decoding.step import DecodingStep
 from hf_decoder.engine.decoding.cpp_step import CppStep, is_for_cpp
+from hf_decoder.engine.decoding.step import DecodingStep
+from hf_decoder.model import (
+    cpp_step,
+    native_source_hf_decoder,
+    precision,
+    step,
+)
 
 
 def quantize(module: torch.nn.Module) -> None:

@@ -12,15 +12,11 @@ from tiny_models import padded, random_ids
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 
-from hf_decoder.engine.decoding import step
-
-from hf_decoder.engine.decoding import generation
-
-from hf_decoder.engine.decoding import products
+from hf_decoder.engine.decoding import generation, products, step
+from hf_decoder.engine.decoding.products import Weights, multiply, multiply_row
 from hf_decoder.engine.decoding.step import DecodingStep
 from hf_decoder.engine.int8 import Int8Weights
 from hf_decoder.engine.training.norm import HfDecoderRMSNorm
-from hf_decoder.engine.decoding.products import Weights, multiply, multiply_row
 
 
 @pytest.fixture
@@ -314,9 +310,7 @@ def test_int8_weights(cache: str | None, steps, without_native_step, monkeypatch
     torchao = pytest.importorskip("torchao.quantization")
     multiplied = []
     int8_linear = products.int8_linear
-    monkeypatch.setattr(
-        products, "int8_linear", lambda *inputs: multiplied.append(1) or int8_linear(*inputs)
-    )
+    monkeypatch.setattr(products, "int8_linear", lambda *inputs: multiplied.append(1) or int8_linear(*inputs))
     model = tiny_model(attention_bias=True)
     torchao.quantize_(model.model, torchao.Int8WeightOnlyConfig())
     ids, mask = padded(3, 9)

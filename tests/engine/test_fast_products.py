@@ -17,10 +17,10 @@ from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_decoder import HfDecoderForCausalLM
-from hf_decoder.engine.training import fast_products
 from hf_decoder.engine import precision
-from hf_decoder.engine.training.fast_products import fast_products
 from hf_decoder.engine.precision import MIN_HALF_ROWS, fast_dtype, linear_in_parts
+from hf_decoder.engine.training import fast_products
+from hf_decoder.engine.training.fast_products import fast_products
 
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = pytest.mark.parametrize("dtype", HALF, ids=["bf16", "fp16"])

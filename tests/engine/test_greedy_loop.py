@@ -9,8 +9,8 @@ from transformers.generation import LogitsProcessorList, MaxTimeCriteria, Stoppi
 
 from hf_decoder import HfDecoderForCausalLM
 from hf_decoder.engine.decoding import generation
-from hf_decoder.engine.decoding.step import DecodingStep
 from hf_decoder.engine.decoding.generation import Decoding
+from hf_decoder.engine.decoding.step import DecodingStep
 
 NEW_TOKENS = 10
 GREEDY = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}

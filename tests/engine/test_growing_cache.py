@@ -8,8 +8,8 @@ from tiny_models import padded, random_ids, tiny_model
 from transformers import DynamicCache
 
 from hf_decoder.engine.decoding import growing_cache
-from hf_decoder.model.modeling_hf_decoder import CACHE_NAME
 from hf_decoder.engine.decoding.growing_cache import GrowingCache
+from hf_decoder.model.modeling_hf_decoder import CACHE_NAME
 
 NEW_TOKENS = 30
 KINDS = {

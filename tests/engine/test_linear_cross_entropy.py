@@ -7,9 +7,9 @@ import torch
 from tiny_models import SHAPE
 from torch.nn import functional
 
+from hf_decoder.engine.precision import FAST_HALF_PRECISION
 from hf_decoder.engine.training import loss as engine_loss
 from hf_decoder.engine.training.loss import linear_cross_entropy
-from hf_decoder.engine.precision import FAST_HALF_PRECISION
 
 VOCAB = SHAPE["vocab_size"]
 

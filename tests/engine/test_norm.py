@@ -3,9 +3,7 @@
 import pytest
 import torch
 
-from hf_decoder.engine.training import blocks
-
-from hf_decoder.engine.training import norm
+from hf_decoder.engine.training import blocks, norm
 from hf_decoder.engine.training.norm import HfDecoderRMSNorm
 
 TYPES = [(kind, kind) for kind in (torch.float32, torch.bfloat16, torch.float16)] + [(torch.bfloat16, torch.float32)]

@@ -7,14 +7,14 @@ from tiny_models import padded, random_ids
 from torch import nn
 from transformers import DynamicCache
 
+from hf_decoder.engine.decoding.step import DecodingStep
 from hf_decoder.model import (
     blocks,
-    step,
     generation,
     precision,
     prompt_hf_decoder,
+    step,
 )
-from hf_decoder.engine.decoding.step import DecodingStep
 
 ONE = {"max_new_tokens": 1}
 

@@ -26,10 +26,9 @@ from transformers import GenerationMixin, StaticCache, TextStreamer
 from transformers.generation import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM
-from hf_decoder.engine.decoding import cuda_graph_step
-from hf_decoder.engine.decoding import step
-from hf_decoder.model.modeling_hf_decoder import CACHE_NAME
+from hf_decoder.engine.decoding import cuda_graph_step, step
 from hf_decoder.engine.decoding.step import DecodingStep
+from hf_decoder.model.modeling_hf_decoder import CACHE_NAME
 
 
 @pytest.fixture(autouse=True)

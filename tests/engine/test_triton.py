@@ -14,16 +14,15 @@ from torch.utils.checkpoint import checkpoint
 from transformers.activations import ACT2FN
 
 from hf_decoder.engine.training import blocks
-
 from hf_decoder.engine.training import loss as engine_loss
 from hf_decoder.engine.training.blocks import has_kernels, is_for_blocks
-from hf_decoder.model.configuration_hf_decoder import HfDecoderConfig
+from hf_decoder.engine.training.gate import gated_for
 from hf_decoder.engine.training.loss import linear_cross_entropy
-from hf_decoder.model.modeling_hf_decoder import HfDecoderForCausalLM
 from hf_decoder.engine.training.norm import HfDecoderRMSNorm
 from hf_decoder.engine.training.rotation import apply_rotary_pos_emb
 from hf_decoder.engine.training.shared_cast import normed_for, shared_input
-from hf_decoder.engine.training.gate import gated_for
+from hf_decoder.model.configuration_hf_decoder import HfDecoderConfig
+from hf_decoder.model.modeling_hf_decoder import HfDecoderForCausalLM
 
 pytest.importorskip("triton")
 from triton.runtime import interpreter

@@ -12,9 +12,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.integrations import flex_attention
 
-from hf_decoder.engine.attention import tiles
-
 from hf_decoder.engine import precision
+from hf_decoder.engine.attention import tiles
 from hf_decoder.engine.attention.tiles import (
     MIN_TILED_TOKENS,
     MIN_TILED_TOKENS_IN_FP32,
@@ -288,9 +287,7 @@ def test_tiles_equal_attention_with_the_whole_mask(length: int, kind: str, windo
 def count_tiled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     calls: list[int] = []
     original = tiles._TiledAttention.apply
-    monkeypatch.setattr(
-        tiles._TiledAttention, "apply", lambda *args: calls.append(1) or original(*args)
-    )
+    monkeypatch.setattr(tiles._TiledAttention, "apply", lambda *args: calls.append(1) or original(*args))
     return calls
 
 
@@ -411,9 +408,7 @@ def test_the_stock_kernel_takes_whole_documents_that_are_multiplied_in_fp32(is_f
     monkeypatch.setattr(tiles, "MIN_STOCK_TOKENS_IN_FP32", 300)
     tiled, stock = count_tiled(monkeypatch), []
     kernel = tiles._StockCausalAttention.apply
-    monkeypatch.setattr(
-        tiles._StockCausalAttention, "apply", lambda *args: stock.append(1) or kernel(*args)
-    )
+    monkeypatch.setattr(tiles._StockCausalAttention, "apply", lambda *args: stock.append(1) or kernel(*args))
     ids = random_ids(1, 300)
     shape = {"attn_implementation": "sdpa", "max_position_embeddings": 512}
 

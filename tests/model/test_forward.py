@@ -8,10 +8,9 @@ from generating import VARIANTS, tiny_model, with_hook
 from tiny_models import padded, random_ids
 from transformers import DynamicCache, StaticCache
 
-from hf_decoder.engine.training import loss as engine_loss
-
 from hf_decoder.engine import precision
 from hf_decoder.engine.decoding.step import DecodingStep
+from hf_decoder.engine.training import loss as engine_loss
 from hf_decoder.engine.training.loss import causal_lm_loss
 
 pytestmark = pytest.mark.usefixtures("no_gradients")

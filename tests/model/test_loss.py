@@ -12,9 +12,9 @@ from torch.utils._pytree import tree_flatten
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from hf_decoder import HfDecoderForCausalLM
+from hf_decoder.engine import precision
 from hf_decoder.engine.attention import tiles
 from hf_decoder.engine.training import loss as engine_loss
-from hf_decoder.engine import precision
 
 VOCAB = SHAPE["vocab_size"]
 SKIP = pytest.mark.parametrize("skip_logits", [True, False], ids=["without_logits", "with_logits"])

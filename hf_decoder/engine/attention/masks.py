@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicCache
 
-from hf_decoder.engine import assumptions
+from hf_decoder.engine.assumptions import attends_as_stock
 from hf_decoder.engine.attention.tiles import CausalTiles, may_be_faster_in_tiles, stock_kernel_is_faster, tile_masks
 from hf_decoder.engine.attention.varlen import varlen_masks
 from hf_decoder.model.modeling_hf_decoder import LayerMask
@@ -28,7 +28,7 @@ def engine_masks(
         position_ids: (B, S), as the caller gave them: where they do not go up by one, a document starts.
         cache: of the tokens before.
     """
-    if not assumptions.attends_as_stock(decoder):
+    if not attends_as_stock(decoder):
         return None
     config, training = decoder.config, decoder.training
     windows = {kind: config.sliding_window if kind == "sliding_attention" else None for kind in config.layer_types}

@@ -45,7 +45,9 @@ def load_step() -> ctypes.CDLL:
             command = [compiler, *flags, str(HERE / "step.cpp"), "-o", str(made)]
             run = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, stdin=subprocess.DEVNULL)
             if run.returncode:
-                lines = [line for line in run.stderr.splitlines() if "error" in line] or run.stderr.splitlines() or [""]
+                lines = (
+                    [line for line in run.stderr.splitlines() if "error" in line] or run.stderr.splitlines() or [""]
+                )
                 raise RuntimeError(f"{compiler} failed: {lines[0]}")
             made.replace(library)  # at once: another process may look for it
     return ctypes.CDLL(str(library))

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from transformers.cache_utils import StaticCache
 
+from hf_decoder.engine.cpp.build import load_step
 from hf_decoder.engine.decoding.products import AnyWeights, Weights
 from hf_decoder.engine.decoding.static_step import StaticStep, end_rows, is_for_kernels
-from hf_decoder.engine.cpp.build import load_step
 from hf_decoder.engine.int8 import Int8Weights
 from hf_decoder.engine.precision import cpu_has, fast_dtype
 
@@ -64,7 +64,9 @@ class CppStep(StaticStep):
 
     def _call(self, ids: torch.Tensor, room: torch.Tensor, tokens: int, chooses: bool) -> None:
         places = (self._struct, self._buffers, self._state, ids, self._logits, room)
-        self._function(*(place.data_ptr() for place in places), self._is_half, torch.get_num_threads(), tokens, chooses)
+        self._function(
+            *(place.data_ptr() for place in places), self._is_half, torch.get_num_threads(), tokens, chooses
+        )
 
     def takes_prompts(self, rows: int, tokens: int) -> bool:
         return rows == self.rows and rows * tokens <= _prompt_lines(self._step)

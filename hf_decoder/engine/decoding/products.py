@@ -3,7 +3,8 @@
 Shapes: M outputs, N inputs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from hf_decoder.engine.precision import MIN_HALF_ROWS, fast_dtype, linear_in_par
 
 SPLIT, MIN_SPLIT_ELEMENTS = 4, 2**17
 MAX_TRANSPOSED_ROWS = 16
+HALF_PRECISION = (torch.bfloat16, torch.float16)
 
 
 class Weights(NamedTuple):
@@ -33,6 +35,28 @@ class PackedWeights(NamedTuple):
 
 
 AnyWeights = Weights | PackedWeights | Int8Weights
+
+
+@contextmanager
+def reading_weights_once(input_ids: torch.Tensor, dtype: torch.dtype) -> Iterator[None]:
+    """For a single token in half precision on an AVX-512 CPU, has torch's matrix-vector kernel in place of oneDNN's.
+
+    Measured on two cores with bf16: 42 to 48 GB/s of weights against 23 to 32, where plain reading gives 52.
+    """
+    if (
+        input_ids.numel() != 1
+        or dtype not in HALF_PRECISION
+        or input_ids.device.type != "cpu"
+        or torch.backends.cpu.get_cpu_capability() != "AVX512"
+        or not torch._C._get_mkldnn_enabled()
+    ):
+        yield
+        return
+    torch._C._set_mkldnn_enabled(False)  # the flag alone: torch.backends.mkldnn.flags sets others too and warns
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(True)
 
 
 def weights_of(module: nn.Linear) -> AnyWeights:
@@ -134,5 +158,6 @@ __all__ = [
     "multiply_as_modules",
     "multiply_row",
     "packed_weights",
+    "reading_weights_once",
     "weights_of",
 ]

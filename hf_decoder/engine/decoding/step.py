@@ -41,6 +41,7 @@ from hf_decoder.engine.decoding.products import (
     multiply,
     multiply_row,
     packed_weights,
+    reading_weights_once,
     weights_of,
 )
 from hf_decoder.engine.decoding.static_step import StaticStep, weights_of_products
@@ -58,7 +59,6 @@ Product = Callable[[torch.Tensor, AnyWeights], torch.Tensor]
 Store = Callable[[torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
 
 GROWING_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
-HALF_PRECISION = (torch.bfloat16, torch.float16)
 
 
 class LayerWeights(NamedTuple):
@@ -444,28 +444,6 @@ def _say(what: str, error: Exception) -> None:
 
 
 @contextmanager
-def reading_weights_once(input_ids: torch.Tensor, dtype: torch.dtype) -> Iterator[None]:
-    """For a single token in half precision on an AVX-512 CPU, has torch's matrix-vector kernel in place of oneDNN's.
-
-    Measured on two cores with bf16: 42 to 48 GB/s of weights against 23 to 32, where plain reading gives 52.
-    """
-    if (
-        input_ids.numel() != 1
-        or dtype not in HALF_PRECISION
-        or input_ids.device.type != "cpu"
-        or torch.backends.cpu.get_cpu_capability() != "AVX512"
-        or not torch._C._get_mkldnn_enabled()
-    ):
-        yield
-        return
-    torch._C._set_mkldnn_enabled(False)  # the flag alone: torch.backends.mkldnn.flags sets others too and warns
-    try:
-        yield
-    finally:
-        torch._C._set_mkldnn_enabled(True)
-
-
-@contextmanager
 def attending_without_plans(input_ids: torch.Tensor) -> Iterator[None]:
     """On CUDA, has attention without cuDNN, which plans it anew for every number of keys."""
     if input_ids.device.type != "cuda" or not torch.backends.cuda.cudnn_sdp_enabled():
@@ -499,4 +477,4 @@ def _weights_of(layer: Any, window: int | None) -> LayerWeights:
 _steps: "WeakKeyDictionary[nn.Module, tuple[Any, DecodingStep]]" = WeakKeyDictionary()
 
 
-__all__ = ["DecodingStep", "reading_weights_once"]
+__all__ = ["DecodingStep"]
