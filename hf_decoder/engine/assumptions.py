@@ -116,11 +116,21 @@ def attends_as_stock(decoder: Any) -> bool:
     config = decoder.config
     if config._attn_implementation != "sdpa" or ALL_ATTENTION_FUNCTIONS["sdpa"] is not sdpa_attention_forward:
         return False
+    if "sliding_attention" in config.layer_types and config.sliding_window is None:  # the plain masks say it in words
+        return False
     attentions = [getattr(layer, "self_attn", None) for layer in decoder.layers[: config.num_hidden_layers]]
     return getattr(config, "is_causal", True) is True and all(
-        getattr(attention, "is_causal", False) is True and not (decoder.training and attention.attention_dropout)
+        getattr(attention, "is_causal", False) is True
+        and _heads_fit(attention)
+        and not (decoder.training and attention.attention_dropout)
         for attention in attentions
     )
+
+
+def _heads_fit(attention: Any) -> bool:
+    """Whether there are as many query heads as the module repeats keys for."""
+    queries, keys = (getattr(of, "out_features", -1) for of in (attention.q_proj, attention.k_proj))
+    return queries == keys * attention.num_key_value_groups
 
 
 def state_of(model: Any) -> tuple[list[int], list[Any]] | None:
@@ -154,7 +164,7 @@ def state_of(model: Any) -> tuple[list[int], list[Any]] | None:
     if len({weight.device for weight in weights}) > 1:
         return None
     tensors = chain.from_iterable(map(dict.values, map(_PARAMETERS, attributes)))
-    identities = [*map(id, modules), *map(id, tensors)]
+    identities = [*map(id, modules), *map(id, map(type, modules)), *map(id, tensors)]
     values: list[Any] = [of["variance_epsilon"] for of in attributes if "variance_epsilon" in of]
     values += [_attention_values(vars(layer.self_attn)) for layer in layers]
     rotary = vars(decoder.rotary_emb)

@@ -327,7 +327,7 @@ def test_a_wrapped_forward_that_names_no_argument(short_is_long):
 
 
 def test_an_attached_model_honours_changes_as_a_built_one_does(short_is_long):
-    fast, plain = pair("rich")
+    _, plain = pair("rich")
     again = attach(copy.deepcopy(plain))
     check_same(again, plain)
     for model in (again, plain):
