@@ -69,6 +69,12 @@ def run_doctor(
     return DoctorReport(str(checkpoint), model_type, level, tuple(done))
 
 
+def examine_adapter(folder: str | Path) -> tuple[Row, ...]:
+    """The rows about files, for the folder of an adapter: it has no numbers without its base."""
+    subject = Subject(folder, adapter=True)
+    return tuple(_run(check, subject) for check in files.CHECKS)
+
+
 def _run(check: Check, subject: Subject) -> Row:
     start = time.perf_counter()
     try:
@@ -99,4 +105,16 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split()))
 
 
-__all__ = ["CHECKS", "FAIL", "LEVELS", "PASS", "SKIP", "WARN", "DoctorReport", "Finding", "Row", "run_doctor"]
+__all__ = [
+    "CHECKS",
+    "FAIL",
+    "LEVELS",
+    "PASS",
+    "SKIP",
+    "WARN",
+    "DoctorReport",
+    "Finding",
+    "Row",
+    "examine_adapter",
+    "run_doctor",
+]
