@@ -48,10 +48,10 @@ def files_to_push(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"folder {folder} does not exist")
-    _check_links(folder)
     patterns = ADAPTER if is_adapter(folder) else MODEL
-    shown = _shown(folder)
-    names = [name for name in _walk(folder) if matches(name, patterns) or name in shown]
+    shown, found = _shown(folder), _walk(folder)
+    names = [name for name in found if matches(name, patterns) or name in shown]
+    _check_links(folder, [name for name in found if "/" not in name or name in names])
     config = ADAPTER_CONFIG if is_adapter(folder) else "config.json"
     if config not in names:
         raise ValueError(f"{folder} holds neither config.json nor {ADAPTER_CONFIG}: give the folder of a saved model")
@@ -100,14 +100,14 @@ def _walk(folder: Path) -> list[str]:
     return sorted(found)
 
 
-def _check_links(folder: Path) -> None:
+def _check_links(folder: Path, names: list[str]) -> None:
     """Refuses a link out of the folder: what lies behind it is another place's business.
 
     Raises:
         ValueError: naming it.
     """
     root = folder.resolve()
-    for name in _walk(folder):
+    for name in names:
         path = folder / name
         if path.is_symlink() and not path.resolve().is_relative_to(root):
             raise ValueError(

@@ -65,7 +65,7 @@ def run_doctor(
         if progress is not None:
             progress(check.claim)
         done.append(_run(check, subject))
-    model_type = str(subject.values.get("model_type", "unknown"))
+    model_type = _printable(str(subject.values.get("model_type", "unknown")))
     return DoctorReport(str(checkpoint), model_type, level, tuple(done))
 
 
