@@ -26,7 +26,6 @@ RUNNABLE_SUFFIXES = {
 CONFIG_FILE = re.compile(r"config[^/]*\.json|[^/]*config\.json", re.IGNORECASE)
 # Every version of this package names the files that travel with a checkpoint like this.
 OWN_NAME = re.compile(r"\w+_hf_decoder\.py")
-OWN_REFERENCES = {f"{module}.{name}" for name, module in CLASSES.items()}
 # The libraries whose classes an adapter may have been put on.
 PARENT_LIBRARIES = ("transformers", "transformers_modules", "hf_decoder")
 
@@ -80,7 +79,8 @@ def code_of(folder: Path, files: Sequence[str]) -> Code:
     changed = [file for file in runnable if file in own and (folder / file).read_bytes() != own[file]]
     other = [file for file in runnable if file not in own]
     absent = sorted(own.keys() - set(runnable))
-    unknown = [reference for _, _, reference in references if reference not in OWN_REFERENCES]
+    of_this_version = {f"{name.removesuffix('.py')}.{public}" for name in own for public in CLASSES}
+    unknown = [reference for _, _, reference in references if reference not in of_this_version]
     if changed or other or absent or unknown:
         parts = {"differs": changed, "not of this version": other, "absent": absent, "in auto_map": unknown}
         listed = "; ".join(f"{what}: {', '.join(names)}" for what, names in parts.items() if names)

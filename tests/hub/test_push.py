@@ -260,7 +260,7 @@ def test_what_cannot_be_loaded_is_told(client, monkeypatch, copy, capsys):
     (copy / "loss_hf_decoder.py").unlink()
     assert main(["push", str(copy), "owner/unloadable"]) == 1
     said = capsys.readouterr().err
-    assert "nothing but transformers cannot load it" in said and "engine_loss" in said
+    assert "nothing but transformers cannot load it" in said and "loss_hf_decoder" in said
 
 
 def test_an_upload_that_was_killed_is_made_up_for(client, unexamined, tmp_path, tokenizer):
