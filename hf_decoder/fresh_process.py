@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import inspect
+import os
+import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 PACKAGE = "hf_decoder"
+# Environment variables that computing needs.
+KEPT = re.compile(
+    r"PATH|HOME|USER|LOGNAME|LANG|LC_\w+|TZ|TMPDIR|TEMP|TMP|USERPROFILE|SYSTEMROOT|APPDATA|LOCALAPPDATA|XDG_CACHE_HOME"
+    r"|PYTHON\w*|VIRTUAL_ENV|CONDA_PREFIX|LD_\w+|DYLD_\w+|CC|CXX|CPATH|LIBRARY_PATH"
+    r"|(?:CUDA|CUBLAS|CUDNN|NVIDIA|NCCL|HIP|HSA|ROCR|OMP|GOMP|KMP|MKL|DNNL|ONEDNN|OPENBLAS|TORCH|TORCHINDUCTOR|PYTORCH|TRITON|HF_DECODER)_\w+"
+)
+SECRET = re.compile("TOKEN|SECRET|PASS|KEY|CREDENTIAL|AUTH", re.IGNORECASE)
 
 
 def hide_package(package: str) -> None:
@@ -33,13 +43,30 @@ def hide_package(package: str) -> None:
     raise SystemExit(f"{package} could not be hidden")
 
 
-def run_fresh(
-    program: Path, argument: str, *, hidden: bool, folder: Path, environment: dict[str, str], timeout: float
-) -> str:
-    """Runs the file `program` with one argument in `folder`, and returns what it prints.
+def child_environment(*, hidden: bool, home: Path, hub_cache: Path) -> dict[str, str]:
+    """The environment of a process that may run somebody's code: what computing needs, and no secret.
+
+    Python, compilers, devices and threads keep their settings. Whatever else the parent has stays behind, tokens,
+    keys and proxies' passwords among it. With `home` as HF_HOME no saved token is found either, and offline nothing
+    is asked of anybody.
+    """
+    kept = {name: value for name, value in os.environ.items() if KEPT.fullmatch(name) and not SECRET.search(name)}
+    root = str(Path(__file__).resolve().parent.parent)
+    paths = [
+        path for path in kept.get("PYTHONPATH", "").split(os.pathsep) if path and Path(path).resolve() != Path(root)
+    ]
+    own = {"HF_HOME": str(home), "HF_HUB_CACHE": str(hub_cache), "HF_HUB_OFFLINE": "1"}
+    return {**kept, **own, "PYTHONPATH": os.pathsep.join(paths if hidden else [root, *paths])}
+
+
+def run_fresh(program: Path, argument: str, *, hidden: bool, hub_cache: Path, timeout: float) -> str:
+    """Runs the file `program` with one argument in an empty folder, offline, and returns what it prints.
 
     The file goes to the interpreter as text, because it must also run where this package cannot be found: with
     `hidden` that is so wherever it is installed.
+
+    Args:
+        hub_cache: what the Hub's files are taken from.
 
     Raises:
         RuntimeError: if the process fails, with the last line of what it said.
@@ -47,15 +74,19 @@ def run_fresh(
     source = program.read_text(encoding="utf-8")
     if hidden:
         source = f"{inspect.getsource(hide_package)}\nhide_package({PACKAGE!r})\n{source}"
-    process = subprocess.run(
-        [sys.executable, "-c", source, argument],
-        cwd=folder,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
+    with tempfile.TemporaryDirectory() as scratch:
+        home, empty = Path(scratch, "home"), Path(scratch, "empty")
+        home.mkdir()
+        empty.mkdir()
+        process = subprocess.run(
+            [sys.executable, "-c", source, argument],
+            cwd=empty,
+            env=child_environment(hidden=hidden, home=home, hub_cache=hub_cache),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
     if process.returncode:
         lines = process.stderr.strip().splitlines() or [f"exit code {process.returncode}"]
         raise RuntimeError(lines[-1])

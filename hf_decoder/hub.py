@@ -1,14 +1,15 @@
-"""To the Hub and back: which files of a folder go there, the upload, and the proof that a stranger can load them."""
+"""To the Hub and back: the upload of what was examined, and the proof that a stranger can load it."""
 
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
-import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +19,23 @@ from huggingface_hub.utils import validate_repo_id
 
 import hf_decoder.receiver
 from hf_decoder.adapters import ADAPTER_CONFIG, base_of, is_adapter
+from hf_decoder.doctor.code import Code, Origin, code_of
 from hf_decoder.fresh_process import run_fresh
+from hf_decoder.hub_files import CARD, STALE, digest, files_to_push, left_out, matches
 from hf_decoder.modelcard import pin_load_lines, pinned_revision
 
-CARD = "README.md"
-# Pickles run code where they are loaded; the states of a training are nobody else's business, and some hold paths.
-LEFT_OUT_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".pyc", ".part", ".tmp", ".lock")
-LEFT_OUT_NAMES = ("trainer_state.json", "complete.json")
-LEFT_OUT_FOLDERS = ("__pycache__", "runs", "logs")
-# What an earlier push may have left and `from_pretrained` would look at: its weights, in another number of files.
-STALE = ["model*.safetensors", "model.safetensors.index.json", "adapter_model*.safetensors"]
 RECEIVE_TIMEOUT = 3600  # seconds
+LARGE_SUFFIXES = (".safetensors", ".gguf", ".onnx", ".data", ".onnx_data")  # linked where the rest is copied
 # Of the HTTP client, httpx in one version of huggingface_hub and httpx2 in another: what no server answered, too.
 HttpError: Any = HfHubHTTPError.__bases__[0]
 
 
 @dataclass(frozen=True)
 class Pushed:
-    """What a push left on the Hub. `commit` holds everything, `pr_url` is None without `create_pr`."""
+    """What a push left on the Hub. `commit` holds everything, `pr_url` is None without `create_pr`.
+
+    `foreign` are the files of the repo that this push did not send: nobody examined or compared them.
+    """
 
     repo_id: str
     commit: str
@@ -43,35 +43,7 @@ class Pushed:
     pr_url: str | None
     files: int
     bytes: int
-
-
-def files_to_push(folder: str | Path) -> list[Path]:
-    """The files of a model folder that belong on the Hub: all but pickles, training states, checkpoints, hidden files.
-
-    Raises:
-        ValueError: if the folder does not exist, or holds no config or no weights in safetensors.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"folder {folder} does not exist")
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and _is_shared(path.relative_to(folder))]
-    names = {path.relative_to(folder).as_posix() for path in files}
-    config = ADAPTER_CONFIG if is_adapter(folder) else "config.json"
-    if config not in names:
-        raise ValueError(f"{folder} holds neither config.json nor {ADAPTER_CONFIG}: give the folder of a saved model")
-    if not any(name.endswith(".safetensors") and "/" not in name for name in names):
-        raise ValueError(
-            f"{folder} holds no weights in safetensors, the one form that runs no code where it is loaded; save the "
-            "model again with save_pretrained"
-        )
-    return files
-
-
-def _is_shared(path: Path) -> bool:
-    parts = path.parts
-    hidden = any(part.startswith(".") for part in parts)
-    left_out = any(part in LEFT_OUT_FOLDERS or part.startswith("checkpoint-") for part in parts[:-1])
-    return not (hidden or left_out or path.name in LEFT_OUT_NAMES or path.name.endswith(LEFT_OUT_SUFFIXES))
+    foreign: tuple[str, ...] = ()
 
 
 def push(
@@ -83,11 +55,13 @@ def push(
     create_pr: bool = False,
     commit_message: str | None = None,
     base_model: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Pushed:
-    """Examines a model, uploads it, and proves that what arrived computes what was sent; or an adapter, unexamined.
+    """Examines a model or an adapter, uploads it, and proves that what arrived computes what was sent.
 
     The card goes last, with the commit before it in the lines that load the model. An upload that was cut short is
-    made up for by pushing again: files that have arrived are not sent twice.
+    made up for by pushing again: files that have arrived are not sent twice. What is no part of a model is named on
+    standard error and stays.
 
     Args:
         folder: of `save_pretrained`, of Trainer, or of PEFT.
@@ -97,35 +71,50 @@ def push(
         create_pr: opens a pull request instead of changing the branch.
         commit_message: title of the commit.
         base_model: Hub name of an adapter's base, where its config names a folder.
+        trust_remote_code: run the code of an adapter's base where it is not this package's own.
 
     Raises:
-        ValueError: for a folder that the doctor finds fault with, a name or token that will not do, or a server that
-            cannot be reached.
+        ValueError: for a folder that the doctor finds fault with or that changes meanwhile, a name or token that will
+            not do, a base whose code is not trusted, or a server that cannot be reached.
         RuntimeError: if what arrived is not what was sent or cannot be loaded.
     """
     _check_name(repo_id)
     if create_pr and revision is not None:
         raise ValueError("--create_pr opens a pull request against the default branch; leave --revision out")
+    folder = Path(folder)
     files = files_to_push(folder)
+    if rest := left_out(folder, files):
+        print(f"not sent, as it is no part of a model: {', '.join(rest)}", file=sys.stderr)
     with tempfile.TemporaryDirectory() as scratch, _explained(repo_id):
-        sent = Path(scratch) / "sent"
-        base = _stage(Path(folder), files, sent, base_model)
-        if base is None:  # the doctor examines whole models; an adapter's base had its own examination
-            _examine(sent, folder)
+        sent, cache = Path(scratch) / "sent", Path(scratch) / "cache"
+        base = _stage(folder, files, sent, base_model)
+        digests = {name: digest(sent / name) for name in _names(sent)}
+        rewritten = _name_base(sent, base)
+        own = _code(sent).origin is Origin.OWN
+        job = hf_decoder.receiver.Job(str(sent), repo_id, "", base, trust_remote_code=own)
+        _examine(sent, folder)
         _check_card(sent / CARD)
         api = HfApi()
+        if base is not None:
+            job.trust_remote_code = _pin_base(api, sent / ADAPTER_CONFIG, base, trust_remote_code, cache)
+        now = {name: digest(folder / name) if (folder / name).is_file() else None for name in digests}
+        changed = [name for name in digests if now[name] != digests[name]]
+        if changed:
+            raise ValueError(f"nothing was pushed: {folder / changed[0]} changed while the folder was examined")
         api.create_repo(repo_id, private=private or None, exist_ok=True)
         if private and not api.model_info(repo_id).private:
             raise ValueError(
                 f"{repo_id} exists and is public; make it private on the Hub first, or leave out --private"
             )
-        if base is not None:
-            _pin_base(api, sent / ADAPTER_CONFIG, base)
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        pushed = _upload(api, sent, repo_id, revision, create_pr, commit_message or f"Upload {Path(folder).name}")
-        _receive(hf_decoder.receiver.Job(str(sent), repo_id, pushed.commit, base), Path(scratch))
-    return pushed
+        pushed = _upload(api, sent, repo_id, revision, create_pr, commit_message or f"Upload {folder.name}")
+        # what was written here, the card's commit among it, has digests of its own
+        digests |= {name: digest(sent / name) for name in (*rewritten, CARD) if (sent / name).is_file()}
+        job.revision = pushed.commit
+        _receive(api, job, digests, cache)
+        there = api.list_repo_files(repo_id, revision=pushed.commit)
+    return replace(pushed, foreign=tuple(sorted({*there} - {*digests, ".gitattributes"})))
 
 
 def _check_name(repo_id: str) -> None:
@@ -137,12 +126,19 @@ def _check_name(repo_id: str) -> None:
         raise ValueError(f"{repo_id!r} names no owner; give user/name or organisation/name")
 
 
+def _names(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
 def _stage(folder: Path, files: list[Path], sent: Path, base_model: str | None) -> str | None:
-    """Lays out in `sent` what is uploaded; returns the Hub name of the base model of an adapter."""
+    """Lays out in `sent` what is uploaded, weights as links; returns the Hub name of the base model of an adapter."""
     for path in files:
         target = sent / path.relative_to(folder)
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.symlink_to(path.resolve())
+        if path.suffix in LARGE_SUFFIXES:
+            target.symlink_to(path.resolve())
+        else:
+            shutil.copyfile(path, target)
     if not is_adapter(folder):
         if base_model is not None:
             raise ValueError(f"--base_model goes with an adapter, and {folder} holds a whole model")
@@ -158,13 +154,23 @@ def _stage(folder: Path, files: list[Path], sent: Path, base_model: str | None) 
             f"the adapter in {folder} was made for {base}, a folder that nobody else has; push that model first and "
             "name it: --base_model user/name"
         )
+    return base
+
+
+def _name_base(sent: Path, base: str | None) -> list[str]:
+    """Writes the base's name on the Hub into an adapter's config and card; returns the names of both."""
+    if base is None:
+        return []
     _replace(sent / ADAPTER_CONFIG, {"base_model_name_or_path": base})
     if (sent / CARD).is_file():
         card = ModelCard.load(sent / CARD)
         card.data.base_model = base  # type: ignore[attr-defined]
-        (sent / CARD).unlink()
         card.save(sent / CARD)
-    return base
+    return [ADAPTER_CONFIG, CARD]
+
+
+def _code(sent: Path) -> Code:
+    return code_of(sent, _names(sent))
 
 
 def _check_card(path: Path) -> None:
@@ -186,47 +192,73 @@ def _check_card(path: Path) -> None:
         return
 
 
-def _pin_base(api: HfApi, path: Path, base: str) -> None:
-    """Writes the commit that the base model is at into an adapter's config, unless it names one."""
+def _pin_base(api: HfApi, path: Path, base: str, trust_remote_code: bool, cache: Path) -> bool:
+    """Writes the commit that the base is at into an adapter's config; returns whether the base's code may run.
+
+    Raises:
+        ValueError: if the base is not on the Hub, or brings code that is not this package's own and nobody trusts.
+    """
+    given = json.loads(path.read_text(encoding="utf-8")).get("revision")
     try:
-        commit = api.model_info(base).sha
+        commit = api.model_info(base, revision=given).sha
     except RepositoryNotFoundError:
         raise ValueError(f"the adapter's base {base} is not on {constants.ENDPOINT}; push it first") from None
-    _replace(path, {"revision": json.loads(path.read_text(encoding="utf-8")).get("revision") or commit})
+    _replace(path, {"revision": commit})
+    files = api.list_repo_files(base, revision=commit)
+    looked_at = ["*.json", "*.py"]
+    folder = api.snapshot_download(base, revision=commit, cache_dir=cache, allow_patterns=looked_at)
+    code = code_of(Path(folder), files)
+    if code.elsewhere is not None:
+        raise ValueError(f"nothing was pushed: the adapter's base {base} cannot be run as it is: {code.elsewhere}")
+    if code.origin in (Origin.OLDER, Origin.FOREIGN) and not trust_remote_code:
+        raise ValueError(
+            f"nothing was pushed: the adapter's base {base} brings code that is not this package's own, "
+            f"{code.detail}; read it at {api.endpoint}/{base}/tree/{commit}, then pass --trust_remote_code to run it"
+        )
+    return code.origin is not Origin.NONE
 
 
 def _examine(sent: Path, folder: str | Path) -> None:
     """Asks the doctor about the files that would be sent. Raises ValueError naming the rows that fail."""
-    from hf_decoder.doctor import run_doctor
+    from hf_decoder.doctor import FAIL, examine_adapter, run_doctor
 
-    failures = run_doctor(sent, level="quick").failures
+    rows = examine_adapter(sent) if is_adapter(sent) else run_doctor(sent, level="quick").rows
+    failures = [row for row in rows if row.status == FAIL]
     if failures:
         first = failures[0]
+        way_out = first.remedy if is_adapter(sent) else f"`hf-decoder doctor {folder}` says how to mend it"
         raise ValueError(
             f"nothing was pushed: the doctor finds fault with {folder}, {', '.join(row.name for row in failures)}; "
-            f"{first.name}: {first.detail.replace(str(sent), str(folder))}; `hf-decoder doctor {folder}` says how to "
-            "mend it"
+            f"{first.name}: {first.detail.replace(str(sent), str(folder))}; {way_out}"
         )
 
 
 def _replace(path: Path, values: dict[str, Any]) -> None:
     content = {**json.loads(path.read_text(encoding="utf-8")), **values}
-    path.unlink()
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _upload(api: HfApi, sent: Path, repo_id: str, revision: str | None, create_pr: bool, message: str) -> Pushed:
     before = api.model_info(repo_id, revision=revision).sha
+    there = api.list_repo_files(repo_id, revision=before)
+    other = "config.json" if is_adapter(sent) else ADAPTER_CONFIG
+    if other in there:
+        kinds = ("an adapter", "a whole model")
+        here, is_there = kinds if is_adapter(sent) else kinds[::-1]
+        raise ValueError(
+            f"{repo_id} holds {other}: it is of {is_there}, and here is {here}, which would load together; push to "
+            "another name, or delete that file on the Hub first"
+        )
+    stale = [glob.escape(name) for name in there if matches(name, STALE)]
     common: dict[str, Any] = {"repo_id": repo_id, "folder_path": sent, "commit_message": message}
     done = api.upload_folder(
-        **common, revision=revision, create_pr=create_pr, ignore_patterns=CARD, delete_patterns=STALE
+        **common, revision=revision, create_pr=create_pr, ignore_patterns=CARD, delete_patterns=stale
     )
     pr_url, revision = done.pr_url, done.pr_revision or revision
     card = sent / CARD
     if card.is_file():
         pin = (_pinned_before(api, repo_id, done.oid) if done.oid == before else None) or done.oid
         text = pin_load_lines(card.read_text(encoding="utf-8"), repo_id, pin)
-        card.unlink()
         card.write_text(text, encoding="utf-8")
         # a change of the card alone may have no pull request yet
         done = api.upload_folder(
@@ -246,29 +278,37 @@ def _pinned_before(api: HfApi, repo_id: str, commit: str) -> str | None:
         return pinned_revision(Path(path).read_text(encoding="utf-8"), repo_id)
 
 
-def _receive(job: hf_decoder.receiver.Job, scratch: Path) -> None:
-    """Runs the receiver with an empty cache and without this package.
+def _receive(api: HfApi, job: hf_decoder.receiver.Job, digests: dict[str, str], cache: Path) -> None:
+    """Downloads what arrived, compares it with what was examined, and has it loaded where this package is not found.
+
+    The download is done here, with the owner's token; the process that loads has no token and asks nobody.
 
     Raises:
-        RuntimeError: if it cannot load the model, or finds a difference.
+        RuntimeError: if a file differs, which is then not loaded; if the process cannot load the model; or if its
+            logits differ.
     """
-    if shutil.disk_usage(scratch).free < 2 * sum(path.stat().st_size for path in Path(job.sent).rglob("*")):
-        raise RuntimeError(f"{job.repo_id} is uploaded, but {scratch} has no room to download and check it")
-    package = str(Path(__file__).resolve().parent.parent)
-    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path not in ("", package)]
-    caches = {name: str(scratch / name.lower()) for name in ("HF_HUB_CACHE", "HF_MODULES_CACHE", "HF_XET_CACHE")}
-    env = {**os.environ, **caches, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "0"}
-    if token := get_token():
-        env["HF_TOKEN"] = token
+    sent = Path(job.sent)
+    if shutil.disk_usage(sent).free < 2 * sum((sent / name).stat().st_size for name in digests):
+        raise RuntimeError(f"{job.repo_id} is uploaded, but {sent.parent} has no room to download and check it")
     where = f"{job.repo_id} at {job.revision[:12]} is uploaded, but"
+    patterns = [glob.escape(name) for name in digests]
+    received = Path(
+        api.snapshot_download(job.repo_id, revision=job.revision, cache_dir=cache, allow_patterns=patterns)
+    )
+    for name, expected in digests.items():
+        if not (received / name).is_file() or digest(received / name) != expected:
+            raise RuntimeError(f"{where} {name} is not the file that was sent")
+    if job.base is not None:
+        commit = json.loads((sent / ADAPTER_CONFIG).read_text(encoding="utf-8"))["revision"]
+        wanted = ["*.json", "*.py", "*.safetensors"]
+        api.snapshot_download(job.base, revision=commit, cache_dir=cache, allow_patterns=wanted)
     program, argument = Path(hf_decoder.receiver.__file__), json.dumps(asdict(job))
     try:
-        said = run_fresh(program, argument, hidden=True, folder=scratch, environment=env, timeout=RECEIVE_TIMEOUT)
+        said = run_fresh(program, argument, hidden=True, hub_cache=cache, timeout=RECEIVE_TIMEOUT)
     except RuntimeError as error:
-        raise RuntimeError(f"{where} a process with nothing but transformers cannot load it: {error}") from None
+        why = "; ".join(filter(None, (str(error), _code(sent).detail)))
+        raise RuntimeError(f"{where} a process with nothing but transformers cannot load it: {why}") from None
     figures = json.loads(said.strip().splitlines()[-1])
-    if figures["differing_files"]:
-        raise RuntimeError(f"{where} {figures['differing_files'][0]} is not the file that was sent")
     if figures["max_difference"] != 0.0 or not figures["package_hidden"]:
         raise RuntimeError(f"{where} its logits differ from the folder's by up to {figures['max_difference']:.3g}")
 

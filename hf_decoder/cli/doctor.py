@@ -55,16 +55,17 @@ def main(argv: Sequence[str]) -> int:
 
 def _examine(name: str, level: str, args: DoctorArguments) -> DoctorReport:
     from rich.console import Console
+    from rich.text import Text
 
     console = Console(stderr=True)
-    with console.status(name) as status:
+    with console.status(Text(name)) as status:
         return run_doctor(
             name,
             level=level,
             rows=args.rows,
             trust_remote_code=args.trust_remote_code,
             revision=args.revision,
-            progress=lambda claim: status.update(f"{name}: {claim}"),
+            progress=lambda claim: status.update(Text(f"{name}: {claim}")),
         )
 
 

@@ -10,9 +10,10 @@ from pathlib import Path
 from hf_decoder.cli import name_positionals, parse_arguments
 
 DESCRIPTION = (
-    "Checks a saved model or adapter with the doctor, uploads it to the Hub, downloads it into an empty cache, and "
-    "compares its logits in a fresh process that has transformers but not this package. The token is HF_TOKEN or the "
-    "one that `hf auth login` saved; HF_ENDPOINT names another server than the Hub."
+    "Checks a saved model or adapter with the doctor, uploads what belongs to it, names the rest, downloads it into "
+    "an empty cache, and compares every file, and its logits in a fresh process that has transformers but neither "
+    "this package nor a token. The token is HF_TOKEN or the one that `hf auth login` saved; HF_ENDPOINT names another "
+    "server than the Hub."
 )
 
 
@@ -28,6 +29,9 @@ class PushArguments:
     commit_message: str | None = field(default=None, metadata={"help": "Title of the commit."})
     base_model: str | None = field(
         default=None, metadata={"help": "Hub name of an adapter's base, where it was trained on a folder."}
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run the code of an adapter's base where it is not this package's own."}
     )
 
 
@@ -45,6 +49,7 @@ def main(argv: Sequence[str]) -> int:
             create_pr=args.create_pr,
             commit_message=args.commit_message,
             base_model=args.base_model,
+            trust_remote_code=args.trust_remote_code,
         )
     except RuntimeError as error:
         print(f"hf-decoder push: failed: {error}", file=sys.stderr)
@@ -52,5 +57,16 @@ def main(argv: Sequence[str]) -> int:
     print(f"{pushed.url}: {pushed.files} files, {pushed.bytes / 1e6:,.1f} MB, commit {pushed.commit}")
     if pushed.pr_url is not None:
         print(f"pull request: {pushed.pr_url}")
-    print("downloaded into an empty cache and loaded without hf_decoder: every file and every logit is the same")
+    if pushed.foreign:
+        print(
+            f"downloaded into an empty cache and loaded without hf_decoder: the {pushed.files} files that were sent, "
+            "and every logit, are the same"
+        )
+        print(
+            f"warning: {pushed.repo_id} holds {len(pushed.foreign)} files besides, which this push neither sent nor "
+            f"looked at: {', '.join(pushed.foreign)}",
+            file=sys.stderr,
+        )
+    else:
+        print("downloaded into an empty cache and loaded without hf_decoder: every file and every logit is the same")
     return 0

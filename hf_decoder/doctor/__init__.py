@@ -65,8 +65,14 @@ def run_doctor(
         if progress is not None:
             progress(check.claim)
         done.append(_run(check, subject))
-    model_type = str(subject.values.get("model_type", "unknown"))
+    model_type = _printable(str(subject.values.get("model_type", "unknown")))
     return DoctorReport(str(checkpoint), model_type, level, tuple(done))
+
+
+def examine_adapter(folder: str | Path) -> tuple[Row, ...]:
+    """The rows about files, for the folder of an adapter: it has no numbers without its base."""
+    subject = Subject(folder, adapter=True)
+    return tuple(_run(check, subject) for check in files.CHECKS)
 
 
 def _run(check: Check, subject: Subject) -> Row:
@@ -99,4 +105,16 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split()))
 
 
-__all__ = ["CHECKS", "FAIL", "LEVELS", "PASS", "SKIP", "WARN", "DoctorReport", "Finding", "Row", "run_doctor"]
+__all__ = [
+    "CHECKS",
+    "FAIL",
+    "LEVELS",
+    "PASS",
+    "SKIP",
+    "WARN",
+    "DoctorReport",
+    "Finding",
+    "Row",
+    "examine_adapter",
+    "run_doctor",
+]

@@ -5,13 +5,19 @@ from __future__ import annotations
 import re
 from pathlib import Path, PurePosixPath
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from hf_decoder.adapters import ADAPTER_WEIGHTS
+from hf_decoder.doctor.code import Origin
 from hf_decoder.doctor.report import Check, Finding, failed, passed, skipped, warned
-from hf_decoder.doctor.subject import Subject, package_code_files
+from hf_decoder.doctor.subject import Subject
 from hf_decoder.interop.checkpoint import INDEX_NAME, WEIGHTS_NAME, read_tensors
 
-PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz", ".dill"}
+PICKLE_SUFFIXES = {
+    *(".bin", ".pt", ".pt2", ".pth", ".ckpt", ".pkl", ".pk", ".pickle", ".joblib", ".npy", ".npz", ".dill"),
+}
 OTHER_WEIGHTS = {".h5", ".msgpack", ".onnx", ".tflite", ".ot"}
-RUNNABLE_SUFFIXES = {".py", ".pyc", ".so", ".dll", ".dylib", ".exe", ".sh", ".bat", ".ps1", ".ipynb", ".js", ".jar"}
 # A pickle of protocol 2 or later starts with these; torch.save wraps one into a zip.
 PICKLE_START = re.compile(rb"\x80[\x02-\x05]")
 ZIP_START = b"PK\x03\x04"
@@ -23,24 +29,26 @@ def check_formats(subject: Subject) -> Finding:
     pickles = [file for file in subject.files if _is_pickle(subject.folder / file)]
     if pickles:
         remedy = None
-        if not any(PurePosixPath(file).suffix == ".bin" and "model" in file for file in pickles):
+        if not any(PurePosixPath(file).suffix.lower() == ".bin" and "model" in file for file in pickles):
             remedy = f"delete {' '.join(pickles)}: loading the model needs none of them"
         return failed(f"reading them can run code: {', '.join(pickles)}", remedy)
     weights = [file for file in subject.files if file.endswith(".safetensors")]
     if not weights:
         return failed("the folder holds no safetensors file")
-    others = [file for file in subject.files if PurePosixPath(file).suffix in OTHER_WEIGHTS]
+    others = [file for file in subject.files if PurePosixPath(file).suffix.lower() in OTHER_WEIGHTS]
     if others:
         return warned(
             f"the same weights once more in another format: {', '.join(others)}", "delete them if not needed"
         )
-    return passed(f"{len(weights)} safetensors file{'s' if len(weights) > 1 else ''}, no pickle")
+    apart = f"; not looked at: {', '.join(subject.passed_over)}" if subject.passed_over else ""
+    return passed(f"{len(weights)} safetensors file{'s' if len(weights) > 1 else ''}, no pickle{apart}")
 
 
 def _is_pickle(path: Path) -> bool:
-    if path.suffix in PICKLE_SUFFIXES:
+    suffix = path.suffix.lower()
+    if suffix in PICKLE_SUFFIXES:
         return True
-    if not path.is_file() or path.suffix in (".safetensors", ".json", ".md", ".txt", ".py"):
+    if not path.is_file() or suffix in (".safetensors", ".json", ".md", ".txt", ".py"):
         return False
     with path.open("rb") as file:
         start = file.read(4)
@@ -49,59 +57,33 @@ def _is_pickle(path: Path) -> bool:
 
 def check_code(subject: Subject) -> Finding:
     """No code but the model's own, unchanged; nothing in the JSON files that fetches code from elsewhere."""
-    elsewhere = _code_from_elsewhere(subject)
-    if elsewhere:
-        return failed(elsewhere)
-    runnable = [file for file in subject.files if PurePosixPath(file).suffix in RUNNABLE_SUFFIXES]
-    if not subject.is_ours:
-        if not runnable:
-            return passed("no code: the class is part of transformers")
-        listed = ", ".join(runnable)
-        if subject.trust_remote_code:
-            return warned(f"trusted by --trust_remote_code: {listed}", "read these files before every new revision")
-        return failed(f"code of its own: {listed}")
-    own = package_code_files()
-    strange = [file for file in runnable if file not in own]
-    changed = [file for file in runnable if file in own and (subject.folder / file).read_bytes() != own[file]]
-    if strange:
-        return failed(f"files that no checkpoint of this model has: {', '.join(strange)}")
-    if changed:
-        detail = f"differs from the installed package's: {', '.join(changed)}"
+    code = subject.code
+    if code.elsewhere is not None:
+        return failed(code.elsewhere)
+    if code.origin is Origin.OLDER:
         remedy = "load and save it again with this version of hf_decoder, or install the version that wrote it"
-        return warned(detail, remedy) if subject.trust_remote_code else failed(detail, remedy)
-    if not runnable:
+        return warned(code.detail, remedy) if subject.trust_remote_code else failed(code.detail, remedy)
+    if code.origin is Origin.FOREIGN:
+        if subject.trust_remote_code and not subject.is_ours:
+            listed = ", ".join(code.files)
+            return warned(f"trusted by --trust_remote_code: {listed}", "read these files before every new revision")
+        return failed(code.detail)
+    if code.origin is Origin.OWN:
+        return passed(f"{len(code.files)} files, each as in the installed package")
+    if subject.is_ours:
         return warned(
             "no code: a receiver needs the hf_decoder package",
             "load it and save_pretrained it into a new folder, which writes the code beside the weights",
         )
-    return passed(f"{len(runnable)} files, each as in the installed package")
-
-
-def _code_from_elsewhere(subject: Subject) -> str | None:
-    """What the JSON files ask to run that is no file of this folder; None if nothing."""
-    for file in ("config.json", "tokenizer_config.json", "generation_config.json", "adapter_config.json"):
-        values = subject.read_json(file)
-        for auto_class, references in (values.get("auto_map") or {}).items():
-            for reference in references if isinstance(references, list) else [references]:
-                if not reference:
-                    continue
-                if "--" in str(reference):
-                    return f"{file} takes {auto_class} from another repository: {reference}"
-                if f"{str(reference).partition('.')[0]}.py" not in subject.files:
-                    return f"{file} names {reference} for {auto_class}, and that file is absent"
-        for field in ("attn_implementation", "_attn_implementation", "_attn_implementation_internal"):
-            value = values.get(field)
-            if isinstance(value, str) and "/" in value:
-                return f"{file} asks for a kernel from the Hub: {field}={value!r}"
-        if values.get("custom_generate"):
-            return f"{file} asks for code of its own in generate(): custom_generate={values['custom_generate']!r}"
-    return None
+    return passed("no code" if subject.is_adapter else "no code: the class is part of transformers")
 
 
 def check_weights(subject: Subject) -> Finding:
     """Every file that the index names is there, readable, and holds what the index places in it."""
     if subject.is_quantized:
         return skipped("quantized weights: the loader of their method checks them")
+    if subject.is_adapter:
+        return _check_adapter_weights(subject.folder / ADAPTER_WEIGHTS)
     shards = [file for file in subject.files if file.endswith(".safetensors") and "/" not in file]
     index = (subject.folder / INDEX_NAME).is_file()
     named = {WEIGHTS_NAME}
@@ -124,6 +106,17 @@ def check_weights(subject: Subject) -> Finding:
     return passed(f"{len(tensors)} tensors, {size / 1e6:,.1f} MB, all values finite")
 
 
+def _check_adapter_weights(path: Path) -> Finding:
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        return failed(f"{path.name} is absent, damaged or cut short: {str(error).splitlines()[0]}")
+    for name, tensor in tensors.items():
+        if not bool(tensor.isfinite().all()):
+            return failed(f"{name} holds values that are not finite")
+    return passed(f"{len(tensors)} tensors, all values finite")
+
+
 def check_card(subject: Subject) -> Finding:
     """README.md has metadata that can be read, names licence, library and task, says how to load, and is filled."""
     from huggingface_hub import ModelCard
@@ -144,7 +137,7 @@ def check_card(subject: Subject) -> Finding:
             return failed(f"it still holds the placeholder {placeholder!r}")
     if "from_pretrained(" not in text and "pipeline(" not in text:
         return failed("it does not show how to load the model")
-    absent = [link for link in _local_links(text) if link not in subject.files]
+    absent = [link for link in local_links(text) if link not in subject.files]
     if absent:
         return failed(f"it refers to {absent[0]}, which is not in the folder")
     if not data.get("license"):
@@ -153,7 +146,8 @@ def check_card(subject: Subject) -> Finding:
     return passed(f"licence {data['license']}, " + ("with measured results" if measured else "no measured results"))
 
 
-def _local_links(text: str) -> list[str]:
+def local_links(text: str) -> list[str]:
+    """The files of its own folder that a card refers to."""
     links = re.findall(r"\]\(([^)\s]+)\)", text)
     return [link.partition("#")[0] for link in links if not re.match(r"[a-z]+:|#|/", link)]
 

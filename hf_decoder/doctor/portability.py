@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from pathlib import Path
 
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file
 
-import hf_decoder
+from hf_decoder.doctor.code import Origin
 from hf_decoder.doctor.numerics import difference, logits_of
 from hf_decoder.doctor.report import Check, Finding, failed, passed, skipped, warned
 from hf_decoder.doctor.subject import Subject, quiet
@@ -45,15 +45,7 @@ def _fresh_logits(subject: Subject, folder: Path, ids: torch.Tensor, *, hidden: 
             ),
             encoding="utf-8",
         )
-        empty = Path(scratch, "empty")
-        empty.mkdir()
-        env = {**os.environ, "HF_HUB_OFFLINE": "1"}
-        if hidden:
-            env["HF_MODULES_CACHE"] = str(Path(scratch, "modules"))
-        else:
-            found = [str(Path(hf_decoder.__file__).parent.parent), env.get("PYTHONPATH", "")]
-            env["PYTHONPATH"] = os.pathsep.join(filter(None, found))
-        run_fresh(CHILD, str(task), hidden=hidden, folder=empty, environment=env, timeout=MAX_SECONDS)
+        run_fresh(CHILD, str(task), hidden=hidden, hub_cache=Path(constants.HF_HUB_CACHE), timeout=MAX_SECONDS)
         return load_file(output)["logits"]
 
 
@@ -79,12 +71,13 @@ def check_reload(subject: Subject) -> Finding:
 
 def check_remote_code(subject: Subject) -> Finding:
     """A new process that cannot find hf_decoder loads the folder with the code in it, and computes the same bits."""
-    if not subject.is_ours and not subject.code_files:
-        return skipped("the class is part of transformers: a receiver needs no code")
-    if not subject.code_files:
+    code = subject.code
+    if code.origin is Origin.NONE:
+        if not subject.is_ours:
+            return skipped("the class is part of transformers: a receiver needs no code")
         return failed("the folder holds no model code")
     if not subject.may_run_code:
-        return skipped("the code in the folder is not the installed package's; --trust_remote_code runs it")
+        return skipped(f"--trust_remote_code would run code that is not the installed package's: {code.detail}")
     return _compare(subject, subject.folder, "a fresh process without the package", hidden=True)
 
 

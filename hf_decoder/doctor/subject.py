@@ -9,10 +9,11 @@ from __future__ import annotations
 import copy
 import gc
 import inspect
-import json
+import os
+import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,16 +22,17 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging
 
-import hf_decoder
+import hf_decoder  # noqa: F401  (registers the model type)
 from hf_decoder.adapters import is_adapter
+from hf_decoder.doctor.code import Code, Origin, code_of, read_json
 from hf_decoder.interop.checkpoint import read_config_values
 from hf_decoder.interop.families import OURS
 from hf_decoder.sizes import check_sizes
 
 # Weights in formats other than safetensors are reported by name, not downloaded.
 NOT_DOWNLOADED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.tflite")
-# Folders of a run that are no part of what a receiver gets.
-IGNORED_FOLDERS = ("checkpoint-", ".git", ".cache", "__pycache__")
+# Folders that no loader looks into and no receiver gets: states of a training, git's and huggingface_hub's records.
+PASSED_OVER = re.compile(r"checkpoint-\d+|\.git|\.cache/huggingface")
 PROBE_TOKENS = 72
 LONGEST_WINDOW = 496
 
@@ -40,20 +42,30 @@ class Unloadable(Exception):
 
 
 class Subject:
-    """A folder or Hub name, opened for examination.
+    """A folder or Hub name, opened for examination; with `adapter`, that of an adapter, for the rows about files.
 
     Raises:
         ValueError: if there is no such folder or name, or it is no checkpoint of a model.
     """
 
-    def __init__(self, name: str | Path, *, trust_remote_code: bool = False, revision: str | None = None):
+    def __init__(
+        self,
+        name: str | Path,
+        *,
+        trust_remote_code: bool = False,
+        revision: str | None = None,
+        adapter: bool = False,
+    ):
         self.name = str(name)
         self.trust_remote_code = trust_remote_code
         # measured by the first row that asks
         self.context_effect: float | None = None
         self.has_numbers: bool | None = None
-        self.folder, self.files = _open(self.name, revision)
-        if is_adapter(self.folder):
+        self.folder, self.files, self.passed_over = _open(self.name, revision)
+        self.is_adapter = is_adapter(self.folder)
+        if self.is_adapter and adapter:
+            return
+        if self.is_adapter:
             raise ValueError(f"{name} is an adapter, no model; merge it into its base and examine the result")
         if not (self.folder / "config.json").is_file():
             raise ValueError(f"folder {name} holds no model: it has no config.json")
@@ -79,20 +91,15 @@ class Subject:
         """Whether the model's class is part of transformers."""
         return type(self.model).__module__.startswith("transformers.models.")
 
-    @property
-    def code_files(self) -> list[str]:
-        return [file for file in self.files if file.endswith(".py")]
-
     @cached_property
-    def code_is_the_package_s(self) -> bool:
-        """Whether the code in the folder is, file by file and byte for byte, that of the installed package."""
-        own = package_code_files()
-        return self.is_ours and {f: (self.folder / f).read_bytes() for f in self.code_files} == own
+    def code(self) -> Code:
+        """Whose code lies in the folder."""
+        return code_of(self.folder, self.files)
 
     @property
     def may_run_code(self) -> bool:
         """Whether the code in the folder may be run: it is ours to the byte, or the caller trusts it."""
-        return self.trust_remote_code or self.code_is_the_package_s
+        return self.trust_remote_code or self.code.origin is Origin.OWN
 
     @cached_property
     def config(self) -> Any:
@@ -190,11 +197,7 @@ class Subject:
 
     def read_json(self, file: str) -> dict[str, Any]:
         """A JSON file of the folder; empty where it is absent or damaged."""
-        try:
-            values = json.loads((self.folder / file).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return values if isinstance(values, dict) else {}
+        return read_json(self.folder / file)
 
     # ------------------------------------------------------------------------------------------ inputs
 
@@ -239,17 +242,11 @@ class Subject:
         return False
 
 
-def package_code_files() -> dict[str, bytes]:
-    """Name -> content of the files that travel with a checkpoint of ours."""
-    folder = Path(hf_decoder.__file__).parent / "model"
-    return {path.name: path.read_bytes() for path in folder.glob("*.py") if path.name != "__init__.py"}
-
-
-def _open(name: str, revision: str | None) -> tuple[Path, list[str]]:
-    """The local folder and the names of all files that the checkpoint has, by posix path."""
+def _open(name: str, revision: str | None) -> tuple[Path, list[str], list[str]]:
+    """The local folder, the names of all files that the checkpoint has, by posix path, and the folders passed over."""
     folder = Path(name).expanduser()
     if folder.is_dir():
-        return folder, _files_in(folder)
+        return folder, *_files_in(folder)
     if folder.exists():
         raise ValueError(f"{name} is a file; give the folder that holds config.json and the weights")
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or ("/" in name and folder.parent.is_dir()):
@@ -258,20 +255,33 @@ def _open(name: str, revision: str | None) -> tuple[Path, list[str]]:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
-        path = snapshot_download(name, revision=revision, ignore_patterns=list(NOT_DOWNLOADED))
+        path = Path(snapshot_download(name, revision=revision, ignore_patterns=list(NOT_DOWNLOADED)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         raise ValueError(
             f"{name} is neither a folder here nor a model that the Hub gives us: {first_line(error)}"
         ) from None
-    try:
-        return Path(path), sorted(HfApi().list_repo_files(name, revision=revision))
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError):  # offline: what is in the cache
-        return Path(path), _files_in(Path(path))
+    files, passed_over = _files_in(path)
+    # offline, what is in the cache is all there is; else the list of the very commit that was fetched
+    with suppress(HfHubHTTPError, OfflineModeIsEnabled, OSError):
+        commit = path.name if re.fullmatch(r"[0-9a-f]{40}", path.name) else revision
+        files = sorted({*files, *HfApi().list_repo_files(name, revision=commit)})
+    return path, files, passed_over
 
 
-def _files_in(folder: Path) -> list[str]:
-    found = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()]
-    return sorted(file for file in found if not file.startswith(IGNORED_FOLDERS))
+def _files_in(folder: Path) -> tuple[list[str], list[str]]:
+    """All files below a folder, a link to a folder as one of them; and the folders that hold no part of the model."""
+    files, passed_over = [], []
+    for place, folders, names in os.walk(folder):
+        here = Path(place).relative_to(folder)
+        for name in list(folders):
+            inner = (here / name).as_posix()
+            if (folder / inner).is_symlink():
+                files.append(inner)
+            elif PASSED_OVER.fullmatch(inner):
+                passed_over.append(f"{inner}/")
+                folders.remove(name)
+        files.extend((here / name).as_posix() for name in names)
+    return sorted(files), sorted(passed_over)
 
 
 def first_line(error: BaseException) -> str:

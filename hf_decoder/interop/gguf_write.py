@@ -155,7 +155,7 @@ def read_vocabulary(folder: Path, config: BuiltConfig) -> Vocabulary:
     try:
         backend = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
         pre_tokenizer = _pre_tokenizer(backend)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare Exception for a damaged file
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(f"the tokenizer in {folder} cannot be loaded: {reason[0]}") from None

@@ -48,7 +48,9 @@ def check_config(config: Any) -> None:
 def load(folder: Path) -> PreTrainedModel:
     """The model of a checkpoint folder as it is exported: fp32, in evaluation mode."""
     with _quiet():
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
+        return AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
+        ).eval()
 
 
 def export(model: PreTrainedModel, folder: Path) -> None:

@@ -70,13 +70,15 @@ def text_ids(folder: Path) -> list[int] | None:
     """Ids of the sample text, if there is a tokenizer."""
     if not (folder / "tokenizer_config.json").is_file():
         return None
-    return AutoTokenizer.from_pretrained(folder)(TEXT)["input_ids"]
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)(TEXT)["input_ids"]
 
 
 @torch.inference_mode()
 def _logits(folder: Path, ids_of_text: list[int] | None) -> dict[str, torch.Tensor]:
     logging.disable_progress_bar()
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
+    ).eval()
     config = model.config
     borders = [
         getattr(config, "sliding_window", None),

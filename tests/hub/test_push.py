@@ -74,20 +74,40 @@ def test_the_whole_way(client, folder, capsys, monkeypatch):
     assert (len(repo.files), len(client.asked("PUT /lfs/"))) == before
 
 
-def test_what_is_nobody_elses_business_stays_at_home(client, unexamined, copy):
-    for name in ("training_args.bin", "optimizer.pt", "trainer_state.json", "complete.json", ".secret", "rng.pth"):
-        (copy / name).write_text("x", encoding="utf-8")
-    for name in ("checkpoint-5/model.safetensors", "__pycache__/a.pyc", ".cache/x.json", "runs/log/events"):
-        (copy / name).parent.mkdir(parents=True)
-        (copy / name).write_text("x", encoding="utf-8")
-    (copy / "extra").mkdir()
-    (copy / "extra/notes.md").write_text("x", encoding="utf-8")
+PRIVATE = (
+    *("training_args.bin", "optimizer.pt", "trainer_state.json", "complete.json", ".secret", "rng.pth"),
+    *("credentials.json", "env", "token", ".env", "train.jsonl", "events.out.tfevents.1", "notes.txt", "optimizer.md"),
+    *("setup.py", "checkpoint-x.py", "CONFIG.JSON.pkl", "model.pkl", "other.safetensors", "id_rsa"),
+    *(
+        "checkpoint-5/model.safetensors",
+        "__pycache__/a.pyc",
+        ".cache/x.json",
+        "runs/log/events",
+        "wandb/run/config.json",
+    ),
+    *("extra/notes.md", "model/config.json", "Checkpoint-1/config.json", "additional_chat_templates/token.txt"),
+)
+
+
+def test_what_is_nobody_elses_business_stays_at_home_and_is_named(client, unexamined, copy, capsys):
+    for name in PRIVATE:
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        (copy / name).write_text("secret", encoding="utf-8")
+    for name in ("pictures/a.png", "tool.jinja", "docs/usage.md", ".pictures/b.png"):
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        (copy / name).write_text("shown", encoding="utf-8")
+    with (copy / "README.md").open("a", encoding="utf-8") as file:
+        file.write("![a](pictures/a.png) [usage](docs/usage.md) ![b](.pictures/b.png) [key](id_rsa)\n")
     before = {path.relative_to(copy).as_posix() for path in copy.rglob("*")}
     push(copy, "owner/business")
-    sent = set(client.files("owner/business"))
-    assert "extra/notes.md" in sent and "model.safetensors" in sent
-    assert sent == {path.relative_to(copy).as_posix() for path in files_to_push(copy)} | {".gitattributes"}
-    assert not any(name.endswith((".bin", ".pt", ".pth", ".pyc")) or "checkpoint-5" in name for name in sent)
+    files = client.files("owner/business")
+    assert set(files) == {path.relative_to(copy).as_posix() for path in files_to_push(copy)} | {".gitattributes"}
+    assert {"pictures/a.png", "docs/usage.md", "model.safetensors"} <= set(files)
+    assert not set(PRIVATE) & set(files) and not any(data == b"secret" for data in files.values())
+    said = capsys.readouterr().err
+    for name in PRIVATE:
+        assert name.partition("/")[0] in said, name
+    assert "wandb/ (1 file)" in said and ".pictures/ (1 file)" in said
     assert before == {path.relative_to(copy).as_posix() for path in copy.rglob("*")}  # and the folder is as it was
 
 
@@ -240,7 +260,7 @@ def test_what_cannot_be_loaded_is_told(client, monkeypatch, copy, capsys):
     (copy / "loss_hf_decoder.py").unlink()
     assert main(["push", str(copy), "owner/unloadable"]) == 1
     said = capsys.readouterr().err
-    assert "nothing but transformers cannot load it" in said and "engine_loss" in said
+    assert "nothing but transformers cannot load it" in said and "loss_hf_decoder" in said
 
 
 def test_an_upload_that_was_killed_is_made_up_for(client, unexamined, tmp_path, tokenizer):
