@@ -15,7 +15,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from hf_decoder.accounting import flops_per_token
 from hf_decoder.engine.precision import fast_dtype
 from hf_decoder.engine.training.loss import linear_causal_lm_loss
 from hf_decoder.interop.conversion import convert
+from hf_decoder.llama_cpp_peer import LlamaCppPeer, Seconds
 from hf_decoder.model.configuration_hf_decoder import HfDecoderConfig
 from hf_decoder.model.modeling_hf_decoder import HfDecoderForCausalLM
 from hf_decoder.tokenization import train_tokenizer
@@ -41,6 +42,7 @@ class Setting:
     device: str = "cpu"
     dtype: torch.dtype = torch.bfloat16
     repeats: int = 5
+    peer_timeout: float = 600.0  # seconds that llama.cpp may take to load, or to decode one text
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class Row:
     ours_bytes: int | None = None  # peak of memory above what was held before, where it is counted
     stock_bytes: int | None = None
     llama_cpp: float | None = None  # seconds, where llama-cpp-python is installed
+    text: str = field(default="", kw_only=True)  # what happened to llama.cpp where it has no time
 
     @property
     def ratio(self) -> float:
@@ -72,11 +75,12 @@ def _synchronise(device: str) -> None:
 
 
 def seconds(function: Callable[[], Any], device: str) -> float:
+    """The time of a call; a call that measures itself returns it as `Seconds`."""
     _synchronise(device)
     start = time.perf_counter()
-    function()
+    result = function()
     _synchronise(device)
-    return time.perf_counter() - start
+    return float(result) if isinstance(result, Seconds) else time.perf_counter() - start
 
 
 def alternate(setting: Setting, *functions: Callable[[], Any]) -> tuple[float, ...]:
@@ -336,9 +340,12 @@ def _measure_decoding(
     rate = read_rate(setting)
     with contextlib.ExitStack() as stack:
         exact = None if int8 or setting.dtype == torch.float32 else copy.deepcopy(stock).float()
-        llama_cpp = None
-        if batch_size == 1:
-            llama_cpp = stack.enter_context(_llama_cpp(ours, setting, "q8_0" if int8 else None))
+        peer, failure = None, ""
+        if batch_size == 1 and setting.device == "cpu" and importlib.util.find_spec("llama_cpp") is not None:
+            try:
+                peer = stack.enter_context(_llama_cpp(ours, setting, "q8_0" if int8 else None))
+            except (ValueError, OSError, ImportError) as error:
+                failure = " ".join(str(error).split())
         if int8:
             for model in (ours, stock):
                 _quantize_int8(model)
@@ -354,13 +361,15 @@ def _measure_decoding(
                 slow = partial(stock.generate, ids, cache_implementation=their_cache, **fixed)
                 check_greedy(stock, fast(), mask, f"{suite}, {case}", exact)
                 calls = [fast, slow]
-                if llama_cpp is not None:
-                    calls.append(partial(llama_cpp, ids[0].tolist(), new_tokens))
+                if peer is not None and peer.failure is None:
+                    calls.append(partial(peer, ids[0].tolist(), new_tokens))
                 times = alternate(setting, *calls)
+                failure = failure if peer is None else peer.failure or ""
                 # every step reads every weight: a bound from below, because the prompt is in the time too
                 share = weights * new_tokens / times[0] / rate
-                third = times[2] if len(times) > 2 else None
-                yield Row(suite, case, times[0], times[1], share, "read", llama_cpp=third)
+                third = times[2] if len(times) > 2 and not failure else None
+                text = f"llama.cpp: {failure}" if failure else ""
+                yield Row(suite, case, times[0], times[1], share, "read", llama_cpp=third, text=text)
 
 
 def _quantize_int8(model: PreTrainedModel) -> None:
@@ -392,37 +401,23 @@ def measure_batch(setting: Setting, prompt: int = 32, new_tokens: int = 64) -> I
 
 
 @contextlib.contextmanager
-def _llama_cpp(
-    model: PreTrainedModel, setting: Setting, outtype: str | None = None
-) -> Iterator[Callable[[list[int], int], None] | None]:
-    """A greedy decoding call of llama.cpp on the same weights; None where it is missing or has no such type."""
-    outtype = outtype or {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}[setting.dtype]
-    if setting.device != "cpu" or importlib.util.find_spec("llama_cpp") is None:
-        yield None
-        return
-    import llama_cpp
+def _llama_cpp(model: PreTrainedModel, setting: Setting, outtype: str | None = None) -> Iterator[LlamaCppPeer]:
+    """llama.cpp with the same weights, in the setting's dtype or as `outtype`.
 
+    Raises:
+        ValueError: if these weights have no such form.
+    """
+    outtype = outtype or {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}[setting.dtype]
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(f"{folder}/model")
         # the text does not matter, only that the file has a tokenizer
         train_tokenizer(["llama.cpp reads no file without a tokenizer"], vocab_size=300).save_pretrained(
             f"{folder}/model"
         )
-        convert(f"{folder}/model", Path(folder, "model.gguf"), to="gguf", outtype=outtype)
-        threads = torch.get_num_threads()
-        llama = llama_cpp.Llama(
-            f"{folder}/model.gguf", n_ctx=2048, n_threads=threads, n_threads_batch=threads, verbose=False
-        )
-
-        def decode(prompt: list[int], new_tokens: int) -> None:
-            llama.reset()
-            llama.eval(prompt)
-            for _ in range(new_tokens - 1):
-                llama.eval([llama.sample(temp=0.0, top_k=1)])
-            llama.sample(temp=0.0, top_k=1)
-
-        yield decode
-        llama.close()
+        file = Path(folder, "model.gguf")
+        convert(f"{folder}/model", file, to="gguf", outtype=outtype)
+        with LlamaCppPeer(file, torch.get_num_threads(), setting.peer_timeout) as peer:
+            yield peer
 
 
 def measure_load(setting: Setting) -> Iterator[Row]:

@@ -1,9 +1,17 @@
-"""Fixtures that the tests of whole tools share: a small tokenizer, and Python processes that start from nothing."""
+"""What the tests of whole tools share: a tokenizer, processes that start from nothing, folders for compiled code."""
 
+import contextlib
+import functools
+import getpass
 import os
+import platform
+import stat
 import subprocess
 import sys
+import tempfile
 import textwrap
+import time
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -12,6 +20,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # processes that share the cores; befor
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from torch.utils import cpp_extension
 
 from hf_decoder.noise import silence
 
@@ -20,6 +29,50 @@ silence()  # the results are easier to find
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if not torch.cuda.is_available():  # before anything imports triton
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+STALE_LOCK_SECONDS = 300
+LONG_TEST_SECONDS = 3600  # for the slow tests; the others have the time limit of pyproject.toml
+
+
+def compiled_code_folder() -> Path:
+    """A folder for compiled code that later runs of this user find again, and that no other user can write to."""
+    name = f"hf_decoder_tests_{os.getuid() if hasattr(os, 'getuid') else getpass.getuser()}"
+    folder = Path(tempfile.gettempdir(), name)
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    if hasattr(os, "getuid") and (not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid()):
+        folder = Path(tempfile.mkdtemp(prefix=name))  # somebody else was there first
+    folder.chmod(0o700)
+    return folder / f"python{platform.python_version()}-torch{version('torch')}"
+
+
+def remove_stale_locks(folder: Path) -> None:
+    """Removes the lock files that killed processes left behind, for which torch.utils.cpp_extension waits for ever.
+
+    Other caches lock by flock, which ends with the process.
+    """
+    for lock in folder.glob("**/lock"):
+        try:
+            if time.time() - lock.stat().st_mtime > STALE_LOCK_SECONDS:
+                lock.unlink()
+        except FileNotFoundError:  # another session was faster
+            continue
+
+
+COMPILED_CODE = compiled_code_folder()
+for variable in ("TORCH_EXTENSIONS_DIR", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+    os.environ[variable] = str(COMPILED_CODE / variable.lower())
+EXTENSIONS = Path(os.environ["TORCH_EXTENSIONS_DIR"])
+remove_stale_locks(EXTENSIONS)
+
+
+def load_extension(load, *args, **kwargs):
+    """`torch.utils.cpp_extension.load` in our own folder, whichever the caller names: quanto's is its package."""
+    return load(*args, **{**kwargs, "build_directory": None})
+
+
+cpp_extension.load = functools.partial(load_extension, cpp_extension.load)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -44,6 +97,12 @@ for name in HIDDEN:
         continue
     raise SystemExit(name + " is not hidden")
 """
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if any(item.get_closest_marker(mark) for mark in ("slow", "soak")) and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(LONG_TEST_SECONDS))
 
 
 @pytest.fixture(autouse=True)

@@ -1,9 +1,8 @@
 """The benchmark compares before it times, counts what it says, and writes what it measured."""
 
 import functools
-import importlib.machinery
+import importlib.util
 import json
-import sys
 import types
 from pathlib import Path
 
@@ -163,35 +162,80 @@ def test_peak_memory_is_that_of_the_call():
     assert benchmarking.peak_bytes(lambda: None, "cpu") < 0.1 * size  # the peak before does not count
 
 
-def test_llama_cpp_decodes_the_same_weights(monkeypatch):
-    """With a stand-in that has the calls of llama-cpp-python, which is built from source and not installed here."""
-    calls = []
+# A stand-in with the calls of llama-cpp-python, which is built from source and not installed here.
+LLAMA_CPP = """
+import os, signal, sys, time
+from pathlib import Path
 
-    class Llama:
-        def __init__(self, path, **options):
-            assert Path(path).read_bytes()[:4] == b"GGUF" and options["n_threads"] == torch.get_num_threads()
+class Llama:
+    def __init__(self, path, n_ctx, n_threads, n_threads_batch, verbose):
+        assert Path(path).read_bytes()[:4] == b"GGUF"
+        self.fail("load")
+        self.calls = []
 
-        def reset(self):
-            calls.append("reset")
+    def fail(self, where):
+        print("llama.cpp says", where, flush=True)
+        if where == {where!r}:
+            {what}
 
-        def eval(self, tokens):
-            calls.append(len(tokens))
+    def reset(self):
+        self.calls = []
 
-        def sample(self, **options):
-            return 5
+    def eval(self, tokens):
+        self.calls.append(len(tokens))
+        time.sleep(0.01)
 
-        def close(self):
-            calls.append("close")
+    def sample(self, temp, top_k):
+        if len(self.calls) == 3:
+            self.fail("decode")
+            assert self.calls == [20, 1, 1]
+        return 5
+"""
+FAULTS = {
+    "segfault": ("os.kill(os.getpid(), signal.SIGSEGV)", "ended the process: SIGSEGV (llama.cpp says {where})"),
+    "exit": ("os._exit(3)", "ended the process: exit code 3 (llama.cpp says {where})"),
+    "error": ("raise RuntimeError('no such\\nkernel')", "RuntimeError: no such kernel"),
+    "hang": ("time.sleep(1000)", "took more than 8 s"),
+}
+PEER_SETTING = Setting({**SHAPE, "vocab_size": 400, "hidden_size": 64}, dtype=torch.float32, repeats=1, peer_timeout=8)
 
-    module = types.ModuleType("llama_cpp")
-    module.Llama = Llama
-    module.__spec__ = importlib.machinery.ModuleSpec("llama_cpp", None)
-    monkeypatch.setitem(sys.modules, "llama_cpp", module)
-    shape = {**SHAPE, "vocab_size": 400, "hidden_size": 64}
-    ours, _ = benchmarking.twins(Setting(shape), torch.float32)
-    with benchmarking._llama_cpp(ours, Setting(shape, dtype=torch.float32)) as decode:
-        decode([1, 2, 3], 4)
-    assert calls == ["reset", 3, 1, 1, 1, "close"]
+
+@pytest.fixture
+def llama_cpp(tmp_path, monkeypatch):
+    """Makes a llama_cpp that can be imported, and that does `what` when it loads or decodes."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torchao" else find(name))
+
+    def write(where="", what="pass"):
+        (tmp_path / "llama_cpp.py").write_text(LLAMA_CPP.format(where=where, what=what))
+
+    return write
+
+
+def test_llama_cpp_decodes_the_same_weights_and_measures_itself(llama_cpp, capfd):
+    llama_cpp()
+    rows = list(benchmarking.measure_generate(PEER_SETTING, prompt=20, lengths=(3,)))
+    assert len(rows) == 2 and all(0.03 <= row.llama_cpp < 2 and not row.text for row in rows)
+    assert "llama.cpp says" not in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("where", ["load", "decode"])
+def test_a_peer_that_fails_is_a_row_that_says_so(fault, where, llama_cpp):
+    what, said = FAULTS[fault]
+    llama_cpp(where, what)
+    rows = list(benchmarking.measure_generate(PEER_SETTING, prompt=20, lengths=(3,)))
+    assert len(rows) == 2 and all(row.llama_cpp is None and row.ours > 0 and row.stock > 0 for row in rows)
+    assert all(row.text.startswith("llama.cpp: ") and said.format(where=where) in row.text for row in rows)
+
+
+def test_a_shape_that_the_peer_cannot_have_is_a_row_that_says_so(llama_cpp):
+    llama_cpp()
+    setting = Setting({**PEER_SETTING.shape, "vocab_size": 200}, dtype=torch.float32, repeats=1)
+    rows = list(benchmarking.measure_generate(setting, prompt=20, lengths=(3,)))
+    assert len(rows) == 2 and all("llama.cpp: the tokenizer has ids up to" in row.text for row in rows)
 
 
 def test_command_writes_json_and_chart(tmp_path, capsys):
@@ -200,8 +244,16 @@ def test_command_writes_json_and_chart(tmp_path, capsys):
     assert main(["benchmark", *flags, *files]) == 0
     assert "from_pretrained" in capsys.readouterr().out
     content = json.loads((tmp_path / "rows.json").read_text(encoding="utf-8"))
+    assert content["rows"][0]["text"] == ""
     assert [row["suite"] for row in content["rows"]] == ["load"] and content["facts"]["torch"] == torch.__version__
     assert (tmp_path / "rows.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_happened_to_the_peer_stands_in_the_table(monkeypatch, capsys):
+    row = Row("generate", "1 x 64 tokens", 1.0, 2.0, text="llama.cpp: decoding ended the process: SIGSEGV")
+    monkeypatch.setattr("hf_decoder.cli.benchmark.SUITES", {"generate": lambda setting: [row]})
+    assert main(["benchmark", "--suites", "generate", "--preset", "nano"]) == 0
+    assert row.text in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("supported, dtype", [(True, torch.bfloat16), (False, torch.float32)])

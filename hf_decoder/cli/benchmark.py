@@ -80,7 +80,7 @@ def _line(row: Row) -> str:
     line += f"{sizes[0]:>9}{sizes[1]:>7}"
     if row.llama_cpp is not None:
         line += f"{row.llama_cpp * 1e3:>14.1f}{row.llama_cpp / row.ours:>6.2f}x"
-    return line.rstrip()
+    return f"{line.rstrip()}  {row.text}".rstrip()
 
 
 def _setting(args: BenchmarkArguments) -> Setting:

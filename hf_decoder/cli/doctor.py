@@ -29,6 +29,9 @@ class DoctorArguments:
     quick: bool = field(default=False, metadata={"help": "Only the rows that take little time."})
     deep: bool = field(default=False, metadata={"help": "Rows about training too; it needs several times the memory."})
     rows: list[str] | None = field(default=None, metadata={"help": "Run only the rows of these names."})
+    text_file: str | None = field(
+        default=None, metadata={"help": "Text like the training's, on which the model must be better than chance."}
+    )
     json: str | None = field(default=None, metadata={"help": "File to write every row to, with details and remedies."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that lies in the folder."})
     revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub name."})
@@ -65,6 +68,7 @@ def _examine(name: str, level: str, args: DoctorArguments) -> DoctorReport:
             rows=args.rows,
             trust_remote_code=args.trust_remote_code,
             revision=args.revision,
+            text_file=args.text_file,
             progress=lambda claim: status.update(Text(f"{name}: {claim}")),
         )
 

@@ -1,17 +1,20 @@
 """`hf-decoder serve FOLDER`: the server of `transformers serve`, an OpenAI-compatible one, in a process that knows us.
 
 transformers' own command looks a checkpoint's class up in its own namespace and imports nothing besides, so that it
-serves no class of a plugin. Every flag is its own: `hf-decoder serve --help`.
+serves no class of a plugin, and no adapter. Every flag is its own: `hf-decoder serve --help`.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import transformers
 
 import hf_decoder
+from hf_decoder.cli import load_model, load_tokenizer
 
 PACKAGES = ("fastapi", "uvicorn", "openai")
 
@@ -21,11 +24,16 @@ def main(argv: Sequence[str]) -> int:
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f"serve needs {', '.join(missing)}: pip install 'hf-decoder[serve]'")
+    if "--continuous-batching" in argv:
+        raise ValueError("--continuous-batching gives every request the settings of the first one; leave it out")
     import click
     from transformers.cli.transformers import app
 
+    from hf_decoder.serving import install
+
     for name in hf_decoder.__all__:
         setattr(transformers, name, getattr(hf_decoder, name))
+    install(_manager())
     try:
         app(args=["serve", *argv], prog_name="hf-decoder", standalone_mode=False)
     except click.exceptions.Abort:
@@ -35,3 +43,37 @@ def main(argv: Sequence[str]) -> int:
     if "--help" in argv:
         raise SystemExit(0)  # as the other verbs end after their help
     return 0
+
+
+def _manager() -> type[Any]:
+    """transformers' manager of models, which loads folders as every command here does: adapters, too."""
+    from transformers.cli.serving.model_manager import ModelManager
+
+    from hf_decoder.adapters import merge
+
+    class Manager(ModelManager):
+        def _load_processor(self, model_id_and_revision: str, gguf_file: str | None = None) -> Any:
+            if gguf_file is not None or not Path(model_id_and_revision).is_dir():
+                return super()._load_processor(model_id_and_revision, gguf_file=gguf_file)
+            return load_tokenizer(model_id_and_revision, trust_remote_code=self.trust_remote_code)
+
+        def _load_model(
+            self,
+            model_id_and_revision: str,
+            tqdm_class: type | None = None,
+            progress_callback: Callable[[dict[str, Any]], None] | None = None,
+            gguf_file: str | None = None,
+        ) -> Any:
+            if gguf_file is not None or not Path(model_id_and_revision).is_dir():
+                return super()._load_model(model_id_and_revision, tqdm_class, progress_callback, gguf_file=gguf_file)
+            settings = {"attn_implementation": self.attn_implementation, "dtype": self.dtype}
+            if (quantization := self.get_quantization_config()) is not None:
+                settings["quantization_config"] = quantization
+            model = load_model(
+                model_id_and_revision, trust_remote_code=self.trust_remote_code, device_map=self.device, **settings
+            )
+            if hasattr(model, "peft_config") and not getattr(model, "is_quantized", False):
+                model = merge(model)
+            return model.eval()
+
+    return Manager

@@ -10,7 +10,18 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from hf_decoder.doctor import adapters, files, generation, numerics, parameters, portability, tokenizer, training
+from hf_decoder.corpus import load_text
+from hf_decoder.doctor import (
+    adapters,
+    files,
+    generation,
+    numerics,
+    parameters,
+    portability,
+    quality,
+    tokenizer,
+    training,
+)
 from hf_decoder.doctor.report import FAIL, LEVELS, PASS, SKIP, WARN, Check, DoctorReport, Finding, Row, failed, skipped
 from hf_decoder.doctor.subject import Subject, Unloadable, first_line
 
@@ -21,6 +32,7 @@ CHECKS: tuple[Check, ...] = (
     *numerics.CHECKS,
     *generation.CHECKS,
     *parameters.CHECKS,
+    *quality.CHECKS,
     *portability.CHECKS,
     *adapters.CHECKS,
     *training.CHECKS,
@@ -34,6 +46,7 @@ def run_doctor(
     rows: Sequence[str] | None = None,
     trust_remote_code: bool = False,
     revision: str | None = None,
+    text_file: str | Path | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> DoctorReport:
     """Examines a folder or Hub name.
@@ -44,10 +57,11 @@ def run_doctor(
         trust_remote_code: run code that lies in the folder. Without it, only the classes of transformers and of this
             package are used, and code of the folder only where it is the package's to the byte.
         revision: branch, tag or commit of a Hub name.
+        text_file: text that is like the training's, to measure the model on; a file, a table or a folder.
         progress: called with the claim of each row before it is run.
 
     Raises:
-        ValueError: if there is no such checkpoint, level or row.
+        ValueError: if there is no such checkpoint, level, row or text.
     """
     if level not in LEVELS:
         raise ValueError(f"level {level!r} is unknown; choose one of: {', '.join(LEVELS)}")
@@ -60,6 +74,8 @@ def run_doctor(
     else:
         checks = [check for check in CHECKS if LEVELS.index(check.level) <= LEVELS.index(level)]
     subject = Subject(checkpoint, trust_remote_code=trust_remote_code, revision=revision)
+    if text_file is not None:
+        subject.text = "\n\n".join(load_text(str(text_file), validation_fraction=0)["train"][:1000]["text"])
     done = []
     for check in checks:
         if progress is not None:

@@ -58,6 +58,7 @@ class Subject:
     ):
         self.name = str(name)
         self.trust_remote_code = trust_remote_code
+        self.text: str | None = None  # that the caller gives to measure the model on
         # measured by the first row that asks
         self.context_effect: float | None = None
         self.has_numbers: bool | None = None

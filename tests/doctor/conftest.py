@@ -2,11 +2,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from patients import copy, patient, randomise, save, shape
+from patients import copy, patient, randomise, save, shape, train
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils import logging
 
 from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM
+from hf_decoder.corpus import load_standard_library
 
 logging.disable_progress_bar()
 
@@ -24,6 +25,18 @@ def healthy(tmp_path_factory, tokenizer) -> dict[str, Path]:
     }
     folders = {name: save(randomise(model), tokenizer, root / name) for name, model in models.items()}
     return folders | {"patient": patient(tokenizer, root / "patient", "none")}
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, tokenizer) -> Path:
+    """A Llama that has learnt the text beside it, text.txt in the folder above."""
+    root = tmp_path_factory.mktemp("trained")
+    files = load_standard_library()["validation"]["text"]
+    text = "\n\n".join(file[:4000] for file in files)[:60_000]
+    (root / "text.txt").write_text(text, encoding="utf-8")
+    torch.manual_seed(0)
+    fields = {**shape(tokenizer), "num_key_value_heads": 4, "num_hidden_layers": 4}
+    return save(train(LlamaForCausalLM(LlamaConfig(**fields)), tokenizer, text), tokenizer, root / "model")
 
 
 @pytest.fixture

@@ -28,8 +28,9 @@ generate = pipeline("text-generation", model="a-model")
 """
 # Rows that start another process, and rows that train.
 PROCESS_ROWS = ("reload", "remote_code", "save_again")
+TEXT_ROWS = ("likelihood",)  # need a text, or a figure in the card
 TRAINING_ROWS = ("learns", "gradients", "checkpointing", "accumulation", "resume")
-ROWS = tuple(check.name for check in CHECKS if check.name not in (*PROCESS_ROWS, *TRAINING_ROWS))
+ROWS = tuple(check.name for check in CHECKS if check.name not in (*PROCESS_ROWS, *TRAINING_ROWS, *TEXT_ROWS))
 
 
 def shape(tokenizer) -> dict[str, Any]:
@@ -57,10 +58,24 @@ def randomise(model: nn.Module) -> nn.Module:
 
 
 def save(model: Any, tokenizer: Any, folder: Path) -> Path:
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")]
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(CARD, encoding="utf-8")
     return folder
+
+
+def train(model: nn.Module, tokenizer: Any, text: str, steps: int = 200) -> nn.Module:
+    """Learns a text well enough for a mistake in the weights to show."""
+    torch.manual_seed(0)
+    rows = torch.tensor(tokenizer(text)["input_ids"]).unfold(0, 32, 32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(steps):
+        ids = rows[torch.randint(len(rows), (16,))]
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
 
 
 class CachedLinear(nn.Linear):

@@ -6,6 +6,7 @@ import pytest
 import test_doctor_files
 import test_doctor_numerics
 import test_doctor_portability
+import test_doctor_quality
 import test_doctor_tokenizer
 import test_doctor_training
 from patients import copy, edit_json, edit_weights, examine, patient
@@ -15,6 +16,7 @@ from hf_decoder.doctor import CHECKS, FAIL, WARN
 IN_TABLES = {
     *(row for _, rows, _ in (*test_doctor_files.DAMAGES, *test_doctor_tokenizer.DAMAGES) for row in rows),
     *(row for rows in test_doctor_numerics.CAUGHT.values() for row in rows),
+    *(row for _, row, _ in test_doctor_quality.DAMAGES),
     *(row for rows in test_doctor_training.CAUGHT.values() for row in rows),
 }
 
@@ -42,7 +44,10 @@ OTHERS = {
     "backends": ("none", None, WARN),
 }
 # needs a process of its own, for code that the caller trusts
-BY_ITSELF = {"save_again": test_doctor_portability.test_what_is_not_in_the_files_is_lost}
+BY_ITSELF = {
+    "save_again": test_doctor_portability.test_what_is_not_in_the_files_is_lost,
+    "likelihood": test_doctor_quality.test_weights_in_the_wrong_place_are_worse_than_chance,
+}
 
 
 def test_every_row_has_a_broken_checkpoint():

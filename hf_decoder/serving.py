@@ -1,0 +1,411 @@
+"""What we change of the server of `transformers serve`: each parameter is honoured, or refused with a clear error.
+
+transformers' handlers stay; each request gets a copy of its handler that checks the body first, and whose generation
+knows the context, the stop strings, the seed, the penalties and the log-probabilities that were asked for. Importing
+this module needs the packages of the extra `serve`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import json
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException as StarletteHTTPException
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers.cli.serving import chat_completion, completion, model_manager, response, server
+from transformers.cli.serving.chat_completion import ChatCompletionHandler
+from transformers.cli.serving.completion import CompletionHandler
+from transformers.cli.serving.model_manager import ModelManager
+from transformers.cli.serving.response import ResponseHandler
+from transformers.cli.serving.utils import ReasoningText, ToolCall, _StreamError
+
+from hf_decoder.completion import cut_stop, end_ids
+from hf_decoder.serving_requests import AnyRequest, ChatRequest, CompletionRequest, parse, refusal
+
+BUILD_SERVER = server.build_server  # transformers' own
+
+
+# --------------------------------------------------------------------------------------------- one generation
+
+
+class OpenAIPenalties(LogitsProcessor):
+    """OpenAI's penalties on what was written so far: logit - count x frequency - (count > 0) x presence.
+
+    transformers' repetition_penalty is another thing: it multiplies, and it counts the prompt's words.
+    """
+
+    def __init__(self, prompt: int, presence: float, frequency: float):
+        self.prompt, self.presence, self.frequency = prompt, presence, frequency
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        written = input_ids[:, self.prompt :]
+        counts = torch.zeros_like(scores).scatter_add_(1, written, torch.ones_like(written, dtype=scores.dtype))
+        return scores - self.frequency * counts - self.presence * (counts > 0)
+
+
+class Generation:
+    """A generation manager of transformers for one request; the handlers call it in that one's place."""
+
+    def __init__(self, manager: Any, asked: AnyRequest | None, body: dict[str, Any]):
+        self._manager, self._asked, self._body = manager, asked, body
+        self.choice = 0  # of `n`
+        self.finish: str | None = None  # "stop" or "length", once it is known
+        self.logprobs: dict[str, Any] | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._manager, name)
+
+    def _prepare(self, model: Any, processor: Any, inputs: Any, config: GenerationConfig) -> dict[str, Any]:
+        """Checks the prompt against the context, and completes the settings.
+
+        Raises:
+            HTTPException: 400, where the prompt and what is to follow it do not fit into the context.
+        """
+        length = inputs["input_ids"].shape[-1]
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+        wanted = config.max_new_tokens
+        if length + (wanted or 1) > limit:
+            raise refusal(
+                f"this model's context is {limit} tokens; the prompt has {length}"
+                + (f", and {wanted} more were asked for" if wanted else ""),
+                param="messages" if "messages" in self._body else "prompt",
+                code="context_length_exceeded",
+            )
+        if length == 0:
+            raise refusal("prompt: it is empty; give at least one character", param="prompt")
+        if wanted is None:
+            config.max_new_tokens = int(min(1024, limit - length))
+        ends = end_ids(model, processor, chat="prompt" not in self._body)
+        if "eos_token_id" not in json.loads(self._body.get("generation_config") or "{}"):
+            config.eos_token_id = ends or None
+        if config.pad_token_id is None:
+            pad = processor.pad_token_id
+            config.pad_token_id = ends[0] if pad is None and ends else pad
+        inputs = dict(inputs)
+        asked = self._asked
+        if asked is not None:
+            outside = [token for token in asked.logit_bias or () if not 0 <= token < model.config.vocab_size]
+            if outside:
+                raise refusal(f"logit_bias: {outside[0]} is no token of this model", param="logit_bias")
+            if asked.presence_penalty or asked.frequency_penalty:
+                penalties = OpenAIPenalties(length, asked.presence_penalty or 0.0, asked.frequency_penalty or 0.0)
+                inputs["logits_processor"] = LogitsProcessorList([penalties])
+        return inputs
+
+    @property
+    def _stops(self) -> list[str]:
+        return self._asked.stops if self._asked is not None else []
+
+    def _seeded(self, function: Callable[[], Any]) -> Any:
+        """Runs on the thread that generates, so that no other request draws from this one's seed."""
+        seed = self._body.get("seed")
+        if seed is None:
+            return function()
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            torch.manual_seed(seed + self.choice)
+            return function()
+
+    async def generate_non_streaming(
+        self, model: Any, processor: Any, inputs: Any, gen_config: GenerationConfig, request_id: str
+    ) -> tuple[str, int, torch.Tensor]:
+        inputs = self._prepare(model, processor, inputs, gen_config)
+        count = None if self._asked is None else self._asked.log_count
+        settings = {"generation_config": gen_config, "tokenizer": processor, "return_dict_in_generate": True}
+        if count is not None:
+            settings["output_logits"] = True
+
+        def run() -> Any:
+            return self._seeded(lambda: model.generate(**inputs, **settings))
+
+        output = await self._manager.async_submit(run)
+        length = inputs["input_ids"].shape[-1]
+        ids = output.sequences[0, length:]
+        whole = processor.decode(ids, skip_special_tokens=True)
+        text = cut_stop(whole, self._stops)
+        ended = len(text) < len(whole) or _is_end(ids[-1], gen_config)
+        self.finish = "stop" if ended else "length"
+        if count is not None:
+            logits = torch.cat(output.logits).float()
+            self.logprobs = _logprobs(processor, ids, logits, text, count, isinstance(self._asked, ChatRequest))
+        return text, length, ids
+
+    def generate_streaming(
+        self,
+        model: Any,
+        processor: Any,
+        inputs: Any,
+        gen_config: GenerationConfig,
+        request_id: str,
+        response_parser: Any = None,
+    ) -> tuple[asyncio.Queue[Any], Any]:
+        inputs = self._prepare(model, processor, inputs, gen_config)
+        seeding = Seeded(model, self._seeded, self)
+        queue, streamer = self._manager.generate_streaming(
+            seeding, processor, inputs, gen_config, request_id=request_id, response_parser=response_parser
+        )
+        cut: asyncio.Queue[Any] = asyncio.Queue()
+        self._pump = asyncio.create_task(self._cut_stream(queue, cut))  # kept, or it might be collected
+        return cut, streamer
+
+    async def _cut_stream(self, queue: asyncio.Queue[Any], cut: asyncio.Queue[Any]) -> None:
+        """Hands on what comes, without a stop string: text that may be the start of one waits."""
+        held, done = "", False
+        while True:
+            item = await queue.get()
+            if isinstance(item, str) and not isinstance(item, ReasoningText):
+                if done:
+                    continue
+                held += item
+                text = cut_stop(held, self._stops)
+                done = len(text) < len(held)
+                wait = 0 if done else _start_of_stop(text, self._stops)
+                text, held = text[: len(text) - wait], text[len(text) - wait :]
+                if text:
+                    cut.put_nowait(text)
+                if done:
+                    self.finish = "stop"
+                continue
+            if isinstance(item, _StreamError):
+                item = _StreamError(json.dumps(item.msg)[1:-1])  # it is written between quotes
+            if held and not done and (item is None or isinstance(item, ToolCall)):
+                cut.put_nowait(held)
+                held = ""
+            cut.put_nowait(item)
+            if item is None or isinstance(item, _StreamError):
+                return
+
+
+class Seeded:
+    """A model whose `generate` runs with the request's seed, and notes whether its stream came to an end by itself."""
+
+    def __init__(self, model: Any, seeded: Callable[[Callable[[], Any]], Any], generation: Generation):
+        self._model, self._seeded, self._generation = model, seeded, generation
+
+    def generate(self, *, streamer: Any, generation_config: GenerationConfig, **kwargs: Any) -> Any:
+        generation = self._generation
+
+        class Noting:
+            def put(self, value: torch.Tensor) -> None:
+                if _is_end(value.flatten()[-1], generation_config):
+                    generation.finish = "stop"
+                streamer.put(value)
+
+            def end(self) -> None:
+                streamer.end()
+
+        kwargs |= {"streamer": Noting(), "generation_config": generation_config}
+        return self._seeded(lambda: self._model.generate(**kwargs))
+
+
+def _is_end(token: torch.Tensor, config: GenerationConfig) -> bool:
+    ends = config.eos_token_id
+    return int(token) in (ends if isinstance(ends, list) else [ends])
+
+
+def _start_of_stop(text: str, stops: list[str]) -> int:
+    """How many characters at the end of `text` may be the start of a stop string."""
+    longest = max(map(len, stops), default=1) - 1
+    for size in range(min(longest, len(text)), 0, -1):
+        if any(stop.startswith(text[-size:]) for stop in stops):
+            return size
+    return 0
+
+
+def _logprobs(tokenizer: Any, ids: torch.Tensor, logits: torch.Tensor, text: str, top: int, chat: bool) -> Any:
+    """Log-probabilities of the tokens that `text` is made of, as either endpoint writes them.
+
+    They are the model's own: before temperature, penalties and the like. A token that is a part of a character goes by
+    its name in the vocabulary.
+    """
+
+    def entry(token: int, logprob: float) -> dict[str, Any]:
+        text = tokenizer.decode([token])
+        if "\ufffd" in text:
+            return {"token": tokenizer.convert_ids_to_tokens(token), "logprob": logprob, "bytes": None}
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+    table = logits.log_softmax(-1)
+    entries, offsets, end = [], [], 0
+    for step, token in enumerate(ids.tolist()):
+        if end >= len(text):
+            break
+        offsets.append(end)
+        end = len(tokenizer.decode(ids[: step + 1], skip_special_tokens=True))
+        likeliest = table[step].topk(min(top, table.shape[-1])).indices.tolist()
+        entries.append([entry(one, float(table[step, one])) for one in [token, *likeliest]])
+    if chat:
+        return {"content": [{**chosen, "top_logprobs": others} for chosen, *others in entries], "refusal": None}
+    return {
+        "tokens": [chosen["token"] for chosen, *_ in entries],
+        "token_logprobs": [chosen["logprob"] for chosen, *_ in entries],
+        "top_logprobs": [{one["token"]: one["logprob"] for one in others} for _, *others in entries] if top else None,
+        "text_offset": offsets,
+    }
+
+
+# --------------------------------------------------------------------------------------------------- handlers
+
+
+class Managers:
+    """transformers' state of generations, with one `Generation` for the request."""
+
+    def __init__(self, state: Any, asked: AnyRequest | None, body: dict[str, Any]):
+        self._state, self._asked, self._body = state, asked, body
+        self.generation: Generation | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._state, name)
+
+    def get_manager(self, model_id: str, use_cb: bool = False) -> Generation:
+        self.generation = Generation(self._state.get_manager(model_id, use_cb=use_cb), self._asked, self._body)
+        return self.generation
+
+
+class Honest:
+    """A handler that honours every parameter or refuses it; mixed into each of transformers' own."""
+
+    request_kind: type[AnyRequest] | None = None
+    generation_state: Any
+    model_manager: Any
+    _unused_fields: set[str]
+
+    async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
+        asked = None if self.request_kind is None else parse(self.request_kind, body)
+        if asked is None:
+            for name in sorted(self._unused_fields & {key for key, value in body.items() if value is not None}):
+                raise refusal(f"{name}: this server does not honour it", param=name, code="unsupported_parameter")
+        answers: list[tuple[Any, Generation]] = []
+        for choice in range((asked.n if asked is not None else None) or 1):
+            handler: Any = copy.copy(self)  # holds the state of one request
+            handler.generation_state = Managers(self.generation_state, asked, body)
+            handler.choice = choice
+            given = {"stream": False, **{key: value for key, value in body.items() if value is not None}}
+            answer = await super(Honest, handler).handle_request(given, request_id)  # type: ignore[misc]
+            if not isinstance(answer, JSONResponse) or asked is None:
+                return answer
+            answers.append((json.loads(bytes(answer.body)), handler.generation_state.generation))
+        return JSONResponse(_merge(answers))
+
+    def _resolve_model(self, body: dict[str, Any]) -> Any:
+        try:
+            found = super()._resolve_model(body)  # type: ignore[misc]
+        except HTTPException as error:
+            raise refusal(str(error.detail), param="model", code="model_not_found", status=404) from None
+        except (OSError, ValueError, AttributeError) as error:
+            said = f"model {body.get('model')!r} cannot be loaded: {' '.join(str(error).split())}"
+            raise refusal(said, param="model", code="model_not_found", status=404) from None
+        if "messages" in body:
+            _check_template(found[2], body)
+        return found
+
+    def _build_generation_config(self, body: dict[str, Any], config: GenerationConfig, use_cb: bool = False) -> Any:
+        ours = {"seed", "presence_penalty", "frequency_penalty", "logit_bias"}
+        built = super()._build_generation_config(  # type: ignore[misc]
+            {key: value for key, value in body.items() if key not in ours}, config, use_cb=use_cb
+        )
+        asked = [body.get(name) for name in ("max_completion_tokens", "max_tokens", "max_output_tokens")]
+        if body.get("generation_config") is None or any(asked):
+            built.max_new_tokens = next(filter(None, asked), None)
+        if body.get("logit_bias"):
+            built.sequence_bias = {(int(token),): float(bias) for token, bias in body["logit_bias"].items()}
+        if body.get("temperature") == 0:
+            built.do_sample = False
+        elif body.get("temperature") is not None or body.get("top_p") is not None:
+            built.do_sample = True
+        if not built.do_sample:
+            built.temperature = built.top_p = built.top_k = built.min_p = None
+        self.generation_state.generation.choice = getattr(self, "choice", 0)
+        return built
+
+    def _build_chunk_sse(self, *args: Any, **kwargs: Any) -> str:
+        generation = getattr(self.generation_state, "generation", None)
+        if kwargs.get("finish_reason") == "length" and generation is not None and generation.finish == "stop":
+            kwargs["finish_reason"] = "stop"
+        return super()._build_chunk_sse(*args, **kwargs)  # type: ignore[misc]
+
+
+def _merge(answers: list[tuple[dict[str, Any], Generation]]) -> dict[str, Any]:
+    """One answer with the choices of all."""
+    whole = answers[0][0]
+    choices = []
+    for index, (answer, generation) in enumerate(answers):
+        (choice,) = answer["choices"]
+        choice["index"] = index
+        if choice["finish_reason"] != "tool_calls" and generation.finish:
+            choice["finish_reason"] = generation.finish
+        if generation.logprobs is not None:
+            choice["logprobs"] = generation.logprobs
+        choices.append(choice)
+    usage = whole["usage"]
+    usage["completion_tokens"] = sum(answer["usage"]["completion_tokens"] for answer, _ in answers)
+    usage["total_tokens"] = usage["prompt_tokens"] + usage["completion_tokens"]
+    return {**whole, "choices": choices, "usage": usage}
+
+
+def _check_template(processor: Any, body: dict[str, Any]) -> None:
+    """Refuses a chat, and what is asked of its template, where that has no place for it."""
+    template = processor.chat_template
+    if not template:
+        raise refusal("messages: this model has no chat template; use /v1/completions", param="messages")
+    text = template if isinstance(template, str) else json.dumps(template)
+    for name in (["tools"] if body.get("tools") else []) + list(body.get("chat_template_kwargs") or {}):
+        if not re.search(rf"\b{re.escape(name)}\b", text):
+            param = name if name == "tools" else "chat_template_kwargs"
+            raise refusal(f"{name}: the model's chat template does not use it", param=param)
+    try:
+        shown = processor.apply_chat_template(body["messages"], tools=body.get("tools"), tokenize=False)
+    except Exception as error:  # a template raises what it likes
+        raise refusal(f"messages: the chat template refuses them: {error}", param="messages") from None
+    for number, message in enumerate(body["messages"]):
+        content = message.get("content")
+        if isinstance(content, str) and content.strip() not in shown:
+            raise refusal(f"messages[{number}]: the chat template leaves it out", param="messages")
+
+
+class ChatHandler(Honest, ChatCompletionHandler):
+    request_kind = ChatRequest
+
+
+class TextHandler(Honest, CompletionHandler):
+    request_kind = CompletionRequest
+
+
+class ResponsesHandler(Honest, ResponseHandler):
+    pass
+
+
+def build_server(*args: Any, **kwargs: Any) -> FastAPI:
+    """transformers' application, in which every error is answered in OpenAI's form."""
+    app = BUILD_SERVER(*args, **kwargs)
+
+    async def answer(request: Request, error: Exception) -> JSONResponse:
+        if isinstance(error, StarletteHTTPException):
+            is_ours = isinstance(error.detail, dict)
+            found = error if is_ours else refusal(str(error.detail), status=error.status_code)
+        elif isinstance(error, RequestValidationError):
+            found = refusal("the body is no JSON object")
+        else:
+            found = refusal(f"{type(error).__name__}: {' '.join(str(error).split())}", status=500)
+        return JSONResponse({"error": found.detail}, status_code=found.status_code)
+
+    for kind in (StarletteHTTPException, RequestValidationError, Exception):
+        app.add_exception_handler(kind, answer)
+    return app
+
+
+def install(manager: type[ModelManager]) -> None:
+    """Puts our classes, and `manager`, in the place from which `transformers serve` takes its own."""
+    chat_completion.ChatCompletionHandler = ChatHandler  # type: ignore[misc]
+    completion.CompletionHandler = TextHandler  # type: ignore[misc]
+    response.ResponseHandler = ResponsesHandler  # type: ignore[misc]
+    model_manager.ModelManager = manager  # type: ignore[misc]
+    server.build_server = build_server
