@@ -128,7 +128,7 @@ def write_model_card(
 EVALUATION_METRICS = {
     "perplexity": ("text-generation", "perplexity", "Perplexity (per token)"),
     "bits_per_byte": ("text-generation", "bits_per_byte", "Bits per byte"),
-    "bleu": ("text-generation", "bleu", "BLEU (sacrebleu, 13a, cased)"),
+    "bleu": ("text-generation", "bleu", "BLEU (sacrebleu)"),
     "chrf": ("text-generation", "chrf", "chrF2 (sacrebleu)"),
     "exact_match": ("text-generation", "exact_match", "Exact match"),
     "accuracy": ("text-classification", "accuracy", "Accuracy"),
@@ -136,13 +136,13 @@ EVALUATION_METRICS = {
 }
 
 
-def update_model_index(folder: str | Path, results: Mapping[str, float], *, dataset: str) -> ModelCard:
+def update_model_index(folder: str | Path, results: Mapping[str, Any], *, dataset: str) -> ModelCard:
     """Writes measured results into the model-index of README.md in `folder`, which is made where it is missing.
 
     A result for the same task, data set and metric is replaced; everything else of the card stays as it is.
 
     Args:
-        results: names of `EVALUATION_METRICS` to values.
+        results: names of `EVALUATION_METRICS` to values, and `NAME_signature` to how one was measured.
         dataset: name of the text or the rows that were measured.
 
     Raises:
@@ -161,7 +161,7 @@ def update_model_index(folder: str | Path, results: Mapping[str, float], *, data
             dataset_type=Path(dataset).stem,
             dataset_name=dataset,
             metric_type=metric,
-            metric_name=shown,
+            metric_name=f"{shown} {signature}" if (signature := results.get(f"{key}_signature")) else shown,
             metric_value=results[key],
         )
         for key, (task, metric, shown) in EVALUATION_METRICS.items()
