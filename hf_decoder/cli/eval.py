@@ -70,8 +70,12 @@ class EvalArguments:
             "If unset, the one that sacrebleu takes for the script of the references."
         },
     )
-    prompt_template: str = field(
-        default="{prompt}", metadata={"help": r"What the model reads; {prompt} is the prompt and \n a new line."}
+    prompt_template: str | None = field(
+        default=None,
+        metadata={
+            "help": r"What the model reads; {prompt} is the prompt and \n a new line. If unset, what finetune "
+            "makes of the same columns."
+        },
     )
     block_size: int | None = field(
         default=None,
@@ -123,7 +127,7 @@ def measure(args: EvalArguments) -> dict[str, Any]:
     documents = _documents(args) if wanted & set(TEXT_METRICS) else None
     pairs = _pairs(args) if wanted & set(ANSWER_METRICS) else []
     references = [_references(row["reference"]) for row in pairs]
-    metrics = {
+    metrics: dict[str, Any] = {
         name: evaluation.text_metric(name, references, args.tokenize) for name in ("bleu", "chrf") if name in wanted
     }
     labelled = _labelled(args) if wanted & set(LABEL_METRICS) else []
@@ -158,7 +162,7 @@ def _check(args: EvalArguments) -> None:
         check_choice("--metrics", metric, METRICS)
     for name in ("batch_size", "max_eval_samples", "max_new_tokens", "num_beams"):
         check_at_least(f"--{name}", getattr(args, name), 1)
-    if "{prompt}" not in args.prompt_template:
+    if "{prompt}" not in (args.prompt_template or "{prompt}"):
         raise ValueError(f"--prompt_template {args.prompt_template!r} must hold {{prompt}}")
     for metrics, flag in ((TEXT_METRICS, "text_file"), ((*ANSWER_METRICS, *LABEL_METRICS), "eval_file")):
         asked = [metric for metric in args.metrics if metric in metrics]
@@ -178,18 +182,26 @@ def _documents(args: EvalArguments) -> Any:
 def _template(args: EvalArguments, prompt: examples.Row | Any) -> Any:
     if not isinstance(prompt, str):
         return prompt
-    return args.prompt_template.replace("\\n", "\n").replace("{prompt}", prompt)
+    return (args.prompt_template or "{prompt}").replace("\\n", "\n").replace("{prompt}", prompt)
 
 
 def _pairs(args: EvalArguments) -> list[examples.Row]:
     """Prompts and their references, without the rows that lack either."""
     if args.reference_file:
-        rows = examples.pair_lines(str(args.eval_file), args.reference_file)
+        rows, separator = examples.pair_lines(str(args.eval_file), args.reference_file), examples.BETWEEN
     else:
-        rows = examples.read_rows(str(args.eval_file))
         named = {"prompt": args.prompt_column, "reference": args.reference_column}
-        rows = examples.select_columns(rows, "reference", named, str(args.eval_file))
-    return _usable(args, rows)
+        read = examples.read_rows(str(args.eval_file))
+        selected = examples.select_columns(read, "reference", named, str(args.eval_file))
+        rows, separator = list(selected), selected.separator
+        if selected.unused:
+            print(f"{args.eval_file}: {examples.describe_unused(selected.unused)}")
+    rows = _usable(args, rows)
+    if any(row.get("tools") for row in rows):
+        raise ValueError(f"{args.eval_file} has tools, which are passed to no model here; leave the column out")
+    if args.prompt_template is None:
+        rows = [examples.separate(row, separator) for row in rows]
+    return rows
 
 
 def _labelled(args: EvalArguments) -> list[examples.Row]:
