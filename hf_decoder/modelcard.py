@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sysconfig
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +18,10 @@ TEMPLATE_NAME = "model_card.md"
 LOAD_BLOCK = re.compile(r"(## How to load it\n+```python\n)(.*?\n)(```)", re.DOTALL)
 _NAME = re.compile(r'(model=|from_pretrained\()"(?:[^"\\]|\\.)*"(?:, revision="[0-9a-f]{40}")?')
 
+# what Markdown or HTML would read as markup: but for an underscore within a word, and colons outside addresses
+_MARKUP = re.compile(r"[\\`*\[\]<>&|~$]|(?<![^\W_])_|_(?![^\W_])|:(?=//)|(?<=www)\.", re.IGNORECASE)
+_CODE = re.compile(r"[\w ./:@+=,-]+")
+
 # metric of all_results.json -> (metric id of the Hub, name shown)
 METRICS = {
     "eval_loss": ("loss", "Loss (nats per token)"),
@@ -28,10 +31,38 @@ METRICS = {
 
 
 def template_path() -> Path:
-    """Where model_card.md lies: beside the package in a clone, under share/ where a wheel was installed."""
-    beside = Path(__file__).resolve().parent.parent / TEMPLATE_NAME
-    installed = Path(sysconfig.get_path("data")) / "share" / "hf_decoder" / TEMPLATE_NAME
-    return beside if beside.is_file() or not installed.is_file() else installed
+    """Where the template of the card lies: in the package, which holds the same file as the root of a clone.
+
+    Raises:
+        ValueError: if it is missing, which a training should know before it starts.
+    """
+    path = Path(__file__).with_name(TEMPLATE_NAME)
+    if not path.is_file():
+        raise ValueError(f"the template of the model card, {path}, is missing; install hf-decoder again")
+    return path
+
+
+def plain(text: object) -> str:
+    """The words of others as Markdown that shows them as they are, in one line, whatever they hold.
+
+    Entities in place of backslashes: neither Markdown nor HTML reads them as markup.
+    """
+    return _MARKUP.sub(lambda found: f"&#{ord(found[0][-1])};", " ".join(str(text).split()))
+
+
+def code(text: object) -> str:
+    """The name of something as a code span, or `plain` where it holds what would end one."""
+    return f"`{text}`" if _CODE.fullmatch(str(text)) else plain(text)
+
+
+def _line(text: object) -> str:
+    """The words of others for the metadata, which is no Markdown: one line, and nothing that looks like a tag."""
+    return " ".join(str(text).split()).translate({ord("<"): "\u2039", ord(">"): "\u203a"})
+
+
+def _quoted(name: str) -> str:
+    """`name` as a string of Python for a block of code, without what HTML would take for a tag."""
+    return json.dumps(name).replace("<", "\\u003c")
 
 
 def load_lines(folder: str, *, trust: bool = True) -> str:
@@ -39,11 +70,11 @@ def load_lines(folder: str, *, trust: bool = True) -> str:
 
     `trust` says that its class is not part of transformers.
     """
-    code = ", trust_remote_code=True" if trust else ""
+    trusting = ", trust_remote_code=True" if trust else ""
     return "\n".join(
         [
             "from transformers import pipeline",
-            f'generate = pipeline("text-generation", model={json.dumps(folder)}{code})',
+            f'generate = pipeline("text-generation", model={_quoted(folder)}{trusting})',
             'print(generate("def main(", max_new_tokens=64)[0]["generated_text"])',
         ]
     )
@@ -55,7 +86,7 @@ def adapter_load_lines(folder: str, task: str, id2label: Mapping[int, str] | Non
     `id2label` are the classes of a classifier, which the base does not know.
     """
     head = "SequenceClassification" if task == "classification" else "CausalLM"
-    name = json.dumps(folder)
+    name = _quoted(folder)
     labels = []
     if id2label is not None:
         pairs = [(index, json.dumps(label, ensure_ascii=False)) for index, label in id2label.items()]
@@ -103,22 +134,22 @@ def write_model_card(
     Args:
         folder: where the model lies.
         results: metrics under Hugging Face's names; a metric that is missing is written as "not measured".
-        words: Markdown for `dataset` (what the text is), `held_out` (how its held-out part was chosen), `tokenizer`
-            (where it comes from), `start` (what training started from) and `procedure`; one that is missing is
-            written as "not stated". `license` is a licence id for the metadata, left out where it is missing.
+        words: `dataset` (what the text is), `held_out` (how its held-out part was chosen), `tokenizer` (where it
+            comes from) and `start` (what training started from), which are text; and Markdown for `procedure`. One
+            that is missing is written as "not stated". `license` is a licence id for the metadata, if there is one.
         model_name: the card's title and the name in its model-index; the folder's name if None.
     """
     folder = Path(folder)
     name = model_name or folder.resolve().name
     card_data = ModelCardData(
-        model_name=name,
+        model_name=_line(name),
         license=words.get("license"),
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["hf_decoder", "causal-lm", "custom_code"],
         eval_results=_eval_results(results, words.get("dataset", "text")) or None,
     )
-    fields = {"title": name, "load_lines": load_lines(_address(folder)), **_measured(results), **_stated(words)}
+    fields = {"title": plain(name), "load_lines": load_lines(_address(folder)), **_measured(results), **_stated(words)}
     card = ModelCard.from_template(card_data, template_path=str(template_path()), **fields)
     card.save(folder / "README.md")
     return card
@@ -152,14 +183,14 @@ def update_model_index(folder: str | Path, results: Mapping[str, Any], *, datase
     path = folder / "README.md"
     name = folder.resolve().name
     try:
-        card = ModelCard.load(path) if path.is_file() else ModelCard(f"---\n{{}}\n---\n\n# {name}\n")
+        card = ModelCard.load(path) if path.is_file() else ModelCard(f"---\n{{}}\n---\n\n# {plain(name)}\n")
     except (ValueError, TypeError) as error:
         raise ValueError(f"the metadata at the top of {path} cannot be read: {error}") from None
     new = [
         EvalResult(
             task_type=task,
-            dataset_type=Path(dataset).stem,
-            dataset_name=dataset,
+            dataset_type=_line(Path(dataset).stem),
+            dataset_name=_line(dataset),
             metric_type=metric,
             metric_name=f"{shown} {signature}" if (signature := results.get(f"{key}_signature")) else shown,
             metric_value=results[key],
@@ -169,7 +200,7 @@ def update_model_index(folder: str | Path, results: Mapping[str, Any], *, datase
     ]
     data: Any = card.data
     kept = [old for old in data.eval_results or [] if not any(_same_measure(old, result) for result in new)]
-    data.model_name = data.model_name or name
+    data.model_name = data.model_name or _line(name)
     data.eval_results = kept + new
     card.save(path)
     return card
@@ -181,7 +212,7 @@ FINETUNING_TEMPLATE = """---
 
 # {{ title }}
 
-{{ kind }} of `{{ base }}`, fine-tuned with hf_decoder: {{ task }}.
+{{ kind }} of {{ base }}, fine-tuned with hf_decoder: {{ task }}.
 
 ## How to load it
 
@@ -244,7 +275,7 @@ def write_finetuning_card(
     kind = "text-classification" if words["task"] == "classification" else "text-generation"
     found = {key: shown for key, shown in FINETUNING_METRICS.items() if key in results}
     card_data = ModelCardData(
-        model_name=name,
+        model_name=_line(name),
         license=words.get("license"),
         base_model=words.get("base_model"),
         library_name="peft" if is_adapter else "transformers",
@@ -253,8 +284,8 @@ def write_finetuning_card(
         eval_results=[
             EvalResult(
                 task_type=kind,
-                dataset_type=Path(words["dataset"]).stem,
-                dataset_name=f"{words['dataset']}, held-out rows",
+                dataset_type=_line(Path(words["dataset"]).stem),
+                dataset_name=_line(f"{words['dataset']}, held-out rows"),
                 metric_type=metric,
                 metric_name=shown,
                 metric_value=results[key],
@@ -271,12 +302,14 @@ def write_finetuning_card(
     card = ModelCard.from_template(
         card_data,
         template_str=FINETUNING_TEMPLATE,
-        title=name,
+        title=plain(name),
         kind="An adapter" if is_adapter else "A version",
         task=TASK_WORDS[words["task"]],
         load_lines=_finetuned_load_lines(folder, words["task"], is_adapter),
         results="\n".join(["| measure | value |", "|---|---:|", *rows]) if rows else NOT_MEASURED,
-        **{key: words[key] for key in ("base", "dataset", "method")},
+        base=code(words["base"]),
+        dataset=plain(words["dataset"]),
+        method=words["method"],
         **fields,
     )
     card.save(folder / "README.md")
@@ -289,7 +322,7 @@ CONVERSION_TEMPLATE = """---
 
 # {{ title }}
 
-`{{ source }}`, {{ source_kind }}, {{ done }} with hf_decoder.
+{{ source_code }}, {{ source_kind }}, {{ done }} with hf_decoder.
 
 ## How to load it
 
@@ -341,12 +374,12 @@ def write_conversion_card(
     kind = "ONNX" if is_onnx else f"`{words['kind']}`"
     source_data = _metadata(source_card)
     known: dict[str, Any] = {
-        key: source_data[key] for key in ("license", "license_name", "license_link") if source_data.get(key)
+        key: _line(source_data[key]) for key in ("license", "license_name", "license_link") if source_data.get(key)
     }
     if is_quantized and "base_model" in words:
         known["base_model_relation"] = "quantized"
     card_data = ModelCardData(
-        model_name=words["title"],
+        model_name=_line(words["title"]),
         base_model=words.get("base_model"),
         library_name=ONNX if is_onnx else "transformers",
         pipeline_tag="text-generation",
@@ -357,20 +390,21 @@ def write_conversion_card(
     card = ModelCard.from_template(
         card_data,
         template_str=CONVERSION_TEMPLATE,
-        title=words["title"],
+        title=plain(words["title"]),
         done=f"quantized by `{words['method']}`" if is_quantized else f"converted to {kind}",
         heading="Quantization" if is_quantized else "Conversion",
-        source=words["source"],
+        source=plain(words["source"]),
+        source_code=code(words["source"]),
         source_kind=words["source_kind"],
-        revision=f" at {words['revision']}" if "revision" in words else "",
+        revision=f" at {plain(words['revision'])}" if "revision" in words else "",
         load_lines=_onnx_load_lines(words["title"]) if is_onnx else load_lines(words["title"], trust=is_ours),
         trust=TRUST if is_ours else "No code of this folder is run.",
         parameters=f"{parameters:,}",
         context_length=f"{context_length:,}",
-        measured=measured,
+        measured={plain(what): plain(value) for what, value in measured.items()},
         software=", ".join(f"{package} {version(package)}" for package in ("torch", "transformers")),
         elsewhere="see the card of the source" if source_data else "unknown, the source had no card",
-        license=str(known.get("license_name") or known.get("license") or "unknown"),
+        license=plain(known.get("license_name") or known.get("license") or "unknown"),
     )
     card.save(folder / "README.md")
     return card
@@ -398,8 +432,8 @@ def _onnx_load_lines(folder: str) -> str:
         [
             "import onnxruntime",
             "from transformers import AutoTokenizer",
-            f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(folder)})",
-            f"session = onnxruntime.InferenceSession({json.dumps(folder + '/model.onnx')})",
+            f"tokenizer = AutoTokenizer.from_pretrained({_quoted(folder)})",
+            f"session = onnxruntime.InferenceSession({_quoted(folder + '/model.onnx')})",
         ]
     )
 
@@ -413,7 +447,7 @@ def _finetuned_load_lines(folder: Path, task: str, is_adapter: bool) -> str:
     if is_adapter:
         return adapter_load_lines(_address(folder), task, read_label_names(folder))
     if task == "classification":
-        name = json.dumps(_address(folder))
+        name = _quoted(_address(folder))
         return "\n".join(
             [
                 "from transformers import pipeline",
@@ -434,7 +468,7 @@ def _eval_results(results: Mapping[str, Any], dataset: str) -> list[EvalResult]:
         EvalResult(
             task_type="text-generation",
             dataset_type="text",
-            dataset_name=f"{dataset}, held-out part",
+            dataset_name=_line(f"{dataset}, held-out part"),
             dataset_split="validation",
             metric_type=metric,
             metric_name=shown,
@@ -446,7 +480,8 @@ def _eval_results(results: Mapping[str, Any], dataset: str) -> list[EvalResult]:
 
 
 def _stated(words: Mapping[str, str]) -> dict[str, str]:
-    return {key: words.get(key, "not stated") for key in ("dataset", "held_out", "tokenizer", "start", "procedure")}
+    said = {key: plain(words.get(key, "not stated")) for key in ("dataset", "held_out", "tokenizer", "start")}
+    return {**said, "procedure": words.get("procedure", "not stated")}
 
 
 def _energy(seconds: float) -> str:
@@ -474,7 +509,7 @@ def _measured(results: Mapping[str, Any]) -> dict[str, str]:
     return {
         **{key: say(key, "{:,}".format) for key in counts},
         **{key: say(key, "{:.4g}".format) for key in measures},
-        "hardware": say("device", str),
+        "hardware": say("device", plain),
         "software": ", ".join(versions) or NOT_MEASURED,
         "train_time": say("train_runtime", "{:,.0f} s".format),
         "energy": say("train_runtime", _energy),

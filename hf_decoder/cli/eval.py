@@ -351,5 +351,5 @@ def plot_metrics(metrics: Mapping[str, float], path: Path, title: str) -> None:
         axes.set_ylim(0, max(top, 1e-9))
         axes.set_xlim(-0.6, 0.6)
         axes.text(0, shown, f"{value:.4g}", ha="center", va="bottom")
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)  # the name of a folder may hold dollar signs
     figure.savefig(path, dpi=120)
