@@ -220,29 +220,60 @@ def plain_file(path: Path, encoding: str | None = None) -> Path:
 
 
 def load_table(
-    builder: str, paths: list[Path], encoding: str | None = None, *, streaming: bool = False
+    builder: str,
+    paths: list[Path],
+    encoding: str | None = None,
+    *,
+    text_column: str | None = None,
+    streaming: bool = False,
 ) -> tuple[Any, str]:
-    """The rows of tables of one kind, as `datasets` reads them, and the name to give the table in messages."""
+    """The rows of tables of one kind, as `datasets` reads them, and the name to give the table in messages.
+
+    A column of JSON lines may hold values of several types, or begin late in the file, which `datasets` does not read.
+    Where `text_column` is another one, it is read alone.
+    """
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
     from datasets.utils import logging
+    from transformers.utils import logging as transformers_logging
 
     name = str(paths[0]) if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
     # Escaped, because the builders take names for patterns.
-    files = []
-    for path in paths:
-        file = plain_file(path, None if builder == "parquet" else encoding)
+    plain = [plain_file(path, None if builder == "parquet" else encoding) for path in paths]
+    for path, file in zip(paths, plain, strict=True):
         if file.stat().st_size == 0:
             raise ValueError(f"{path} is empty; it needs at least one row")
-        files.append(glob.escape(str(file)))
+    files = [glob.escape(str(file)) for file in plain]
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)  # what it logs on the way to an error, the error says
     try:
         return load_dataset(builder, data_files=files, split="train", streaming=streaming), name
     except (DatasetsError, ValueError, OSError) as error:
-        raise explain_table(builder, paths, name, error) from error
+        alone = None if streaming or builder != "json" else _column_alone(plain, text_column)
+        if alone is None:
+            raise explain_table(builder, paths, name, error) from error
+        transformers_logging.get_logger("transformers").warning(
+            f"{name}: columns other than {text_column!r} are not read: they hold values of several types"
+        )
+        return alone, name
     finally:
         logging.set_verbosity(verbosity)
+
+
+def _column_alone(files: Sequence[Path], column: str | None) -> Any:
+    """The texts of one column of JSON lines, as a table; None where they are not texts, or the lines not JSON."""
+    from datasets import Dataset, Features, Value
+
+    texts: list[Any] = []
+    try:
+        for file in files:
+            with file.open(encoding="utf-8-sig") as lines:
+                texts += [json.loads(line).get(column) for line in lines if line.strip()]
+    except (ValueError, AttributeError):
+        return None
+    if not any(texts) or not all(isinstance(text, str | None) for text in texts):
+        return None
+    return Dataset.from_dict({column: texts}, Features({column: Value("large_string")}))
 
 
 def explain_table(builder: str, paths: list[Path], name: str, error: BaseException) -> ValueError:
