@@ -10,7 +10,12 @@ from __future__ import annotations
 import ast
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 Turn = dict[str, Any]
 
@@ -218,3 +223,55 @@ class Rendering:
                 return "the chat template does not hold tool calls"
             self.unused[key] = self.unused.get(key, 0) + 1
         return None
+
+    def row_fault(self, row: Mapping[str, Any]) -> str | None:
+        """Why the template does not render all of a row of `examples`, or None."""
+        tools, options = row.get("tools"), row.get("chat_template_kwargs") or {}
+        prompt = row.get("prompt")
+        if isinstance(prompt, list) and (fault := self.fault(prompt, tools, options, prompt=True)):
+            return fault
+        for role in ("messages", "completion", "chosen", "rejected"):
+            if isinstance(row.get(role), list):
+                if not all(map(is_learned, row[role])) and role != "messages":
+                    return f"a turn of {role} has weight 0"
+                if fault := self.fault([*(prompt or []), *row[role]], tools, options):
+                    return fault
+        return None
+
+
+def weighted_rows(rows: Sequence[Mapping[str, Any]], tokenizer: Any, *, assistant_only: bool) -> Dataset:
+    """Conversations as `input_ids` and `labels`, which are -100 in the assistant's turns of weight 0.
+
+    `assistant_only` says that they are -100 outside the assistant's turns, too.
+
+    Raises:
+        ValueError: if the template does not tell which tokens are of which turn.
+    """
+    import trl
+    from datasets import Dataset
+
+    from .evaluation import IGNORE_INDEX
+
+    template = trl.get_training_chat_template(tokenizer)  # None: its own tells the assistant's tokens
+    encoded: list[dict[str, list[int]]] = []
+    for row in rows:
+        out = tokenizer.apply_chat_template(
+            without_weights(row["messages"]),
+            tools=row.get("tools"),
+            chat_template=template,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            **(row.get("chat_template_kwargs") or {}),
+        )
+        said = np.array(out["assistant_masks"]) == 1
+        answer = np.cumsum(said & ~np.roll(said, 1))  # the number of the turn that each token is of, or comes after
+        learned = np.array([True, *(is_learned(turn) for turn in row["messages"] if turn["role"] == "assistant")])
+        if answer[-1] != len(learned) - 1:
+            raise ValueError(
+                "the chat template does not tell the tokens of one assistant's turn from another's, so turns of "
+                "weight 0 cannot be left out of the loss; leave out their rows"
+            )
+        kept = np.where(said, learned[answer], not assistant_only)
+        labels = np.where(kept, out["input_ids"], IGNORE_INDEX).tolist()
+        encoded.append({"input_ids": out["input_ids"], "labels": labels})
+    return Dataset.from_list(encoded)

@@ -24,7 +24,7 @@ from transformers.trainer import SCHEDULER_NAME
 from . import HfDecoderForCausalLM
 from .classification import encode_texts, label_map
 from .completion import encode_prompt, end_ids
-from .conversations import Rendering, is_learned, without_weights
+from .conversations import Rendering, is_learned, weighted_rows, without_weights
 from .evaluation import IGNORE_INDEX, Score, accuracy, macro_f1
 from .examples import (
     TO_TEMPLATE,
@@ -63,6 +63,11 @@ class TaskData:
     def roles(self) -> tuple[str, ...]:
         """The columns of the rows, by their roles."""
         return _roles(self.train)
+
+    @property
+    def weighs(self) -> bool:
+        """Whether some assistant's turn is not to be learned."""
+        return any(not is_learned(turn) for row in [*self.train, *self.validation] for turn in row.get("messages", ()))
 
     def describe(self) -> dict[str, Any]:
         """What has to stay the same of the rows for a run to go on (`checkpoints.describe_run`)."""
@@ -159,14 +164,21 @@ def _hold_out(rows: list[Row], fraction: float, seed: int) -> tuple[list[Row], l
     return [row for i, row in enumerate(rows) if i not in chosen], [rows[i] for i in sorted(chosen)]
 
 
-def skip_unrendered(data: TaskData, tokenizer: Any) -> list[str]:
+def skip_unrendered(data: TaskData, tokenizer: Any, prompt_template: str | None = None) -> list[str]:
     """Leaves out the conversations that the chat template does not render whole, and says how many and why.
 
     Returns a line for each file that lost rows, and one about what of turns the template does not read.
 
     Raises:
-        ValueError: if no training row is left.
+        ValueError: if there is no chat template, or one for prompts of text; or no training row is left.
     """
+    if prompt_template is not None:
+        raise ValueError("--prompt_template is for prompts of text, and the rows hold messages; leave it out")
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            "the rows hold messages, or a system text, a history or tools, which make messages of them; the tokenizer "
+            f"of {tokenizer.name_or_path} has no chat template"
+        )
     lines = []
     rendering = Rendering(tokenizer)
     paths = (next(iter(data.skipped)), next(reversed(data.skipped)))
@@ -174,7 +186,7 @@ def skip_unrendered(data: TaskData, tokenizer: Any) -> list[str]:
         rows, kept = getattr(data, part), []
         lost = Skipped(len(rows))
         for row in rows:
-            reason = _unrendered(row, rendering)
+            reason = rendering.row_fault(row)
             if reason is None:
                 kept.append(row)
             else:
@@ -190,19 +202,18 @@ def skip_unrendered(data: TaskData, tokenizer: Any) -> list[str]:
     return lines
 
 
-def _unrendered(row: Row, rendering: Rendering) -> str | None:
-    """Why the chat template does not render all of a row, or None."""
-    tools, options = row.get("tools"), row.get("chat_template_kwargs") or {}
-    prompt = row.get("prompt")
-    if isinstance(prompt, list) and (fault := rendering.fault(prompt, tools, options, prompt=True)):
-        return fault
-    for role in ("messages", "completion", "chosen", "rejected"):
-        if isinstance(row.get(role), list):
-            if not all(map(is_learned, row[role])) and role != "messages":
-                return f"a turn of {role} has weight 0"
-            if fault := rendering.fault([*(prompt or []), *row[role]], tools, options):
-                return fault
-    return None
+def trainer_rows(
+    data: TaskData, tokenizer: Any, args: Any, prompt_template: str | None
+) -> tuple[Dataset, Dataset | None]:
+    """The rows to train on and those held out, as TRL's trainer of `args` takes them; settles where the loss is."""
+    if getattr(args, "assistant_only_loss", False) is None:
+        args.assistant_only_loss = data.roles == ("messages",)
+    if data.weighs:
+        rows_of = functools.partial(weighted_rows, tokenizer=tokenizer, assistant_only=args.assistant_only_loss)
+        args.assistant_only_loss = False  # the labels say it
+    else:
+        rows_of = functools.partial(text_rows, prompt_template=prompt_template, separator=data.separator)
+    return rows_of(data.train), rows_of(data.validation) if data.validation else None
 
 
 def text_rows(rows: Sequence[Row], prompt_template: str | None = None, separator: str = "") -> Dataset:
@@ -231,42 +242,6 @@ def _fill(row: Row, prompt_template: str | None, separator: str = "") -> Row:
     if "chat_template_kwargs" in row:
         row["chat_template_kwargs"] = row["chat_template_kwargs"] or {}
     return row
-
-
-def weighted_rows(rows: Sequence[Row], tokenizer: Any, *, assistant_only: bool) -> Dataset:
-    """Conversations as `input_ids` and `labels`, which are -100 in the assistant's turns of weight 0.
-
-    `assistant_only` says that they are -100 outside the assistant's turns, too.
-
-    Raises:
-        ValueError: if the template does not tell which tokens are of which turn.
-    """
-    import trl
-    from datasets import Dataset
-
-    template = trl.get_training_chat_template(tokenizer)  # None: its own tells the assistant's tokens
-    encoded: list[dict[str, list[int]]] = []
-    for row in rows:
-        out = tokenizer.apply_chat_template(
-            without_weights(row["messages"]),
-            tools=row.get("tools"),
-            chat_template=template,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-            **(row.get("chat_template_kwargs") or {}),
-        )
-        said = np.array(out["assistant_masks"]) == 1
-        answer = np.cumsum(said & ~np.roll(said, 1))  # the number of the turn that each token is of, or comes after
-        learned = np.array([True, *(is_learned(turn) for turn in row["messages"] if turn["role"] == "assistant")])
-        if answer[-1] != len(learned) - 1:
-            raise ValueError(
-                "the chat template does not tell the tokens of one assistant's turn from another's, so turns of "
-                "weight 0 cannot be left out of the loss; leave out their rows"
-            )
-        kept = np.where(said, learned[answer], not assistant_only)
-        labels = np.where(kept, out["input_ids"], IGNORE_INDEX).tolist()
-        encoded.append({"input_ids": out["input_ids"], "labels": labels})
-    return Dataset.from_list(encoded)
 
 
 def skip_masked(trainer: Any, data: TaskData, prompt_template: str | None = None) -> list[str]:

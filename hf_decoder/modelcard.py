@@ -12,15 +12,12 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .classification import read_label_names
+from .markup import code, line, plain, quoted
 
 NOT_MEASURED = "not measured"
 TEMPLATE_NAME = "model_card.md"
 LOAD_BLOCK = re.compile(r"(## How to load it\n+```python\n)(.*?\n)(```)", re.DOTALL)
 _NAME = re.compile(r'(model=|from_pretrained\()"(?:[^"\\]|\\.)*"(?:, revision="[0-9a-f]{40}")?')
-
-# what Markdown or HTML would read as markup: but for an underscore within a word, and colons outside addresses
-_MARKUP = re.compile(r"[\\`*\[\]<>&|~$]|(?<![^\W_])_|_(?![^\W_])|:(?=//)|(?<=www)\.", re.IGNORECASE)
-_CODE = re.compile(r"[\w ./:@+=,-]+")
 
 # metric of all_results.json -> (metric id of the Hub, name shown)
 METRICS = {
@@ -42,29 +39,6 @@ def template_path() -> Path:
     return path
 
 
-def plain(text: object) -> str:
-    """The words of others as Markdown that shows them as they are, in one line, whatever they hold.
-
-    Entities in place of backslashes: neither Markdown nor HTML reads them as markup.
-    """
-    return _MARKUP.sub(lambda found: f"&#{ord(found[0][-1])};", " ".join(str(text).split()))
-
-
-def code(text: object) -> str:
-    """The name of something as a code span, or `plain` where it holds what would end one."""
-    return f"`{text}`" if _CODE.fullmatch(str(text)) else plain(text)
-
-
-def _line(text: object) -> str:
-    """The words of others for the metadata, which is no Markdown: one line, and nothing that looks like a tag."""
-    return " ".join(str(text).split()).translate({ord("<"): "\u2039", ord(">"): "\u203a"})
-
-
-def _quoted(name: str) -> str:
-    """`name` as a string of Python for a block of code, without what HTML would take for a tag."""
-    return json.dumps(name).replace("<", "\\u003c")
-
-
 def load_lines(folder: str, *, trust: bool = True) -> str:
     """Three lines of Python that load the model of `folder` and let it continue a prompt.
 
@@ -74,7 +48,7 @@ def load_lines(folder: str, *, trust: bool = True) -> str:
     return "\n".join(
         [
             "from transformers import pipeline",
-            f'generate = pipeline("text-generation", model={_quoted(folder)}{trusting})',
+            f'generate = pipeline("text-generation", model={quoted(folder)}{trusting})',
             'print(generate("def main(", max_new_tokens=64)[0]["generated_text"])',
         ]
     )
@@ -86,7 +60,7 @@ def adapter_load_lines(folder: str, task: str, id2label: Mapping[int, str] | Non
     `id2label` are the classes of a classifier, which the base does not know.
     """
     head = "SequenceClassification" if task == "classification" else "CausalLM"
-    name = _quoted(folder)
+    name = quoted(folder)
     labels = []
     if id2label is not None:
         pairs = [(index, json.dumps(label, ensure_ascii=False)) for index, label in id2label.items()]
@@ -142,7 +116,7 @@ def write_model_card(
     folder = Path(folder)
     name = model_name or folder.resolve().name
     card_data = ModelCardData(
-        model_name=_line(name),
+        model_name=line(name),
         license=words.get("license"),
         library_name="transformers",
         pipeline_tag="text-generation",
@@ -189,8 +163,8 @@ def update_model_index(folder: str | Path, results: Mapping[str, Any], *, datase
     new = [
         EvalResult(
             task_type=task,
-            dataset_type=_line(Path(dataset).stem),
-            dataset_name=_line(dataset),
+            dataset_type=line(Path(dataset).stem),
+            dataset_name=line(dataset),
             metric_type=metric,
             metric_name=f"{shown} {signature}" if (signature := results.get(f"{key}_signature")) else shown,
             metric_value=results[key],
@@ -200,7 +174,7 @@ def update_model_index(folder: str | Path, results: Mapping[str, Any], *, datase
     ]
     data: Any = card.data
     kept = [old for old in data.eval_results or [] if not any(_same_measure(old, result) for result in new)]
-    data.model_name = data.model_name or _line(name)
+    data.model_name = data.model_name or line(name)
     data.eval_results = kept + new
     card.save(path)
     return card
@@ -275,7 +249,7 @@ def write_finetuning_card(
     kind = "text-classification" if words["task"] == "classification" else "text-generation"
     found = {key: shown for key, shown in FINETUNING_METRICS.items() if key in results}
     card_data = ModelCardData(
-        model_name=_line(name),
+        model_name=line(name),
         license=words.get("license"),
         base_model=words.get("base_model"),
         library_name="peft" if is_adapter else "transformers",
@@ -284,8 +258,8 @@ def write_finetuning_card(
         eval_results=[
             EvalResult(
                 task_type=kind,
-                dataset_type=_line(Path(words["dataset"]).stem),
-                dataset_name=_line(f"{words['dataset']}, held-out rows"),
+                dataset_type=line(Path(words["dataset"]).stem),
+                dataset_name=line(f"{words['dataset']}, held-out rows"),
                 metric_type=metric,
                 metric_name=shown,
                 metric_value=results[key],
@@ -374,12 +348,12 @@ def write_conversion_card(
     kind = "ONNX" if is_onnx else f"`{words['kind']}`"
     source_data = _metadata(source_card)
     known: dict[str, Any] = {
-        key: _line(source_data[key]) for key in ("license", "license_name", "license_link") if source_data.get(key)
+        key: line(source_data[key]) for key in ("license", "license_name", "license_link") if source_data.get(key)
     }
     if is_quantized and "base_model" in words:
         known["base_model_relation"] = "quantized"
     card_data = ModelCardData(
-        model_name=_line(words["title"]),
+        model_name=line(words["title"]),
         base_model=words.get("base_model"),
         library_name=ONNX if is_onnx else "transformers",
         pipeline_tag="text-generation",
@@ -432,8 +406,8 @@ def _onnx_load_lines(folder: str) -> str:
         [
             "import onnxruntime",
             "from transformers import AutoTokenizer",
-            f"tokenizer = AutoTokenizer.from_pretrained({_quoted(folder)})",
-            f"session = onnxruntime.InferenceSession({_quoted(folder + '/model.onnx')})",
+            f"tokenizer = AutoTokenizer.from_pretrained({quoted(folder)})",
+            f"session = onnxruntime.InferenceSession({quoted(folder + '/model.onnx')})",
         ]
     )
 
@@ -447,7 +421,7 @@ def _finetuned_load_lines(folder: Path, task: str, is_adapter: bool) -> str:
     if is_adapter:
         return adapter_load_lines(_address(folder), task, read_label_names(folder))
     if task == "classification":
-        name = _quoted(_address(folder))
+        name = quoted(_address(folder))
         return "\n".join(
             [
                 "from transformers import pipeline",
@@ -468,7 +442,7 @@ def _eval_results(results: Mapping[str, Any], dataset: str) -> list[EvalResult]:
         EvalResult(
             task_type="text-generation",
             dataset_type="text",
-            dataset_name=_line(f"{dataset}, held-out part"),
+            dataset_name=line(f"{dataset}, held-out part"),
             dataset_split="validation",
             metric_type=metric,
             metric_name=shown,

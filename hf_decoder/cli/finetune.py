@@ -42,7 +42,6 @@ from hf_decoder.cli import (
     parse_arguments,
     parse_overrides,
 )
-from hf_decoder.conversations import is_learned
 from hf_decoder.engine.bitsandbytes import settle_layers
 from hf_decoder.layouts import save_in_full
 from hf_decoder.modelcard import write_finetuning_card
@@ -102,9 +101,8 @@ class TaskArguments:
     prompt_template: str | None = field(
         default=None,
         metadata={
-            "help": r"What the model reads; {prompt} is the prompt and \n a new line. If unset, the prompt, "
-            "and a blank line behind it where prompt and answer do not meet in a space; columns that are named prompt "
-            "and completion are joined as they are."
+            "help": r"What the model reads; {prompt} is the prompt and \n a new line. If unset, the prompt, and a "
+            "blank line where it meets its answer in no space, unless the two are named prompt and completion."
         },
     )
     adapter_name_or_path: str | None = field(
@@ -244,8 +242,7 @@ def finetune(task_args: TaskArguments, model_args: Any, args: Any) -> None:
     )
     lines = data.warnings()
     if finetuning.is_conversational(data.train):
-        _check_template(task_args, model_args, tokenizer)
-        lines += finetuning.skip_unrendered(data, tokenizer)
+        lines += finetuning.skip_unrendered(data, tokenizer, _template(task_args))
     for line in lines:
         print(f"warning: {line}")
     print(f"{len(data.train):,} rows to train on, {len(data.validation):,} held out")
@@ -355,23 +352,12 @@ def _trainer(task_args: TaskArguments, model_args: Any, args: Any, data: finetun
     if task_args.task == "classification":
         return _classification_trainer(task_args, model_args, args, data, tokenizer)
     model = _load(load_model, task_args, model_args, tokenizer)
-    if task_args.task == "sft" and args.assistant_only_loss is None:
-        args.assistant_only_loss = data.roles == ("messages",)
-    weighs = any(not is_learned(turn) for row in [*data.train, *data.validation] for turn in row.get("messages", ()))
-    if weighs:
-        rows_of = functools.partial(
-            finetuning.weighted_rows, tokenizer=tokenizer, assistant_only=args.assistant_only_loss
-        )
-        args.assistant_only_loss = False  # the labels say it
-    else:
-        rows_of = functools.partial(
-            finetuning.text_rows, prompt_template=_template(task_args), separator=data.separator
-        )
+    train, validation = finetuning.trainer_rows(data, tokenizer, args, _template(task_args))
     kwargs: dict[str, Any] = {
         "model": model,
         "args": args,
-        "train_dataset": rows_of(data.train),
-        "eval_dataset": rows_of(data.validation) if data.validation else None,
+        "train_dataset": train,
+        "eval_dataset": validation,
         "processing_class": tokenizer,
         "peft_config": _peft_config(task_args, model_args, "CAUSAL_LM"),
     }
@@ -388,16 +374,6 @@ def _trainer(task_args: TaskArguments, model_args: Any, args: Any, data: finetun
 def _template(task_args: TaskArguments) -> str | None:
     """What --prompt_template says, with its new lines."""
     return None if task_args.prompt_template is None else task_args.prompt_template.replace("\\n", "\n")
-
-
-def _check_template(task_args: TaskArguments, model_args: Any, tokenizer: Any) -> None:
-    if tokenizer.chat_template is None:
-        raise ValueError(
-            "the rows hold messages, or a system text, a history or tools, which make messages of them; the tokenizer "
-            f"of {model_args.model_name_or_path or task_args.tokenizer_name} has no chat template"
-        )
-    if task_args.prompt_template is not None:
-        raise ValueError("--prompt_template is for prompts of text, and the rows hold messages; leave it out")
 
 
 def _classification_trainer(
