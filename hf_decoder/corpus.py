@@ -1,8 +1,8 @@
 """Text from files, folders and the Hub, as documents: `datasets` with the columns `text` and `source`.
 
 What is one document: a text file, whole (`.txt`, `.md`, source code, anything without a table's suffix); a row of a
-table (`.jsonl`, `.json`, `.parquet`, `.csv`) or of a dataset of the Hub. Each file may be gzipped (`.gz`). Text is
-taken as it is, byte for byte; empty documents are left out.
+table (`.jsonl`, `.json`, `.parquet`, `.csv`) or of a dataset of the Hub. Each file may be compressed (`.gz`, `.bz2`,
+`.xz`). Text is taken as it is, byte for byte; empty documents are left out.
 
 A folder is read recursively: every file with a usual text suffix, and `.jsonl` and `.parquet` tables. Hidden files are
 passed over, and so are `.json` and `.csv`, which are settings or results in most folders: name those files to read
@@ -172,7 +172,7 @@ def load_files(
             # What `datasets` says when a generator yields nothing.
             raise ValueError(f"{argument} {name} is empty; it needs at least one character of text") from error
     for builder, files in tables.items():
-        table, table_name = load_table(builder, files, encoding)
+        table, table_name = load_table(builder, files, encoding, text_column=text_column)
         source = files[0].name if len(files) == 1 else builder
         try:
             parts.append(_documents(table, text_column, table_name, source))

@@ -1,7 +1,8 @@
 """Measures of a language model: likelihood of held-out text, and answers against references.
 
-BLEU and chrF are sacrebleu's, with its defaults (13a tokenisation, cased; Post 2018, "A Call for Clarity in Reporting
-BLEU Scores"; Popovic 2015, "chrF"), on its scale of 0 to 100. Accuracy, F1 and exact match lie between 0 and 1.
+BLEU and chrF are sacrebleu's, with its defaults (cased; 13a tokenisation, or that of Chinese, Japanese or Korean where
+the references are in one of them; Post 2018, "A Call for Clarity in Reporting BLEU Scores"; Popovic 2015, "chrF"),
+on its scale of 0 to 100. Accuracy, F1 and exact match lie between 0 and 1.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import inspect
 import lzma
 import math
 import sys
+import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -201,18 +204,73 @@ def option_nats(
     return [nats[start : start + len(options)] for start in range(0, len(nats), len(options))]
 
 
-def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]], tokenize: str | None = None) -> float:
     """Corpus BLEU of sacrebleu; each prediction has one reference or more, not always equally many.
 
+    `tokenize` is sacrebleu's name of a tokenizer; None: the one that it takes for the language of the references.
+
     Raises:
-        ValueError: if the two differ in length, or sacrebleu is not installed.
+        ValueError: if the two differ in length, or sacrebleu or what the tokenizer needs is not installed.
     """
-    return float(_sacrebleu().corpus_bleu(list(predictions), _streams(predictions, references)).score)
+    return corpus_score(text_metric("bleu", references, tokenize), predictions, references)
 
 
 def chrf(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Corpus chrF2 of sacrebleu; arguments and errors as `bleu`."""
-    return float(_sacrebleu().corpus_chrf(list(predictions), _streams(predictions, references)).score)
+    """Corpus chrF2 of sacrebleu, which needs no tokenizer; arguments and errors as `bleu`."""
+    return corpus_score(text_metric("chrf", references), predictions, references)
+
+
+def corpus_score(metric: Any, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """The score that a `metric` of sacrebleu gives; its `get_signature()` says then how it was measured.
+
+    Raises:
+        ValueError: if the two differ in length.
+    """
+    return float(metric.corpus_score(list(predictions), _streams(predictions, references)).score)
+
+
+def text_metric(name: str, references: Sequence[Sequence[str]], tokenize: str | None = None) -> Any:
+    """sacrebleu's `chrf` or `bleu`, the latter with the tokenizer `tokenize` or that of the references' language.
+
+    Raises:
+        ValueError: for an unknown name, or a tokenizer that needs what is not there.
+    """
+    if name == "chrf":  # of characters, whatever the language
+        return _sacrebleu().CHRF()
+    kind = _sacrebleu().BLEU
+    if tokenize is not None and tokenize not in kind.TOKENIZERS:
+        raise ValueError(f"--tokenize {tokenize!r} is unknown; choose one of: {', '.join(kind.TOKENIZERS)}")
+    language = _language(references)
+    try:
+        # of a language alone sacrebleu makes its own default; of both, a warning
+        return kind(trg_lang=language) if tokenize is None else kind(tokenize=tokenize)
+    except (ImportError, RuntimeError, OSError) as error:
+        asked = f"--tokenize {tokenize}" if tokenize else f"BLEU of text in {LANGUAGES[language]}"
+        package = f"pip install 'sacrebleu[{language}]', or " if language in ("ja", "ko") and not tokenize else ""
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{asked} needs what is not there: {package}give --tokenize char ({reason})") from None
+
+
+# the languages for which sacrebleu has a tokenizer of its own, and the names of their letters in Unicode
+LANGUAGES = {"zh": "Chinese", "ja": "Japanese", "ko": "Korean"}
+SCRIPTS = {"CJK": "zh", "HIRAGANA": "ja", "KATAKANA": "ja", "HANGUL": "ko"}
+
+
+def _language(references: Sequence[Sequence[str]]) -> str:
+    """`zh`, `ja` or `ko` where most letters of the references are of their scripts, else an empty string.
+
+    Japanese has kana among its Chinese characters, a third of the letters or more; a name in a Chinese text has less.
+    """
+    letters = Counter(letter for options in references for text in options for letter in text if letter.isalpha())
+    counts: Counter[str] = Counter()
+    for letter, count in letters.items():
+        counts[SCRIPTS.get(unicodedata.name(letter, "").partition(" ")[0], "")] += count
+    east_asian = counts.total() - counts[""]
+    if 2 * east_asian <= counts.total():
+        return ""
+    if 2 * counts["ko"] > east_asian:
+        return "ko"
+    return "ja" if 10 * counts["ja"] > east_asian else "zh"
 
 
 def exact_match(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:

@@ -1,15 +1,17 @@
 """Rows of prompts, answers, conversations, labels and preferences: read from files, recognised by their columns.
 
-A file is .jsonl, .json, .csv, .tsv or .parquet with named columns, or text of any other suffix with one row a line
-(column `text`); each but parquet also gzipped. `KINDS` lists what a task may be given, in the order in which it is
-looked for. Rows as Alpaca has them (Taori et al. 2023), an `instruction` and the `input` it is about, have both in
-their prompt.
+A file is .jsonl, .ndjson, .json, .csv, .tsv or .parquet with named columns, or text of any other suffix with one row a
+line (column `text`); each but parquet also compressed. `KINDS` lists what a task may be given, in the order in which
+it is looked for. Rows as Alpaca and Dolly have them (Taori et al. 2023; Conover et al. 2023), an `instruction` and
+the `input` or `context` it is about, have both in their prompt. A `system` text, a `history` and `tools` beside a
+prompt make messages of it.
 """
 
 from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,21 +19,42 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .corpus import read_text
+from .conversations import (
+    Unusable,
+    is_learned,
+    parse,
+    read_tools,
+    read_turns,
+    says_something,
+    start_in_common,
+    turns_fault,
+)
+from .reading import plain_name, read_text
 
 Row = dict[str, Any]
 
-# role -> names under which public data sets hold it; the role's own name first
+# role -> names under which public data sets hold it, in lower case; the role's own name first
 ALIASES = {
     "text": ("text", "sentence", "review", "content"),
-    "prompt": ("prompt", "instruction", "question", "input", "source"),
+    "prompt": ("prompt", "instruction", "question", "input", "source", "conversations", "conversation"),
     "completion": ("completion", "response", "output", "answer", "target"),
     "reference": ("reference", "references", "completion", "response", "output", "answer", "target", "label"),
     "messages": ("messages", "conversations", "conversation"),
     "label": ("label", "labels", "class", "sentiment"),
     "chosen": ("chosen", "preferred"),
     "rejected": ("rejected", "dispreferred"),
+    "system": ("system", "system_prompt"),
+    "history": ("history",),
+    "tools": ("tools", "functions"),
+    "chat_template_kwargs": ("chat_template_kwargs",),
 }
+# what a recognised prompt is about, and follows it after a blank line
+COMPANIONS = {"instruction": ("input", "context"), "question": ("context",)}
+# what surrounds a conversation: the first two become turns of it, the others go to the chat template
+SURROUNDINGS = ("system", "history", "tools", "chat_template_kwargs")
+TO_TEMPLATE = ("tools", "chat_template_kwargs")
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+BETWEEN = "\n\n"  # a recognised prompt and its answer, or the parts of a prompt
 KINDS = {
     "sft": (("messages",), ("prompt", "completion"), ("text",)),
     "classification": (("text", "label"),),
@@ -50,21 +73,21 @@ def read_rows(path: str | Path) -> list[Row]:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"file {path} does not exist")
-    suffix = Path(path.name.lower().removesuffix(".gz")).suffix
+    suffix = Path(plain_name(path)).suffix
+    rows: Any
     if suffix == ".parquet":
         rows = _parquet_rows(path)
-    elif suffix not in (".jsonl", ".json", ".csv", ".tsv"):
-        rows = [{"text": line} for line in read_lines(path)]
-    elif suffix == ".jsonl":
+    elif suffix in (".jsonl", ".ndjson"):
         rows = _json_lines(path)
     elif suffix == ".json":
         try:
             rows = json.loads(read_text(path))
         except json.JSONDecodeError as error:
             raise ValueError(f"{path} is not JSON: {error}") from None
+    elif suffix in (".csv", ".tsv"):
+        rows = _table_rows(path, "\t" if suffix == ".tsv" else ",")
     else:
-        text = io.StringIO(read_text(path), newline="")
-        rows = list(csv.DictReader(text, delimiter="\t" if suffix == ".tsv" else ","))
+        rows = [{"text": line} for line in read_lines(path)]
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{path} must hold rows with named columns: a list of objects")
     if not rows:
@@ -97,6 +120,30 @@ def _json_lines(path: Path) -> list[Row]:
     return rows
 
 
+def _table_rows(path: Path, delimiter: str) -> list[Row]:
+    csv.field_size_limit(2**31 - 1)  # a field may be a book
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), delimiter=delimiter, strict=True)
+    rows: list[Row] = []
+    try:
+        names = next(reader, [])
+        if twice := [name for name, count in Counter(names).items() if count > 1]:
+            raise ValueError(f"{path} has two columns {twice[0]!r}; give each its own name")
+        for fields in reader:
+            if len(fields) > len(names):
+                raise ValueError(
+                    f"{path}, line {reader.line_num} has {len(fields)} fields and the first line names {len(names)}: "
+                    f"a field that holds {delimiter!r} stands in double quotes"
+                )
+            if fields:
+                rows.append(dict(itertools.zip_longest(names, fields)))
+    except csv.Error as error:
+        raise ValueError(
+            f"{path}, line {reader.line_num} cannot be read: {error}; a field that begins with a double quote ends "
+            'with one, and those inside it are written twice ("")'
+        ) from None
+    return rows
+
+
 def _parquet_rows(path: Path) -> list[Row]:
     import pyarrow
     import pyarrow.parquet
@@ -107,14 +154,29 @@ def _parquet_rows(path: Path) -> list[Row]:
         raise ValueError(f"{path} is not a parquet file: {error}") from None
 
 
+class Selection(list[Row]):
+    """Rows of one kind, by their roles.
+
+    `unused` has the columns that are in none of them, and how many rows have a value there. `separator` is what stands
+    between a prompt and its answer that do not meet in a space: nothing where they are named as TRL names them, which
+    joins the two as they are.
+    """
+
+    unused: dict[str, int]
+    separator: str
+
+
 def select_columns(
     rows: Sequence[Mapping[str, Any]], kind: str, named: Mapping[str, str | None], source: str
-) -> list[Row]:
+) -> Selection:
     """`rows` with the columns of `kind` alone, renamed to their roles.
 
+    Conversations come in the form of `conversations.read_turns`. Where a row has a `system` text, a `history` or
+    `tools` beside a prompt of text, all rows become conversations. What cannot be had of a row is `Unusable`.
+
     Args:
-        named: role -> column name, where the user named it; the others are recognised by `ALIASES`, and an `input`
-            beside a recognised `instruction` follows it in the prompt, after a blank line.
+        named: role -> column name, where the user named it; the others are recognised by `ALIASES`, and `COMPANIONS`
+            of a recognised prompt follow it, after a blank line.
         source: what the error message calls the rows.
 
     Raises:
@@ -125,16 +187,17 @@ def select_columns(
     for role, column in wanted.items():
         if column not in columns:
             raise ValueError(f"{source} has no column {column!r} for --{role}_column; it has: {', '.join(columns)}")
+    by_name = {column.lower(): column for column in reversed(columns)}
     for roles in KINDS[kind]:
         # A role that the user named decides for the kind that has it.
         if set(wanted) - set(roles):
             continue
-        found = {role: wanted.get(role) or next((c for c in ALIASES[role] if c in columns), None) for role in roles}
+        found = {
+            role: wanted.get(role) or next((by_name[name] for name in ALIASES[role] if name in by_name), "")
+            for role in roles
+        }
         if all(found.values()):
-            selected = [{role: row.get(str(column)) for role, column in found.items()} for row in rows]
-            if "prompt" not in wanted and found.get("prompt") == "instruction" and "input" not in found.values():
-                selected = [{**chosen, "prompt": _with_input(row)} for row, chosen in zip(rows, selected, strict=True)]
-            return selected
+            return _select(rows, kind, found, by_name, set(wanted))
     needed = " or ".join(" + ".join(roles) for roles in KINDS[kind])
     flags = ", ".join(dict.fromkeys(f"--{role}_column" for roles in KINDS[kind] for role in roles))
     raise ValueError(
@@ -142,12 +205,148 @@ def select_columns(
     )
 
 
-def _with_input(row: Mapping[str, Any]) -> Any:
-    """An instruction and, after a blank line, the input it is about, where the row has one."""
-    parts = [row.get("instruction"), row.get("input")]
-    if not all(isinstance(part, str) and part.strip() for part in parts):
+def _select(
+    rows: Sequence[Mapping[str, Any]], kind: str, found: dict[str, str], by_name: dict[str, str], named: set[str]
+) -> Selection:
+    """`select_columns`, with the column of each role `found`; `by_name` has all columns, by lower-case names."""
+    free = {name: column for name, column in by_name.items() if column not in found.values()}
+    about = COMPANIONS.get(found.get("prompt", "").lower(), ()) if "prompt" not in named else ()
+    companions = [free[name] for name in about if name in free]
+    is_answering = "label" not in found and "text" not in found
+    around = {
+        role: next(free[name] for name in ALIASES[role] if name in free)
+        for role in (SURROUNDINGS if is_answering else ())
+        if any(name in free for name in ALIASES[role])
+    }
+    media = [free[name] for name in MEDIA if is_answering and name in free]
+    selected = Selection()
+    surroundings = [{role: _surrounding(role, row.get(column)) for role, column in around.items()} for row in rows]
+    talks = any(value for beside in surroundings for role, value in beside.items() if role != "chat_template_kwargs")
+    for row, beside in zip(rows, surroundings, strict=True):
+        values = {role: row.get(column) for role, column in found.items()}
+        if companions:
+            values["prompt"] = _joined([values["prompt"], *(row.get(column) for column in companions)])
+        if is_answering:
+            values = {role: read_turns(value) for role, value in values.items()}
+            lost = [column for column in media if row.get(column) not in (None, "", [])]
+            unread = next((value for value in beside.values() if isinstance(value, Unusable)), None)
+            if lost or unread:
+                values = dict.fromkeys(values, unread or Unusable(f"its {lost[0]} cannot be read, only text"))
+            elif kind == "preference":
+                values = _pair(values, beside, talks)
+            elif talks:
+                values = _surround(values, beside)
+            if talks or any(isinstance(value, list) for value in values.values()):
+                values |= {role: beside[role] for role in TO_TEMPLATE if role in beside}
+        selected.append(values)
+    used = {*found.values(), *companions, *around.values(), *media}
+    if not any(set(TO_TEMPLATE) & values.keys() for values in selected):
+        used -= {around[role] for role in TO_TEMPLATE if role in around}
+    others = [column for column in by_name.values() if column not in used]
+    counts = {column: sum(row.get(column) not in (None, "", [], {}) for row in rows) for column in others}
+    selected.unused = {column: count for column, count in counts.items() if count}
+    answers = {"completion", "chosen", "reference", "references"}
+    as_is = found.get("prompt") == "prompt" and not answers.isdisjoint(found.values())
+    meets = all(_meets(values) for values in selected)
+    selected.separator = "" if "prompt" not in found or as_is or meets else BETWEEN
+    return selected
+
+
+def describe_unused(counts: Mapping[str, int]) -> str:
+    """The columns of `Selection.unused` in words."""
+    return "columns that are not used: " + ", ".join(f"{name} ({count:,} rows)" for name, count in counts.items())
+
+
+def separate(row: Row, separator: str) -> Row:
+    """The row with `separator` behind its prompt, if that is text and does not end in a space."""
+    prompt = row.get("prompt")
+    return {**row, "prompt": prompt + separator} if isinstance(prompt, str) and not prompt[-1:].isspace() else row
+
+
+def _joined(parts: Sequence[Any]) -> Any:
+    """An instruction and, after a blank line, what it is about, where the row has that."""
+    if not isinstance(parts[0], str) or not parts[0].strip():
         return parts[0]
-    return "\n\n".join(map(str, parts))
+    return BETWEEN.join(part for part in parts if isinstance(part, str) and part.strip())
+
+
+def _meets(values: Row) -> bool:
+    """Whether a prompt and the answers to it meet in a space."""
+    texts = [value for value in values.values() if isinstance(value, str) and not isinstance(value, Unusable)]
+    return len(texts) < 2 or texts[0][-1:].isspace() or all(text[:1].isspace() for text in texts[1:])
+
+
+def _surrounding(role: str, value: Any) -> Any:
+    """Turns, tools or options of the template that a column beside the conversation stands for; None for nothing."""
+    if role == "system":
+        value = [{"role": "system", "content": value}] if isinstance(value, str) and value.strip() else value or None
+        return value if value is None or isinstance(value, list) else Unusable("its system is not text")
+    if role == "tools":
+        return read_tools(value)
+    is_text = isinstance(value, str) and value.strip()
+    read = parse(value) if is_text else value or None
+    if is_text and read is None:
+        return Unusable(f"its {role} is no list of turns: {value[:40]!r}")
+    if role == "chat_template_kwargs":
+        return (
+            read if read is None or isinstance(read, Mapping) else Unusable("its chat_template_kwargs are no mapping")
+        )
+    if isinstance(read, list) and all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in read):
+        names = ("user", "assistant")
+        return [{"role": name, "content": text} for pair in read for name, text in zip(names, pair, strict=True)]
+    turns = read_turns(read)
+    return turns if turns is None or isinstance(turns, list) else Unusable("its history is no list of turns")
+
+
+def _surround(values: Row, beside: Row) -> Row:
+    """A row as a conversation, with what its other columns say before it."""
+    first = next(iter(values))
+    start, answer = values[first], values.get("completion")
+    before = [*(beside.get("system") or []), *(beside.get("history") or [])]
+    if isinstance(start, str) and start.strip():
+        start = [{"role": "user", "content": start}]
+    if not isinstance(start, list) or not start:
+        return values
+    if first == "prompt" and not isinstance(values["prompt"], list) and "completion" in values:
+        if not isinstance(answer, str) or not answer.strip():
+            return {"messages": Unusable("empty completion")}
+        return {"messages": [*before, *start, {"role": "assistant", "content": answer}]}
+    if before and isinstance(start[0], Mapping) and start[0].get("role") == "system":
+        if beside.get("system") and beside["system"] != start[:1]:
+            return {**values, first: Unusable("its system column is not what its system turn says")}
+        before = before[len(beside.get("system") or []) :]
+        return {**values, first: [start[0], *before, *start[1:]]}
+    return {**values, first: [*before, *start]}
+
+
+def _pair(values: Row, beside: Row, talks: bool) -> Row:
+    """A preference as TRL takes it: all text; or turns, those that both chats begin with in the prompt alone."""
+    prompt, answers = values.get("prompt"), [values["chosen"], values["rejected"]]
+    if answers[0] == answers[1]:
+        return {**values, "chosen": Unusable("chosen and rejected are the same")}
+    if not talks and not any(isinstance(value, list) for value in values.values()):
+        return values
+    if any(value is None or _fault("answer", value) for value in answers):
+        return values
+    chosen, rejected = (
+        value if isinstance(value, list) else [{"role": "assistant", "content": value}] for value in answers
+    )
+    common = start_in_common(chosen, rejected)
+    if isinstance(prompt, str) and prompt.strip():
+        asked = [turn for turn in chosen[:common] if turn["role"] == "user" and turn["content"]]
+        if asked and not any(str(turn["content"]).strip() == prompt.strip() for turn in asked):
+            return {**values, "prompt": Unusable("its prompt is no turn of its chosen answer")}
+        prompt = [] if asked else [{"role": "user", "content": prompt}]
+    elif isinstance(prompt, list) and chosen[: len(prompt)] == rejected[: len(prompt)] == prompt:
+        prompt = []
+    elif prompt is not None and not isinstance(prompt, list):
+        return values
+    before = _surround({"prompt": [*(prompt or []), *chosen[:common]]}, beside)["prompt"]
+    pair = {"prompt": before, "chosen": chosen[common:], "rejected": rejected[common:]}
+    for role in ("chosen", "rejected"):
+        if not pair[role] or pair[role][0]["role"] != "assistant":
+            return dict.fromkeys(pair, Unusable(f"{role} does not go on with the assistant where the prompt ends"))
+    return pair
 
 
 @dataclass
@@ -185,24 +384,29 @@ def drop_unusable(rows: Sequence[Row]) -> tuple[list[Row], Skipped]:
 
 def _fault(role: str, value: Any) -> str | None:
     """Why a row with this value cannot be used, or None."""
+    if isinstance(value, Unusable):
+        return str(value)
+    if role in TO_TEMPLATE:
+        return None
     if role == "label":
         return "no label" if value is None or value == "" else None
-    if isinstance(value, str):
-        return None if value.strip() else f"empty {role}"
-    if value is None or not value:
+    if isinstance(value, str) and value.strip():
+        return "messages is text, not a list of turns" if role == "messages" else None
+    if value is None or not value or isinstance(value, str):
         return f"empty {role}"
     if not isinstance(value, list):
         return f"{role} is not text"
     if role == "reference" and all(isinstance(option, str) for option in value):
         return None
-    if not all(isinstance(turn, Mapping) and "role" in turn and "content" in turn for turn in value):
-        return f"{role} has a turn without role or content"
-    if not all(isinstance(turn["content"], str | list | None) for turn in value):
-        return f"{role} has a turn whose content is not text"
+    if fault := turns_fault(role, value):
+        return fault
     if role == "reference" and first_answer(value) is None:
         return "no assistant turn"
-    if role == "messages" and not any(turn["role"] == "assistant" and turn["content"] for turn in value):
+    answers = [turn for turn in value if turn["role"] == "assistant" and is_learned(turn)]
+    if role == "messages" and not any(map(says_something, answers)):
         return "no assistant turn"
+    if role in ("messages", "completion", "chosen", "rejected") and not all(map(says_something, answers)):
+        return f"{role} has an assistant turn that says nothing"
     return None
 
 
@@ -264,7 +468,16 @@ def pair_lines(prompt_file: str | Path, reference_file: str | Path) -> list[Row]
 
 
 def read_prompts(path: str | Path, prompt_column: str | None = None) -> list[Row]:
-    """The rows of a file with their prompt under `prompt`, and all their other columns as they are."""
+    """The rows of a file with their prompt under `prompt`, and all their other columns as they are.
+
+    Raises:
+        ValueError: as `read_rows` and `select_columns`; and for a prompt that cannot be rendered, naming its row.
+    """
     rows = read_rows(path)
     chosen = select_columns(rows, "prompt", {"prompt": prompt_column}, str(path))
-    return [{**row, "prompt": next(iter(one.values()))} for row, one in zip(rows, chosen, strict=True)]
+    prompts = [next(iter(one.values())) for one in chosen]
+    for number, (prompt, one) in enumerate(zip(prompts, chosen, strict=True), 1):
+        fault = _fault("prompt", prompt) if isinstance(prompt, list | Unusable) and prompt else None
+        if fault or one.get("tools"):
+            raise ValueError(f"{path}, row {number:,}: {fault or 'its tools are passed to no model here'}")
+    return [{**row, "prompt": prompt} for row, prompt in zip(rows, prompts, strict=True)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sysconfig
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .classification import read_label_names
+from .markup import code, line, plain, quoted
 
 NOT_MEASURED = "not measured"
 TEMPLATE_NAME = "model_card.md"
@@ -28,10 +28,15 @@ METRICS = {
 
 
 def template_path() -> Path:
-    """Where model_card.md lies: beside the package in a clone, under share/ where a wheel was installed."""
-    beside = Path(__file__).resolve().parent.parent / TEMPLATE_NAME
-    installed = Path(sysconfig.get_path("data")) / "share" / "hf_decoder" / TEMPLATE_NAME
-    return beside if beside.is_file() or not installed.is_file() else installed
+    """Where the template of the card lies: in the package, which holds the same file as the root of a clone.
+
+    Raises:
+        ValueError: if it is missing, which a training should know before it starts.
+    """
+    path = Path(__file__).with_name(TEMPLATE_NAME)
+    if not path.is_file():
+        raise ValueError(f"the template of the model card, {path}, is missing; install hf-decoder again")
+    return path
 
 
 def load_lines(folder: str, *, trust: bool = True) -> str:
@@ -39,11 +44,11 @@ def load_lines(folder: str, *, trust: bool = True) -> str:
 
     `trust` says that its class is not part of transformers.
     """
-    code = ", trust_remote_code=True" if trust else ""
+    trusting = ", trust_remote_code=True" if trust else ""
     return "\n".join(
         [
             "from transformers import pipeline",
-            f'generate = pipeline("text-generation", model={json.dumps(folder)}{code})',
+            f'generate = pipeline("text-generation", model={quoted(folder)}{trusting})',
             'print(generate("def main(", max_new_tokens=64)[0]["generated_text"])',
         ]
     )
@@ -55,7 +60,7 @@ def adapter_load_lines(folder: str, task: str, id2label: Mapping[int, str] | Non
     `id2label` are the classes of a classifier, which the base does not know.
     """
     head = "SequenceClassification" if task == "classification" else "CausalLM"
-    name = json.dumps(folder)
+    name = quoted(folder)
     labels = []
     if id2label is not None:
         pairs = [(index, json.dumps(label, ensure_ascii=False)) for index, label in id2label.items()]
@@ -103,22 +108,22 @@ def write_model_card(
     Args:
         folder: where the model lies.
         results: metrics under Hugging Face's names; a metric that is missing is written as "not measured".
-        words: Markdown for `dataset` (what the text is), `held_out` (how its held-out part was chosen), `tokenizer`
-            (where it comes from), `start` (what training started from) and `procedure`; one that is missing is
-            written as "not stated". `license` is a licence id for the metadata, left out where it is missing.
+        words: `dataset` (what the text is), `held_out` (how its held-out part was chosen), `tokenizer` (where it
+            comes from) and `start` (what training started from), which are text; and Markdown for `procedure`. One
+            that is missing is written as "not stated". `license` is a licence id for the metadata, if there is one.
         model_name: the card's title and the name in its model-index; the folder's name if None.
     """
     folder = Path(folder)
     name = model_name or folder.resolve().name
     card_data = ModelCardData(
-        model_name=name,
+        model_name=line(name),
         license=words.get("license"),
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["hf_decoder", "causal-lm", "custom_code"],
         eval_results=_eval_results(results, words.get("dataset", "text")) or None,
     )
-    fields = {"title": name, "load_lines": load_lines(_address(folder)), **_measured(results), **_stated(words)}
+    fields = {"title": plain(name), "load_lines": load_lines(_address(folder)), **_measured(results), **_stated(words)}
     card = ModelCard.from_template(card_data, template_path=str(template_path()), **fields)
     card.save(folder / "README.md")
     return card
@@ -128,7 +133,7 @@ def write_model_card(
 EVALUATION_METRICS = {
     "perplexity": ("text-generation", "perplexity", "Perplexity (per token)"),
     "bits_per_byte": ("text-generation", "bits_per_byte", "Bits per byte"),
-    "bleu": ("text-generation", "bleu", "BLEU (sacrebleu, 13a, cased)"),
+    "bleu": ("text-generation", "bleu", "BLEU (sacrebleu)"),
     "chrf": ("text-generation", "chrf", "chrF2 (sacrebleu)"),
     "exact_match": ("text-generation", "exact_match", "Exact match"),
     "accuracy": ("text-classification", "accuracy", "Accuracy"),
@@ -136,13 +141,13 @@ EVALUATION_METRICS = {
 }
 
 
-def update_model_index(folder: str | Path, results: Mapping[str, float], *, dataset: str) -> ModelCard:
+def update_model_index(folder: str | Path, results: Mapping[str, Any], *, dataset: str) -> ModelCard:
     """Writes measured results into the model-index of README.md in `folder`, which is made where it is missing.
 
     A result for the same task, data set and metric is replaced; everything else of the card stays as it is.
 
     Args:
-        results: names of `EVALUATION_METRICS` to values.
+        results: names of `EVALUATION_METRICS` to values, and `NAME_signature` to how one was measured.
         dataset: name of the text or the rows that were measured.
 
     Raises:
@@ -152,16 +157,16 @@ def update_model_index(folder: str | Path, results: Mapping[str, float], *, data
     path = folder / "README.md"
     name = folder.resolve().name
     try:
-        card = ModelCard.load(path) if path.is_file() else ModelCard(f"---\n{{}}\n---\n\n# {name}\n")
+        card = ModelCard.load(path) if path.is_file() else ModelCard(f"---\n{{}}\n---\n\n# {plain(name)}\n")
     except (ValueError, TypeError) as error:
         raise ValueError(f"the metadata at the top of {path} cannot be read: {error}") from None
     new = [
         EvalResult(
             task_type=task,
-            dataset_type=Path(dataset).stem,
-            dataset_name=dataset,
+            dataset_type=line(Path(dataset).stem),
+            dataset_name=line(dataset),
             metric_type=metric,
-            metric_name=shown,
+            metric_name=f"{shown} {signature}" if (signature := results.get(f"{key}_signature")) else shown,
             metric_value=results[key],
         )
         for key, (task, metric, shown) in EVALUATION_METRICS.items()
@@ -169,7 +174,7 @@ def update_model_index(folder: str | Path, results: Mapping[str, float], *, data
     ]
     data: Any = card.data
     kept = [old for old in data.eval_results or [] if not any(_same_measure(old, result) for result in new)]
-    data.model_name = data.model_name or name
+    data.model_name = data.model_name or line(name)
     data.eval_results = kept + new
     card.save(path)
     return card
@@ -181,7 +186,7 @@ FINETUNING_TEMPLATE = """---
 
 # {{ title }}
 
-{{ kind }} of `{{ base }}`, fine-tuned with hf_decoder: {{ task }}.
+{{ kind }} of {{ base }}, fine-tuned with hf_decoder: {{ task }}.
 
 ## How to load it
 
@@ -244,7 +249,7 @@ def write_finetuning_card(
     kind = "text-classification" if words["task"] == "classification" else "text-generation"
     found = {key: shown for key, shown in FINETUNING_METRICS.items() if key in results}
     card_data = ModelCardData(
-        model_name=name,
+        model_name=line(name),
         license=words.get("license"),
         base_model=words.get("base_model"),
         library_name="peft" if is_adapter else "transformers",
@@ -253,8 +258,8 @@ def write_finetuning_card(
         eval_results=[
             EvalResult(
                 task_type=kind,
-                dataset_type=Path(words["dataset"]).stem,
-                dataset_name=f"{words['dataset']}, held-out rows",
+                dataset_type=line(Path(words["dataset"]).stem),
+                dataset_name=line(f"{words['dataset']}, held-out rows"),
                 metric_type=metric,
                 metric_name=shown,
                 metric_value=results[key],
@@ -271,12 +276,14 @@ def write_finetuning_card(
     card = ModelCard.from_template(
         card_data,
         template_str=FINETUNING_TEMPLATE,
-        title=name,
+        title=plain(name),
         kind="An adapter" if is_adapter else "A version",
         task=TASK_WORDS[words["task"]],
         load_lines=_finetuned_load_lines(folder, words["task"], is_adapter),
         results="\n".join(["| measure | value |", "|---|---:|", *rows]) if rows else NOT_MEASURED,
-        **{key: words[key] for key in ("base", "dataset", "method")},
+        base=code(words["base"]),
+        dataset=plain(words["dataset"]),
+        method=words["method"],
         **fields,
     )
     card.save(folder / "README.md")
@@ -289,7 +296,7 @@ CONVERSION_TEMPLATE = """---
 
 # {{ title }}
 
-`{{ source }}`, {{ source_kind }}, {{ done }} with hf_decoder.
+{{ source_code }}, {{ source_kind }}, {{ done }} with hf_decoder.
 
 ## How to load it
 
@@ -341,12 +348,12 @@ def write_conversion_card(
     kind = "ONNX" if is_onnx else f"`{words['kind']}`"
     source_data = _metadata(source_card)
     known: dict[str, Any] = {
-        key: source_data[key] for key in ("license", "license_name", "license_link") if source_data.get(key)
+        key: line(source_data[key]) for key in ("license", "license_name", "license_link") if source_data.get(key)
     }
     if is_quantized and "base_model" in words:
         known["base_model_relation"] = "quantized"
     card_data = ModelCardData(
-        model_name=words["title"],
+        model_name=line(words["title"]),
         base_model=words.get("base_model"),
         library_name=ONNX if is_onnx else "transformers",
         pipeline_tag="text-generation",
@@ -357,20 +364,21 @@ def write_conversion_card(
     card = ModelCard.from_template(
         card_data,
         template_str=CONVERSION_TEMPLATE,
-        title=words["title"],
+        title=plain(words["title"]),
         done=f"quantized by `{words['method']}`" if is_quantized else f"converted to {kind}",
         heading="Quantization" if is_quantized else "Conversion",
-        source=words["source"],
+        source=plain(words["source"]),
+        source_code=code(words["source"]),
         source_kind=words["source_kind"],
-        revision=f" at {words['revision']}" if "revision" in words else "",
+        revision=f" at {plain(words['revision'])}" if "revision" in words else "",
         load_lines=_onnx_load_lines(words["title"]) if is_onnx else load_lines(words["title"], trust=is_ours),
         trust=TRUST if is_ours else "No code of this folder is run.",
         parameters=f"{parameters:,}",
         context_length=f"{context_length:,}",
-        measured=measured,
+        measured={plain(what): plain(value) for what, value in measured.items()},
         software=", ".join(f"{package} {version(package)}" for package in ("torch", "transformers")),
         elsewhere="see the card of the source" if source_data else "unknown, the source had no card",
-        license=str(known.get("license_name") or known.get("license") or "unknown"),
+        license=plain(known.get("license_name") or known.get("license") or "unknown"),
     )
     card.save(folder / "README.md")
     return card
@@ -398,8 +406,8 @@ def _onnx_load_lines(folder: str) -> str:
         [
             "import onnxruntime",
             "from transformers import AutoTokenizer",
-            f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(folder)})",
-            f"session = onnxruntime.InferenceSession({json.dumps(folder + '/model.onnx')})",
+            f"tokenizer = AutoTokenizer.from_pretrained({quoted(folder)})",
+            f"session = onnxruntime.InferenceSession({quoted(folder + '/model.onnx')})",
         ]
     )
 
@@ -413,7 +421,7 @@ def _finetuned_load_lines(folder: Path, task: str, is_adapter: bool) -> str:
     if is_adapter:
         return adapter_load_lines(_address(folder), task, read_label_names(folder))
     if task == "classification":
-        name = json.dumps(_address(folder))
+        name = quoted(_address(folder))
         return "\n".join(
             [
                 "from transformers import pipeline",
@@ -434,7 +442,7 @@ def _eval_results(results: Mapping[str, Any], dataset: str) -> list[EvalResult]:
         EvalResult(
             task_type="text-generation",
             dataset_type="text",
-            dataset_name=f"{dataset}, held-out part",
+            dataset_name=line(f"{dataset}, held-out part"),
             dataset_split="validation",
             metric_type=metric,
             metric_name=shown,
@@ -446,7 +454,8 @@ def _eval_results(results: Mapping[str, Any], dataset: str) -> list[EvalResult]:
 
 
 def _stated(words: Mapping[str, str]) -> dict[str, str]:
-    return {key: words.get(key, "not stated") for key in ("dataset", "held_out", "tokenizer", "start", "procedure")}
+    said = {key: plain(words.get(key, "not stated")) for key in ("dataset", "held_out", "tokenizer", "start")}
+    return {**said, "procedure": words.get("procedure", "not stated")}
 
 
 def _energy(seconds: float) -> str:
@@ -474,7 +483,7 @@ def _measured(results: Mapping[str, Any]) -> dict[str, str]:
     return {
         **{key: say(key, "{:,}".format) for key in counts},
         **{key: say(key, "{:.4g}".format) for key in measures},
-        "hardware": say("device", str),
+        "hardware": say("device", plain),
         "software": ", ".join(versions) or NOT_MEASURED,
         "train_time": say("train_runtime", "{:,.0f} s".format),
         "energy": say("train_runtime", _energy),

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import bz2
 import codecs
 import glob
 import gzip
 import hashlib
 import json
+import lzma
 import os
 import shutil
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -29,6 +31,25 @@ TEXT_SUFFIXES = frozenset({
     ".r", ".jl", ".hs", ".ml", ".ex", ".erl", ".clj", ".lisp", ".scm", ".f90",
 })
 # fmt: on
+
+
+def _open_zstd(path: Path) -> Any:
+    try:
+        from compression import zstd  # Python 3.14
+    except ModuleNotFoundError:
+        raise ValueError(
+            f"{path} is compressed with zstd, which is not read here; unpack it: zstd -d {path}"
+        ) from None
+    return zstd.open(path)
+
+
+COMPRESSIONS: dict[str, Callable[[Path], Any]] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".zst": _open_zstd,
+}
+NAMES = {"gz": "gzip", "bz2": "bzip2"}
 
 
 def find_files(
@@ -68,14 +89,19 @@ def _walk(path: Path, argument: str) -> Iterator[tuple[Path, str]]:
         raise ValueError(f"{argument} {path} has no text files; it needs .txt, .md, .py, .jsonl, .parquet ...")
 
 
-def _suffix(path: Path) -> str:
-    """The suffix that tells the format: `.gz` is looked through."""
+def plain_name(path: Path) -> str:
+    """The name of a file in lower case, without the suffix of its compression."""
     name = path.name.lower()
-    return Path(name.removesuffix(".gz")).suffix
+    return name[: -len(path.suffix)] if path.suffix.lower() in COMPRESSIONS else name
+
+
+def _suffix(path: Path) -> str:
+    """The suffix that tells the format: that of a compression is looked through."""
+    return Path(plain_name(path)).suffix
 
 
 def read_text(path: Path, encoding: str | None = None) -> str:
-    """The text of a UTF-8 file, gzipped if its name ends in `.gz`; ValueError for anything that is not such a file.
+    """The text of a UTF-8 file, unpacked if its name says so; ValueError for anything that is not such a file.
 
     What is not UTF-8 is read in `encoding`, if there is one. A byte order mark is no text.
     """
@@ -147,26 +173,30 @@ def find_invalid_byte(path: Path) -> tuple[int, int] | None:
 
 @contextmanager
 def _open(path: Path) -> Iterator[BinaryIO]:
-    if not path.name.lower().endswith(".gz"):
+    unpack = COMPRESSIONS.get(path.suffix.lower())
+    if unpack is None:
         with path.open("rb") as file:
             yield file
         return
     try:
-        with gzip.open(path) as unpacked:
+        with unpack(path) as unpacked:
             yield cast(BinaryIO, unpacked)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} is not a whole gzip file ({error}); compress it again") from None
+    except (gzip.BadGzipFile, lzma.LZMAError, EOFError, zlib.error, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # bz2 says by one without a number that it is none
+            raise
+        kind = path.suffix[1:].lower()
+        raise ValueError(f"{path} is not a whole {NAMES.get(kind, kind)} file ({error}); compress it again") from None
 
 
 def plain_file(path: Path, encoding: str | None = None) -> Path:
-    """`path` if it is plain UTF-8; for one that is gzipped or in `encoding`, a copy in the cache of `datasets`.
+    """`path` if it is plain UTF-8; for one that is compressed or in `encoding`, a copy in the cache of `datasets`.
 
     Whether a file is UTF-8 is looked into only where there is an encoding to take instead.
     """
     from datasets import config
 
     foreign = encoding is not None and find_invalid_byte(path) is not None
-    if not path.name.lower().endswith(".gz") and not foreign:
+    if path.suffix.lower() not in COMPRESSIONS and not foreign:
         return path
     stat = path.stat()
     key = hashlib.md5(
@@ -190,29 +220,60 @@ def plain_file(path: Path, encoding: str | None = None) -> Path:
 
 
 def load_table(
-    builder: str, paths: list[Path], encoding: str | None = None, *, streaming: bool = False
+    builder: str,
+    paths: list[Path],
+    encoding: str | None = None,
+    *,
+    text_column: str | None = None,
+    streaming: bool = False,
 ) -> tuple[Any, str]:
-    """The rows of tables of one kind, as `datasets` reads them, and the name to give the table in messages."""
+    """The rows of tables of one kind, as `datasets` reads them, and the name to give the table in messages.
+
+    A column of JSON lines may hold values of several types, or begin late in the file, which `datasets` does not read.
+    Where `text_column` is another one, it is read alone.
+    """
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
     from datasets.utils import logging
+    from transformers.utils import logging as transformers_logging
 
     name = str(paths[0]) if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
     # Escaped, because the builders take names for patterns.
-    files = []
-    for path in paths:
-        file = plain_file(path, None if builder == "parquet" else encoding)
+    plain = [plain_file(path, None if builder == "parquet" else encoding) for path in paths]
+    for path, file in zip(paths, plain, strict=True):
         if file.stat().st_size == 0:
             raise ValueError(f"{path} is empty; it needs at least one row")
-        files.append(glob.escape(str(file)))
+    files = [glob.escape(str(file)) for file in plain]
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)  # what it logs on the way to an error, the error says
     try:
         return load_dataset(builder, data_files=files, split="train", streaming=streaming), name
     except (DatasetsError, ValueError, OSError) as error:
-        raise explain_table(builder, paths, name, error) from error
+        alone = None if streaming or builder != "json" else _column_alone(plain, text_column)
+        if alone is None:
+            raise explain_table(builder, paths, name, error) from error
+        transformers_logging.get_logger("transformers").warning(
+            f"{name}: columns other than {text_column!r} are not read: they hold values of several types"
+        )
+        return alone, name
     finally:
         logging.set_verbosity(verbosity)
+
+
+def _column_alone(files: Sequence[Path], column: str | None) -> Any:
+    """The texts of one column of JSON lines, as a table; None where they are not texts, or the lines not JSON."""
+    from datasets import Dataset, Features, Value
+
+    texts: list[Any] = []
+    try:
+        for file in files:
+            with file.open(encoding="utf-8-sig") as lines:
+                texts += [json.loads(line).get(column) for line in lines if line.strip()]
+    except (ValueError, AttributeError):
+        return None
+    if not any(texts) or not all(isinstance(text, str | None) for text in texts):
+        return None
+    return Dataset.from_dict({column: texts}, Features({column: Value("large_string")}))
 
 
 def explain_table(builder: str, paths: list[Path], name: str, error: BaseException) -> ValueError:

@@ -24,8 +24,8 @@ class TextArguments:
     train_file: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Text to train on: .txt, .md, .jsonl, .json, .csv, .parquet, each also .gz, or a folder. Several "
-            "are laid together; with weights, a.txt:0.7 b.jsonl:0.3, they are mixed in these shares of bytes."
+            "help": "Text to train on: .txt, .md, .jsonl, .csv, .parquet, each also .gz, .bz2, .xz; or a folder. "
+            "Several are laid together; with weights, a.txt:0.7 b.jsonl:0.3, they are mixed in these shares of bytes."
         },
     )
     validation_file: str | None = field(default=None, metadata={"help": "Held-out text, of the same kinds."})

@@ -265,7 +265,7 @@ def plot_loss_curve(
             "right", functions=(lambda y: np.divide(y, nats), lambda y: np.multiply(y, nats))
         )
         second.set_ylabel("bits per byte")
-    axes.set_title(title)
+    axes.set_title(title, parse_math=False)  # the name of a file may hold dollar signs
     axes.set_xlabel("optimizer steps")
     axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.3)

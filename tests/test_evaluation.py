@@ -1,9 +1,11 @@
 """The measures against a plain loop over tokens, and against the compressor itself."""
 
+import importlib.util
 import math
 import subprocess
 
 import pytest
+import sacrebleu
 import torch
 from datasets import Dataset
 from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -15,12 +17,14 @@ from hf_decoder.evaluation import (
     bits_per_byte,
     bleu,
     chrf,
+    corpus_score,
     exact_match,
     macro_f1,
     option_nats,
     perplexity,
     score,
     score_text,
+    text_metric,
     xz_bits_per_byte,
 )
 
@@ -244,6 +248,39 @@ def test_bleu_and_chrf_by_their_definitions():
     assert 0 < chrf([prediction], [[reference]]) < 100
     # cased, and references need not be equally many
     assert bleu(["A b c d e f", reference], [["a b c d e f"], ["z", reference]]) < 100
+
+
+@pytest.mark.parametrize(
+    "texts, tokenize",
+    [
+        (["我喜欢吃香蕉。", "今天天气很好我们去公园玩吧 OK。"], "zh"),
+        (["我喜歡「カラオケ」這個地方因為那裡的音樂總是非常好聽而且朋友們每個週末都會一起去那裡唱歌聊天"], "zh"),
+        (["the word 我 is one of Chinese"], "13a"),
+        (["das ist größer als alles", "дом там близ реки"], "13a"),
+        (["12 3 4 5 6 7."], "13a"),
+    ],
+)
+def test_bleu_is_of_the_tokens_of_the_references_language(texts, tokenize):
+    references = [[text, "x"] for text in texts]
+    metric = text_metric("bleu", references)
+    assert corpus_score(metric, texts, references) == pytest.approx(100)
+    assert f"tok:{tokenize}|" in metric.get_signature().format()
+    cut = [text[:-3] for text in texts]
+    streams = [texts, ["x"] * len(texts)]
+    assert bleu(cut, references) == sacrebleu.corpus_bleu(cut, streams, tokenize=tokenize).score
+    assert bleu(cut, references, "char") == sacrebleu.corpus_bleu(cut, streams, tokenize="char").score
+
+
+@pytest.mark.parametrize(
+    "text, language, package", [("私はりんごが好きです", "ja", "ipadic"), ("나는 사과를 좋아한다", "ko", "mecab_ko")]
+)
+def test_a_tokenizer_that_is_not_installed_is_named(text, language, package):
+    if importlib.util.find_spec(package) is not None:
+        assert bleu([text], [[text]]) == pytest.approx(100)
+        return
+    with pytest.raises(ValueError, match=rf"sacrebleu\[{language}\].*--tokenize char"):
+        bleu([text], [[text]])
+    assert bleu([text], [[text]], "char") == pytest.approx(100)
 
 
 def test_exact_match_accuracy_and_f1():

@@ -1,7 +1,9 @@
 """Rows from files, columns recognised, unusable rows counted."""
 
+import bz2
 import gzip
 import json
+import lzma
 
 import pytest
 
@@ -149,3 +151,188 @@ def test_text_and_messages_in_one_file_are_told_apart():
     check_alike(mixed[1:], "x")
     with pytest.raises(ValueError, match="x mixes text and messages: row 1 holds text and row 1 holds messages"):
         check_alike(mixed[1:], "x", across_roles=True)
+
+
+USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}
+
+
+def messages(value, **more):
+    """The conversation that a row with `value` in its column of messages is read as."""
+    return select_columns([{"messages": value, **more}], "sft", {}, "x")[0]["messages"]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        [USER, ANSWER],
+        [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}],
+        json.dumps([USER, ANSWER]),
+        str([USER, ANSWER]),
+        json.dumps([{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]),
+        [{**USER, "content": [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]}, ANSWER],
+        [{**USER, "tool_calls": None, "weight": None}, {**ANSWER, "tool_calls": []}],
+    ],
+)
+def test_conversations_of_every_form_are_messages(value):
+    assert messages(value) == [USER, ANSWER]
+
+
+def test_tool_calls_of_every_form_are_those_that_templates_take():
+    said = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+    text = json.dumps({"name": "weather", "arguments": {"city": "Rome"}})
+    result = {"role": "tool", "content": "21"}
+    flat = {"function": {"name": "weather", "arguments": '{"city": "Rome"}'}}
+    assert messages([USER, {"role": "assistant", "tool_calls": [flat]}, result]) == [USER, said, result]
+    assert messages([USER, {"role": "assistant", "function_call": flat["function"]}])[1] == said
+    shared = [{"from": "human", "value": "hi"}, {"from": "function_call", "value": text}]
+    assert messages([*shared, {"from": "observation", "value": "21"}]) == [USER, said, result]
+    rows = [{"messages": [USER, said], "tools": value} for value in (json.dumps([{"name": "f"}]), [{"name": "f"}])]
+    wrapped = [{"type": "function", "function": {"name": "f"}}]
+    assert [row["tools"] for row in select_columns(rows, "sft", {}, "x")] == [wrapped, wrapped]
+
+
+def reasons(rows, kind="sft"):
+    return set(drop_unusable(select_columns(rows, kind, {}, "x"))[1].reasons)
+
+
+@pytest.mark.parametrize(
+    "row, reason",
+    [
+        ({"messages": [{**USER, "content": [{"type": "text", "text": "a"}, {"type": "image"}]}, ANSWER]}, "(image)"),
+        ({"messages": [{**USER, "content": [{"type": "image_url"}]}, ANSWER]}, "(image_url)"),
+        ({"messages": [USER, ANSWER], "images": ["a.png"]}, "its images cannot be read"),
+        ({"prompt": "a", "completion": "b", "audio": {"path": "a.wav"}}, "its audio cannot be read"),
+        ({"messages": [USER, {"role": "assistant", "content": None}, USER, ANSWER]}, "turn that says nothing"),
+        ({"messages": [USER, {**ANSWER, "weight": 0.5}]}, "weight is neither 0 nor 1"),
+        ({"messages": [USER, {**ANSWER, "weight": 0}]}, "no assistant turn"),
+        ({"messages": "just words"}, "messages is text"),
+        ({"messages": "[{'role': 'user'"}, "messages is text"),
+        ({"messages": [USER, {"from": "function_call", "value": "no json"}]}, "tool call without name"),
+        ({"messages": [USER, ANSWER], "tools": "no json"}, "tools are no JSON"),
+        ({"prompt": "a", "completion": "b", "history": "no json"}, "history is no list"),
+        ({"prompt": "a", "completion": "b", "system": 5}, "system is not text"),
+        ({"prompt": "", "completion": "b", "system": "kind"}, "empty prompt"),
+        ({"prompt": "a", "completion": "", "system": "kind"}, "empty completion"),
+        ({"messages": [{"role": "system", "content": "a"}, USER, ANSWER], "system": "b"}, "system column is not"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_rendered_of_a_row_is_the_reason_to_skip_it(row, reason):
+    (found,) = reasons([row])
+    assert reason in found
+
+
+def test_what_an_instruction_is_about_and_comes_after_is_in_the_prompt():
+    row = {"instruction": "Who won?", "context": "Ann beat Bob.", "response": "Ann", "category": "closed_qa"}
+    found = select_columns([row, {**row, "context": "", "category": None}], "sft", {}, "x")
+    assert found == [{"prompt": "Who won?\n\nAnn beat Bob.", "completion": "Ann"}, {"prompt": "Who won?", "completion": "Ann"}]  # fmt: skip # noqa: E501
+    assert found.unused == {"category": 1}
+    row = {"question": "Who won?", "context": "Ann beat Bob.", "answer": "Ann"}
+    assert select_columns([row], "reference", {}, "x")[0]["prompt"] == "Who won?\n\nAnn beat Bob."
+    assert select_columns([{"INSTRUCTION": "a", "RESPONSE": "b"}], "sft", {}, "x") == [
+        {"prompt": "a", "completion": "b"}
+    ]
+
+
+def test_system_and_history_make_messages():
+    row = {"instruction": "b", "input": "c", "output": "d", "system": "s", "history": [["hi", "ho"]]}
+    asked = {"role": "user", "content": "b\n\nc"}
+    system = {"role": "system", "content": "s"}
+    found = select_columns([row, {**row, "system": "", "history": None}], "sft", {}, "x")
+    assert found[0] == {"messages": [system, USER, ANSWER, asked, {"role": "assistant", "content": "d"}]}
+    assert found[1] == {"messages": [asked, {"role": "assistant", "content": "d"}]}
+    assert not found.unused
+    row["history"] = json.dumps(row["history"])
+    assert select_columns([row], "reference", {}, "x") == [{"prompt": [system, USER, ANSWER, asked], "reference": "d"}]
+    shared = {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}], "system": "s"}
+    assert select_columns([shared], "sft", {}, "x") == [{"messages": [system, USER, ANSWER]}]
+    # without one in any row they are prompt and completion
+    plain = {"instruction": "b", "output": "d", "system": "", "history": []}
+    assert select_columns([plain], "sft", {}, "x") == [{"prompt": "b", "completion": "d"}]
+
+
+def test_preferences_are_all_text_or_all_turns():
+    other = {"role": "assistant", "content": "no"}
+    expected = [{"prompt": [USER], "chosen": [ANSWER], "rejected": [other]}]
+    chats = {"chosen": [USER, ANSWER], "rejected": [USER, other]}
+    for row in (
+        {"prompt": "hi", "prompt_id": "1", **chats, "messages": [USER, ANSWER], "score_chosen": 1.0},
+        {"prompt": "hi", "chosen": [ANSWER], "rejected": [other]},
+        {"prompt": [USER], "chosen": "ho", "rejected": "no"},
+        {"prompt": [USER], **chats},
+        chats,
+        {key: json.dumps(value) for key, value in chats.items()},
+        {"conversations": [{"from": "human", "value": "hi"}], "chosen": {"from": "gpt", "value": "ho"}, "rejected": {"from": "gpt", "value": "no"}},  # noqa: E501
+    ):  # fmt: skip
+        assert select_columns([row], "preference", {}, "x") == expected
+    text = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    assert select_columns([text], "preference", {}, "x") == [text]
+    assert select_columns([{**text, "system": "s"}], "preference", {}, "x")[0]["prompt"][0]["role"] == "system"
+    assert reasons([{**text, "rejected": "b"}], "preference") == {"chosen and rejected are the same"}
+    assert reasons([{"prompt": "else", **chats}], "preference") == {"its prompt is no turn of its chosen answer"}
+    started = {"chosen": [USER, ANSWER], "rejected": [{**USER, "content": "x"}, other]}
+    assert "does not go on with the assistant" in reasons([started], "preference").pop()
+
+
+@pytest.mark.parametrize(
+    "row, separator",
+    [
+        ({"instruction": "Name a pet", "input": "", "output": "Cat"}, "\n\n"),
+        ({"question": "a", "answer": "b"}, "\n\n"),
+        ({"prompt": "a", "response": "b"}, "\n\n"),
+        ({"prompt": "2+2=", "completion": "4"}, ""),  # TRL's own, joined as they are
+        ({"source": "a", "target": " b"}, ""),
+        ({"source": "a\n", "target": "b"}, ""),
+        ({"text": "a"}, ""),
+    ],
+)
+def test_prompt_and_answer_are_told_apart(row, separator):
+    assert select_columns([row], "sft", {}, "x").separator == separator
+
+
+@pytest.mark.parametrize(
+    "name, text, reason",
+    [
+        ("a.csv", "prompt,completion\na,b\nc,d, and e\n", "line 3 has 3 fields and the first line names 2"),
+        ("a.tsv", "prompt\tcompletion\na\tb\tc\n", "line 2 has 3 fields"),
+        ("a.csv", "a,a\n1,2\n", "two columns 'a'"),
+        ("a.csv", 'a,b\n1,"2\n3,4\n', "line 3 cannot be read"),
+        ("a.csv", 'a,b\n1,"2" 3\n', "line 2 cannot be read"),
+        ("a.csv", "a,b\n", "is empty"),
+        ("a.jsonl.xz", "no", "not a whole xz file"),
+        ("a.jsonl.bz2", "no", "not a whole bzip2 file"),
+        ("a.txt.gz", "no", "not a whole gzip file"),
+    ],
+)
+def test_tables_whose_fields_do_not_fit_are_refused(tmp_path, name, text, reason):
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=reason):
+        read_rows(tmp_path / name)
+
+
+def test_a_field_may_be_a_book_and_a_row_may_be_short(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text(f"prompt,completion\nlong,{'word ' * 30_000}\n\nshort\n", encoding="utf-8")
+    rows = read_rows(path)
+    assert len(rows[0]["completion"]) == 150_000 and rows[1:] == [{"prompt": "short", "completion": None}]
+
+
+@pytest.mark.parametrize("pack", [bz2.compress, gzip.compress, lzma.compress], ids=["bz2", "gz", "xz"])
+def test_compressed_files_are_read(tmp_path, pack):
+    path = tmp_path / f"rows.ndjson.{pack.__module__.replace('gzip', 'gz').replace('lzma', 'xz')}"
+    path.write_bytes(pack(b'{"prompt": "a"}\n'))
+    assert read_rows(path) == [{"prompt": "a"}]
+
+
+def test_a_file_that_cannot_be_unpacked_is_named_as_compressed(tmp_path):
+    (tmp_path / "rows.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd")
+    with pytest.raises(ValueError, match=r"rows\.jsonl\.zst is (compressed with zstd|not a whole zst file)"):
+        read_rows(tmp_path / "rows.jsonl.zst")
+
+
+def test_a_prompt_that_cannot_be_rendered_is_refused_by_its_row(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"messages": [USER]}, {"messages": [{**USER, "content": [{"type": "image_url"}]}]}]
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"rows\.jsonl, row 2: .*not text \(image_url\)"):
+        read_prompts(path)

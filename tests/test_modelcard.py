@@ -1,9 +1,12 @@
 """The card holds what was measured, says what was not, and is one that huggingface_hub reads."""
 
 import ast
+import json
+import re
 
 import jinja2
 import jinja2.meta
+import markdown_it
 import pytest
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import eval_results_to_model_index
@@ -11,11 +14,15 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 from hf_decoder.modelcard import (
     NOT_MEASURED,
     adapter_load_lines,
+    code,
     load_lines,
     pin_load_lines,
     pinned_revision,
+    plain,
     template_path,
+    update_model_index,
     write_conversion_card,
+    write_finetuning_card,
     write_model_card,
 )
 
@@ -154,3 +161,49 @@ def test_a_conversion_card_of_a_hub_name(tmp_path):
     assert "{{" not in card.content and "small/model.onnx" in card.text
     again = ModelCard(card.content)
     assert again.data.to_dict() == data
+
+
+NASTY = "<img src=x onerror=alert(1)> [a](http://b.c) `d` | *e*\n---\nlicense: mit\n# f ![g](h) www.i.com $j$"
+
+
+def rendered(text: str) -> str:
+    """The HTML that a Markdown reader makes of a card's text."""
+    return markdown_it.MarkdownIt("commonmark", {"html": True}).enable("table").render(text)
+
+
+def assert_harmless(folder):
+    """Nothing of a strange name is markup, and the metadata holds what it would hold of a plain one."""
+    content = (folder / "README.md").read_text(encoding="utf-8")
+    card = ModelCard(content)
+    assert card.data.to_dict().get("license") != "mit"
+    html = re.sub(r"<pre>.*?</pre>", "", rendered(card.text), flags=re.DOTALL)
+    assert not re.search(r'<img(?! src="loss_curve.png")|href="(?!samples)|<em>e|<code>d|<h1>f', html)
+    assert "<img src=x" not in content
+    assert "onerror=alert(1)" in html  # said as text
+
+
+def test_names_of_strangers_are_text_in_every_card(tmp_path):
+    folder = tmp_path / NASTY.replace("/", ":").replace("\n", " ")
+    folder.mkdir()
+    words = dict.fromkeys(("dataset", "held_out", "tokenizer", "start"), NASTY)
+    write_model_card(folder, {**RESULTS, "device": NASTY}, words)
+    assert_harmless(folder)
+    words = {"task": "sft", "base": NASTY, "dataset": NASTY, "method": "LoRA"}
+    write_finetuning_card(folder, {"eval_loss": 1.0}, words, is_adapter=False)
+    assert_harmless(folder)
+    source = tmp_path / "source.md"
+    source.write_text(f"---\nlicense: other\nlicense_name: {json.dumps(NASTY)}\n---\n", encoding="utf-8")
+    words = {"title": NASTY, "kind": "LlamaForCausalLM", "source_kind": "`X`", "source": NASTY, "revision": NASTY}
+    measured = {NASTY: NASTY}
+    write_conversion_card(folder, words, parameters=1, context_length=1, measured=measured, source_card=source)
+    assert_harmless(folder)
+    (folder / "README.md").unlink()
+    update_model_index(folder, {"accuracy": 1.0}, dataset=NASTY)
+    assert_harmless(folder)
+    card = update_model_index(folder, {"accuracy": 0.5}, dataset=NASTY)
+    assert [result.metric_value for result in card.data.eval_results] == [0.5]
+
+
+def test_plain_names_stay_as_they_are():
+    for name in ("my_data-2.jsonl", "a/b", "größe (1).csv", "Qwen3-0.6B, 4:2"):
+        assert plain(name) == name and code(name) == (f"`{name}`" if "(" not in name else name)

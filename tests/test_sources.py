@@ -1,7 +1,10 @@
 """Text from several places, and mixtures by weight."""
 
+import bz2
 import collections
+import gzip
 import json
+import lzma
 
 import datasets
 import pytest
@@ -77,3 +80,27 @@ def test_files_with_and_without_weights(tmp_path):
 def test_weights_and_a_data_set_contradict_each_other():
     with pytest.raises(ValueError, match="one of the two"):
         load_texts(TextArguments(train_file=["a.txt:1"], dataset_name="some/name"))
+
+
+def test_columns_that_are_not_read_may_hold_anything(tmp_path):
+    """`datasets` reads JSON in pieces and refuses a column whose type another piece does not have."""
+    path = tmp_path / "mixed.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(700):
+            more = {"late": [number]} if number > 690 else {}
+            file.write(
+                json.dumps({"text": f"{number} {'word ' * 4000}", "meta": number % 690 or "none", **more}) + "\n"
+            )
+    texts = load_texts(TextArguments(train_file=[str(path)]))
+    assert len(texts["train"]) + len(texts["validation"]) == 700
+    with pytest.raises(ValueError, match=r"no column 'body'|cannot be read as json"):
+        load_texts(TextArguments(train_file=[str(path)], text_column="body"))
+
+
+@pytest.mark.parametrize("pack", [bz2.compress, gzip.compress, lzma.compress], ids=["bz2", "gz", "xz"])
+def test_compressed_text_is_unpacked(tmp_path, pack):
+    suffix = {"bz2": "bz2", "gzip": "gz", "lzma": "xz"}[pack.__module__]
+    for name, data in (("a.txt", b"some words\n" * 50), ("a.jsonl", b'{"text": "some words"}\n' * 30)):
+        path = tmp_path / f"{name}.{suffix}"
+        path.write_bytes(pack(data))
+        assert load_texts(TextArguments(train_file=[str(path)]))["train"]["text"][0].startswith("some words")

@@ -5,14 +5,16 @@ Nothing heavy is imported here: `hf-decoder --help` should not wait for torch.
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import importlib.util
 import json
 import re
+import types
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 MUON_ADAMW = "muon_adamw"  # a value of --optim beside transformers' own names
+UNIONS = (Union, types.UnionType)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -50,12 +53,17 @@ def parse_arguments(
     )
     config_file, flags = _split_config_file(list(argv))
     if config_file is not None:
-        values = _read_config_file(config_file)
-        known = {action.dest for action in parser._actions}
-        for key in values:
-            if key not in known:
-                raise ValueError(f"unknown key {key!r} in {config_file}{did_you_mean(key, sorted(known))}")
-        parser.set_defaults(**values)
+        hints = {name: hint for kind in kinds for name, hint in get_type_hints(kind).items()}
+        # Of a switch and its --no_ complement, the first takes a value.
+        actions = {action.dest: action for action in reversed(parser._actions)}
+        for key, value in _read_config_file(config_file).items():
+            if key not in actions:
+                raise ValueError(f"unknown key {key!r} in {config_file}{did_you_mean(key, sorted(actions))}")
+            try:
+                parser.set_defaults(**{key: _flag_value(parser, actions[key], hints.get(key), value)})
+            except (ValueError, argparse.ArgumentError) as error:
+                raise ValueError(f"{config_file}: {error}") from None
+            actions[key].required = False
     given = vars(parser.parse_known_args(flags)[0])
     if given.get("deepspeed") and importlib.util.find_spec("deepspeed") is None:
         raise ValueError("--deepspeed needs a package that is not installed: pip install deepspeed")
@@ -70,6 +78,30 @@ def parse_arguments(
         options = [option for action in parser._actions for option in action.option_strings]
         raise ValueError(f"unknown argument {unknown[0]!r}{did_you_mean(unknown[0], options)}")
     return tuple(parsed)
+
+
+def _flag_value(parser: argparse.ArgumentParser, action: argparse.Action, hint: Any, value: Any) -> Any:
+    """The `value` of a config file, checked and converted as the text of its flag would be; `hint` is its annotation.
+
+    Raises:
+        ValueError, argparse.ArgumentError: for a value that the flag does not take.
+    """
+    kinds = {get_origin(part) or part for part in (get_args(hint) if get_origin(hint) in UNIONS else (hint,))}
+    if value is None or (value is False and bool not in kinds):  # a bare `no` of what is no switch: without it
+        if type(None) not in kinds and action.default is not None:
+            raise ValueError(f"{action.dest} has no value; give one, or leave the line out")
+        return None
+    if value is True and action.const is not None:
+        return action.const
+    if isinstance(value, dict | bool) or (isinstance(value, list) and action.nargs != "+"):
+        if type(value) not in kinds:
+            form = {dict: "a mapping", list: "a list", bool: "a yes or no (text stands in quotes)"}[type(value)]
+            raise ValueError(f"{action.dest} does not take {form}: {json.dumps(value, default=str)}")
+        return value
+    items = value if isinstance(value, list) else [value]
+    if not items or any(item is None or isinstance(item, dict | list | bool) for item in items):
+        raise ValueError(f"{action.dest} takes one value or several, each a text or a number, not {value}")
+    return parser._get_values(action, [str(item) for item in items])  # type: ignore[attr-defined]
 
 
 def name_positionals(argv: Sequence[str], flags: Sequence[str]) -> list[str]:
@@ -187,7 +219,8 @@ def _read_config_file(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"config file {path} must hold `key: value` lines that name the flags")
     # A bare `no` is False in YAML; of eval_strategy and its like it is one of the words.
-    return {key: "no" if value is False and str(key).endswith("_strategy") else value for key, value in values.items()}
+    named = ((str(key), value) for key, value in values.items())
+    return {key: "no" if value is False and key.endswith("_strategy") else value for key, value in named}
 
 
 def load_config(name: str, *, trust_remote_code: bool = False) -> PretrainedConfig:

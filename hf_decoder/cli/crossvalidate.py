@@ -102,8 +102,10 @@ def crossvalidate(args: CrossvalidateArguments) -> dict[str, Any]:
         raise ValueError(f"--teacher_weight {args.teacher_weight} must be between 0 and 1")
     recipe = args.recipe()
     named = {"text": args.text_column, "label": args.label_column}
-    rows = examples.select_columns(examples.read_rows(args.train_file), "classification", named, args.train_file)
-    rows, skipped = examples.drop_unusable(rows)
+    selected = examples.select_columns(examples.read_rows(args.train_file), "classification", named, args.train_file)
+    if selected.unused:
+        print(f"warning: {args.train_file}: {examples.describe_unused(selected.unused)}")
+    rows, skipped = examples.drop_unusable(selected)
     if skipped.reasons:
         print(f"warning: {args.train_file}: {skipped}")
     label2id = label_map([row["label"] for row in rows])

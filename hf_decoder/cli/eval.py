@@ -63,8 +63,19 @@ class EvalArguments:
         default=None, metadata={"help": "The column that holds the reference, or a list of several."}
     )
     label_column: str | None = field(default=None, metadata={"help": "The column that holds the label."})
-    prompt_template: str = field(
-        default="{prompt}", metadata={"help": r"What the model reads; {prompt} is the prompt and \n a new line."}
+    tokenize: str | None = field(
+        default=None,
+        metadata={
+            "help": "Tokenizer of BLEU, by sacrebleu's names: 13a, intl, char, zh, ja-mecab, ko-mecab, flores200, ... "
+            "If unset, the one that sacrebleu takes for the script of the references."
+        },
+    )
+    prompt_template: str | None = field(
+        default=None,
+        metadata={
+            "help": r"What the model reads; {prompt} is the prompt and \n a new line. If unset, what finetune "
+            "makes of the same columns."
+        },
     )
     block_size: int | None = field(
         default=None,
@@ -99,7 +110,8 @@ def main(argv: Sequence[str]) -> int:
     (args,) = parse_arguments("eval", (EvalArguments,), name_positionals(argv, ("--model",)), DESCRIPTION)
     results = measure(args)
     for metric in args.metrics:
-        print(f"{metric:<16} {results[metric]:.4f}")
+        signature = results.get(f"{metric}_signature")
+        print(f"{metric:<16} {results[metric]:.4f}" + (f"  {signature}" if signature else ""))
     print(f"{args.output_dir} holds eval_results.json and eval_results.png")
     return 0
 
@@ -114,6 +126,10 @@ def measure(args: EvalArguments) -> dict[str, Any]:
     wanted = set(args.metrics)
     documents = _documents(args) if wanted & set(TEXT_METRICS) else None
     pairs = _pairs(args) if wanted & set(ANSWER_METRICS) else []
+    references = [_references(row["reference"]) for row in pairs]
+    metrics: dict[str, Any] = {
+        name: evaluation.text_metric(name, references, args.tokenize) for name in ("bleu", "chrf") if name in wanted
+    }
     labelled = _labelled(args) if wanted & set(LABEL_METRICS) else []
     options: dict[str, Any] = {"adapter": args.adapter_name_or_path, "trust_remote_code": args.trust_remote_code}
     classifier = is_classifier(args.model, **options)
@@ -132,7 +148,7 @@ def measure(args: EvalArguments) -> dict[str, Any]:
     if documents is not None:
         results |= _measure_text(args, model, tokenizer, documents)
     if pairs:
-        results |= _measure_answers(args, model, tokenizer, pairs, predictions)
+        results |= _measure_answers(args, model, tokenizer, pairs, metrics, predictions)
     if labelled:
         measure_labels = _classify if classifier else _choose_labels
         results |= measure_labels(args, model, tokenizer, labelled, predictions)
@@ -146,12 +162,14 @@ def _check(args: EvalArguments) -> None:
         check_choice("--metrics", metric, METRICS)
     for name in ("batch_size", "max_eval_samples", "max_new_tokens", "num_beams"):
         check_at_least(f"--{name}", getattr(args, name), 1)
-    if "{prompt}" not in args.prompt_template:
+    if "{prompt}" not in (args.prompt_template or "{prompt}"):
         raise ValueError(f"--prompt_template {args.prompt_template!r} must hold {{prompt}}")
     for metrics, flag in ((TEXT_METRICS, "text_file"), ((*ANSWER_METRICS, *LABEL_METRICS), "eval_file")):
         asked = [metric for metric in args.metrics if metric in metrics]
         if asked and getattr(args, flag) is None:
             raise ValueError(f"--metrics {asked[0]} needs --{flag}")
+    if args.tokenize is not None and "bleu" not in args.metrics:
+        raise ValueError(f"--tokenize {args.tokenize} is for BLEU, which --metrics does not name")
     if args.update_card and not Path(args.model).is_dir():
         raise ValueError(f"--update_card writes into the model's folder, and {args.model} is none here")
 
@@ -164,18 +182,26 @@ def _documents(args: EvalArguments) -> Any:
 def _template(args: EvalArguments, prompt: examples.Row | Any) -> Any:
     if not isinstance(prompt, str):
         return prompt
-    return args.prompt_template.replace("\\n", "\n").replace("{prompt}", prompt)
+    return (args.prompt_template or "{prompt}").replace("\\n", "\n").replace("{prompt}", prompt)
 
 
 def _pairs(args: EvalArguments) -> list[examples.Row]:
     """Prompts and their references, without the rows that lack either."""
     if args.reference_file:
-        rows = examples.pair_lines(str(args.eval_file), args.reference_file)
+        rows, separator = examples.pair_lines(str(args.eval_file), args.reference_file), examples.BETWEEN
     else:
-        rows = examples.read_rows(str(args.eval_file))
         named = {"prompt": args.prompt_column, "reference": args.reference_column}
-        rows = examples.select_columns(rows, "reference", named, str(args.eval_file))
-    return _usable(args, rows)
+        read = examples.read_rows(str(args.eval_file))
+        selected = examples.select_columns(read, "reference", named, str(args.eval_file))
+        rows, separator = list(selected), selected.separator
+        if selected.unused:
+            print(f"{args.eval_file}: {examples.describe_unused(selected.unused)}")
+    rows = _usable(args, rows)
+    if any(row.get("tools") for row in rows):
+        raise ValueError(f"{args.eval_file} has tools, which are passed to no model here; leave the column out")
+    if args.prompt_template is None:
+        rows = [examples.separate(row, separator) for row in rows]
+    return rows
 
 
 def _labelled(args: EvalArguments) -> list[examples.Row]:
@@ -226,7 +252,12 @@ def _measure_text(args: EvalArguments, model: Any, tokenizer: Any, documents: An
 
 
 def _measure_answers(
-    args: EvalArguments, model: Any, tokenizer: Any, rows: list[examples.Row], predictions: list[dict[str, Any]]
+    args: EvalArguments,
+    model: Any,
+    tokenizer: Any,
+    rows: list[examples.Row],
+    metrics: Mapping[str, Any],
+    predictions: list[dict[str, Any]],
 ) -> dict[str, Any]:
     names = ("max_new_tokens", "num_beams", "length_penalty", "do_sample", "stop_strings")
     given = {name: getattr(args, name) for name in names}
@@ -236,8 +267,13 @@ def _measure_answers(
     answers = [answer.strip() for answer in answers]
     for prompt, answer, options in zip(prompts, answers, references, strict=True):
         predictions.append({"prompt": prompt, "prediction": answer, "references": options})
-    wanted = {name: getattr(evaluation, name) for name in ANSWER_METRICS if name in args.metrics}
-    return {"answers": len(rows), **{name: function(answers, references) for name, function in wanted.items()}}
+    results: dict[str, Any] = {"answers": len(rows)}
+    for name, metric in metrics.items():
+        results[name] = evaluation.corpus_score(metric, answers, references)
+        results[f"{name}_signature"] = metric.get_signature().format()
+    if "exact_match" in args.metrics:
+        results["exact_match"] = evaluation.exact_match(answers, references)
+    return results
 
 
 def _references(value: Any) -> list[str]:
@@ -295,8 +331,8 @@ def _write(args: EvalArguments, results: Mapping[str, Any], predictions: list[di
     plot_metrics({name: results[name] for name in args.metrics}, folder / "eval_results.png", str(results["model"]))
     if args.update_card:
         for metrics, file in ((TEXT_METRICS, args.text_file), ((*ANSWER_METRICS, *LABEL_METRICS), args.eval_file)):
-            found = {name: results[name] for name in metrics if name in args.metrics}
-            if found:
+            names = {name for metric in metrics if metric in args.metrics for name in (metric, f"{metric}_signature")}
+            if found := {name: results[name] for name in names & results.keys()}:
                 update_model_index(args.model, found, dataset=Path(str(file)).name)
 
 
@@ -315,5 +351,5 @@ def plot_metrics(metrics: Mapping[str, float], path: Path, title: str) -> None:
         axes.set_ylim(0, max(top, 1e-9))
         axes.set_xlim(-0.6, 0.6)
         axes.text(0, shown, f"{value:.4g}", ha="center", va="bottom")
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)  # the name of a folder may hold dollar signs
     figure.savefig(path, dpi=120)

@@ -98,8 +98,12 @@ class TaskArguments:
     time_limit: str | None = field(
         default=None, metadata={"help": "End in this time, the learning rate brought down: 30m, 1h30m."}
     )
-    prompt_template: str = field(
-        default="{prompt}", metadata={"help": r"What the model reads; {prompt} is the prompt and \n a new line."}
+    prompt_template: str | None = field(
+        default=None,
+        metadata={
+            "help": r"What the model reads; {prompt} is the prompt and \n a new line. If unset, the prompt, and a "
+            "blank line where it meets its answer in no space, unless the two are named prompt and completion."
+        },
     )
     adapter_name_or_path: str | None = field(
         default=None, metadata={"help": "Adapter of this base to go on training, in place of a new one."}
@@ -236,7 +240,10 @@ def finetune(task_args: TaskArguments, model_args: Any, args: Any) -> None:
         validation_fraction=task_args.validation_split_percentage / 100,
         seed=args.seed,
     )
-    for line in data.warnings():
+    lines = data.warnings()
+    if finetuning.is_conversational(data.train):
+        lines += finetuning.skip_unrendered(data, tokenizer, _template(task_args))
+    for line in lines:
         print(f"warning: {line}")
     print(f"{len(data.train):,} rows to train on, {len(data.validation):,} held out")
     set_seed(args.seed)
@@ -257,8 +264,8 @@ def finetune(task_args: TaskArguments, model_args: Any, args: Any) -> None:
     keeper = CheckpointKeeper(run, args.save_total_limit)
     args.save_total_limit = None  # the keeper's
     trainer = _trainer(task_args, model_args, args, data, tokenizer)
-    if task_args.task == "sft":
-        for line in finetuning.skip_masked(trainer, data, task_args.prompt_template.replace("\\n", "\n")):
+    if task_args.task != "classification":
+        for line in finetuning.skip_masked(trainer, data, _template(task_args)):
             print(f"warning: {line}")
     trainer.add_callback(keeper)
     if args.use_cpu:
@@ -314,7 +321,7 @@ def _check(task_args: TaskArguments, model_args: Any, max_length: int | None) ->
             "--adapter_name_or_path to go on training it"
         )
     check_at_least("--max_length", max_length, 1)
-    if "{prompt}" not in task_args.prompt_template:
+    if "{prompt}" not in (task_args.prompt_template or "{prompt}"):
         raise ValueError(f"--prompt_template {task_args.prompt_template!r} must hold {{prompt}}")
     if not 0 <= task_args.validation_split_percentage < 100:
         raise ValueError(
@@ -344,18 +351,13 @@ def _trainer(task_args: TaskArguments, model_args: Any, args: Any, data: finetun
     """The trainer of the task, with model, adapter and rows."""
     if task_args.task == "classification":
         return _classification_trainer(task_args, model_args, args, data, tokenizer)
-    if finetuning.is_conversational(data.train) and tokenizer.chat_template is None:
-        raise ValueError(
-            f"the rows hold messages, and the tokenizer of "
-            f"{model_args.model_name_or_path or task_args.tokenizer_name} has no chat template"
-        )
     model = _load(load_model, task_args, model_args, tokenizer)
-    template = task_args.prompt_template.replace("\\n", "\n")
+    train, validation = finetuning.trainer_rows(data, tokenizer, args, _template(task_args))
     kwargs: dict[str, Any] = {
         "model": model,
         "args": args,
-        "train_dataset": finetuning.text_rows(data.train, template),
-        "eval_dataset": finetuning.text_rows(data.validation, template) if data.validation else None,
+        "train_dataset": train,
+        "eval_dataset": validation,
         "processing_class": tokenizer,
         "peft_config": _peft_config(task_args, model_args, "CAUSAL_LM"),
     }
@@ -366,9 +368,12 @@ def _trainer(task_args: TaskArguments, model_args: Any, args: Any, data: finetun
         args.packing = is_text
     if args.packing_strategy is None:
         args.packing_strategy = "bfd_split" if is_text else "bfd"
-    if args.assistant_only_loss is None:
-        args.assistant_only_loss = data.roles == ("messages",)
     return finetuning.sft_trainer()(**kwargs, optimizer_cls_and_kwargs=muon_adamw(args) if args.uses_muon else None)
+
+
+def _template(task_args: TaskArguments) -> str | None:
+    """What --prompt_template says, with its new lines."""
+    return None if task_args.prompt_template is None else task_args.prompt_template.replace("\\n", "\n")
 
 
 def _classification_trainer(

@@ -49,7 +49,7 @@ from hf_decoder.cli import (
 from hf_decoder.guards import StopOnNan, StopOnSignal, WarnOfSpikes, check_reporters
 from hf_decoder.launch import check_launch
 from hf_decoder.layouts import save_in_full, whole_model
-from hf_decoder.modelcard import load_lines
+from hf_decoder.modelcard import load_lines, template_path
 from hf_decoder.pace import MeasuringTrainer, StepMetrics, TimeLimit, parse_duration
 from hf_decoder.preparation import Rows, coverage, make_rows, make_streamed_rows, open_text, training_texts
 from hf_decoder.presets import get_preset
@@ -202,6 +202,7 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, args: Pretrai
     started = time.monotonic()
     time_limit = parse_duration(args.time_limit) if args.time_limit else None
     check_reporters(args.report_to or [])
+    template_path()  # the card comes last
     checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
     resumes_here = checkpoint is not None and Path(checkpoint).resolve().parent == Path(args.output_dir).resolve()
     training.check_output_dir(args.output_dir, overwrite=args.overwrite_output_dir, resume=resumes_here)
@@ -428,7 +429,7 @@ def _words(args: PretrainingArguments, model_args: ModelArguments, data_args: Da
         "held_out": held_out,
         "tokenizer": f"taken from {origin}"
         if origin
-        else f"`{model_args.tokenizer_type}`, trained on the training text",
+        else f"{model_args.tokenizer_type}, trained on the training text",
         "start": f"the weights of {model_args.model_name_or_path}"
         if model_args.model_name_or_path
         else "random weights",

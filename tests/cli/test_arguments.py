@@ -160,3 +160,49 @@ def test_only_the_run_without_arguments_has_a_time_limit(monkeypatch, tmp_path):
     assert main(["pretrain"]) == 0
     assert main(["pretrain", "--output_dir", str(tmp_path / "other")]) == 0
     assert seen == [pretrain.QUICKSTART_TIME_LIMIT, None]
+
+
+@pytest.mark.parametrize(
+    "line, reason",
+    [
+        ("max_steps: 3.5", "invalid int value: '3.5'"),
+        ("max_steps: true", "max_steps does not take a yes or no"),
+        ("max_steps:", "max_steps has no value"),
+        ("max_steps: no", "max_steps has no value"),
+        ("max_steps: [3]", "max_steps does not take a list"),
+        ("max_steps: {a: 3}", 'max_steps does not take a mapping: {"a": 3}'),
+        ("learning_rate: fast", "invalid float value: 'fast'"),
+        ("learning_rate: [0.1, 0.2]", "learning_rate does not take a list"),
+        ("config_overrides: {hidden_size: 32}", "config_overrides does not take a mapping"),
+        ("preset: true", "preset does not take a yes or no"),
+        ("tokenizer_name: [a, b]", "tokenizer_name does not take a list"),
+        ("bf16: perhaps", "argument --bf16: .*perhaps"),
+        ("bf16: {}", "bf16 does not take a mapping"),
+        ("bf16: 7", "argument --bf16: .*7"),
+        ("logging_nan_inf_filter: cosin", "argument --logging_nan_inf_filter.*cosin"),
+        ("train_file: [a.txt, [b.txt]]", "train_file takes one value or several"),
+        ("train_file: []", "train_file takes one value or several"),
+        ("7: 3", "unknown key '7'"),
+        ("output_dir:", "output_dir has no value"),
+    ],
+)
+def test_a_value_of_a_config_file_is_checked_as_a_flags_is(tmp_path, line, reason):
+    path = tmp_path / "run.yaml"
+    path.write_text(line, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"run\.yaml.*" + reason if "unknown" not in reason else reason):
+        parse(str(path))
+
+
+def test_values_of_a_config_file_become_what_their_flags_give(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "max_steps: '7'\nlearning_rate: 1\nweight_decay: 1e-1\nbf16: 'no'\noutput_dir: 2024\n"
+        "train_file: [1.txt, b.txt]\nresume_from_checkpoint: yes\nlr_scheduler_kwargs: '{\"num_decay_steps\": 1}'\n"
+        "report_to: [none]\nconfig_overrides: no\n",
+        encoding="utf-8",
+    )
+    model_args, data_args, args = parse(str(path))
+    assert (args.max_steps, args.learning_rate, args.weight_decay) == (7, 1.0, 0.1)
+    assert args.bf16 is False and args.output_dir == "2024" and args.resume_from_checkpoint
+    assert data_args.train_file == ["1.txt", "b.txt"] and args.lr_scheduler_kwargs == {"num_decay_steps": 1}
+    assert model_args.config_overrides is None and args.report_to == []

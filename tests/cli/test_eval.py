@@ -165,6 +165,21 @@ def test_update_card_writes_the_model_index_and_keeps_the_rest(run, model_copy, 
     assert after.data.license == before.data.license
 
 
+def test_bleu_of_chinese_says_how_it_was_measured(fails, run, model_copy, tmp_path, capsys):
+    path = tmp_path / "zh.jsonl"
+    path.write_text(json.dumps({"prompt": "the cat", "completion": "今天天气很好"}) + "\n", encoding="utf-8")
+    flags = [*BLEU[:2], "chrf", BLEU[2], path, "--max_new_tokens", 4]
+    results = evaluate(model_copy, tmp_path / "out", *flags, "--update_card")
+    assert "tok:zh" in results["bleu_signature"] and "nc:6" in results["chrf_signature"]
+    assert results["bleu_signature"] in capsys.readouterr().out
+    names = {r.metric_type: r.metric_name for r in ModelCard.load(model_copy / "README.md").data.eval_results}
+    assert "tok:zh" in names["bleu"]
+    assert "tok:char" in evaluate(model_copy, tmp_path / "out", *flags, "--tokenize", "char")["bleu_signature"]
+    argv = ["eval", str(model_copy), *map(str, flags)]
+    assert "--tokenize 'zhh' is unknown; choose one of: none, zh, 13a" in fails(*argv, "--tokenize", "zhh")
+    assert "--tokenize zh is for BLEU" in fails(*argv, "--metrics", "chrf", "--tokenize", "zh")
+
+
 def test_update_card_makes_a_card_where_there_is_none(run, llama, tmp_path):
     folder = shutil.copytree(llama, tmp_path / "peer")
     results = evaluate(folder, tmp_path / "out", "--text_file", run.validation_file, "--update_card")

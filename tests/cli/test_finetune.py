@@ -621,3 +621,129 @@ def test_memory_is_trimmed_on_the_way(run, tmp_path, monkeypatch):
     monkeypatch.setattr(training.TrimMemory, "on_step_end", lambda *args, **kwargs: trimmed.append(1))
     run_task(run.folder, tmp_path, PAIRS)
     assert trimmed == [1, 1]
+
+
+CALL = {"id": "1", "type": "function", "function": {"name": "warm", "arguments": '{"in": "Rome"}'}}
+TOOLS = [{"type": "function", "function": {"name": "warm"}}]
+TOOL_CHAT = [
+    {"role": "user", "content": "Rome?"},
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "tool_call_id": "1", "content": "21"},
+    {"role": "assistant", "content": "21 degrees"},
+]
+# A template that holds tools and their calls.
+TOOL_TEMPLATE = (
+    "{% if tools %}{{ tools[0].function.name }}\n{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content or '' }}{% for call in m.tool_calls or [] %}"
+    "{{ call.function.name }}{{ call.function.arguments | tojson }}{% endfor %}<|im_end|>{% endgeneration %}"
+    "{% else %}{{ m.content }}<|im_end|>{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture
+def with_tools(model_copy):
+    """A model whose chat template holds tools."""
+    tokenizer = AutoTokenizer.from_pretrained(model_copy)
+    tokenizer.chat_template = TOOL_TEMPLATE
+    tokenizer.save_pretrained(model_copy)
+    return model_copy
+
+
+def said(folder, trainer) -> list[str]:
+    """The texts with a loss, row by row."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = trainer.train_dataset
+    return [
+        tokenizer.decode([i for i, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100])
+        for row in rows
+    ]
+
+
+def test_tools_and_their_calls_are_trained_where_the_template_holds_them(with_tools, tmp_path):
+    other = {**CALL, "function": {"name": "clock", "arguments": {"zone": "CET"}}}
+    rows = [{"messages": TOOL_CHAT, "tools": TOOLS}] * 2
+    rows += [{"messages": [TOOL_CHAT[0], {**TOOL_CHAT[1], "tool_calls": [other]}], "tools": json.dumps(TOOLS)}]
+    trainer = build(with_tools, tmp_path, rows)
+    texts = said(with_tools, trainer)
+    assert texts[0] == 'warm{"in": "Rome"}<|im_end|>21 degrees<|im_end|>'
+    assert texts[2] == 'clock{"zone": "CET"}<|im_end|>'
+    tokenizer = AutoTokenizer.from_pretrained(with_tools)
+    for row in trainer.train_dataset:
+        assert tokenizer.decode(row["input_ids"]).startswith("warm\n<|im_start|>user\nRome?")
+
+
+def test_tools_that_the_template_does_not_hold_are_counted(fails, run, with_tools, tmp_path, capsys):
+    plain = [{"messages": [USER_TURN, {"role": "assistant", "content": "the dog", "mood": "mild"}]}] * 6
+    rows = [*plain, {"messages": TOOL_CHAT}, {"messages": plain[0]["messages"], "tools": TOOLS}]
+    out = run_task(run.folder, tmp_path, rows, "--validation_split_percentage", "0")
+    printed = capsys.readouterr().out
+    assert "1 of 8 rows skipped: the chat template does not hold tool calls" in printed
+    assert "1 of 8 rows skipped: the chat template does not hold tools" in printed
+    assert "does not read: mood (6 conversations)" in printed
+    results = json.loads((out / "all_results.json").read_text())
+    assert (results["train_rows"], results["skipped_rows"]) == (6, 2)
+    argv = ["--train_file", write(tmp_path / "tools.jsonl", rows[6:]), "--output_dir", str(tmp_path / "new"), *QUICK]
+    assert "tools.jsonl has no usable row: " in fails("finetune", str(run.folder), *argv)
+    # a template of a stranger may refuse what it does not know
+    tokenizer = AutoTokenizer.from_pretrained(with_tools)
+    tokenizer.chat_template = "{{ raise_exception('only two turns') }}"
+    tokenizer.save_pretrained(with_tools)
+    assert "the chat template refuses it: only two turns" in fails("finetune", str(with_tools), *argv)
+
+
+USER_TURN = {"role": "user", "content": "the cat"}
+
+
+@pytest.mark.parametrize("key", ["weight", "train"])
+def test_a_turn_of_weight_zero_has_no_loss(run, tmp_path, key):
+    chat = CHATS[1]["messages"]
+    rows = [{"messages": [*chat[:2], {**chat[2], key: 0}, *chat[3:]]}, CHATS[1]]
+    trainer = build(run.folder, tmp_path, rows)
+    assert said(run.folder, trainer) == ["hearshears<|im_end|>", "sees the dog<|im_end|>hearshears<|im_end|>"]
+    plain = build(run.folder, tmp_path, CHATS[1:2])
+    assert plain.train_dataset[0]["input_ids"] == trainer.train_dataset[0]["input_ids"]
+    assert plain.train_dataset[0]["labels"] == trainer.train_dataset[1]["labels"]
+    trainer = build(run.folder, tmp_path, rows, "--assistant_only_loss", "false")
+    assert "sees the dog" not in said(run.folder, trainer)[0] and "the bird" in said(run.folder, trainer)[0]
+
+
+def test_system_and_history_beside_an_instruction_are_turns(run, tmp_path):
+    row = {"instruction": "the bird", "output": "hears", "system": "be kind", "history": [["the cat", "sees the dog"]]}
+    trainer = build(run.folder, tmp_path, [row])
+    assert said(run.folder, trainer) == ["sees the dog<|im_end|>hears<|im_end|>"]
+    assert trainer.train_dataset[0]["input_ids"] == build(run.folder, tmp_path, [{"messages": CHATS[0]["messages"]}]).train_dataset[0]["input_ids"]  # fmt: skip # noqa: E501
+
+
+def test_what_is_trained_on_is_told_apart_and_what_is_not_is_named(run, tmp_path, capsys):
+    rows = [{"instruction": "the cat", "input": "", "output": "sees it", "id": n} for n in range(8)]
+    trainer = build(run.folder, tmp_path, rows)
+    text = AutoTokenizer.from_pretrained(run.folder).decode(trainer.train_dataset[0]["input_ids"])
+    assert text == "the cat\n\nsees it<|endoftext|>"
+    assert said(run.folder, trainer)[0] == "sees it<|endoftext|>"
+    rows += [{"instruction": "the cat", "output": "sees the dog. " * 60}]
+    run_task(run.folder, tmp_path, rows, "--validation_split_percentage", "0")
+    printed = capsys.readouterr().out
+    assert "columns that are not used: id (8 rows)" in printed
+    assert "a blank line stands between prompt and answer" in printed
+    assert "1 of 9 rows fill the 128 tokens" in printed
+    as_they_are = build(run.folder, tmp_path, rows, "--prompt_template", "{prompt}: ")
+    text = AutoTokenizer.from_pretrained(run.folder).decode(as_they_are.train_dataset[0]["input_ids"])
+    assert text == "the cat: sees it<|endoftext|>"
+
+
+def test_preferences_with_whole_chats_are_learned(run, tmp_path, capsys):
+    question = "the cat " * 150
+    rows = [
+        {
+            "prompt": prompt,
+            **{
+                name: [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+                for name, answer in (("chosen", "sees the dog"), ("rejected", "xx"))
+            },
+        }
+        for prompt in (*["the cat"] * 6, question)
+    ]
+    out = run_task(run.folder, tmp_path, rows, "--validation_split_percentage", "0", task="preference")
+    assert "1 of 7 rows skipped: the prompt fills the 128 tokens" in capsys.readouterr().out
+    assert json.loads((out / "all_results.json").read_text())["train_rows"] == 6
