@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sysconfig
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .classification import read_label_names
 
+Prompt = str | Sequence[Mapping[str, Any]]  # text, or the messages of a chat
+
+DEFAULT_PROMPT = "Once upon a time"
 NOT_MEASURED = "not measured"
 TEMPLATE_NAME = "model_card.md"
 LOAD_BLOCK = re.compile(r"(## How to load it\n+```python\n)(.*?\n)(```)", re.DOTALL)
@@ -34,23 +37,41 @@ def template_path() -> Path:
     return beside if beside.is_file() or not installed.is_file() else installed
 
 
-def load_lines(folder: str, *, trust: bool = True) -> str:
-    """Three lines of Python that load the model of `folder` and let it continue a prompt.
+def load_lines(folder: str, prompt: Prompt = DEFAULT_PROMPT, *, trust: bool = True) -> str:
+    """Three lines of Python that load the model of `folder` and let it continue `prompt`, or answer its messages.
 
     `trust` says that its class is not part of transformers.
     """
     code = ", trust_remote_code=True" if trust else ""
+    answer = "" if isinstance(prompt, str) else '[-1]["content"]'
     return "\n".join(
         [
             "from transformers import pipeline",
             f'generate = pipeline("text-generation", model={json.dumps(folder)}{code})',
-            'print(generate("def main(", max_new_tokens=64)[0]["generated_text"])',
+            f'print(generate({_literal(prompt)}, max_new_tokens=64)[0]["generated_text"]{answer})',
         ]
     )
 
 
-def adapter_load_lines(folder: str, task: str, id2label: Mapping[int, str] | None = None) -> str:
-    """Lines of Python that load an adapter together with its base, and the tokenizer that lies beside it.
+def classifier_load_lines(folder: str, text: str) -> str:
+    """Three lines of Python that load the classifier of `folder` and ask it about `text`."""
+    return "\n".join(
+        [
+            "from transformers import pipeline",
+            f'classify = pipeline("text-classification", model={json.dumps(folder)}, trust_remote_code=True)',
+            f"print(classify({_literal(text)}))",
+        ]
+    )
+
+
+def _literal(prompt: Prompt) -> str:
+    return json.dumps(prompt, ensure_ascii=False)
+
+
+def adapter_load_lines(
+    folder: str, task: str, id2label: Mapping[int, str] | None = None, prompt: Prompt = DEFAULT_PROMPT
+) -> str:
+    """Lines of Python that load an adapter with its base and the tokenizer that lies beside it, and use them.
 
     `id2label` are the classes of a classifier, which the base does not know.
     """
@@ -64,6 +85,14 @@ def adapter_load_lines(folder: str, task: str, id2label: Mapping[int, str] | Non
             f"label2id = {{{', '.join(f'{label}: {index}' for index, label in pairs)}}}",
         ]
     names = ", id2label=id2label, label2id=label2id" if labels else ""
+    if isinstance(prompt, str):
+        inputs = f'tokenizer({_literal(prompt)}, return_tensors="pt")'
+    else:
+        inputs = f'tokenizer.apply_chat_template({_literal(prompt)}, add_generation_prompt=True, return_tensors="pt", return_dict=True)'  # noqa: E501
+    if task == "classification":
+        use = f"print(model.config.id2label[int(model(**{inputs}).logits.argmax())])"
+    else:
+        use = f"print(tokenizer.decode(model.generate(**{inputs}, max_new_tokens=64)[0]))"
     return "\n".join(
         [
             f"from peft import AutoPeftModelFor{head}",
@@ -71,6 +100,7 @@ def adapter_load_lines(folder: str, task: str, id2label: Mapping[int, str] | Non
             *labels,
             f"model = AutoPeftModelFor{head}.from_pretrained({name}, trust_remote_code=True{names})",
             f"tokenizer = AutoTokenizer.from_pretrained({name})",
+            use,
         ]
     )
 
@@ -105,7 +135,8 @@ def write_model_card(
         results: metrics under Hugging Face's names; a metric that is missing is written as "not measured".
         words: Markdown for `dataset` (what the text is), `held_out` (how its held-out part was chosen), `tokenizer`
             (where it comes from), `start` (what training started from) and `procedure`; one that is missing is
-            written as "not stated". `license` is a licence id for the metadata, left out where it is missing.
+            written as "not stated". `prompt` is what the lines that load the model have it continue. `license` is a
+            licence id for the metadata, left out where it is missing.
         model_name: the card's title and the name in its model-index; the folder's name if None.
     """
     folder = Path(folder)
@@ -118,7 +149,8 @@ def write_model_card(
         tags=["hf_decoder", "causal-lm", "custom_code"],
         eval_results=_eval_results(results, words.get("dataset", "text")) or None,
     )
-    fields = {"title": name, "load_lines": load_lines(_address(folder)), **_measured(results), **_stated(words)}
+    lines = load_lines(_address(folder), words.get("prompt", DEFAULT_PROMPT))
+    fields = {"title": name, "load_lines": lines, **_measured(results), **_stated(words)}
     card = ModelCard.from_template(card_data, template_path=str(template_path()), **fields)
     card.save(folder / "README.md")
     return card
@@ -200,6 +232,7 @@ nothing. Read it before you trust it, and load it from the Hub at the commit tha
 | held-out rows that also stand in the training rows | {{ overlapping_rows }} |
 | method | {{ method }} |
 | parameters trained | {{ trainable_parameters }} of {{ parameters }} |
+| optimizer steps | {{ steps }} |
 | training time | {{ train_time }} |
 | energy | {{ energy }} |
 | peak memory (resident) | {{ peak_memory }} |
@@ -232,12 +265,12 @@ FINETUNING_METRICS = {
 
 
 def write_finetuning_card(
-    folder: str | Path, results: Mapping[str, Any], words: Mapping[str, str], *, is_adapter: bool
+    folder: str | Path, results: Mapping[str, Any], words: Mapping[str, Any], *, is_adapter: bool
 ) -> ModelCard:
     """Writes README.md of a fine-tuned model or adapter from the metrics in `results` (all_results.json).
 
     `words` holds `task`, `base` (name of the base model), `dataset`, `method`, and where they are known `base_model`
-    (its Hub name) and `license`.
+    (its Hub name), `license`, and what the lines that load it `prompt` it with, text or messages.
     """
     folder = Path(folder)
     name = folder.resolve().name
@@ -267,14 +300,19 @@ def write_finetuning_card(
     counts = ("train_rows", "eval_rows", "skipped_rows", "overlapping_rows", "trainable_parameters", "parameters")
     fields = {key: f"{results[key]:,}" if key in results else NOT_MEASURED for key in counts}
     measured = _measured(results)
-    fields |= {key: measured[key] for key in ("train_time", "energy", "peak_memory", "hardware")}
+    fields |= {key: measured[key] for key in ("steps", "train_time", "energy", "peak_memory", "hardware")}
     card = ModelCard.from_template(
         card_data,
         template_str=FINETUNING_TEMPLATE,
         title=name,
         kind="An adapter" if is_adapter else "A version",
         task=TASK_WORDS[words["task"]],
-        load_lines=_finetuned_load_lines(folder, words["task"], is_adapter),
+        load_lines=finetuned_load_lines(
+            _address(folder),
+            words["task"],
+            words.get("prompt", DEFAULT_PROMPT),
+            adapter=folder if is_adapter else None,
+        ),
         results="\n".join(["| measure | value |", "|---|---:|", *rows]) if rows else NOT_MEASURED,
         **{key: words[key] for key in ("base", "dataset", "method")},
         **fields,
@@ -409,19 +447,11 @@ def _address(folder: Path) -> str:
     return folder.name if folder.is_absolute() else folder.as_posix()
 
 
-def _finetuned_load_lines(folder: Path, task: str, is_adapter: bool) -> str:
-    if is_adapter:
-        return adapter_load_lines(_address(folder), task, read_label_names(folder))
-    if task == "classification":
-        name = json.dumps(_address(folder))
-        return "\n".join(
-            [
-                "from transformers import pipeline",
-                f'classify = pipeline("text-classification", model={name}, trust_remote_code=True)',
-                'print(classify("a text"))',
-            ]
-        )
-    return load_lines(_address(folder))
+def finetuned_load_lines(folder: str, task: str, prompt: Prompt, *, adapter: Path | None) -> str:
+    """Lines of Python that load and use what a fine-tuning left in `folder`; `adapter` is where an adapter lies."""
+    if adapter is not None:
+        return adapter_load_lines(folder, task, read_label_names(adapter), prompt)
+    return classifier_load_lines(folder, str(prompt)) if task == "classification" else load_lines(folder, prompt)
 
 
 def _same_measure(one: EvalResult, other: EvalResult) -> bool:
@@ -454,6 +484,14 @@ def _energy(seconds: float) -> str:
     return f"{NOT_MEASURED}; a machine that draws P watts took P x {seconds:,.0f} s / 3,600,000 kWh"
 
 
+def steps_taken(results: Mapping[str, Any]) -> str:
+    """How many steps of its schedule a training took."""
+    taken, planned = results["train_steps"], results["planned_steps"]
+    return (
+        f"{taken:,}" if taken >= planned else f"{taken:,} of {planned:,} steps, {taken / planned:.1%} of its schedule"
+    )
+
+
 def _measured(results: Mapping[str, Any]) -> dict[str, str]:
     def say(key: str, form: Callable[[Any], str]) -> str:
         return form(results[key]) if results.get(key) is not None else NOT_MEASURED
@@ -476,6 +514,7 @@ def _measured(results: Mapping[str, Any]) -> dict[str, str]:
         **{key: say(key, "{:.4g}".format) for key in measures},
         "hardware": say("device", str),
         "software": ", ".join(versions) or NOT_MEASURED,
+        "steps": steps_taken(results) if "train_steps" in results else NOT_MEASURED,
         "train_time": say("train_runtime", "{:,.0f} s".format),
         "energy": say("train_runtime", _energy),
         "tokens_seen": say("num_input_tokens_seen", "{:,}".format),
