@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hf_decoder.cli import name_positionals, parse_arguments
+from hf_decoder.interrupts import going_on
 
 DESCRIPTION = (
     "Checks a saved model or adapter with the doctor, uploads it to the Hub, downloads it into an empty cache, and "
@@ -37,15 +38,16 @@ def main(argv: Sequence[str]) -> int:
     from hf_decoder.hub import push
 
     try:
-        pushed = push(
-            Path(args.folder).expanduser(),
-            args.repo_id,
-            private=args.private,
-            revision=args.revision,
-            create_pr=args.create_pr,
-            commit_message=args.commit_message,
-            base_model=args.base_model,
-        )
+        with going_on(lambda: "; the same command goes on: what has arrived is not sent twice"):
+            pushed = push(
+                Path(args.folder).expanduser(),
+                args.repo_id,
+                private=args.private,
+                revision=args.revision,
+                create_pr=args.create_pr,
+                commit_message=args.commit_message,
+                base_model=args.base_model,
+            )
     except RuntimeError as error:
         print(f"hf-decoder push: failed: {error}", file=sys.stderr)
         return 1

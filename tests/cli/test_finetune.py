@@ -597,7 +597,8 @@ def test_an_adapter_learns_to_end_its_turns(run, tmp_path, kind):
         for a in ("cat", "dog", "bird")
     ]
     flags = {"dora": ["--use_dora", "true"], "qlora": ["--load_in_4bit", "true"]}.get(kind, [])
-    flags = ["--use_peft", "true", "--max_steps", "100", "--learning_rate", "1e-2", "--lora_dropout", "0", *flags]
+    flags = ["--use_peft", "true", "--max_steps", "100", "--learning_rate", "5e-3", "--lora_dropout", "0", *flags]
+    flags += ["--lora_target_modules", "all-linear"]
     out = run_task(base, tmp_path, rows * 4, *flags)
     config = json.loads((out / "adapter_config.json").read_text())
     assert {tuple(ids) for ids in config["trainable_token_indices"].values()} == {(2, 3)}
