@@ -165,7 +165,8 @@ def test_a_forked_worker_ends_by_the_signal_and_says_nothing(run_python):
     said = run_python(
         """
         import os, signal, time
-                with on_signal(interrupt):
+        from hf_decoder.interrupts import interrupt, on_signal
+        with on_signal(interrupt):
             worker = os.fork()
             if worker == 0:
                 time.sleep(60)
