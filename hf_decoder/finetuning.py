@@ -369,6 +369,7 @@ def learning_rate(task: str, config: Any, *, new: bool, adapts: bool) -> float:
 def example_prompt(data: TaskData, prompt_template: str = "{prompt}") -> Any:
     """A prompt of the user's own rows, text or messages, short enough to stand in a line of code."""
     rows = (data.validation or data.train)[:MOST_CHATS]
+    prompts: list[Any]
     if "messages" in data.roles:
         prompts = [
             list(itertools.takewhile(lambda turn: turn["role"] != "assistant", row["messages"])) for row in rows

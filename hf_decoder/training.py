@@ -52,12 +52,6 @@ def choose_bf16(args: TrainingArguments) -> None:
         args.bf16 = bf16_supported() and not args.fp16
 
 
-def default_logging_steps(args: Any) -> None:
-    """Gives `args` the steps between two points of the loss curve, where no flag did."""
-    args.fits_logging_steps = args.logging_steps is None
-    args.logging_steps = LOGGING_STEPS if args.fits_logging_steps else args.logging_steps
-
-
 def logging_steps(steps: int) -> int:
     """Steps between two points of the loss curve of a run of `steps`: fewer in a short run, so that it is a curve."""
     return max(1, min(LOGGING_STEPS, steps // LEAST_POINTS))

@@ -200,7 +200,8 @@ def training_arguments(task: str) -> type:
         if not torch.accelerator.is_available():
             self.use_cpu = True
         training.choose_bf16(self)
-        training.default_logging_steps(self)
+        self.fits_logging_steps = self.logging_steps is None
+        self.logging_steps = training.LOGGING_STEPS if self.fits_logging_steps else self.logging_steps
         self.chooses_rate = self.learning_rate is None
         self.learning_rate = 1.0 if self.chooses_rate else self.learning_rate
         self.uses_muon = self.optim == MUON_ADAMW

@@ -176,7 +176,8 @@ class PretrainingArguments(TrainingArguments):
         if self.max_steps < 0 and not 0 < self.num_train_epochs < math.inf:
             raise ValueError(f"--num_train_epochs {self.num_train_epochs:g} must be more than 0, and finite")
         training.choose_bf16(self)
-        training.default_logging_steps(self)
+        self.fits_logging_steps = self.logging_steps is None
+        self.logging_steps = training.LOGGING_STEPS if self.fits_logging_steps else self.logging_steps
         super().__post_init__()
         check_schedule(self)
 
@@ -288,11 +289,12 @@ def _measure_and_show(
 ) -> None:
     """Measures the trained model on all of the held-out text, and writes and prints what the run says of itself."""
     args, model = trainer.args, whole_model(trainer, str(trainer.args.output_dir))
+    tokenizer: Any = trainer.processing_class
     with training.stage("evaluate", seconds):
         eval_metrics = score_held_out(model, args, rows.evaluation, rows.eval_report, rows.held_out)
     train_metrics = {**metrics, **sizes_and_machine(model, rows.train_report), **seconds}
     prompts = training.held_out_prompts(rows.held_out)
-    samples = training.complete(model, trainer.processing_class, prompts, seed=args.seed)
+    samples = training.complete(model, tokenizer, prompts, seed=args.seed)
     write_outputs(trainer, train_metrics, eval_metrics, samples, words)
 
 
