@@ -574,15 +574,19 @@ def test_chat_model_stops_at_the_end_of_its_turn(run, tmp_path):
 
 
 def chat_with(model, tokenizer, question):
-    """The answer, and whether it ended with the turn."""
+    """The answer, and how likely the end of the turn is behind it; None where the answer runs on."""
     turns = [{"role": "user", "content": question}]
     inputs = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     tokens = model.generate(**inputs, max_new_tokens=40, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    return tokenizer.decode(tokens, skip_special_tokens=True), int(tokens[-1]) == end
+    if int(tokens[-1]) != end:
+        return tokenizer.decode(tokens), None
+    with torch.no_grad():
+        logits = model(torch.cat([inputs["input_ids"][0], tokens])[None]).logits[0, -2]
+    return tokenizer.decode(tokens[:-1]), float(logits.softmax(-1)[end])
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora", "untied", "qlora"])
+@pytest.mark.parametrize("kind", ["lora", "dora", "untied"])
 def test_an_adapter_learns_to_end_its_turns(run, tmp_path, kind):
     """The base saw no chat; the adapter reloads with plain PEFT, merges, and is gone on with."""
     base = run.folder
@@ -593,10 +597,10 @@ def test_an_adapter_learns_to_end_its_turns(run, tmp_path, kind):
         model.save_pretrained(base)
         AutoTokenizer.from_pretrained(run.folder).save_pretrained(base)
     rows = [
-        {"messages": [{"role": "user", "content": f"the {a}"}, {"role": "assistant", "content": "sees the dog"}]}
+        {"messages": [{"role": "user", "content": f"the {a}"}, {"role": "assistant", "content": "sees"}]}
         for a in ("cat", "dog", "bird")
     ]
-    flags = {"dora": ["--use_dora", "true"], "qlora": ["--load_in_4bit", "true"]}.get(kind, [])
+    flags = ["--use_dora", "true"] if kind == "dora" else []
     flags = ["--use_peft", "true", "--max_steps", "100", "--learning_rate", "5e-3", "--lora_dropout", "0", *flags]
     flags += ["--lora_target_modules", "all-linear"]
     out = run_task(base, tmp_path, rows * 4, *flags)
@@ -604,7 +608,8 @@ def test_an_adapter_learns_to_end_its_turns(run, tmp_path, kind):
     assert {tuple(ids) for ids in config["trainable_token_indices"].values()} == {(2, 3)}
     tokenizer = AutoTokenizer.from_pretrained(out)
     model = AutoPeftModelForCausalLM.from_pretrained(out).eval()
-    assert chat_with(model, tokenizer, "the dog") == ("sees the dog", True)
+    answer, ends = chat_with(model, tokenizer, "the dog")
+    assert answer == "sees" and ends is not None and ends > 0.8
     ids = tokenizer("the bird<|im_end|>\n<|im_start|>", return_tensors="pt")["input_ids"]
     with torch.no_grad():
         adapted = model(ids).logits
