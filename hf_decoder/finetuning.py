@@ -25,7 +25,7 @@ from transformers.trainer import SCHEDULER_NAME
 from . import HfDecoderForCausalLM
 from .classification import class_report, encode_texts, label_map
 from .completion import encode_prompt, end_ids
-from .evaluation import IGNORE_INDEX, Score, accuracy, macro_f1
+from .evaluation import IGNORE_INDEX, Score, accuracy, macro_f1, perplexity
 from .examples import Row, Skipped, check_alike, count_overlap, drop_unusable, read_lines, read_rows, select_columns
 from .layouts import form_of
 from .results import example_of, line_of
@@ -270,6 +270,16 @@ def train_template_tokens(peft_config: Any, rows: Sequence[Row], tokenizer: Any,
     return tokenizer.convert_ids_to_tokens(found)
 
 
+def evaluate(trainer: Any, task: str) -> dict[str, Any]:
+    """The measures on the held-out rows, under the names that pretraining gives them."""
+    metrics = trainer.evaluate()
+    if task == "sft":
+        metrics["perplexity"] = perplexity(metrics["eval_loss"])
+    elif task == "classification":
+        metrics |= trainer.compute_metrics.report
+    return metrics
+
+
 def end_turns(model: Any, tokenizer: Any) -> None:
     """Lets `generate` stop where a chat turn ends, wherever the model is loaded."""
     model.generation_config.eos_token_id = end_ids(model, tokenizer, chat=True)
@@ -438,3 +448,18 @@ def describe_method(model_args: Any, adapter: str | None) -> str:
 def data_name(path: str) -> str:
     """How a model card calls a file: its name, without the folder, which means nothing elsewhere."""
     return Path(path).name
+
+
+def words(task_args: Any, model_args: Any, data: TaskData) -> dict[str, Any]:
+    """What the model card says in words, and what the lines that load the result prompt it with."""
+    said: dict[str, Any] = {"task": task_args.task, "dataset": data_name(str(task_args.train_file))}
+    said["base"] = Path(model_args.model_name_or_path or f"a new {task_args.preset} model").name
+    said["method"] = describe_method(model_args, task_args.adapter_name_or_path)
+    said["prompt"] = example_prompt(data, task_args.prompt_template.replace("\\n", "\n"))
+    if task_args.merge and model_args.use_peft:
+        said["method"] += ", merged"
+    if model_args.model_name_or_path and not Path(model_args.model_name_or_path).exists():
+        said["base_model"] = model_args.model_name_or_path
+    if task_args.license:
+        said["license"] = task_args.license
+    return said

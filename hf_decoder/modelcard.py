@@ -5,18 +5,15 @@ from __future__ import annotations
 import json
 import re
 import sysconfig
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .classification import read_label_names
+from .loading_lines import DEFAULT_PROMPT, finetuned_load_lines, load_lines
 
-Prompt = str | Sequence[Mapping[str, Any]]  # text, or the messages of a chat
-
-DEFAULT_PROMPT = "Once upon a time"
 NOT_MEASURED = "not measured"
 TEMPLATE_NAME = "model_card.md"
 LOAD_BLOCK = re.compile(r"(## How to load it\n+```python\n)(.*?\n)(```)", re.DOTALL)
@@ -35,74 +32,6 @@ def template_path() -> Path:
     beside = Path(__file__).resolve().parent.parent / TEMPLATE_NAME
     installed = Path(sysconfig.get_path("data")) / "share" / "hf_decoder" / TEMPLATE_NAME
     return beside if beside.is_file() or not installed.is_file() else installed
-
-
-def load_lines(folder: str, prompt: Prompt = DEFAULT_PROMPT, *, trust: bool = True) -> str:
-    """Three lines of Python that load the model of `folder` and let it continue `prompt`, or answer its messages.
-
-    `trust` says that its class is not part of transformers.
-    """
-    code = ", trust_remote_code=True" if trust else ""
-    answer = "" if isinstance(prompt, str) else '[-1]["content"]'
-    return "\n".join(
-        [
-            "from transformers import pipeline",
-            f'generate = pipeline("text-generation", model={json.dumps(folder)}{code})',
-            f'print(generate({_literal(prompt)}, max_new_tokens=64)[0]["generated_text"]{answer})',
-        ]
-    )
-
-
-def classifier_load_lines(folder: str, text: str) -> str:
-    """Three lines of Python that load the classifier of `folder` and ask it about `text`."""
-    return "\n".join(
-        [
-            "from transformers import pipeline",
-            f'classify = pipeline("text-classification", model={json.dumps(folder)}, trust_remote_code=True)',
-            f"print(classify({_literal(text)}))",
-        ]
-    )
-
-
-def _literal(prompt: Prompt) -> str:
-    return json.dumps(prompt, ensure_ascii=False)
-
-
-def adapter_load_lines(
-    folder: str, task: str, id2label: Mapping[int, str] | None = None, prompt: Prompt = DEFAULT_PROMPT
-) -> str:
-    """Lines of Python that load an adapter with its base and the tokenizer that lies beside it, and use them.
-
-    `id2label` are the classes of a classifier, which the base does not know.
-    """
-    head = "SequenceClassification" if task == "classification" else "CausalLM"
-    name = json.dumps(folder)
-    labels = []
-    if id2label is not None:
-        pairs = [(index, json.dumps(label, ensure_ascii=False)) for index, label in id2label.items()]
-        labels = [
-            f"id2label = {{{', '.join(f'{index}: {label}' for index, label in pairs)}}}",
-            f"label2id = {{{', '.join(f'{label}: {index}' for index, label in pairs)}}}",
-        ]
-    names = ", id2label=id2label, label2id=label2id" if labels else ""
-    if isinstance(prompt, str):
-        inputs = f'tokenizer({_literal(prompt)}, return_tensors="pt")'
-    else:
-        inputs = f'tokenizer.apply_chat_template({_literal(prompt)}, add_generation_prompt=True, return_tensors="pt", return_dict=True)'  # noqa: E501
-    if task == "classification":
-        use = f"print(model.config.id2label[int(model(**{inputs}).logits.argmax())])"
-    else:
-        use = f"print(tokenizer.decode(model.generate(**{inputs}, max_new_tokens=64)[0]))"
-    return "\n".join(
-        [
-            f"from peft import AutoPeftModelFor{head}",
-            "from transformers import AutoTokenizer",
-            *labels,
-            f"model = AutoPeftModelFor{head}.from_pretrained({name}, trust_remote_code=True{names})",
-            f"tokenizer = AutoTokenizer.from_pretrained({name})",
-            use,
-        ]
-    )
 
 
 def pin_load_lines(text: str, repo_id: str, revision: str) -> str:
@@ -447,13 +376,6 @@ def _address(folder: Path) -> str:
     return folder.name if folder.is_absolute() else folder.as_posix()
 
 
-def finetuned_load_lines(folder: str, task: str, prompt: Prompt, *, adapter: Path | None) -> str:
-    """Lines of Python that load and use what a fine-tuning left in `folder`; `adapter` is where an adapter lies."""
-    if adapter is not None:
-        return adapter_load_lines(folder, task, read_label_names(adapter), prompt)
-    return classifier_load_lines(folder, str(prompt)) if task == "classification" else load_lines(folder, prompt)
-
-
 def _same_measure(one: EvalResult, other: EvalResult) -> bool:
     keys = ("task_type", "dataset_name", "metric_type")
     return all(getattr(one, key) == getattr(other, key) for key in keys)
@@ -487,9 +409,7 @@ def _energy(seconds: float) -> str:
 def steps_taken(results: Mapping[str, Any]) -> str:
     """How many steps of its schedule a training took."""
     taken, planned = results["train_steps"], results["planned_steps"]
-    return (
-        f"{taken:,}" if taken >= planned else f"{taken:,} of {planned:,} steps, {taken / planned:.1%} of its schedule"
-    )
+    return f"{taken:,}" + (f" of {planned:,}, {taken / planned:.1%} of the schedule" if taken < planned else "")
 
 
 def _measured(results: Mapping[str, Any]) -> dict[str, str]:

@@ -12,7 +12,10 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
 from hf_decoder import accounting, evaluation, training
-from hf_decoder.modelcard import DEFAULT_PROMPT, load_lines, steps_taken, write_model_card
+from hf_decoder.adapters import ADAPTER_CONFIG
+from hf_decoder.classification import check_against_chance, plot_confusion
+from hf_decoder.loading_lines import DEFAULT_PROMPT, finetuned_load_lines, load_lines
+from hf_decoder.modelcard import steps_taken, write_finetuning_card, write_model_card
 from hf_decoder.packing import CorpusReport
 from hf_decoder.preparation import StreamReport
 
@@ -89,6 +92,24 @@ def write_outputs(
     prompt = line_of([prompt for prompt, _ in samples])
     write_model_card(folder, results, {**words, "prompt": prompt})
     print_closing(folder, results, "model", load_lines(folder.as_posix(), prompt))
+
+
+def write_finetuning_outputs(
+    trainer: Trainer, train: dict[str, Any], evaluation: dict[str, Any], words: dict[str, Any], unit: str
+) -> None:
+    """Metrics, loss curve in `unit`, confusion matrix and model card of a fine-tuning, and its last lines."""
+    folder = Path(str(trainer.args.output_dir))
+    results = write_results(trainer, train, evaluation)
+    title = f"{words['base']} on {words['dataset']}"
+    training.plot_loss_curve(trainer.state.log_history, folder / "loss_curve.png", title=title, unit=unit)
+    adapter = folder if (folder / ADAPTER_CONFIG).is_file() else None
+    write_finetuning_card(folder, results, words, is_adapter=adapter is not None)
+    lines = finetuned_load_lines(folder.as_posix(), words["task"], words["prompt"], adapter=adapter)
+    print_closing(folder, results, "adapter" if adapter else "model", lines)
+    if "confusion_matrix" in results:
+        plot_confusion(results, folder / "confusion_matrix.png", title)
+        if line := check_against_chance(results):
+            print(f"\n{line}")
 
 
 def line_of(texts: Iterable[str]) -> str:

@@ -88,6 +88,18 @@ class TrimMemory(TrainerCallback):
             self.trim(0)
 
 
+def add_callbacks(trainer: Trainer, *callbacks: TrainerCallback) -> None:
+    """Adds `callbacks`, and what every fine-tuning has: our progress bar, and on a CPU the care for memory."""
+    for callback in callbacks:
+        trainer.add_callback(callback)
+    if trainer.args.use_cpu:
+        keep_freed_memory()
+        trainer.add_callback(TrimMemory())
+    if not trainer.args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(SpeedBar())
+
+
 def collate_rows(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """A batch of packed rows whose loss alone is wanted: the logits of all its tokens are never formed."""
     return {**default_data_collator(rows), "skip_logits": True}

@@ -19,20 +19,17 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
-from hf_decoder import HfDecoderConfig, accounting, evaluation, finetuning, training
+from hf_decoder import HfDecoderConfig, accounting, finetuning, training
 from hf_decoder.adapters import ADAPTER_CONFIG, CLASSIFIER, LANGUAGE_MODEL, is_adapter, load_adapter, merge
 from hf_decoder.checkpoints import CheckpointKeeper, check_same_run, checkpoint_to_resume, describe_run
 from hf_decoder.classification import (
     KeepLabelNames,
-    check_against_chance,
     class_loss,
     label_map,
-    plot_confusion,
     read_label_names,
     save_label_names,
     share_padding,
@@ -54,11 +51,10 @@ from hf_decoder.cli import (
 from hf_decoder.engine.bitsandbytes import settle_layers
 from hf_decoder.guards import StopOnSignal
 from hf_decoder.layouts import save_in_full
-from hf_decoder.modelcard import finetuned_load_lines, write_finetuning_card
 from hf_decoder.pace import TimeLimit, parse_duration
 from hf_decoder.presets import get_preset
 from hf_decoder.recipe import check_schedule, describe_recipe, muon_adamw, wsd_kwargs
-from hf_decoder.results import print_closing, write_results
+from hf_decoder.results import write_finetuning_outputs
 from hf_decoder.tokenization import check_tokenizer_fits
 
 OUTPUT_DIR = "runs/finetune"
@@ -165,20 +161,10 @@ def training_arguments(task: str) -> type:
             const="true",
         ),
         _flag("save_total_limit", int | None, 1, "Checkpoints kept."),
-        _flag(
-            "logging_steps",
-            float,
-            None,
-            f"Steps between two points of the loss curve; {training.LOGGING_STEPS}, fewer in a short run.",
-        ),
+        _flag("logging_steps", float, None, "Steps between two points of the loss curve; if unset, a few."),
         _flag("logging_first_step", bool, True, "Begin the loss curve at step 1."),
         _flag("include_num_input_tokens_seen", str, "non_padding", "Count tokens, to tell the speed."),
-        _flag(
-            "learning_rate",
-            float | None,
-            None,
-            "Peak learning rate; if unset, one for the task, the width of the model, and what of it is trained.",
-        ),
+        _flag("learning_rate", float | None, None, "Peak learning rate; if unset, by task, width and method."),
         _flag(
             "optim",
             str,
@@ -296,7 +282,7 @@ def finetune(task_args: TaskArguments, model_args: Any, args: Any) -> None:
             for line in finetuning.skip_masked(trainer, data, task_args.prompt_template.replace("\\n", "\n")):
                 print(f"warning: {line}")
         steps = finetuning.count_steps(trainer)
-        _add_callbacks(trainer, keeper, stop)
+        training.add_callbacks(trainer, keeper, stop)
         if args.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY and not args.lr_scheduler_kwargs:
             args.lr_scheduler_kwargs = wsd_kwargs(steps)
         if args.fits_logging_steps:
@@ -319,31 +305,11 @@ def finetune(task_args: TaskArguments, model_args: Any, args: Any) -> None:
             _save(trainer, tokenizer, task_args, model_args, data)
         stop.check()
         metrics["optimizer_and_gradient_bytes"] = finetuning.training_state_bytes(trainer.model, trainer.optimizer)
-        measured = _evaluate(trainer, task_args.task) if data.validation else {}
+        measured = finetuning.evaluate(trainer, task_args.task) if data.validation else {}
         metrics |= {**sizes, **data.counts(), "peak_memory_bytes": accounting.peak_memory_bytes()}
         if trainer.is_world_process_zero():
-            _write_outputs(trainer, task_args, model_args, {**metrics, **accounting.hardware()}, measured, data)
-
-
-def _add_callbacks(trainer: Any, keeper: CheckpointKeeper, stop: StopOnSignal) -> None:
-    for callback in (keeper, stop):
-        trainer.add_callback(callback)
-    if trainer.args.use_cpu:
-        training.keep_freed_memory()
-        trainer.add_callback(training.TrimMemory())
-    if not trainer.args.disable_tqdm:
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(training.SpeedBar())
-
-
-def _evaluate(trainer: Any, task: str) -> dict[str, Any]:
-    """The measures on the held-out rows, under the names that pretraining gives them."""
-    metrics = trainer.evaluate()
-    if task == "sft":
-        metrics["perplexity"] = evaluation.perplexity(metrics["eval_loss"])
-    elif task == "classification":
-        metrics |= trainer.compute_metrics.report
-    return metrics
+            words, unit = finetuning.words(task_args, model_args, data), finetuning.LOSS_UNITS[task_args.task]
+            write_finetuning_outputs(trainer, {**metrics, **accounting.hardware()}, measured, words, unit)
 
 
 def _config(task_args: TaskArguments, model_args: Any, tokenizer: Any) -> Any:
@@ -528,37 +494,3 @@ def _save(trainer: Any, tokenizer: Any, task_args: TaskArguments, model_args: An
             model.generation_config.eos_token_id = ends
     merge(model).save_pretrained(trainer.args.output_dir)
     tokenizer.save_pretrained(trainer.args.output_dir)
-
-
-def _write_outputs(
-    trainer: Any,
-    task_args: TaskArguments,
-    model_args: Any,
-    metrics: dict[str, Any],
-    measured: dict[str, Any],
-    data: finetuning.TaskData,
-) -> None:
-    """Metrics, loss curve, confusion matrix and model card, and the last lines that are printed."""
-    folder = Path(trainer.args.output_dir)
-    results = write_results(trainer, metrics, measured)
-    base = Path(model_args.model_name_or_path or f"a new {task_args.preset} model").name
-    name = finetuning.data_name(str(task_args.train_file))
-    title, unit = f"{base} on {name}", finetuning.LOSS_UNITS[task_args.task]
-    training.plot_loss_curve(trainer.state.log_history, folder / "loss_curve.png", title=title, unit=unit)
-    words: dict[str, Any] = {"task": task_args.task, "base": base, "dataset": name}
-    words["method"] = finetuning.describe_method(model_args, task_args.adapter_name_or_path)
-    words["prompt"] = finetuning.example_prompt(data, task_args.prompt_template.replace("\\n", "\n"))
-    if task_args.merge and model_args.use_peft:
-        words["method"] += ", merged"
-    if model_args.model_name_or_path and not Path(model_args.model_name_or_path).exists():
-        words["base_model"] = model_args.model_name_or_path
-    if task_args.license:
-        words["license"] = task_args.license
-    adapter = folder if (folder / ADAPTER_CONFIG).is_file() else None
-    write_finetuning_card(folder, results, words, is_adapter=adapter is not None)
-    lines = finetuned_load_lines(folder.as_posix(), task_args.task, words["prompt"], adapter=adapter)
-    print_closing(folder, results, "adapter" if adapter else "model", lines)
-    if "confusion_matrix" in results:
-        plot_confusion(results, folder / "confusion_matrix.png", title)
-        if line := check_against_chance(results):
-            print(f"\n{line}")
