@@ -11,8 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM, accounting, planning
 from hf_decoder.cli.main import main
+from hf_decoder.devices import DEVICES as GPUS
 from hf_decoder.launch import configuration_file
-from hf_decoder.planning import GPUS, Job, communication, memory, speed
+from hf_decoder.planning import Job, communication, memory, speed
 from hf_decoder.presets import PRESETS
 from hf_decoder.recipe import MuonAdamW, orthogonalise, parameter_groups
 
@@ -191,7 +192,7 @@ def test_the_command_has_flags_that_pretrain_knows(capsys):
     assert "--optim adamw_torch" in text
     flags = re.findall(r"--\w+", text.splitlines()[-1].partition("scripts/pretrain.py")[2])
     with pytest.raises(SystemExit):
-        main(["pretrain", "--help"])
+        main(["pretrain", "--help-all"])
     known = capsys.readouterr().out
     assert len(flags) >= 7 and all(re.search(rf"{flag}\b", known) for flag in flags)
 
@@ -210,7 +211,7 @@ def test_a_small_model_is_replicated_a_larger_one_sharded_a_tight_one_computed_a
         (["--gpu", "h1000"], "--gpu 'h1000' is unknown; choose one of: a100"),
         (["--strategy", "fsdp1"], "--strategy 'fsdp1' is unknown; choose one of: auto, ddp"),
         (["--optim", "lion"], "--optim 'lion' is unknown"),
-        (["--gpus", "0"], "--gpus 0 must be positive"),
+        (["--gpus", "0"], "--gpus 0 must be at least 1"),
         (["--gpus", "12"], "--gpus 12 does not fill machines of --gpus_per_node 8"),
         (["--block_size", "100000"], "is more than the context of preset 1b, 4096"),
         (["--mfu", "40"], "mfu 40.0 must be above 0 and at most 1"),

@@ -6,6 +6,7 @@ import importlib.util
 import pytest
 
 from hf_decoder.cli import parse_arguments, parse_overrides, pretrain
+from hf_decoder.cli.flags.pretrain import QUICKSTART_TIME_LIMIT
 from hf_decoder.cli.main import VERBS, main
 from hf_decoder.cli.pretrain import DataArguments, ModelArguments, PretrainingArguments
 
@@ -126,10 +127,10 @@ def test_no_verb_and_unknown_verb_list_the_verbs(capsys):
 def test_interrupt_is_130_and_a_bug_is_not_hidden(monkeypatch, capsys):
     module = importlib.import_module("hf_decoder.cli.presets")
 
-    def interrupted(argv):
+    def interrupted(args):
         raise KeyboardInterrupt
 
-    def broken(argv):
+    def broken(args):
         raise KeyError("a bug of ours")
 
     monkeypatch.setattr(module, "main", interrupted)
@@ -159,4 +160,4 @@ def test_only_the_run_without_arguments_has_a_time_limit(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert main(["pretrain"]) == 0
     assert main(["pretrain", "--output_dir", str(tmp_path / "other")]) == 0
-    assert seen == [pretrain.QUICKSTART_TIME_LIMIT, None]
+    assert seen == [QUICKSTART_TIME_LIMIT, None]
