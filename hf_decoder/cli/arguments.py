@@ -96,14 +96,15 @@ def find_value(argv: Sequence[str], name: str) -> str | None:
 
 
 def did_you_mean(name: str, known: Sequence[str], lists: str = "--help") -> str:
-    """Names the known names that `name` may stand for: of the same initials, with the same word, or spelled alike."""
+    """Names what `name` may stand for: names of these initials, around this one, spelled alike, or sharing a word."""
     bare = name.lstrip("-").replace("-", "_")
     plain = {option.lstrip("-"): option for option in known}
-    initials = [option for option in plain if bare == "".join(word[:1] for word in option.split("_"))]
-    starts = [option for option in plain if option.startswith(bare)]
-    words = [option for option in plain if bare.rstrip("s") in [word.rstrip("s") for word in option.split("_")]]
-    alike = difflib.get_close_matches(bare, plain, n=3)
-    ranked = [*initials, *alike, *starts, *words] if len(bare) > 1 else alike
+    words = {option: {word.rstrip("s") for word in option.split("_")} for option in (bare, *plain)}
+    ranked = [option for option in plain if len(bare) > 1 and bare == "".join(word[:1] for word in option.split("_"))]
+    ranked += [option for option in plain if len(bare) > 2 and bare in option]
+    ranked += difflib.get_close_matches(bare, plain, n=3)
+    shared = [option for option in plain if words[option] & words[bare]]
+    ranked += sorted(shared, key=lambda option: -len(words[option] & words[bare]))
     close = [repr(plain[option]) for option in dict.fromkeys(ranked)][:3]
     return f"; did you mean {' or '.join(close)}?" if close else f"; {lists} lists them all"
 
@@ -166,7 +167,7 @@ class Parser(argparse.ArgumentParser):
         missing = [flag for flag in self.flags.values() if flag.required and flag.name not in values]
         if missing:
             what = missing[0].shown if missing[0] in self.positionals else f"--{missing[0].name}"
-            raise ValueError(f"{what} is missing; usage: {self.usage}")
+            raise ValueError(f"{what} is required; usage: {self.usage}")
         return values
 
     def help_text(self, *, everything: bool) -> str:
@@ -197,7 +198,7 @@ class Parser(argparse.ArgumentParser):
             opposite = self.flags.get(name.removeprefix("no_"))
             if name in self.flags:
                 if self.flags[name].boolean and not equals:
-                    value = left.pop(0) if left and left[0].lower() in BOOLEANS else "true"
+                    value = left.pop(0) if left and self.flags[name].takes(left[0]) else "true"
                     equals = "="
                 word = f"--{name}{equals}{value}"
             elif name.startswith("no_") and opposite is not None and opposite.boolean and not equals:
@@ -245,10 +246,14 @@ class _Flag:
             default = field.default_factory()
         self.default = default.value if isinstance(default, enum.Enum) else default
         kind = self.kinds[0]
-        self.boolean = kind is bool
+        self.boolean = bool in self.kinds
         self.many = typing.get_origin(kind) is list
         choices = self.metadata.get("choices") or _choices(typing.get_args(kind)[0] if self.many else kind)
         self.choices = None if choices is None else tuple(choices)
+
+    def takes(self, word: str) -> bool:
+        """Whether the word after a boolean flag is its value."""
+        return word.lower() in BOOLEANS or (str in self.kinds and not word.startswith("-"))
 
     @property
     def shown(self) -> str:
@@ -272,7 +277,8 @@ class _Flag:
         self.action = group.add_argument(
             f"--{self.name}", type=self._type(), choices=self.choices, metavar=self.shown, help=text, **options
         )
-        self.action.heads = self.shown if self.metadata.get("positional") else ""  # type: ignore[attr-defined]
+        heads = f"{self.shown}, --{self.name}" if self.metadata.get("positional") else ""
+        self.action.heads = heads  # type: ignore[attr-defined]
 
     def typed(self, parser: argparse.ArgumentParser, value: Any) -> Any:
         """A value of a config file, converted and checked as the word on the command line would be.
@@ -299,6 +305,8 @@ class _Flag:
         kind = typing.get_args(self.kinds[0])[0] if self.many else self.kinds[0]
         if kind is bool:
             return _boolean
+        if self.boolean:
+            return lambda word: BOOLEANS.get(word.lower(), word)
         if self.choices is not None:
             return lambda word: next((choice for choice in self.choices or () if str(choice) == word), word)
         return kind

@@ -156,9 +156,9 @@ class Chat:
         said = self.args.prompt
         while said != "/exit":
             try:
-                if said is not None:
+                if said:
                     self._take(said)
-                said = _read_line()
+                said = _read_line().rstrip()
             except KeyboardInterrupt:
                 if not sys.stdin.isatty():
                     raise
@@ -182,13 +182,11 @@ class Chat:
 
     def _take(self, said: str) -> None:
         """Answers a message or does what a command says; whatever is wrong with it is one line."""
-        if not said.strip():
-            return
         try:
             if said.startswith("/"):
                 self._obey(*said.split(maxsplit=1))
             else:
-                self._answer(said.strip())
+                self._answer(said.lstrip())
         except (ValueError, OSError) as error:
             _note(f"({error})")
 
@@ -203,12 +201,12 @@ class Chat:
             self.turns = []
         elif command == "/system":
             _check_template(self.tokenizer, self.args)
-            self.system = value.strip() or None
+            self.system = value or None
             _note("(no system message)" if self.system is None else "(the system message is set)")
         elif command == "/save":
-            if not value.strip():
-                raise ValueError("name the file: /save FILE")
-            path = Path(value.strip()).expanduser()
+            if not value or not self.turns:
+                raise ValueError("there is nothing to save yet" if value else "name the file: /save FILE")
+            path = Path(value).expanduser()
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"messages": self._messages()}, ensure_ascii=False) + "\n")
             _note(f"({len(self.turns)} messages appended to {path})")
@@ -240,8 +238,7 @@ class Chat:
             )
         if stopped():
             _note("(stopped)")
-        if self.tokenizer.chat_template is not None:
-            self.turns += [turn, {"role": "assistant", "content": answer}]
+        self.turns += [turn, {"role": "assistant", "content": answer}]
 
     def _fit(self, turn: dict[str, str]) -> list[int]:
         """The talk with `turn` as token ids, without its oldest exchanges where they leave no room for an answer."""

@@ -413,7 +413,9 @@ def test_an_adapter_of_a_classifier_is_measured_as_one(fails, run, tmp_path, kin
         argv = ["eval", *names, "--metrics", "accuracy", "f1", "--test_file", held]
         assert main([*argv, "--output_dir", str(tmp_path / "eval")]) == 0
         assert json.loads((tmp_path / "eval" / "eval_results.json").read_text())["accuracy"] == 1
-    assert "is a sequence classifier, which has only accuracy and f1" in fails("eval", str(out), "--validation_file", held)
+    assert "is a sequence classifier, which has only accuracy and f1" in fails(
+        "eval", str(out), "--validation_file", held
+    )
     lines = ModelCard.load(out / "README.md").text.split("```python\n")[1].split("```")[0]
     found = {}
     exec(lines.replace('"out"', repr(str(out))), found)
