@@ -242,7 +242,7 @@ def lay_out(name: str, job: Job, gpu_name: str, strategies: tuple[str, ...], che
     more = next((n for n in counts if fits(replace(shards, gpus=n))), None)
     if more is not None:
         ways.append(f"{more} x {gpu_name} with --strategy fsdp2")
-    others = {key: kind for key, kind in DEVICES.items() if kind.link or not job.gpu.link}
+    others = {key: kind for key, kind in DEVICES.items() if bool(kind.link) == bool(job.gpu.link)}
     larger = [key for key, kind in others.items() if kind.memory > job.gpu.memory and fits(replace(shards, gpu=kind))]
     if larger:
         best = min(larger, key=lambda key: others[key].memory)
