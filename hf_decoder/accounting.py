@@ -5,44 +5,57 @@ Symbols: N parameters, L layers, H query heads, K key/value heads, Q head width,
 
 from __future__ import annotations
 
-import os
 import platform
 import sys
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from hf_decoder.devices import cpu_count, cpu_name
+from hf_decoder.presets import Shape
 
-BYTES = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2}
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PretrainedConfig
+
+    Config = PretrainedConfig | Shape
+
+BF16_BYTES = 2
 
 
 def meta_model(config: PretrainedConfig) -> nn.Module:
     """The causal language model of `config` on the meta device: shapes without memory."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 
 
-def num_parameters(config: PretrainedConfig) -> int:
+def num_parameters(config: Config) -> int:
     """Parameters of the causal language model of `config`; a tied table counts once."""
+    if isinstance(config, Shape):
+        return config.num_parameters
     return sum(parameter.numel() for parameter in meta_model(config).parameters())
 
 
-def matmul_parameters(config: PretrainedConfig) -> int:
+def matmul_parameters(config: Config) -> int:
     """Parameters that every token is multiplied by: the weights of linear layers, the LM head included.
 
     The embedding table is looked up, not multiplied, unless it is tied and so serves as the head too.
     """
+    if isinstance(config, Shape):
+        return config.matmul_parameters
+    from torch import nn
+
     return sum(m.weight.numel() for m in meta_model(config).modules() if isinstance(m, nn.Linear))
 
 
-def head_dim(config: PretrainedConfig) -> int:
+def head_dim(config: Config) -> int:
     """Width of an attention head (Q)."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def flops_per_token(config: PretrainedConfig, context_length: int, *, training: bool = True) -> int:
+def flops_per_token(config: Config, context_length: int, *, training: bool = True) -> int:
     """Floating-point operations for one token of a sequence of `context_length` tokens.
 
     6 N + 12 L H Q T for training (forward and backward), a third of it forward only: PaLM (arXiv 2204.02311),
@@ -56,7 +69,7 @@ def flops_per_token(config: PretrainedConfig, context_length: int, *, training: 
     return total if training else total // 3
 
 
-def _attention_spans(config: PretrainedConfig, context_length: int) -> list[int]:
+def _attention_spans(config: Config, context_length: int) -> list[int]:
     """Tokens that each layer attends to at most."""
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
@@ -65,29 +78,34 @@ def _attention_spans(config: PretrainedConfig, context_length: int) -> list[int]
     ]
 
 
-def kv_bytes_per_token(config: PretrainedConfig, dtype: torch.dtype = torch.bfloat16) -> int:
-    """Bytes that one more token adds to the KV cache: 2 L K Q times the size of `dtype`.
+def kv_bytes_per_token(config: Config, dtype: torch.dtype | None = None) -> int:
+    """Bytes that one more token adds to the KV cache: 2 L K Q times the size of `dtype`, bf16 by default.
 
     A layer with a sliding window stops growing at its window; `kv_cache_bytes` counts that.
     """
     return config.num_hidden_layers * _kv_bytes_per_token_and_layer(config, dtype)
 
 
-def kv_cache_bytes(config: PretrainedConfig, context_length: int, dtype: torch.dtype = torch.bfloat16) -> int:
+def kv_cache_bytes(config: Config, context_length: int, dtype: torch.dtype | None = None) -> int:
     """Bytes of the KV cache of one sequence of `context_length` tokens."""
     return sum(_attention_spans(config, context_length)) * _kv_bytes_per_token_and_layer(config, dtype)
 
 
-def _kv_bytes_per_token_and_layer(config: PretrainedConfig, dtype: torch.dtype) -> int:
-    return 2 * config.num_key_value_heads * head_dim(config) * BYTES[dtype]
+def _kv_bytes_per_token_and_layer(config: Config, dtype: torch.dtype | None) -> int:
+    return 2 * config.num_key_value_heads * head_dim(config) * _bytes(dtype)
 
 
-def serving_bytes(config: PretrainedConfig, context_length: int, dtype: torch.dtype = torch.bfloat16) -> int:
+def _bytes(dtype: torch.dtype | None) -> int:
+    """Bytes of a number; of bf16 if nothing is said."""
+    return BF16_BYTES if dtype is None else dtype.itemsize
+
+
+def serving_bytes(config: Config, context_length: int, dtype: torch.dtype | None = None) -> int:
     """Weights and the KV cache of one sequence of `context_length` tokens; run-time buffers come on top."""
-    return num_parameters(config) * BYTES[dtype] + kv_cache_bytes(config, context_length, dtype)
+    return num_parameters(config) * _bytes(dtype) + kv_cache_bytes(config, context_length, dtype)
 
 
-def activation_bytes(config: PretrainedConfig, tokens: int, *, shards: int = 1, checkpointing: bool = False) -> int:
+def activation_bytes(config: Config, tokens: int, *, shards: int = 1, checkpointing: bool = False) -> int:
     """An estimate of what the backward pass of `tokens` tokens keeps, under bf16 autocast and without the head.
 
     Per token and layer, in 2-byte numbers: four times the width for the norms' inputs and outputs, the projected
@@ -106,7 +124,7 @@ def activation_bytes(config: PretrainedConfig, tokens: int, *, shards: int = 1, 
     return layer * config.num_hidden_layers
 
 
-def training_bytes(config: PretrainedConfig, batch_size: int, block_size: int) -> int:
+def training_bytes(config: Config, batch_size: int, block_size: int) -> int:
     """An estimate of what mixed-precision AdamW training of `batch_size` x `block_size` tokens needs at its peak.
 
     16 bytes a parameter (fp32 weight, gradient and two moments: ZeRO, arXiv 1910.02054, section 3.1, there with the
@@ -139,30 +157,17 @@ def peak_memory_bytes() -> int | None:
 
 def hardware() -> dict[str, Any]:
     """The machine and the versions a measurement was made with, in words and numbers."""
+    import torch
     import transformers
 
     if torch.cuda.is_available():
         count = torch.cuda.device_count()
         device = f"{count} x {torch.cuda.get_device_name(0)}"
     else:
-        device = f"{_cpu_name()}, {_cpu_count()} cores"
+        device = f"{cpu_name()}, {cpu_count()} cores"
     return {
         "device": device,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-
-
-def _cpu_count() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _cpu_name() -> str:
-    """What the system calls the processor: /proc/cpuinfo where there is one."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()

@@ -6,9 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 
 DEFAULT_NEW_TOKENS = 200
 END_OF_TURN = "<|im_end|>"
+DRAWS = frozenset({"temperature", "top_p", "top_k", "min_p"})
 
 Prompt = str | list[dict[str, str]]
 
@@ -23,11 +25,20 @@ def end_ids(model: Any, tokenizer: Any, *, chat: bool = False) -> list[int]:
     return sorted(ids | ({vocabulary[END_OF_TURN]} if chat and END_OF_TURN in vocabulary else set()))
 
 
+def was_taught_to_chat(model: Any, tokenizer: Any) -> bool:
+    """Whether a template tells turns apart and the model ends its own: one of ours does after training on messages."""
+    if tokenizer.chat_template is None:
+        return False
+    return END_OF_TURN not in tokenizer.get_vocab() or end_ids(model, tokenizer) == end_ids(
+        model, tokenizer, chat=True
+    )
+
+
 def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
     """Token ids of a prompt; of a conversation, by the chat template, up to where the assistant answers.
 
     Raises:
-        ValueError: for an empty prompt, and for a conversation without a chat template.
+        ValueError: for an empty prompt, and for a conversation without a chat template or that it does not take.
     """
     if isinstance(prompt, str):
         ids = tokenizer(prompt)["input_ids"]
@@ -37,7 +48,10 @@ def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
     else:
         if tokenizer.chat_template is None:
             raise ValueError("the tokenizer has no chat template, so prompts must be text, not messages")
-        ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+        try:
+            ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+        except TemplateError as error:  # one that wants no system message, or the user's turn first
+            raise ValueError(f"the chat template does not take this conversation: {error}") from None
     if not ids:
         raise ValueError("the prompt is empty; give at least one character")
     return ids
@@ -61,14 +75,17 @@ def check_ids(model: Any, ids: Sequence[int]) -> None:
 def generate_settings(model: Any, tokenizer: Any, length: int, given: Mapping[str, Any]) -> dict[str, Any]:
     """Keyword arguments of `generate` for a prompt of `length` tokens: `given`, and what the model leaves open.
 
-    Whatever is not in `given` is the model's own `generation_config`. A setting of the draw implies `do_sample`.
+    Whatever is not in `given` is the model's own `generation_config`. A setting of the draw implies `do_sample`; a
+    temperature of 0 is greedy decoding, whatever else is set of the draw.
     """
     settings = {name: value for name, value in given.items() if value is not None}
+    if settings.get("temperature") == 0:
+        settings = {name: value for name, value in settings.items() if name not in DRAWS} | {"do_sample": False}
     limit = getattr(model.config, "max_position_embeddings", None)
     wanted = settings.get("max_new_tokens", model.generation_config.max_new_tokens)
     wanted = DEFAULT_NEW_TOKENS if wanted is None else wanted
     settings["max_new_tokens"] = wanted if limit is None else min(wanted, limit - length)
-    if {"temperature", "top_p", "top_k", "min_p"} & settings.keys():
+    if DRAWS & settings.keys():
         settings.setdefault("do_sample", True)
     if model.generation_config.pad_token_id is None:
         settings["pad_token_id"] = (

@@ -14,45 +14,19 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from hf_decoder import accounting
+from hf_decoder.devices import DEVICES, DEVICES_PER_NODE, GB, Device
 from hf_decoder.engine.training.loss import CHUNK_ELEMENTS, MIN_CHUNK_ROWS
 from hf_decoder.recipe import NEWTON_SCHULZ_STEPS, parameter_groups
 
-GB = 10**9
 # Share of a device's memory that can be planned with; the rest is the context, the allocator and the libraries.
 USABLE = 0.92
-# Bytes a second that one device can send to other machines: 400 Gbit/s a GPU, as in NVIDIA's DGX H100.
+# Bytes a second that one GPU can send to other machines: 400 Gbit/s a GPU, as in NVIDIA's DGX H100.
 NETWORK = 50 * GB
-DEVICES_PER_NODE = 8
 STRATEGIES = ("ddp", "fsdp2", "deepspeed_zero3")
 # Bytes that a loss from whole logits holds for each: bf16, fp32, log-probabilities, and their gradient in fp32.
 HELD_LOGIT = 2 + 4 + 4 + 4
 # Bytes of a logit of a chunk in our loss: bf16, and fp32 (model/loss_hf_decoder.py).
 CHUNK_LOGIT = 2 + 4
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """Memory in bytes, dense bf16 FLOP/s, and bytes a second that it sends to a neighbour in its machine."""
-
-    memory: int
-    flops: float
-    link: float
-
-
-# NVIDIA's and AMD's data sheets: dense bf16 with fp32 accumulation (half of the figure with sparsity), NVLink or
-# Infinity Fabric in one direction, PCIe where there is neither.
-GPUS = {
-    "a100": Gpu(80 * GB, 312e12, 300 * GB),
-    "a100-40gb": Gpu(40 * GB, 312e12, 300 * GB),
-    "h100": Gpu(80 * GB, 989.4e12, 450 * GB),
-    "h200": Gpu(141 * GB, 989.4e12, 450 * GB),
-    "b200": Gpu(180 * GB, 2250e12, 900 * GB),
-    "mi300x": Gpu(192 * GB, 1307.4e12, 448 * GB),
-    "l40s": Gpu(48 * GB, 362e12, 32 * GB),
-    "l4": Gpu(24 * GB, 121e12, 32 * GB),
-    "rtx4090": Gpu(24 * GB, 165.2e12, 32 * GB),
-    "rtx3090": Gpu(24 * GB, 71e12, 32 * GB),
-}
 
 
 @dataclass(frozen=True)
@@ -84,7 +58,7 @@ class Job:
     """A training: the model, the devices, and how it is laid out over them."""
 
     config: PretrainedConfig
-    gpu: Gpu
+    gpu: Device
     gpus: int = 1
     strategy: str = "fsdp2"
     block_size: int = 1024
@@ -231,7 +205,7 @@ def speed(job: Job, mfu: float) -> Speed:
     compute = useful * (4 / 3 if job.checkpointing else 1) / (job.gpu.flops * mfu)
     muon = newton_schulz_flops(job.config) / job.shards / (job.gpu.flops * mfu) if job.muon else 0.0
     sent = communication(job)
-    sending = (sent["gradients"] + sent["weights"]) / job.ring + sent["muon"] / job.direct
+    sending = 0.0 if job.gpus == 1 else (sent["gradients"] + sent["weights"]) / job.ring + sent["muon"] / job.direct
     return Speed(compute, muon, sending, job.tokens_per_step / max(compute + muon, sending))
 
 
@@ -264,12 +238,14 @@ def lay_out(name: str, job: Job, gpu_name: str, strategies: tuple[str, ...], che
     if job.checkpointing is False and checkpointing is False and fits(replace(least, checkpointing=True)):
         ways.append("--gradient_checkpointing")
     shards = replace(least, strategy="fsdp2", checkpointing=checkpointing is not False)
-    more = next((n for n in (2**k for k in range(1, 13)) if n > job.gpus and fits(replace(shards, gpus=n))), None)
+    counts = [2**k for k in range(1, 13) if 2**k > job.gpus] if job.gpu.link else []
+    more = next((n for n in counts if fits(replace(shards, gpus=n))), None)
     if more is not None:
         ways.append(f"{more} x {gpu_name} with --strategy fsdp2")
-    larger = [key for key, gpu in GPUS.items() if gpu.memory > job.gpu.memory and fits(replace(shards, gpu=gpu))]
+    others = {key: kind for key, kind in DEVICES.items() if bool(kind.link) == bool(job.gpu.link)}
+    larger = [key for key, kind in others.items() if kind.memory > job.gpu.memory and fits(replace(shards, gpu=kind))]
     if larger:
-        best = min(larger, key=lambda key: GPUS[key].memory)
+        best = min(larger, key=lambda key: others[key].memory)
         ways.append(f"{job.gpus} x {best}" + (" with --strategy fsdp2" if job.gpus > 1 else ""))
     needed, there = sum(memory(least).values()) / 2**30, USABLE * job.gpu.memory / 2**30
     raise ValueError(

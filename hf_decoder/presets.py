@@ -8,6 +8,7 @@ of the model.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 
@@ -54,3 +55,43 @@ def get_preset(name: str) -> dict[str, Any]:
     if name not in PRESETS:
         raise ValueError(f"preset {name!r} is unknown; choose one of: {', '.join(PRESETS)}")
     return dict(PRESETS[name])
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The fields of a preset's config that its costs follow from, without transformers."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+
+    @classmethod
+    def of(cls, name: str, vocab_size: int) -> Shape:
+        """The shape of preset `name`. Raises ValueError as `get_preset`."""
+        shape = get_preset(name)
+        if not shape.pop("qk_norm"):
+            raise NotImplementedError("the sum of parameters counts the norms of queries and keys")
+        width = shape["hidden_size"]
+        # As the config has it: 8/3 of the width, in whole 64s.
+        shape["intermediate_size"] = shape["intermediate_size"] or -(-8 * width // (3 * 64)) * 64
+        return cls(vocab_size=vocab_size, head_dim=width // shape["num_attention_heads"], **shape)
+
+    @property
+    def matmul_parameters(self) -> int:
+        """Parameters of linear layers: queries and output, keys and values, gate, up and down, and the head."""
+        heads = 2 * self.num_attention_heads + 2 * self.num_key_value_heads
+        layer = self.hidden_size * (heads * self.head_dim + 3 * self.intermediate_size)
+        return self.num_hidden_layers * layer + self.vocab_size * self.hidden_size
+
+    @property
+    def num_parameters(self) -> int:
+        """All parameters: two norms of the width a layer, two of the heads' width, one at the end, and the table."""
+        norms = self.num_hidden_layers * 2 * (self.hidden_size + self.head_dim) + self.hidden_size
+        table = 0 if self.tie_word_embeddings else self.vocab_size * self.hidden_size
+        return self.matmul_parameters + norms + table

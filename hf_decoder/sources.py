@@ -8,18 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from hf_decoder import corpus
-from hf_decoder.packing import batch_rows
-
 if TYPE_CHECKING:
+    import numpy as np
     from datasets import Dataset, DatasetDict
 
 
 @dataclass
 class TextArguments:
-    """Which text."""
+    """Which text it is trained and measured on."""
 
     train_file: list[str] | None = field(
         default=None,
@@ -30,16 +26,18 @@ class TextArguments:
     )
     validation_file: str | None = field(default=None, metadata={"help": "Held-out text, of the same kinds."})
     dataset_name: str | None = field(default=None, metadata={"help": "Data set of the Hub, in place of --train_file."})
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
-    text_column: str = field(default="text", metadata={"help": "The column or key that holds the text."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration.", "rare": True})
+    text_column: str = field(default="text", metadata={"help": "The column or key that holds the text.", "rare": True})
     encoding: str | None = field(
-        default=None, metadata={"help": "Encoding of the text files that are not UTF-8, for example cp1252."}
+        default=None,
+        metadata={"help": "Encoding of the text files that are not UTF-8, for example cp1252.", "rare": True},
     )
     streaming: bool = field(
         default=False, metadata={"help": "Read the text bit by bit as it is needed: for text larger than memory."}
     )
     validation_split_percentage: float = field(
-        default=5.0, metadata={"help": "Share of the documents to hold out when there is no validation set."}
+        default=5.0,
+        metadata={"help": "Share of the documents to hold out when there is no validation set.", "rare": True},
     )
 
 
@@ -49,6 +47,8 @@ def load_texts(args: TextArguments) -> DatasetDict:
     Raises:
         ValueError: for flags that contradict each other, and as `corpus.load_text`.
     """
+    from hf_decoder import corpus
+
     if not args.train_file and args.dataset_name is None:
         if args.validation_file is not None:
             raise ValueError(f"--validation_file {args.validation_file} needs a --train_file beside it")
@@ -102,6 +102,8 @@ def weighted_files(names: str | Sequence[str]) -> list[tuple[str, float | None]]
 def _load_mixture(weighted: Sequence[tuple[str, float | None]], options: dict[str, Any]) -> DatasetDict:
     from datasets import DatasetDict, concatenate_datasets
 
+    from hf_decoder import corpus
+
     loaded = [corpus.load_text(train_file=path, **options) for path, _ in weighted]
     validation = [texts["validation"] for texts in loaded]
     return DatasetDict(
@@ -116,6 +118,7 @@ def mix(parts: Sequence[Dataset], weights: Sequence[float]) -> Dataset:
     Every document is there; of a part that is too small for its share, documents come again from its beginning. Parts
     are spread evenly over the whole.
     """
+    import numpy as np
     from datasets import concatenate_datasets
 
     sizes = [_document_bytes(part) for part in parts]
@@ -136,7 +139,10 @@ def mix(parts: Sequence[Dataset], weights: Sequence[float]) -> Dataset:
 
 
 def _document_bytes(documents: Dataset) -> np.ndarray:
+    import numpy as np
     import pyarrow.compute as pc
+
+    from hf_decoder.packing import batch_rows
 
     batches = documents.select_columns("text").with_format("arrow").iter(batch_rows(documents))
     return np.concatenate([pc.binary_length(batch["text"]).to_numpy() for batch in batches]).astype(np.int64)

@@ -11,8 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM, accounting, planning
 from hf_decoder.cli.main import main
+from hf_decoder.devices import DEVICES as GPUS
 from hf_decoder.launch import configuration_file
-from hf_decoder.planning import GPUS, Job, communication, memory, speed
+from hf_decoder.planning import Job, communication, memory, speed
 from hf_decoder.presets import PRESETS
 from hf_decoder.recipe import MuonAdamW, orthogonalise, parameter_groups
 
@@ -191,7 +192,7 @@ def test_the_command_has_flags_that_pretrain_knows(capsys):
     assert "--optim adamw_torch" in text
     flags = re.findall(r"--\w+", text.splitlines()[-1].partition("scripts/pretrain.py")[2])
     with pytest.raises(SystemExit):
-        main(["pretrain", "--help"])
+        main(["pretrain", "--help-all"])
     known = capsys.readouterr().out
     assert len(flags) >= 7 and all(re.search(rf"{flag}\b", known) for flag in flags)
 
@@ -203,6 +204,35 @@ def test_a_small_model_is_replicated_a_larger_one_sharded_a_tight_one_computed_a
     assert ": fsdp2, activations formed again" in tight and "--gradient_checkpointing" in tight
 
 
+@pytest.mark.parametrize("preset", list(PRESETS))
+def test_every_preset_is_planned_by_its_bare_name(preset, capsys):
+    """The row is at most its context; the largest need a larger device."""
+    flags = ["--gpu", "b200", "--optim", "adamw_torch"]
+    text = plan(capsys, preset, *flags)
+    assert text.startswith(f"{preset}, ") and text == plan(capsys, "--preset", preset, *flags)
+    block_size = int(re.search(r"--block_size (\d+)", text)[1])
+    assert block_size == min(PRESETS[preset]["max_position_embeddings"], 4096)
+
+
+@pytest.mark.parametrize("kind", [kind for kind, device in GPUS.items() if not device.link] + ["cpu"])
+def test_a_cpu_or_a_mac_works_alone(kind, capsys):
+    text = plan(capsys, "nano", "--gpu", kind)
+    assert f"on 1 x {kind}: one process\n" in text and "sent by a device" not in text
+    assert text.splitlines()[-1].startswith("  hf-decoder pretrain --preset nano ")
+    assert float(re.search(r"([\d,]+) tokens/s", text)[1].replace(",", "")) > 0
+    assert main(["plan", "nano", "--gpu", kind, "--gpus", "2"]) == 2
+    assert f"--gpus 2: the plan knows no connection of several {kind}" in capsys.readouterr().err
+
+
+def test_memory_that_a_device_has_can_be_said(capsys):
+    assert main(["plan", "1b", "--gpu", "m1"]) == 2
+    error = capsys.readouterr().err
+    assert "does not fit on 1 x m1" in error and "1 x m1-max" in error
+    assert "of 58.9 (92% of 64.0)" in plan(capsys, "1b", "--gpu", "m1", "--gpu_memory", "64")
+    assert main(["plan", "1b", "--gpu_memory", "0"]) == 2
+    assert "--gpu_memory 0 must be more than 0" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -210,7 +240,7 @@ def test_a_small_model_is_replicated_a_larger_one_sharded_a_tight_one_computed_a
         (["--gpu", "h1000"], "--gpu 'h1000' is unknown; choose one of: a100"),
         (["--strategy", "fsdp1"], "--strategy 'fsdp1' is unknown; choose one of: auto, ddp"),
         (["--optim", "lion"], "--optim 'lion' is unknown"),
-        (["--gpus", "0"], "--gpus 0 must be positive"),
+        (["--gpus", "0"], "--gpus 0 must be at least 1"),
         (["--gpus", "12"], "--gpus 12 does not fill machines of --gpus_per_node 8"),
         (["--block_size", "100000"], "is more than the context of preset 1b, 4096"),
         (["--mfu", "40"], "mfu 40.0 must be above 0 and at most 1"),

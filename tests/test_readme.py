@@ -42,7 +42,7 @@ def test_every_flag_of_a_command_exists(command, capsys):
     script, *flags = shlex.split(command)[1:]
     assert (ROOT / script).is_file()
     with pytest.raises(SystemExit) as stop:
-        main([Path(script).stem, "--help"])
+        main([Path(script).stem, "--help-all" if "serve" not in script else "--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
     for flag in flags:

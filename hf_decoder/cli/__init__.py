@@ -1,129 +1,30 @@
-"""What the commands share: reading arguments from flags and files, and loading a saved model with clear errors.
+"""What the commands share: checks of arguments, and loading a saved model with clear errors.
 
 Nothing heavy is imported here: `hf-decoder --help` should not wait for torch.
 """
 
 from __future__ import annotations
 
-import argparse
-import difflib
-import importlib.util
 import json
 import re
-import types
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from hf_decoder.cli.arguments import did_you_mean, find_value, parse_arguments
+from hf_decoder.noise import on_terminal
 
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig
 
-CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 MUON_ADAMW = "muon_adamw"  # a value of --optim beside transformers' own names
-UNIONS = (Union, types.UnionType)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+T = TypeVar("T")
 
-
-def parse_arguments(
-    verb: str, dataclass_types: Sequence[type], argv: Sequence[str], description: str
-) -> tuple[Any, ...]:
-    """Fills `dataclass_types` from a config file and from flags, which override the file.
-
-    The file is `--config FILE` or a first argument that ends in .yaml, .yml or .json; its keys are the flags' names.
-
-    Raises:
-        ValueError: for an unknown or malformed flag, an unknown key of the file, a file that cannot be read, or a flag
-            that needs a package that is not installed.
-    """
-    from transformers import HfArgumentParser
-
-    class Parser(HfArgumentParser):
-        def error(self, message: str) -> NoReturn:
-            raise ValueError(message)
-
-    kinds: Any = list(dataclass_types)
-    parser = Parser(
-        kinds,
-        prog=f"hf-decoder {verb}",
-        usage=f"hf-decoder {verb} [--config FILE] [options]",
-        description=description,
-        allow_abbrev=False,
-    )
-    config_file, flags = _split_config_file(list(argv))
-    if config_file is not None:
-        hints = {name: hint for kind in kinds for name, hint in get_type_hints(kind).items()}
-        # Of a switch and its --no_ complement, the first takes a value.
-        actions = {action.dest: action for action in reversed(parser._actions)}
-        for key, value in _read_config_file(config_file).items():
-            if key not in actions:
-                raise ValueError(f"unknown key {key!r} in {config_file}{did_you_mean(key, sorted(actions))}")
-            try:
-                parser.set_defaults(**{key: _flag_value(parser, actions[key], hints.get(key), value)})
-            except (ValueError, argparse.ArgumentError) as error:
-                raise ValueError(f"{config_file}: {error}") from None
-            actions[key].required = False
-    given = vars(parser.parse_known_args(flags)[0])
-    if given.get("deepspeed") and importlib.util.find_spec("deepspeed") is None:
-        raise ValueError("--deepspeed needs a package that is not installed: pip install deepspeed")
-    try:
-        *parsed, unknown = parser.parse_args_into_dataclasses(
-            flags, return_remaining_strings=True, look_for_args_file=False
-        )
-    except json.JSONDecodeError as error:  # of a value that transformers takes for JSON, without the flag's name
-        name = next((name for name, value in given.items() if value == error.doc), "a flag")
-        raise ValueError(f"--{name} {error.doc} is not valid JSON: {error}") from None
-    if unknown:
-        options = [option for action in parser._actions for option in action.option_strings]
-        raise ValueError(f"unknown argument {unknown[0]!r}{did_you_mean(unknown[0], options)}")
-    return tuple(parsed)
-
-
-def _flag_value(parser: argparse.ArgumentParser, action: argparse.Action, hint: Any, value: Any) -> Any:
-    """The `value` of a config file, checked and converted as the text of its flag would be; `hint` is its annotation.
-
-    Raises:
-        ValueError, argparse.ArgumentError: for a value that the flag does not take.
-    """
-    kinds = {get_origin(part) or part for part in (get_args(hint) if get_origin(hint) in UNIONS else (hint,))}
-    if value is None or (value is False and bool not in kinds):  # a bare `no` of what is no switch: without it
-        if type(None) not in kinds and action.default is not None:
-            raise ValueError(f"{action.dest} has no value; give one, or leave the line out")
-        return None
-    if value is True and action.const is not None:
-        return action.const
-    if isinstance(value, dict | bool) or (isinstance(value, list) and action.nargs != "+"):
-        if type(value) not in kinds:
-            form = {dict: "a mapping", list: "a list", bool: "a yes or no (text stands in quotes)"}[type(value)]
-            raise ValueError(f"{action.dest} does not take {form}: {json.dumps(value, default=str)}")
-        return value
-    items = value if isinstance(value, list) else [value]
-    if not items or any(item is None or isinstance(item, dict | list | bool) for item in items):
-        raise ValueError(f"{action.dest} takes one value or several, each a text or a number, not {value}")
-    return parser._get_values(action, [str(item) for item in items])  # type: ignore[attr-defined]
-
-
-def name_positionals(argv: Sequence[str], flags: Sequence[str]) -> list[str]:
-    """Turns `A B --flags` into flags alone, which is what the dataclass parser reads; `flags` names A and B."""
-    rest = list(argv)
-    named = []
-    for flag in flags:
-        if rest and not rest[0].startswith("-"):
-            named += [f"{flag}={rest.pop(0)}"]
-    return named + rest
-
-
-def find_value(argv: Sequence[str], name: str) -> str | None:
-    """The value of `--name` in flags or config file, before the flags are parsed: it decides which flags there are."""
-    config_file, flags = _split_config_file(list(argv))
-    value = None if config_file is None else _read_config_file(config_file).get(name)
-    for number, flag in enumerate(flags):
-        if flag == f"--{name}" and number + 1 < len(flags):
-            value = flags[number + 1]
-        elif flag.startswith(f"--{name}="):
-            value = flag.partition("=")[2]
-    return None if value is None else str(value)
+__all__ = ["did_you_mean", "find_value", "parse_arguments"]
 
 
 def select_device(name: str | None) -> torch.device:
@@ -134,7 +35,7 @@ def select_device(name: str | None) -> torch.device:
     """
     import torch
 
-    if name is None:
+    if name in (None, "auto"):
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         return accelerator or torch.device("cpu")
     try:
@@ -164,11 +65,6 @@ def optimizer_name(args: Any) -> str:
     return MUON_ADAMW if args.uses_muon else OptimizerNames(args.optim).value
 
 
-def did_you_mean(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else "; --help lists them all"
-
-
 def parse_overrides(text: str | None) -> dict[str, Any]:
     """Reads `name=value,name=value`; a value is JSON, or else a string.
 
@@ -190,37 +86,6 @@ def parse_overrides(text: str | None) -> dict[str, Any]:
         except json.JSONDecodeError:
             overrides[name] = value
     return overrides
-
-
-def _split_config_file(argv: list[str]) -> tuple[Path | None, list[str]]:
-    """Takes the config file out of `argv`."""
-    if argv and not argv[0].startswith("-") and argv[0].endswith(CONFIG_SUFFIXES):
-        return Path(argv[0]), argv[1:]
-    for i, argument in enumerate(argv):
-        if argument.startswith("--config="):
-            return Path(argument.removeprefix("--config=")), argv[:i] + argv[i + 1 :]
-        if argument == "--config":
-            if i + 1 == len(argv):
-                raise ValueError("--config needs a file: --config FILE.yaml")
-            return Path(argv[i + 1]), argv[:i] + argv[i + 2 :]
-    return None, argv
-
-
-def _read_config_file(path: Path) -> dict[str, Any]:
-    import yaml
-
-    if not path.is_file():
-        raise ValueError(f"config file {path} does not exist")
-    try:
-        # JSON is YAML, so one reader does for both.
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"config file {path} is not valid YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"config file {path} must hold `key: value` lines that name the flags")
-    # A bare `no` is False in YAML; of eval_strategy and its like it is one of the words.
-    named = ((str(key), value) for key, value in values.items())
-    return {key: "no" if value is False and key.endswith("_strategy") else value for key, value in named}
 
 
 def load_config(name: str, *, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -398,11 +263,17 @@ def _label_names(adapter: str, config: PretrainedConfig) -> dict[int, str]:
     )
 
 
-def show_progress(items: Any, total: int, name: str) -> Any:
-    """`items`, with a bar on standard error."""
+def show_progress(items: Iterable[T], total: int, name: str) -> Iterator[T]:
+    """`items`, with a bar on standard error; ten lines or so in place of the bar where that goes into a log."""
     from tqdm import tqdm
 
-    return tqdm(items, total=total, desc=name, mininterval=0.5)
+    if on_terminal():
+        yield from tqdm(items, total=total, desc=name, mininterval=0.5)
+        return
+    for number, item in enumerate(items, 1):
+        yield item
+        if number == total or number % max(1, total // 10) == 0:
+            print(f"{name}: {number}/{total}", file=sys.stderr, flush=True)
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -13,42 +13,14 @@ from transformers.utils import logging
 
 from hf_decoder import accounting
 from hf_decoder.benchmarking import SUITES, Row, Setting
-from hf_decoder.cli import parse_arguments, parse_overrides
+from hf_decoder.cli import parse_overrides
+from hf_decoder.cli.flags.benchmark import BenchmarkArguments
 from hf_decoder.presets import get_preset
 from hf_decoder.training import bf16_supported
 
-DESCRIPTION = (
-    "Measures our model against transformers' Llama of the same shape with the same weights, in one process, "
-    "alternating, medians. Results are compared before anything is timed. Let nothing else run meanwhile."
-)
 
-
-@dataclass
-class BenchmarkArguments:
-    """What is measured, and where the results go."""
-
-    suites: list[str] = field(
-        default_factory=lambda: list(SUITES), metadata={"help": f"Which of {', '.join(SUITES)}; all by default."}
-    )
-    preset: str = field(default="30m", metadata={"help": "Named model shape; `hf-decoder presets` lists them."})
-    config_overrides: str | None = field(
-        default=None,
-        metadata={"help": "Changes of the preset, `name=value,name=value`, in Llama's fields."},
-    )
-    vocab_size: int = field(default=32000, metadata={"help": "Vocabulary of the models."})
-    dtype: str = field(
-        default="auto",
-        metadata={"help": "bfloat16, float16, float32, or auto: bfloat16 where the hardware multiplies it."},
-    )
-    device: str = field(default="auto", metadata={"help": "cpu, cuda, or auto: an accelerator if there is one."})
-    repeats: int = field(default=5, metadata={"help": "Timed calls of each side."})
-    json: str | None = field(default=None, metadata={"help": "File for the results as JSON."})
-    plot: str | None = field(default=None, metadata={"help": "File for a bar chart of the ratios, PNG."})
-
-
-def main(argv: Sequence[str]) -> int:
+def main(args: BenchmarkArguments) -> int:
     """Prints one line a comparison as soon as it is measured."""
-    (args,) = parse_arguments("benchmark", (BenchmarkArguments,), argv, DESCRIPTION)
     setting = _setting(args)
     facts = accounting.hardware()
     logging.set_verbosity_error()

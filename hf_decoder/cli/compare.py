@@ -9,7 +9,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -17,16 +17,13 @@ from typing import Any
 from transformers import set_seed
 
 from hf_decoder.cli import (
-    DTYPES,
     check_at_least,
-    check_choice,
     load_model,
     load_tokenizer,
-    name_positionals,
-    parse_arguments,
     select_device,
     show_progress,
 )
+from hf_decoder.cli.flags.compare import CompareArguments
 from hf_decoder.completion import Prompt, complete
 from hf_decoder.examples import read_prompts, read_rows
 from hf_decoder.judgment import JudgmentFile, Pair, blind_pairs
@@ -36,44 +33,12 @@ KEYS = {"1": "left", "l": "left", "2": "right", "r": "right", "t": "tie", "0": "
 NARROWEST = 60
 
 
-@dataclass
-class CompareArguments:
-    """Which two models, on which prompts, and how they answer."""
-
-    model_a: str = field(
-        metadata={"help": "Folder or Hub name of a model; or a .jsonl of its answers, as generate writes it."}
-    )
-    model_b: str = field(metadata={"help": "The other one."})
-    prompts: str = field(metadata={"help": "File of prompts: .jsonl, .csv, .parquet, or text, one a line."})
-    prompt_column: str | None = field(default=None, metadata={"help": "The column that holds the prompt."})
-    chat: bool = field(default=False, metadata={"help": "Put each prompt to the models as a user's turn."})
-    web: bool = field(default=False, metadata={"help": "Judge on a web page of this machine, not in the terminal."})
-    port: int = field(default=0, metadata={"help": "Port of the page; 0 takes any that is free."})
-    output_dir: str = field(default="runs/compare", metadata={"help": "Folder for answers, judgments and results."})
-    max_new_tokens: int | None = field(default=None, metadata={"help": "Longest answer, in tokens."})
-    do_sample: bool | None = field(default=None, metadata={"help": "Draw (true) or take the likeliest (false)."})
-    temperature: float | None = field(default=None, metadata={"help": "Sharpness of the draw; below 1 is sharper."})
-    stop_strings: list[str] | None = field(default=None, metadata={"help": "Texts that end an answer."})
-    batch_size: int = field(default=8, metadata={"help": "Prompts that run together."})
-    seed: int = field(default=0, metadata={"help": "Seed of the draws, of the order and of the sides."})
-    dtype: str = field(default="auto", metadata={"help": f"Type of the weights: {', '.join(DTYPES)}."})
-    device: str | None = field(default=None, metadata={"help": "cpu, cuda, ...; the accelerator if there is one."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run the model code of the Hub repository."})
-
-
-def main(argv: Sequence[str]) -> int:
-    """Parses the flags, has both models answer, and asks for judgments until there are no more pairs."""
-    (args,) = parse_arguments(
-        "compare",
-        (CompareArguments,),
-        name_positionals(argv, ("--model_a", "--model_b")),
-        "Has two models answer the same prompts and asks, blind, which answer is better.",
-    )
-    check_choice("--dtype", args.dtype, DTYPES)
+def main(args: CompareArguments) -> int:
+    """Has both models answer, and asks for judgments until there are no more pairs."""
     for name in ("batch_size", "max_new_tokens"):
         check_at_least(f"--{name}", getattr(args, name), 1)
     names = _names(args.model_a, args.model_b)
-    prompts = [row["prompt"] for row in read_prompts(args.prompts, args.prompt_column)]
+    prompts = [row["prompt"] for row in read_prompts(args.input_file, args.prompt_column)]
     file = JudgmentFile(Path(args.output_dir) / "judgments.jsonl", names)
     answers = [_answers(args, side, prompts) for side in ("a", "b")]
     pairs = blind_pairs([_shown(prompt) for prompt in prompts], *answers, seed=args.seed)
@@ -88,16 +53,20 @@ def main(argv: Sequence[str]) -> int:
         if not file.remaining(pairs):
             pass
         elif args.web:
-            JudgmentServer(file, pairs, args.port).serve()
+            with suppress(KeyboardInterrupt):  # the way to end it
+                JudgmentServer(file, pairs, args.port).serve()
         else:
             judge_in_terminal(file, pairs)
-    except KeyboardInterrupt:
-        print()
+    finally:  # an interrupt loses nothing
+        _write_results(args, file, names)
+    return 0
+
+
+def _write_results(args: CompareArguments, file: JudgmentFile, names: tuple[str, str]) -> None:
     results = {"model_a": names[0], "model_b": names[1], **file.tally().results()}
     path = Path(args.output_dir) / "compare_results.json"
     path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    print("\n".join(file.tally().lines(names)))
-    return 0
+    print("\n".join(["", *file.tally().lines(names)]))
 
 
 def _names(a: str, b: str) -> tuple[str, str]:

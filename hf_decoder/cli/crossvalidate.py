@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,8 @@ from transformers.utils import logging
 
 from hf_decoder import accounting, crossvalidation, examples, training
 from hf_decoder.classification import check_against_chance, class_report, label_map, plot_confusion
-from hf_decoder.cli import parse_arguments, parse_overrides
+from hf_decoder.cli import parse_overrides
+from hf_decoder.cli.flags.crossvalidate import CrossvalidateArguments
 from hf_decoder.evaluation import accuracy
 from hf_decoder.interrupts import going_on
 from hf_decoder.loading_lines import classifier_load_lines
@@ -23,74 +23,9 @@ from hf_decoder.modelcard import write_finetuning_card
 from hf_decoder.presets import get_preset
 from hf_decoder.results import example_of, print_load_lines
 
-OUTPUT_DIR = "runs/crossvalidation"
-DESCRIPTION = (
-    "Holds every part of the rows out once, trains a tokenizer and a classifier on the other parts, from scratch or, "
-    "with --pretraining_epochs, from a language model of their texts, and measures on the part held out. Where "
-    "scikit-learn is installed, TF-IDF and logistic regression are measured on the same parts. Then trains the model "
-    "to be used, on all rows. A run that was interrupted goes on after the folds that --output_dir holds."
-)
 
-
-@dataclass
-class CrossvalidateArguments:
-    """Which rows, how many folds, and the recipe of each."""
-
-    train_file: str = field(metadata={"help": "Rows with text and label: .jsonl, .json, .csv, .tsv, .parquet."})
-    text_column: str | None = field(default=None, metadata={"help": "The column that holds the text."})
-    label_column: str | None = field(default=None, metadata={"help": "The column that holds the label."})
-    num_folds: int = field(default=10, metadata={"help": "Parts that are held out in turn."})
-    max_folds: int | None = field(default=None, metadata={"help": "Only the first so many of them."})
-    preset: str = field(default="nano", metadata={"help": "Shape of the model."})
-    config_overrides: str | None = field(
-        default="hidden_size=128,num_attention_heads=2,num_key_value_heads=2,num_hidden_layers=2,intermediate_size=256,"
-        'layer_types=["sliding_attention","full_attention"],sliding_window=3',
-        metadata={"help": "Changes to the preset's config."},
-    )
-    vocab_size: int = field(
-        default=16384, metadata={"help": "Words that the tokenizer of each fold knows at most, all seen twice."}
-    )
-    pretraining_epochs: float = field(default=0, metadata={"help": "Epochs as a language model before that."})
-    pretraining_learning_rate: float = field(default=1e-2, metadata={"help": "Peak learning rate of these."})
-    pretraining_dropout: float = field(default=0.1, metadata={"help": "Dropout of these."})
-    num_train_epochs: float = field(default=5, metadata={"help": "Epochs as a classifier."})
-    learning_rate: float = field(default=4e-3, metadata={"help": "Peak learning rate of these."})
-    dropout: float = field(default=0.3, metadata={"help": "Dropout of these."})
-    word_dropout: float = field(default=0.1, metadata={"help": "Share of the tokens that is not shown, in both."})
-    teacher_weight: float = field(
-        default=0.8,
-        metadata={
-            "help": "Share of the classifier's target that a model of n-grams sets, which learned from the same rows; "
-            "the label sets the rest. It also says how to score a text after each of its words. 0: labels alone."
-        },
-    )
-    per_device_train_batch_size: int = field(default=64, metadata={"help": "Texts of a step."})
-    seed: int = field(default=42, metadata={"help": "Seed of folds, weights and draws."})
-    output_dir: str = field(
-        default=OUTPUT_DIR, metadata={"help": "Folder for results, predictions and the model of all rows."}
-    )
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Begin again in a folder with results."})
-
-    def recipe(self) -> crossvalidation.Recipe:
-        return crossvalidation.Recipe(
-            shape={**get_preset(self.preset), **parse_overrides(self.config_overrides)},
-            vocab_size=self.vocab_size,
-            pretraining_epochs=self.pretraining_epochs,
-            pretraining_learning_rate=self.pretraining_learning_rate,
-            pretraining_dropout=self.pretraining_dropout,
-            num_train_epochs=self.num_train_epochs,
-            learning_rate=self.learning_rate,
-            dropout=self.dropout,
-            word_dropout=self.word_dropout,
-            teacher_weight=self.teacher_weight,
-            batch_size=self.per_device_train_batch_size,
-            seed=self.seed,
-        )
-
-
-def main(argv: Sequence[str]) -> int:
-    """Parses the flags and runs the folds."""
-    (args,) = parse_arguments("crossvalidate", (CrossvalidateArguments,), argv, DESCRIPTION)
+def main(args: CrossvalidateArguments) -> int:
+    """Runs the folds."""
     crossvalidate(args)
     return 0
 
@@ -106,7 +41,7 @@ def crossvalidate(args: CrossvalidateArguments) -> dict[str, Any]:
             raise ValueError(f"--{name} {getattr(args, name)} must be at least 0 and below 1")
     if not 0 <= args.teacher_weight <= 1:
         raise ValueError(f"--teacher_weight {args.teacher_weight} must be between 0 and 1")
-    recipe = args.recipe()
+    recipe = _recipe(args)
     named = {"text": args.text_column, "label": args.label_column}
     selected = examples.select_columns(examples.read_rows(args.train_file), "classification", named, args.train_file)
     if selected.unused:
@@ -146,6 +81,23 @@ def crossvalidate(args: CrossvalidateArguments) -> dict[str, Any]:
             print(f"{kind} {results[kind]:.4f}, mean of {len(done)} folds")
     _show(args, results, example_of([row["text"] for row in rows]))
     return results
+
+
+def _recipe(args: CrossvalidateArguments) -> crossvalidation.Recipe:
+    return crossvalidation.Recipe(
+        shape={**get_preset(args.preset), **parse_overrides(args.config_overrides)},
+        vocab_size=args.vocab_size,
+        pretraining_epochs=args.pretraining_epochs,
+        pretraining_learning_rate=args.pretraining_learning_rate,
+        pretraining_dropout=args.pretraining_dropout,
+        num_train_epochs=args.num_train_epochs,
+        learning_rate=args.learning_rate,
+        dropout=args.dropout,
+        word_dropout=args.word_dropout,
+        teacher_weight=args.teacher_weight,
+        batch_size=args.per_device_train_batch_size,
+        seed=args.seed,
+    )
 
 
 def _train_on_all(

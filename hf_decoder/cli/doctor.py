@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_decoder.cli import parse_arguments
+from hf_decoder.cli.flags.doctor import DoctorArguments
 from hf_decoder.doctor import FAIL, PASS, SKIP, WARN, DoctorReport, run_doctor
 
 if TYPE_CHECKING:
@@ -21,27 +19,8 @@ STYLES = {PASS: "green", FAIL: "bold red", WARN: "yellow", SKIP: "dim"}
 WIDTH = 120
 
 
-@dataclass
-class DoctorArguments:
-    """What is examined, and how deeply."""
-
-    checkpoints: list[str] = field(metadata={"help": "Folder or Hub name of a model; several are set side by side."})
-    quick: bool = field(default=False, metadata={"help": "Only the rows that take little time."})
-    deep: bool = field(default=False, metadata={"help": "Rows about training too; it needs several times the memory."})
-    rows: list[str] | None = field(default=None, metadata={"help": "Run only the rows of these names."})
-    text_file: str | None = field(
-        default=None, metadata={"help": "Text like the training's, on which the model must be better than chance."}
-    )
-    json: str | None = field(default=None, metadata={"help": "File to write every row to, with details and remedies."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that lies in the folder."})
-    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub name."})
-
-
-def main(argv: Sequence[str]) -> int:
-    """Parses the flags, runs the rows and prints them; exit code 1 if a row of any checkpoint fails."""
-    names = list(takewhile(lambda word: not word.startswith("-"), argv))
-    flags = [*(["--checkpoints", *names] if names else []), *argv[len(names) :]]
-    (args,) = parse_arguments("doctor", (DoctorArguments,), flags, "Proves checkpoints row by row.")
+def main(args: DoctorArguments) -> int:
+    """Runs the rows and prints them; exit code 1 if a row of any checkpoint fails."""
     if args.quick and args.deep:
         raise ValueError("--quick and --deep exclude each other; choose one")
     if args.json is not None and not Path(args.json).absolute().parent.is_dir():

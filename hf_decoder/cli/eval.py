@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,101 +19,29 @@ from hf_decoder.classification import (
     share_padding,
 )
 from hf_decoder.cli import (
-    DTYPES,
     check_at_least,
     check_choice,
     is_classifier,
     load_classifier,
     load_model,
     load_tokenizer,
-    name_positionals,
-    parse_arguments,
     select_device,
     show_progress,
+)
+from hf_decoder.cli.flags.eval import (
+    ANSWER_METRICS,
+    DEFAULT_BLOCK_SIZE,
+    LABEL_METRICS,
+    METRICS,
+    TEXT_METRICS,
+    EvalArguments,
 )
 from hf_decoder.completion import complete, encode_prompt
 from hf_decoder.modelcard import update_model_index
 
-TEXT_METRICS = ("perplexity", "bits_per_byte")
-ANSWER_METRICS = ("bleu", "chrf", "exact_match")
-LABEL_METRICS = ("accuracy", "f1")
-METRICS = (*TEXT_METRICS, *ANSWER_METRICS, *LABEL_METRICS)
-DEFAULT_BLOCK_SIZE = 1024
-DESCRIPTION = (
-    "Measures a model. perplexity and bits_per_byte score --text_file; bleu, chrf and exact_match compare what the "
-    "model writes after each prompt of --eval_file with the reference; accuracy and f1 choose among the labels of "
-    "--eval_file the one the model finds likeliest, or ask the classification head of a classifier."
-)
 
-
-@dataclass
-class EvalArguments:
-    """Which model, which measures, and on what."""
-
-    model: str = field(metadata={"help": "Folder or Hub name of a causal language model or sequence classifier."})
-    metrics: list[str] = field(
-        default_factory=lambda: list(TEXT_METRICS), metadata={"help": f"What to measure: {', '.join(METRICS)}."}
-    )
-    text_file: str | None = field(
-        default=None, metadata={"help": "Held-out text: .txt, .jsonl, .parquet, or a folder."}
-    )
-    text_column: str | None = field(default=None, metadata={"help": "The column that holds the text."})
-    eval_file: str | None = field(
-        default=None, metadata={"help": "Prompts and references or labels: .jsonl, .csv, .parquet; or prompts a line."}
-    )
-    reference_file: str | None = field(
-        default=None, metadata={"help": "References, one a line, of an --eval_file that holds prompts alone."}
-    )
-    prompt_column: str | None = field(default=None, metadata={"help": "The column that holds the prompt."})
-    reference_column: str | None = field(
-        default=None, metadata={"help": "The column that holds the reference, or a list of several."}
-    )
-    label_column: str | None = field(default=None, metadata={"help": "The column that holds the label."})
-    tokenize: str | None = field(
-        default=None,
-        metadata={
-            "help": "Tokenizer of BLEU, by sacrebleu's names: 13a, intl, char, zh, ja-mecab, ko-mecab, flores200, ... "
-            "If unset, the one that sacrebleu takes for the script of the references."
-        },
-    )
-    prompt_template: str | None = field(
-        default=None,
-        metadata={
-            "help": r"What the model reads; {prompt} is the prompt and \n a new line. If unset, what finetune "
-            "makes of the same columns."
-        },
-    )
-    block_size: int | None = field(
-        default=None,
-        metadata={"help": f"Tokens of a window, {DEFAULT_BLOCK_SIZE} or the model's context if that is shorter."},
-    )
-    stride: int | None = field(
-        default=None,
-        metadata={
-            "help": "Tokens a window advances and scores, half a window if unset: a token sees at least the rest."
-        },
-    )
-    batch_size: int = field(default=8, metadata={"help": "Rows that run together; no measure depends on it."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Only the first rows of --eval_file."})
-    max_new_tokens: int | None = field(default=None, metadata={"help": "Longest answer, in tokens."})
-    num_beams: int | None = field(default=None, metadata={"help": "Beams of beam search; 1 is none."})
-    length_penalty: float | None = field(default=None, metadata={"help": "Above 0 favours longer beams."})
-    do_sample: bool = field(default=False, metadata={"help": "Draw the answers, as generation_config says."})
-    stop_strings: list[str] | None = field(default=None, metadata={"help": "Texts that end an answer."})
-    seed: int = field(default=42, metadata={"help": "Seed of the draws."})
-    output_dir: str = field(default="runs/eval", metadata={"help": "Folder for results, picture and predictions."})
-    update_card: bool = field(
-        default=False, metadata={"help": "Write the results into the model-index of README.md in the model's folder."}
-    )
-    adapter_name_or_path: str | None = field(default=None, metadata={"help": "PEFT adapter to put on the model."})
-    dtype: str = field(default="auto", metadata={"help": f"Type of the weights: {', '.join(DTYPES)}."})
-    device: str | None = field(default=None, metadata={"help": "cpu, cuda, ...; the accelerator if there is one."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run the model code of the Hub repository."})
-
-
-def main(argv: Sequence[str]) -> int:
-    """Parses the flags and measures."""
-    (args,) = parse_arguments("eval", (EvalArguments,), name_positionals(argv, ("--model",)), DESCRIPTION)
+def main(args: EvalArguments) -> int:
+    """Measures and prints."""
     results = measure(args)
     for metric in args.metrics:
         signature = results.get(f"{metric}_signature")
@@ -142,18 +69,18 @@ def measure(args: EvalArguments) -> dict[str, Any]:
     }
     labelled = _labelled(args) if wanted & set(LABEL_METRICS) else []
     options: dict[str, Any] = {"adapter": args.adapter_name_or_path, "trust_remote_code": args.trust_remote_code}
-    classifier = is_classifier(args.model, **options)
+    classifier = is_classifier(args.model_name_or_path, **options)
     if classifier and wanted - set(LABEL_METRICS):
-        name = args.adapter_name_or_path or args.model
+        name = args.adapter_name_or_path or args.model_name_or_path
         raise ValueError(f"{name} is a sequence classifier, which has only {' and '.join(LABEL_METRICS)}")
-    model = (load_classifier if classifier else load_model)(args.model, dtype=args.dtype, **options)
+    model = (load_classifier if classifier else load_model)(args.model_name_or_path, dtype=args.dtype, **options)
     model = model.to(select_device(args.device)).eval()
-    tokenizer = load_tokenizer(args.model, trust_remote_code=args.trust_remote_code)
+    tokenizer = load_tokenizer(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
     if classifier:
         share_padding(model, tokenizer)
     set_seed(args.seed)
 
-    results: dict[str, Any] = {"model": Path(args.model).name, "parameters": model.num_parameters()}
+    results: dict[str, Any] = {"model": Path(args.model_name_or_path).name, "parameters": model.num_parameters()}
     predictions: list[dict[str, Any]] = []
     if documents is not None:
         results |= _measure_text(args, model, tokenizer, documents)
@@ -174,19 +101,20 @@ def _check(args: EvalArguments) -> None:
         check_at_least(f"--{name}", getattr(args, name), 1)
     if "{prompt}" not in (args.prompt_template or "{prompt}"):
         raise ValueError(f"--prompt_template {args.prompt_template!r} must hold {{prompt}}")
-    for metrics, flag in ((TEXT_METRICS, "text_file"), ((*ANSWER_METRICS, *LABEL_METRICS), "eval_file")):
+    for metrics, flag in ((TEXT_METRICS, "validation_file"), ((*ANSWER_METRICS, *LABEL_METRICS), "test_file")):
         asked = [metric for metric in args.metrics if metric in metrics]
         if asked and getattr(args, flag) is None:
             raise ValueError(f"--metrics {asked[0]} needs --{flag}")
     if args.tokenize is not None and "bleu" not in args.metrics:
         raise ValueError(f"--tokenize {args.tokenize} is for BLEU, which --metrics does not name")
-    if args.update_card and not Path(args.model).is_dir():
-        raise ValueError(f"--update_card writes into the model's folder, and {args.model} is none here")
+    if args.update_card and not Path(args.model_name_or_path).is_dir():
+        raise ValueError(f"--update_card writes into the model's folder, and {args.model_name_or_path} is none here")
 
 
 def _documents(args: EvalArguments) -> Any:
     column = args.text_column or "text"
-    return corpus.load_text(str(args.text_file), text_column=column, validation_fraction=0)["train"]
+    options: dict[str, Any] = {"text_column": column, "encoding": args.encoding}
+    return corpus.load_text(str(args.validation_file), validation_fraction=0, **options)["train"]
 
 
 def _template(args: EvalArguments, prompt: examples.Row | Any) -> Any:
@@ -198,17 +126,17 @@ def _template(args: EvalArguments, prompt: examples.Row | Any) -> Any:
 def _pairs(args: EvalArguments) -> list[examples.Row]:
     """Prompts and their references, without the rows that lack either."""
     if args.reference_file:
-        rows, separator = examples.pair_lines(str(args.eval_file), args.reference_file), examples.BETWEEN
+        rows, separator = examples.pair_lines(str(args.test_file), args.reference_file), examples.BETWEEN
     else:
         named = {"prompt": args.prompt_column, "reference": args.reference_column}
-        read = examples.read_rows(str(args.eval_file))
-        selected = examples.select_columns(read, "reference", named, str(args.eval_file))
+        read = examples.read_rows(str(args.test_file))
+        selected = examples.select_columns(read, "reference", named, str(args.test_file))
         rows, separator = list(selected), selected.separator
         if selected.unused:
-            print(f"{args.eval_file}: {examples.describe_unused(selected.unused)}")
+            print(f"{args.test_file}: {examples.describe_unused(selected.unused)}")
     rows = _usable(args, rows)
     if any(row.get("tools") for row in rows):
-        raise ValueError(f"{args.eval_file} has tools, which are passed to no model here; leave the column out")
+        raise ValueError(f"{args.test_file} has tools, which are passed to no model here; leave the column out")
     if args.prompt_template is None:
         rows = [examples.separate(row, separator) for row in rows]
     return rows
@@ -217,17 +145,17 @@ def _pairs(args: EvalArguments) -> list[examples.Row]:
 def _labelled(args: EvalArguments) -> list[examples.Row]:
     """Texts and their labels. A column of references serves as labels too."""
     if args.reference_file:
-        rows = examples.pair_lines(str(args.eval_file), args.reference_file)
+        rows = examples.pair_lines(str(args.test_file), args.reference_file)
         rows = [{"text": row["prompt"], "label": row["reference"]} for row in rows]
     else:
-        rows = examples.read_rows(str(args.eval_file))
+        rows = examples.read_rows(str(args.test_file))
         kind = "classification" if args.reference_column is None else "reference"
         named = {"label": args.label_column, "text": args.text_column}
         if kind == "reference":
             named = {"prompt": args.prompt_column, "reference": args.reference_column}
         elif args.prompt_column:
             named["text"] = args.prompt_column
-        rows = examples.select_columns(rows, kind, named, str(args.eval_file))
+        rows = examples.select_columns(rows, kind, named, str(args.test_file))
         rows = [dict(zip(("text", "label"), row.values(), strict=True)) for row in rows]
     return _usable(args, rows)
 
@@ -235,9 +163,9 @@ def _labelled(args: EvalArguments) -> list[examples.Row]:
 def _usable(args: EvalArguments, rows: list[examples.Row]) -> list[examples.Row]:
     rows, skipped = examples.drop_unusable(rows[: args.max_eval_samples])
     if skipped.reasons:
-        print(f"{args.eval_file}: {skipped}")
+        print(f"{args.test_file}: {skipped}")
     if not rows:
-        raise ValueError(f"{args.eval_file} has no row to measure with: {skipped}")
+        raise ValueError(f"{args.test_file} has no row to measure with: {skipped}")
     return rows
 
 
@@ -300,7 +228,7 @@ def _classify(
 ) -> dict[str, Any]:
     """Accuracy and F1 of a classifier's own classes."""
     texts, names = [_template(args, str(row["text"])) for row in rows], model.config.id2label
-    labels = name_classes([str(row["label"]) for row in rows], names, str(args.eval_file))
+    labels = name_classes([str(row["label"]) for row in rows], names, str(args.test_file))
     guesses = [names[index] for index in predict(model, tokenizer, texts, batch_size=args.batch_size)]
     return _compare_labels(texts, guesses, labels, list(names.values()), predictions)
 
@@ -343,10 +271,13 @@ def _write(args: EvalArguments, results: Mapping[str, Any], predictions: list[di
         plot_confusion(results, folder / "confusion_matrix.png", str(results["model"]))
     plot_metrics({name: results[name] for name in args.metrics}, folder / "eval_results.png", str(results["model"]))
     if args.update_card:
-        for metrics, file in ((TEXT_METRICS, args.text_file), ((*ANSWER_METRICS, *LABEL_METRICS), args.eval_file)):
+        for metrics, file in (
+            (TEXT_METRICS, args.validation_file),
+            ((*ANSWER_METRICS, *LABEL_METRICS), args.test_file),
+        ):
             names = {name for metric in metrics if metric in args.metrics for name in (metric, f"{metric}_signature")}
             if found := {name: results[name] for name in names & results.keys()}:
-                update_model_index(args.model, found, dataset=Path(str(file)).name)
+                update_model_index(args.model_name_or_path, found, dataset=Path(str(file)).name)
 
 
 def plot_metrics(metrics: Mapping[str, float], path: Path, title: str) -> None:

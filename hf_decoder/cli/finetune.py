@@ -6,7 +6,7 @@ import functools
 import importlib.util
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, make_dataclass
+from dataclasses import field, make_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +43,10 @@ from hf_decoder.cli import (
     load_config,
     load_model,
     load_tokenizer,
-    name_positionals,
     optimizer_name,
-    parse_arguments,
     parse_overrides,
 )
+from hf_decoder.cli.flags.finetune import OUTPUT_DIR, TaskArguments
 from hf_decoder.engine.bitsandbytes import settle_layers
 from hf_decoder.guards import StopOnSignal
 from hf_decoder.layouts import save_in_full
@@ -56,68 +55,6 @@ from hf_decoder.presets import get_preset
 from hf_decoder.recipe import check_schedule, describe_recipe, muon_adamw, wsd_kwargs
 from hf_decoder.results import write_finetuning_outputs
 from hf_decoder.tokenization import check_tokenizer_fits
-
-OUTPUT_DIR = "runs/finetune"
-DESCRIPTION = (
-    "Fine-tunes a model with TRL and PEFT. --task sft: rows of text, of prompt and completion (the loss is on the "
-    "completion), or of messages (on the assistant's turns). classification: text and label. preference: prompt, "
-    "chosen and rejected, by DPO. The flags of TRL's ModelConfig and of SFTConfig, TrainingArguments or DPOConfig go."
-)
-
-
-@dataclass
-class TaskArguments:
-    """What is learned, and from which rows."""
-
-    task: str = field(default="sft", metadata={"help": f"What is learned: {', '.join(finetuning.TASKS)}."})
-    train_file: str | None = field(
-        default=None,
-        metadata={"help": "Rows to learn from: .jsonl, .json, .csv, .tsv, .parquet; or text, a row a line."},
-    )
-    validation_file: str | None = field(default=None, metadata={"help": "Rows to measure on, of the same kind."})
-    train_completion_file: str | None = field(
-        default=None, metadata={"help": "Completions, one a line, of a --train_file that holds a prompt a line."}
-    )
-    validation_completion_file: str | None = field(default=None, metadata={"help": "The same of --validation_file."})
-    validation_split_percentage: float = field(
-        default=5.0, metadata={"help": "Share of the rows to hold out when there is no --validation_file."}
-    )
-    text_column: str | None = field(default=None, metadata={"help": "The column that holds the text."})
-    prompt_column: str | None = field(default=None, metadata={"help": "The column that holds the prompt."})
-    completion_column: str | None = field(default=None, metadata={"help": "The column that holds the completion."})
-    messages_column: str | None = field(default=None, metadata={"help": "The column that holds the messages."})
-    label_column: str | None = field(default=None, metadata={"help": "The column that holds the label."})
-    chosen_column: str | None = field(default=None, metadata={"help": "The column that holds the better answer."})
-    rejected_column: str | None = field(default=None, metadata={"help": "The column that holds the worse answer."})
-    class_names: list[str] | None = field(
-        default=None, metadata={"help": "The classes, in the order of their ids; those of the rows if unset."}
-    )
-    preset: str | None = field(
-        default=None, metadata={"help": "Train a new model of this shape, from random weights, in place of a model."}
-    )
-    config_overrides: str | None = field(
-        default=None, metadata={"help": "Changes to the preset's config: hidden_size=256,num_hidden_layers=4,..."}
-    )
-    tokenizer_name: str | None = field(default=None, metadata={"help": "Tokenizer of the new model."})
-    dropout: float = field(
-        default=0.0, metadata={"help": "Dropout of what embedding, attention and MLP add, while training; not saved."}
-    )
-    time_limit: str | None = field(
-        default=None, metadata={"help": "End in this time, the learning rate brought down: 30m, 1h30m."}
-    )
-    prompt_template: str | None = field(
-        default=None,
-        metadata={
-            "help": r"What the model reads; {prompt} is the prompt and \n a new line. If unset, the prompt, and a "
-            "blank line where it meets its answer in no space, unless the two are named prompt and completion."
-        },
-    )
-    adapter_name_or_path: str | None = field(
-        default=None, metadata={"help": "Adapter of this base to go on training, in place of a new one."}
-    )
-    merge: bool = field(default=False, metadata={"help": "Save the base with the adapter merged, not the adapter."})
-    license: str | None = field(default=None, metadata={"help": "Licence id for the model card, e.g. apache-2.0."})
-
 
 COLUMNS = ("text", "prompt", "completion", "messages", "label", "chosen", "rejected")
 
@@ -203,7 +140,7 @@ def training_arguments(task: str) -> type:
         bases[task].__post_init__(self)
         check_schedule(self)
 
-    namespace = {"__post_init__": prepare, "__module__": __name__}
+    namespace = {"__post_init__": prepare, "__module__": __name__, "__doc__": "How it is trained."}
     return make_dataclass(ARGUMENT_CLASSES[task], changed, bases=(bases[task],), namespace=namespace)
 
 
@@ -215,13 +152,23 @@ def _trl() -> Any:
     return trl
 
 
-def main(argv: Sequence[str]) -> int:
-    """Parses the flags and runs `finetune`."""
-    argv = name_positionals(argv, ("--model_name_or_path",))
+def argument_types(argv: Sequence[str]) -> tuple[type, ...]:
+    """Whose fields are the flags: the task decides."""
     task = find_value(argv, "task") or "sft"
     check_choice("--task", task, finetuning.TASKS)
-    types = (TaskArguments, _trl().ModelConfig, training_arguments(task))
-    task_args, model_args, args = parse_arguments("finetune", types, argv, DESCRIPTION)
+    return TaskArguments, _model_arguments(), training_arguments(task)
+
+
+@functools.cache
+def _model_arguments() -> type:
+    """TRL's own arguments of the model, whose name may come without its flag."""
+    name = _flag("model_name_or_path", str | None, None, "The model to fine-tune.", positional=True, metavar="MODEL")
+    namespace = {"__module__": __name__, "__doc__": "Which model is trained, and whether all of it."}
+    return make_dataclass("ModelArguments", [name], bases=(_trl().ModelConfig,), namespace=namespace)
+
+
+def main(task_args: TaskArguments, model_args: Any, args: Any) -> int:
+    """Runs `finetune`."""
     finetune(task_args, model_args, args)
     return 0
 
@@ -338,8 +285,6 @@ def _check(task_args: TaskArguments, model_args: Any, max_length: int | None) ->
         raise ValueError("name the model to fine-tune: hf-decoder finetune MODEL --train_file FILE")
     elif task_args.config_overrides or task_args.tokenizer_name:
         raise ValueError("--config_overrides and --tokenizer_name shape a new model; they go with --preset")
-    if not task_args.train_file:
-        raise ValueError("name the rows to learn from with --train_file")
     if task_args.preset is None and is_adapter(model_args.model_name_or_path):
         raise ValueError(
             f"{model_args.model_name_or_path} holds an adapter; name its base, and the adapter with "

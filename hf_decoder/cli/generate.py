@@ -2,88 +2,39 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import signal
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TextStreamer, set_seed
+from transformers import StoppingCriteriaList, TextStreamer, set_seed
 
 from hf_decoder.cli import (
-    DTYPES,
     check_at_least,
-    check_choice,
+    did_you_mean,
     load_model,
     load_tokenizer,
-    name_positionals,
-    parse_arguments,
     select_device,
     show_progress,
 )
+from hf_decoder.cli.flags.generate import GenerateArguments
 from hf_decoder.completion import (
-    DEFAULT_NEW_TOKENS,
     check_ids,
     complete,
     cut_stop,
     encode_prompt,
     end_ids,
     generate_settings,
+    was_taught_to_chat,
 )
 from hf_decoder.examples import Row, read_prompts
 from hf_decoder.interrupts import going_on
-
-
-@dataclass
-class GenerateArguments:
-    """Which model, what to do, and the settings of `generation_config` to change; the others stay as there."""
-
-    model: str = field(metadata={"help": "Folder or Hub name of a causal language model, or folder of an adapter."})
-    prompt: str | None = field(default=None, metadata={"help": "Text to continue."})
-    chat: bool = field(
-        default=False,
-        metadata={"help": "Talk, with history, until an empty line; with --input_file, each prompt is a user's turn."},
-    )
-    system: str | None = field(default=None, metadata={"help": "System message of --chat."})
-    input_file: str | None = field(
-        default=None, metadata={"help": "Prompts: .jsonl, .csv, .parquet (prompt or messages), or text, one a line."}
-    )
-    output_file: str | None = field(
-        default=None,
-        metadata={
-            "help": "Where --input_file's rows go with their `completion`, as JSONL; an existing "
-            "one is gone on with, after the rows it holds."
-        },
-    )
-    prompt_column: str | None = field(default=None, metadata={"help": "The column that holds the prompt."})
-    batch_size: int = field(default=8, metadata={"help": "Prompts of --input_file that run together."})
-    max_new_tokens: int | None = field(
-        default=None, metadata={"help": f"Tokens to add, {DEFAULT_NEW_TOKENS} if unset."}
-    )
-    min_new_tokens: int | None = field(default=None, metadata={"help": "Tokens to add at least."})
-    do_sample: bool | None = field(default=None, metadata={"help": "Draw (true) or take the likeliest (false)."})
-    temperature: float | None = field(default=None, metadata={"help": "Sharpness of the draw; below 1 is sharper."})
-    top_p: float | None = field(
-        default=None, metadata={"help": "Draw among the likeliest that hold this probability."}
-    )
-    top_k: int | None = field(default=None, metadata={"help": "Draw among this many of the likeliest."})
-    min_p: float | None = field(
-        default=None, metadata={"help": "Draw among those with this share of the likeliest one's probability."}
-    )
-    repetition_penalty: float | None = field(default=None, metadata={"help": "Above 1 makes repeating less likely."})
-    no_repeat_ngram_size: int | None = field(default=None, metadata={"help": "No so many tokens twice in a row."})
-    num_beams: int | None = field(default=None, metadata={"help": "Beams of beam search; 1 is none."})
-    length_penalty: float | None = field(default=None, metadata={"help": "Above 0 favours longer beams."})
-    early_stopping: bool | None = field(default=None, metadata={"help": "End when there are --num_beams answers."})
-    stop_strings: list[str] | None = field(default=None, metadata={"help": "Texts that end the answer."})
-    seed: int | None = field(default=None, metadata={"help": "Seed of the draws."})
-    adapter_name_or_path: str | None = field(default=None, metadata={"help": "PEFT adapter to put on the model."})
-    dtype: str = field(default="auto", metadata={"help": f"Type of the weights: {', '.join(DTYPES)}."})
-    device: str | None = field(default=None, metadata={"help": "cpu, cuda, ...; the accelerator if there is one."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run the model code of the Hub repository."})
-
 
 GENERATION_FLAGS = (
     "max_new_tokens",
@@ -102,39 +53,36 @@ GENERATION_FLAGS = (
 )
 
 
-def main(argv: Sequence[str]) -> int:
-    """Parses the flags, loads the model, and continues, chats or answers a file."""
-    (args,) = parse_arguments(
-        "generate",
-        (GenerateArguments,),
-        name_positionals(argv, ("--model", "--prompt")),
-        "Continues a prompt, chats, or answers a file of prompts.",
-    )
-    _check(args)
+def main(args: GenerateArguments) -> int:
+    """Loads the model, and continues, chats or answers a file."""
+    talks = args.chat or (args.prompt is None and args.input_file is None and sys.stdin.isatty())
+    _check(args, talks=talks)
     rows = _read(args) if args.input_file else []
     done = _done(args, rows)
     device = select_device(args.device)
     model = load_model(
-        args.model, trust_remote_code=args.trust_remote_code, adapter=args.adapter_name_or_path, dtype=args.dtype
+        args.model_name_or_path,
+        trust_remote_code=args.trust_remote_code,
+        adapter=args.adapter_name_or_path,
+        dtype=args.dtype,
     )
     model = model.to(device).eval()
-    tokenizer = load_tokenizer(args.model, trust_remote_code=args.trust_remote_code)
+    tokenizer = load_tokenizer(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
     if args.seed is not None:
         set_seed(args.seed)
     if args.input_file:
         answer_file(model, tokenizer, rows, done, args)
-    elif args.chat:
-        chat(model, tokenizer, args)
+    elif talks:
+        Chat(model, tokenizer, args).run()
     else:
-        stream(model, tokenizer, encode_prompt(tokenizer, args.prompt), args, skip_prompt=False)
+        stream(model, tokenizer, encode_prompt(tokenizer, str(args.prompt)), args, skip_prompt=False)
     return 0
 
 
-def _check(args: GenerateArguments) -> None:
-    check_choice("--dtype", args.dtype, DTYPES)
-    if args.prompt is None and not args.chat and not args.input_file:
+def _check(args: GenerateArguments, *, talks: bool) -> None:
+    if args.prompt is None and not talks and not args.input_file:
         raise ValueError("there is nothing to continue: give a prompt after the model, --input_file, or --chat")
-    if args.system is not None and not args.chat:
+    if args.system is not None and not talks:
         raise ValueError("--system is part of a chat; add --chat")
     if (args.input_file is None) != (args.output_file is None):
         raise ValueError("--input_file and --output_file go together")
@@ -156,17 +104,17 @@ def stream(
     args: GenerateArguments,
     *,
     skip_prompt: bool,
-    stop_ids: list[int] | None = None,
+    **settings: Any,
 ) -> str:
     """Continues the token ids of a prompt, printing text as it comes; returns the new text.
+
+    `settings` of `generate` go before those of `args`.
 
     Raises:
         ValueError: if the prompt is too long for the model, or holds an id outside its vocabulary.
     """
     check_ids(model, ids)
-    settings = generate_settings(model, tokenizer, len(ids), _given(args))
-    if stop_ids:
-        settings["eos_token_id"] = stop_ids
+    settings = generate_settings(model, tokenizer, len(ids), _given(args)) | settings
     # Beams change their minds, and a stop string is only seen when it is whole: their text is shown at the end.
     beams = settings.get("num_beams") or model.generation_config.num_beams or 1
     streams = beams == 1 and not args.stop_strings
@@ -181,55 +129,172 @@ def stream(
     return completion
 
 
-def chat(model: Any, tokenizer: Any, args: GenerateArguments) -> None:
-    """Reads turns from standard input and answers each, with the whole conversation as context.
+class Chat:
+    """A talk in the terminal: reads messages and commands, and answers with the whole talk as context.
 
-    Raises:
-        ValueError: if the tokenizer has no chat template, or one turn alone is too long for the model.
+    Answers go to standard output, whatever else is said to standard error.
     """
-    _check_template(tokenizer, args)
-    system = [{"role": "system", "content": args.system}] if args.system else []
-    turns: list[dict[str, str]] = []
-    stop_ids = end_ids(model, tokenizer, chat=True)
-    opening = args.prompt
-    while True:
-        said = opening if opening is not None else _read_turn()
-        opening = None
-        if not said:
-            return
-        turns.append({"role": "user", "content": said})
-        ids = _fit(model, tokenizer, system, turns)
-        answer = stream(model, tokenizer, ids, args, skip_prompt=True, stop_ids=stop_ids)
-        turns.append({"role": "assistant", "content": answer})
+
+    COMMANDS = {
+        "/help": "lists the commands",
+        "/clear": "forgets the talk, but not the system message",
+        "/system": "TEXT sets the system message; without a text there is none",
+        "/save": "FILE appends the talk to a JSONL file as `messages`, which finetune reads",
+        "/exit": "ends, as Ctrl-D does; Ctrl-C stops an answer",
+    }
+
+    def __init__(self, model: Any, tokenizer: Any, args: GenerateArguments) -> None:
+        """Raises ValueError for a system message without a chat template."""
+        self.model, self.tokenizer, self.args = model, tokenizer, args
+        self.system, self.turns = args.system, list[dict[str, str]]()
+        if args.system is not None:
+            _check_template(tokenizer, args)
+        self._ends = end_ids(model, tokenizer, chat=True)
+
+    def run(self) -> None:
+        """Goes on until `/exit` or the end of input."""
+        self._introduce()
+        said = self.args.prompt
+        while said != "/exit":
+            try:
+                if said:
+                    self._take(said)
+                said = _read_line().rstrip()
+            except KeyboardInterrupt:
+                if not sys.stdin.isatty():
+                    raise
+                said = None
+                _note("\n(/exit or Ctrl-D ends the chat)")
+            except EOFError:
+                return
+
+    def _introduce(self) -> None:
+        model, name = self.model, Path(self.args.model_name_or_path).name
+        context = getattr(model.config, "max_position_embeddings", None)
+        size = f"{model.num_parameters() / 1e6:,.1f}M parameters"
+        length = "" if context is None else f", a context of {context:,} tokens"
+        kind, dtype = type(model).__name__, str(model.dtype).removeprefix("torch.")
+        _note(f"{name}: {kind}, {size}{length}, {dtype} on {model.device}")
+        if self.tokenizer.chat_template is None:
+            _note("It was never taught to chat (no chat template): it goes on with each text, and remembers none.")
+        elif not was_taught_to_chat(model, self.tokenizer):
+            _note("It was never taught to chat: it has a chat template, but has not learned to end its turn.")
+        _note("/help lists the commands; /exit or Ctrl-D ends.")
+
+    def _take(self, said: str) -> None:
+        """Answers a message or does what a command says; whatever is wrong with it is one line."""
+        try:
+            if said.startswith("/"):
+                self._obey(*said.split(maxsplit=1))
+            else:
+                self._answer(said.lstrip())
+        except (ValueError, OSError) as error:
+            _note(f"({error})")
+
+    def _obey(self, command: str, value: str = "") -> None:
+        if command not in self.COMMANDS:
+            raise ValueError(f"{command} is no command{did_you_mean(command, list(self.COMMANDS), '/help')}")
+        if command == "/help":
+            for name, text in self.COMMANDS.items():
+                _note(f"{name:<8} {text}")
+        elif command == "/clear":
+            _note(f"({len(self.turns)} messages forgotten)")
+            self.turns = []
+        elif command == "/system":
+            _check_template(self.tokenizer, self.args)
+            self.system = value or None
+            _note("(no system message)" if self.system is None else "(the system message is set)")
+        elif command == "/save":
+            if not value or not self.turns:
+                raise ValueError("there is nothing to save yet" if value else "name the file: /save FILE")
+            path = Path(value).expanduser()
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"messages": self._messages()}, ensure_ascii=False) + "\n")
+            _note(f"({len(self.turns)} messages appended to {path})")
+
+    def _messages(self) -> list[dict[str, str]]:
+        return [*self._system(), *self.turns]
+
+    def _system(self) -> list[dict[str, str]]:
+        return [] if self.system is None else [{"role": "system", "content": self.system}]
+
+    def _answer(self, said: str) -> None:
+        """Prints the answer as it comes.
+
+        Raises:
+            ValueError: if the message alone is too long for the model; the talk stays as it was.
+        """
+        turn = {"role": "user", "content": said}
+        ids = self._fit(turn)
+        with _interruptible() as stopped:
+            criterion = StoppingCriteriaList([lambda ids, _: torch.full(ids.shape[:1], stopped(), device=ids.device)])
+            answer = stream(
+                self.model,
+                self.tokenizer,
+                ids,
+                self.args,
+                skip_prompt=True,
+                eos_token_id=self._ends or None,
+                stopping_criteria=criterion,
+            )
+        if stopped():
+            _note("(stopped)")
+        self.turns += [turn, {"role": "assistant", "content": answer}]
+
+    def _fit(self, turn: dict[str, str]) -> list[int]:
+        """The talk with `turn` as token ids, without its oldest exchanges where they leave no room for an answer."""
+        if self.tokenizer.chat_template is None:
+            ids = encode_prompt(self.tokenizer, turn["content"])
+            check_ids(self.model, ids)
+            return ids
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        kept = list(self.turns)
+        while True:
+            ids = encode_prompt(self.tokenizer, [*self._system(), *kept, turn])
+            # An answer gets at least a quarter of the context.
+            if limit is None or not kept or len(ids) <= limit - limit // 4:
+                break
+            del kept[:2]
+        check_ids(self.model, ids)
+        if len(kept) < len(self.turns):
+            _note(f"(the context is full: the {len(self.turns) - len(kept)} oldest messages are forgotten)")
+        self.turns = kept
+        return ids
+
+
+@contextmanager
+def _interruptible() -> Iterator[Any]:
+    """Gives a function that tells whether Ctrl-C came; the second one interrupts at once."""
+    event = threading.Event()
+
+    def stop(number: int, frame: Any) -> None:
+        if event.is_set():
+            raise KeyboardInterrupt
+        event.set()
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield event.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _read_line() -> str:
+    """The next line; on a terminal with a prompt, editing and the lines before. Raises EOFError at the end."""
+    if not sys.stdin.isatty():
+        return input()
+    if importlib.util.find_spec("readline") is not None:
+        importlib.import_module("readline")  # changes what `input` does
+    return input("> ")
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _check_template(tokenizer: Any, args: GenerateArguments) -> None:
     if tokenizer.chat_template is None:
-        raise ValueError(f"{args.model} has no chat template, so it cannot chat; give it a prompt to continue instead")
-
-
-def _read_turn() -> str:
-    """The next thing the user says; empty at the end of input."""
-    try:
-        return input("> " if sys.stdin.isatty() else "").strip()
-    except EOFError:
-        return ""
-
-
-def _fit(
-    model: Any,
-    tokenizer: Any,
-    system: list[dict[str, str]],
-    turns: list[dict[str, str]],
-) -> list[int]:
-    """The conversation as token ids; forgets its oldest exchanges where they leave no room for an answer."""
-    limit = getattr(model.config, "max_position_embeddings", None)
-    while True:
-        ids = encode_prompt(tokenizer, system + turns)
-        # An answer gets at least a quarter of the context.
-        if limit is None or len(turns) == 1 or len(ids) <= limit - limit // 4:
-            return ids
-        del turns[:2]
+        raise ValueError(f"{args.model_name_or_path} has no chat template, so it knows no messages")
 
 
 def _read(args: GenerateArguments) -> list[Row]:

@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from hf_decoder.interrupts import describe, interrupt, on_signal
 from hf_decoder.noise import silence
@@ -25,9 +26,13 @@ VERBS = {
     "serve": "answer OpenAI clients with a saved model, by the server of transformers",
     "benchmark": "measure speed against the stock class of the same shape and weights",
     "presets": "list the named model shapes and what each costs to train and serve",
-    "plan": "memory, speed and communication of a training on many devices, and the command to launch it",
+    "plan": "memory, speed and communication of a training, and the command to launch it",
+    "env": "print what a bug report needs: versions, hardware, packages, compilers",
 }
 TRACEBACK_VARIABLE = "HF_DECODER_TRACEBACK"
+# Its flags are those of the server that it starts.
+PASSES_ON = "serve"
+BROKEN_PIPE = 141  # 128 and the number of the signal, as a shell tells it
 
 
 def _usage() -> str:
@@ -39,41 +44,85 @@ def _usage() -> str:
             "",
             *lines,
             "",
-            "hf-decoder VERB --help lists the options of a verb.",
+            "hf-decoder VERB --help lists the options of a verb, hf-decoder --version tells the version.",
             f"An error is one line; {TRACEBACK_VARIABLE}=1 in the environment shows where it came from.",
         ]
     )
 
 
-def _fail(verb: str, message: str) -> int:
-    print(f"hf-decoder {verb}: error: {' '.join(message.split())}", file=sys.stderr)
+def _fail(name: str, message: str) -> int:
+    print(f"{name}: error: {' '.join(message.split())}", file=sys.stderr)
     return 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb; returns the exit code: 0, 2 for an error of the user's, 130 or 143 for Ctrl-C or SIGTERM."""
+    """Runs one verb.
+
+    Returns the exit code: 0, 2 for an error of the user's, 130 or 143 for Ctrl-C or SIGTERM, 141 if nobody reads the
+    output any more, as of `hf-decoder ... | head`.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(_usage())
-        return 0 if arguments else 2
-    verb, *rest = arguments
-    if verb not in VERBS:
-        print(f"hf-decoder: error: unknown verb {verb!r}; choose one of: {', '.join(VERBS)}", file=sys.stderr)
-        return 2
-    silence()
+    name = f"hf-decoder {arguments[0]}" if arguments and arguments[0] in VERBS else "hf-decoder"
     try:
         with on_signal(interrupt):
-            # Imported here: most verbs import torch, which the list of verbs should not wait for.
-            return importlib.import_module(f"hf_decoder.cli.{verb}").main(rest)
+            try:
+                return _answer(arguments)
+            finally:
+                sys.stdout.flush()
+    except BrokenPipeError:
+        if os.environ.get(TRACEBACK_VARIABLE):
+            raise
+        # The interpreter flushes once more when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
     except (ValueError, OSError) as error:
         if os.environ.get(TRACEBACK_VARIABLE):
             raise
-        return _fail(verb, str(error) or type(error).__name__)
+        return _fail(name, str(error) or type(error).__name__)
     except KeyboardInterrupt as stop:
         code, line = describe(stop)
         if line is not None:
-            print(f"hf-decoder {verb}: {line}", file=sys.stderr)
+            print(f"{name}: {line}", file=sys.stderr)
         return code
+
+
+def _answer(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "--help-all"):
+        print(_usage())
+        return 0 if arguments else 2
+    verb, *rest = arguments
+    if verb == "--version":
+        from hf_decoder import __version__
+
+        print(f"hf-decoder {__version__}")
+        return 0
+    if verb not in VERBS:
+        from hf_decoder.cli.arguments import did_you_mean
+
+        close = did_you_mean(verb, list(VERBS)).partition("; did")[1:]
+        raise ValueError(f"unknown verb {verb!r}{''.join(close)}; choose one of: {', '.join(VERBS)}")
+    silence()
+    if verb == PASSES_ON:
+        return _module(verb).main(rest)
+    return _run(verb, rest)
+
+
+def _run(verb: str, argv: list[str]) -> int:
+    """Parses the arguments of a verb, and only then imports what it runs, which takes seconds with torch."""
+    from hf_decoder.cli.arguments import check_arguments, parse_arguments
+
+    flags = importlib.import_module(f"hf_decoder.cli.flags.{verb}")
+    argv = argv or list(getattr(flags, "WITHOUT_ARGUMENTS", ()))
+    if not getattr(flags, "PARTIAL", False):
+        parsed = parse_arguments(verb, flags.ARGUMENTS, argv, flags.DESCRIPTION)
+        return _module(verb).main(*parsed)
+    check_arguments(verb, flags.ARGUMENTS, argv, flags.DESCRIPTION)
+    module = _module(verb)
+    return module.main(*parse_arguments(verb, module.argument_types(argv), argv, flags.DESCRIPTION))
+
+
+def _module(verb: str) -> Any:
+    return importlib.import_module(f"hf_decoder.cli.{verb}")
 
 
 if __name__ == "__main__":

@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-
-from hf_decoder import HfDecoderConfig, accounting
-from hf_decoder.cli import parse_arguments
-from hf_decoder.presets import PRESETS
+from hf_decoder import accounting
+from hf_decoder.cli.flags.presets import PresetsArguments
+from hf_decoder.presets import PRESETS, Shape
 
 
-@dataclass
-class PresetsArguments:
-    """For which vocabulary, batch and context the costs are computed."""
-
-    vocab_size: int = field(default=32768, metadata={"help": "Vocabulary; the small presets usually have less."})
-    batch_size: int = field(default=1, metadata={"help": "Rows of a training step."})
-    block_size: int = field(default=1024, metadata={"help": "Tokens of a row, in training and of context in serving."})
-
-
-def main(argv: Sequence[str]) -> int:
+def main(args: PresetsArguments) -> int:
     """Prints one line a preset."""
-    (args,) = parse_arguments("presets", (PresetsArguments,), argv, "Lists the presets and what they cost.")
-    for name in ("vocab_size", "batch_size", "block_size"):
+    for name in ("vocab_size", "per_device_train_batch_size", "block_size"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)} must be positive")
     header = ("preset", "parameters", "width", "layers", "heads", "context", "KV B/token", "train FLOP/token")
     rows = [(*header, "train memory", "serve memory")]
-    for name, shape in PRESETS.items():
-        config = HfDecoderConfig(vocab_size=args.vocab_size, **shape)
+    for name in PRESETS:
+        config = Shape.of(name, args.vocab_size)
         rows.append(
             (
                 name,
@@ -39,7 +26,7 @@ def main(argv: Sequence[str]) -> int:
                 str(config.max_position_embeddings),
                 f"{accounting.kv_bytes_per_token(config):,}",
                 _si(accounting.flops_per_token(config, args.block_size)),
-                _gib(accounting.training_bytes(config, args.batch_size, args.block_size)),
+                _gib(accounting.training_bytes(config, args.per_device_train_batch_size, args.block_size)),
                 _gib(accounting.serving_bytes(config, args.block_size)),
             )
         )
@@ -50,8 +37,8 @@ def main(argv: Sequence[str]) -> int:
         )
     print(
         f"\nVocabulary {args.vocab_size}, rows of {args.block_size} tokens. Heads: query/key-value. KV cache and "
-        f"serving in bf16, one sequence. Training: AdamW under bf16 autocast, {args.batch_size} row(s), an estimate. "
-        "FLOPs: PaLM, appendix B."
+        "serving in bf16, one sequence. Training: AdamW under bf16 autocast, "
+        f"{args.per_device_train_batch_size} row(s), an estimate. FLOPs: PaLM, appendix B."
     )
     return 0
 

@@ -6,7 +6,7 @@ import math
 import platform
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,9 +38,9 @@ from hf_decoder.cli import (
     load_model,
     load_tokenizer,
     optimizer_name,
-    parse_arguments,
     parse_overrides,
 )
+from hf_decoder.cli.flags.pretrain import DataArguments, ModelArguments, PretrainingDefaults
 from hf_decoder.completion import end_ids
 from hf_decoder.guards import StopOnNan, StopOnSignal, WarnOfSpikes, check_reporters
 from hf_decoder.launch import check_launch
@@ -51,117 +51,21 @@ from hf_decoder.preparation import Rows, coverage, make_rows, make_streamed_rows
 from hf_decoder.presets import get_preset
 from hf_decoder.recipe import check_schedule, describe_recipe, grouped_optimizer, muon_adamw, wsd_kwargs
 from hf_decoder.results import procedure, score_held_out, sizes_and_machine, write_outputs
-from hf_decoder.sources import TextArguments, names_of
+from hf_decoder.sources import names_of
 from hf_decoder.streamed_rows import StreamedRows, StreamingTrainer
 from hf_decoder.streamed_text import StreamedText
-from hf_decoder.tokenization import TOKENIZER_TYPES, check_tokenizer_fits, train_tokenizer
+from hf_decoder.tokenization import check_tokenizer_fits, train_tokenizer
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-QUICKSTART = "runs/quickstart"
 COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "sample_steps")
-# Without arguments the job ends within five minutes also where the machine is too slow for all its steps.
-QUICKSTART_TIME_LIMIT = "4m"
-DESCRIPTION = (
-    "Trains a language model from raw text. With no arguments: the Python standard library as text, a vocabulary of "
-    f"4096, the nano preset, at most {QUICKSTART_TIME_LIMIT} of training, everything written to {QUICKSTART}."
-)
 
 
 @dataclass
-class ModelArguments:
-    """Which model is trained."""
-
-    preset: str = field(default="nano", metadata={"help": "Named model shape; `hf-decoder presets` lists them."})
-    config_overrides: str | None = field(
-        default=None,
-        metadata={"help": "Changes to the preset's config: hidden_size=256,qk_norm=true,... (values as in JSON)."},
-    )
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Folder or Hub name of a model to go on training, with its own tokenizer."}
-    )
-    tokenizer_name: str | None = field(
-        default=None, metadata={"help": "Folder or Hub name of a tokenizer; without it one is trained on the text."}
-    )
-    tokenizer_type: str = field(default="bpe", metadata={"help": f"Tokenizer to train: {', '.join(TOKENIZER_TYPES)}."})
-    vocab_size: int = field(
-        default=4096, metadata={"help": "Vocabulary of the tokenizer to train, specials included."}
-    )
-    license: str | None = field(default=None, metadata={"help": "Licence id for the model card, e.g. apache-2.0."})
-
-
-@dataclass
-class DataArguments(TextArguments):
-    """Which text it is trained and measured on."""
-
-    max_eval_samples: int | None = field(
-        default=64,
-        metadata={"help": "Held-out rows that are measured during training; the measurement at the end takes all."},
-    )
-    block_size: int = field(default=256, metadata={"help": "Tokens of a training row."})
-    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenise."})
-    shuffle_buffer_size: int = field(
-        default=4096, metadata={"help": "Rows that --streaming draws from at random; 0 keeps the text's order."}
-    )
-
-
-@dataclass
-class PretrainingArguments(TrainingArguments):
+class PretrainingArguments(PretrainingDefaults, TrainingArguments):  # type: ignore[misc]  # narrower types
     """`TrainingArguments` with defaults for training from scratch."""
-
-    output_dir: str = field(default=QUICKSTART, metadata={"help": "Folder for everything that the run writes."})
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Replace the run that --output_dir holds; its checkpoints are deleted."}
-    )
-    max_steps: int = field(default=1200, metadata={"help": "Optimizer steps; -1 counts --num_train_epochs instead."})
-    per_device_train_batch_size: int = field(default=8, metadata={"help": "Rows of a training step, per device."})
-    per_device_eval_batch_size: int = field(default=16, metadata={"help": "Rows of an evaluation step, per device."})
-    optim: str = field(
-        default=MUON_ADAMW,
-        metadata={"help": f"{MUON_ADAMW}: Muon for hidden matrices, AdamW for the rest. Or any name of transformers."},
-    )
-    learning_rate: float = field(default=6e-3, metadata={"help": "Peak learning rate."})
-    lr_scheduler_type: str = field(default="warmup_stable_decay", metadata={"help": "Learning rate schedule."})
-    warmup_steps: float = field(default=0.05, metadata={"help": "Warm-up steps, or their share of all if below 1."})
-    weight_decay: float = field(default=0.1, metadata={"help": "Weight decay of matrices; nothing else decays."})
-    adam_beta2: float = field(default=0.95, metadata={"help": "AdamW's second beta."})
-    bf16: bool = field(
-        default=None,  # type: ignore[assignment]  # nothing said: `choose_bf16` looks at the hardware
-        metadata={"help": "bf16 autocast; if unset, on where the hardware multiplies bf16, unless --fp16 is."},
-    )
-    logging_steps: float = field(
-        default=None,  # type: ignore[assignment]  # nothing said: `logging_steps` looks at the length of the run
-        metadata={
-            "help": f"Steps between two points of the loss curve; {training.LOGGING_STEPS}, fewer in a short run."
-        },
-    )
-    logging_first_step: bool = field(default=True, metadata={"help": "Begin the training curve at step 1."})
-    eval_strategy: str = field(default="steps", metadata={"help": "When held-out loss is measured in training."})
-    eval_steps: float | None = field(default=0.2, metadata={"help": "Steps between two of them, or a share of all."})
-    save_steps: float = field(default=0.2, metadata={"help": "Steps between two checkpoints, or a share of all."})
-    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints kept."})
-    resume_from_checkpoint: str | None = field(
-        default=None,
-        metadata={
-            "nargs": "?",
-            "const": "true",
-            "help": "Go on from this checkpoint; `true`: the last of the folder.",
-        },
-    )
-    time_limit: str | None = field(
-        default=None,
-        metadata={"help": "End in this time, the learning rate brought down: 30m, 1h30m. The measures follow."},
-    )
-    sample_steps: int | None = field(
-        default=None, metadata={"help": "Steps between two samples of text, appended to samples_in_training.md."}
-    )
-    prediction_loss_only: bool = field(default=True, metadata={"help": "Evaluation keeps no logits."})
-    include_num_input_tokens_seen: bool = field(default=True, metadata={"help": "Count tokens, to tell the speed."})
-    ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "Look for parameters without a gradient; there are none."}
-    )
 
     def __post_init__(self) -> None:
         self.uses_muon = self.optim == MUON_ADAMW
@@ -183,13 +87,13 @@ class PretrainingArguments(TrainingArguments):
         check_schedule(self)
 
 
-def main(argv: Sequence[str]) -> int:
-    """Parses the flags and runs `pretrain`."""
-    model_args, data_args, args = parse_arguments(
-        "pretrain", (ModelArguments, DataArguments, PretrainingArguments), argv, DESCRIPTION
-    )
-    if not argv:
-        args.time_limit = QUICKSTART_TIME_LIMIT
+def argument_types(argv: Sequence[str]) -> tuple[type, ...]:
+    """Whose fields are the flags."""
+    return ModelArguments, DataArguments, PretrainingArguments
+
+
+def main(model_args: ModelArguments, data_args: DataArguments, args: PretrainingArguments) -> int:
+    """Runs `pretrain`; of several processes, the first one speaks."""
     with training.quiet_but_for_main_process(args):
         return pretrain(model_args, data_args, args)
 

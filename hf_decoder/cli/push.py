@@ -3,42 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
-from hf_decoder.cli import name_positionals, parse_arguments
+from hf_decoder.cli.flags.push import PushArguments
 from hf_decoder.interrupts import going_on
 
-DESCRIPTION = (
-    "Checks a saved model or adapter with the doctor, uploads what belongs to it, names the rest, downloads it into "
-    "an empty cache, and compares every file, and its logits in a fresh process that has transformers but neither "
-    "this package nor a token. The token is HF_TOKEN or the one that `hf auth login` saved; HF_ENDPOINT names another "
-    "server than the Hub."
-)
 
-
-@dataclass
-class PushArguments:
-    """What is uploaded, and where to."""
-
-    folder: str = field(metadata={"help": "Folder of a saved model or adapter."})
-    repo_id: str = field(metadata={"help": "user/name on the Hub; made if it does not exist."})
-    private: bool = field(default=False, metadata={"help": "Make the new repo private."})
-    revision: str | None = field(default=None, metadata={"help": "Branch to push to; made if it does not exist."})
-    create_pr: bool = field(default=False, metadata={"help": "Open a pull request instead of changing the branch."})
-    commit_message: str | None = field(default=None, metadata={"help": "Title of the commit."})
-    base_model: str | None = field(
-        default=None, metadata={"help": "Hub name of an adapter's base, where it was trained on a folder."}
-    )
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run the code of an adapter's base where it is not this package's own."}
-    )
-
-
-def main(argv: Sequence[str]) -> int:
-    """Parses the flags and pushes; exit code 1 when what arrived is not what was sent."""
-    (args,) = parse_arguments("push", (PushArguments,), name_positionals(argv, ("--folder", "--repo_id")), DESCRIPTION)
+def main(args: PushArguments) -> int:
+    """Pushes; exit code 1 when what arrived is not what was sent."""
     from hf_decoder.hub import push
 
     try:

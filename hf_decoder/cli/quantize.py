@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from hf_decoder import evaluation, quantization
-from hf_decoder.cli import load_model, load_tokenizer, name_positionals, parse_arguments
+from hf_decoder.cli import load_model, load_tokenizer
+from hf_decoder.cli.flags.quantize import QuantizeArguments
 from hf_decoder.corpus import load_text
 from hf_decoder.interop.checkpoint import check_absent, written_aside
 from hf_decoder.modelcard import write_conversion_card
@@ -18,36 +17,17 @@ from hf_decoder.modelcard import write_conversion_card
 BLOCK_SIZE = 512
 
 
-@dataclass
-class QuantizeArguments:
-    """What is quantized, and how it is measured."""
-
-    model: str = field(metadata={"help": "Folder or Hub name of a causal language model."})
-    text_file: str = field(metadata={"help": "Text to measure perplexity on: .txt, .jsonl, .parquet, or a folder."})
-    methods: list[str] = field(
-        default_factory=list,
-        metadata={"help": f"Which of {', '.join(quantization.METHODS)}; those that are installed by default."},
-    )
-    output_dir: str | None = field(default=None, metadata={"help": "Folder to save the model to; takes one method."})
-
-
-def main(argv: Sequence[str]) -> int:
+def main(args: QuantizeArguments) -> int:
     """Prints one line a method as soon as it is measured."""
-    (args,) = parse_arguments(
-        "quantize",
-        (QuantizeArguments,),
-        name_positionals(argv, ("--model",)),
-        "Loads a model in bfloat16 and quantized by each method, and measures size, perplexity and decoding speed.",
-    )
     methods = args.methods or [name for name in quantization.METHODS if quantization.installed(name)]
     for method in methods:
         quantization.quantization_config(method)  # all names are checked before the first load
     if args.output_dir is not None and len(methods) != 1:
         raise ValueError(f"--output_dir saves one model; give one of --methods {' '.join(methods)}")
-    tokenizer = load_tokenizer(args.model)
-    documents = load_text(args.text_file, validation_fraction=0)["train"]
+    tokenizer = load_tokenizer(args.model_name_or_path)
+    documents = load_text(args.validation_file, encoding=args.encoding, validation_fraction=0)["train"]
     if args.output_dir is None:
-        _measure_all(args.model, methods, tokenizer, documents)
+        _measure_all(args.model_name_or_path, methods, tokenizer, documents)
     else:
         _save(args, methods[0], tokenizer, documents, Path(args.output_dir).expanduser())
         print(f"{args.output_dir}: {methods[0]}")
@@ -57,13 +37,13 @@ def main(argv: Sequence[str]) -> int:
 def _save(args: QuantizeArguments, method: str, tokenizer: Any, documents: Any, destination: Path) -> None:
     """The model, its tokenizer, and a card with what is measured; what cannot be saved is not measured."""
     check_absent(destination)
-    model = _load(args.model, method)  # as it is before bitsandbytes rounds its scales in a forward pass
-    folder, kind = Path(args.model).expanduser(), type(model).__name__
+    model = _load(args.model_name_or_path, method)  # as it is before bitsandbytes rounds its scales in a forward pass
+    folder, kind = Path(args.model_name_or_path).expanduser(), type(model).__name__
     words = {"title": destination.name, "kind": kind, "source_kind": f"`{kind}`", "method": method}
     if folder.is_dir():  # a path says where it lies on this machine only
         words["source"] = folder.resolve().name
     else:
-        words["source"] = words["base_model"] = args.model
+        words["source"] = words["base_model"] = args.model_name_or_path
     context_length = model.config.max_position_embeddings
     with written_aside(destination, 2 * quantization.tensor_bytes(model)) as aside:
         try:
@@ -72,10 +52,10 @@ def _save(args: QuantizeArguments, method: str, tokenizer: Any, documents: Any, 
             raise ValueError(f"method {method} has no form on disk; it can only be applied on load") from None
         tokenizer.save_pretrained(aside)
         del model
-        rows = _measure_all(args.model, [method], tokenizer, documents)
+        rows = _measure_all(args.model_name_or_path, [method], tokenizer, documents)
         megabytes = ", ".join(f"{(row.disk_bytes or 0) / 1e6:.1f}" for row in rows)
         measured = {
-            f"perplexity on {Path(args.text_file).name}": ", ".join(f"{row.perplexity:.3f}" for row in rows),
+            f"perplexity on {Path(args.validation_file).name}": ", ".join(f"{row.perplexity:.3f}" for row in rows),
             "weights on disk": f"{megabytes} MB",
         }
         write_conversion_card(

@@ -248,7 +248,7 @@ def test_generate_flags(fails, run, flags, reason):
 
 def test_chat_without_a_template(fails, model_copy):
     (model_copy / "chat_template.jinja").unlink()
-    assert "chat template" in fails("generate", str(model_copy), "--chat")
+    assert "chat template" in fails("generate", str(model_copy), "--chat", "--system", "Be kind.")
 
 
 def test_damaged_tokenizer(fails, model_copy):

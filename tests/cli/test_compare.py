@@ -30,7 +30,7 @@ def argv(run, rival, tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
     flags = ["--output_dir", str(tmp_path / "out"), "--max_new_tokens", "8", "--do_sample", "false"]
-    return ["compare", str(run.folder), str(rival), "--prompts", str(path), *flags]
+    return ["compare", str(run.folder), str(rival), "--input_file", str(path), *flags]
 
 
 def say(monkeypatch, *lines: str) -> None:
@@ -78,9 +78,11 @@ def test_interrupt_keeps_what_is_judged(argv, tmp_path, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("builtins.input", ask)
-    assert main(argv) == 0
+    assert main(argv) == 130
     assert len(judgments(tmp_path)) == 1
-    assert "left answer was chosen in 100%" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "left answer was chosen in 100%" in printed.out
+    assert printed.err.splitlines()[-1] == "hf-decoder compare: interrupted"
 
 
 def test_answers_of_elsewhere(argv, tmp_path, monkeypatch, fails):
@@ -94,9 +96,9 @@ def test_answers_of_elsewhere(argv, tmp_path, monkeypatch, fails):
     assert "not of" in fails("compare", two, one, *argv[3:])
     assert "the same" in fails("compare", one, one, *argv[3:])
     (tmp_path / "short.jsonl").write_text('{"prompt": "a", "completion": "b"}\n', encoding="utf-8")
-    other = ["--prompts", argv[4], "--output_dir", str(tmp_path / "new")]
+    other = ["--input_file", argv[4], "--output_dir", str(tmp_path / "new")]
     assert "1 answers for 3 prompts" in fails("compare", one, str(tmp_path / "short.jsonl"), *other)
-    assert "nowhere.txt" in fails("compare", one, two, "--prompts", "nowhere.txt")
+    assert "nowhere.txt" in fails("compare", one, two, "--input_file", "nowhere.txt")
 
 
 @pytest.mark.parametrize("width", [40, 80])

@@ -20,7 +20,7 @@ from hf_decoder.classification import name_classes
 from hf_decoder.cli import eval as eval_command
 from hf_decoder.cli.main import main
 
-BLEU = ["--metrics", "bleu", "--eval_file"]
+BLEU = ["--metrics", "bleu", "--test_file"]
 PROMPTS = ["the cat", "the dog sees the", "the bird hears", "a"]
 
 
@@ -59,7 +59,7 @@ def greedy(folder, prompt: str, tokens: int) -> str:
 def test_several_metrics_in_one_run(run, llama, pairs, tmp_path, kind):
     folder = run.folder if kind == "ours" else llama
     flags = ["--metrics", "perplexity", "bits_per_byte", "bleu", "chrf", "exact_match"]
-    flags += ["--text_file", run.validation_file, "--eval_file", pairs, "--max_new_tokens", 8, "--batch_size", 3]
+    flags += ["--validation_file", run.validation_file, "--test_file", pairs, "--max_new_tokens", 8, "--batch_size", 3]
     results = evaluate(folder, tmp_path / "out", *flags)
     answers = [greedy(folder, prompt, 8) for prompt in PROMPTS]
     references = [[f" the {word}" for word in "abcd"]]
@@ -82,7 +82,7 @@ def test_several_metrics_in_one_run(run, llama, pairs, tmp_path, kind):
 def test_labels_are_chosen_by_likelihood(run, tmp_path):
     path = tmp_path / "labels.csv"
     path.write_text("text,label\nthe cat, sees\nthe dog, hears\nthe bird,xqz\n", encoding="utf-8")
-    results = evaluate(run.folder, tmp_path / "out", "--metrics", "accuracy", "f1", "--eval_file", path)
+    results = evaluate(run.folder, tmp_path / "out", "--metrics", "accuracy", "f1", "--test_file", path)
     saved = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text("utf-8").splitlines()]
     model, tokenizer = AutoModelForCausalLM.from_pretrained(run.folder), AutoTokenizer.from_pretrained(run.folder)
     for row in saved:
@@ -113,7 +113,7 @@ def test_a_label_is_the_name_of_a_class_before_it_is_its_number(run, tmp_path, m
     tokenizer.save_pretrained(tmp_path / "classifier")
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"text": "the cat", "label": label}) + "\n" for label in rows), "utf-8")
-    flags = ["--metrics", "accuracy", "f1", "--eval_file", path]
+    flags = ["--metrics", "accuracy", "f1", "--test_file", path]
     # a classifier that is always right
     monkeypatch.setattr(eval_command, "predict", lambda *args, **kwargs: [names.index(label) for label in same])
     results = evaluate(tmp_path / "classifier", tmp_path / "out", *flags)
@@ -135,7 +135,7 @@ def test_references_in_messages_are_what_the_assistant_says(run, tmp_path):
         for prompt, word in zip(prompts, "abcd", strict=True)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    flags = ["--metrics", "bleu", "exact_match", "--eval_file", path, "--max_new_tokens", 4]
+    flags = ["--metrics", "bleu", "exact_match", "--test_file", path, "--max_new_tokens", 4]
     results = evaluate(run.folder, tmp_path / "out", *flags)
     saved = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text("utf-8").splitlines()]
     assert [row["references"] for row in saved] == [[f"the {word}"] for word in "abcd"]
@@ -147,13 +147,13 @@ def test_an_answer_may_have_several_references(run, tmp_path):
     path = tmp_path / "several.jsonl"
     options = [greedy(run.folder, "the cat", 4), "x"]
     path.write_text(json.dumps({"prompt": "the cat", "references": options}) + "\n", encoding="utf-8")
-    flags = ["--metrics", "exact_match", "--eval_file", path, "--max_new_tokens", 4]
+    flags = ["--metrics", "exact_match", "--test_file", path, "--max_new_tokens", 4]
     assert evaluate(run.folder, tmp_path / "out", *flags)["exact_match"] == 1
 
 
 def test_update_card_writes_the_model_index_and_keeps_the_rest(run, model_copy, pairs, tmp_path):
     before = ModelCard.load(model_copy / "README.md")
-    flags = ["--metrics", "perplexity", "bleu", "--text_file", run.validation_file, "--eval_file", pairs]
+    flags = ["--metrics", "perplexity", "bleu", "--validation_file", run.validation_file, "--test_file", pairs]
     for _ in range(2):  # twice: replaced, not added again
         results = evaluate(model_copy, tmp_path / "out", *flags, "--max_new_tokens", 4, "--update_card")
     after = ModelCard.load(model_copy / "README.md")
@@ -182,7 +182,7 @@ def test_bleu_of_chinese_says_how_it_was_measured(fails, run, model_copy, tmp_pa
 
 def test_update_card_makes_a_card_where_there_is_none(run, llama, tmp_path):
     folder = shutil.copytree(llama, tmp_path / "peer")
-    results = evaluate(folder, tmp_path / "out", "--text_file", run.validation_file, "--update_card")
+    results = evaluate(folder, tmp_path / "out", "--validation_file", run.validation_file, "--update_card")
     found = ModelCard.load(folder / "README.md").data
     assert found.model_name == "peer"
     assert {r.metric_type: r.metric_value for r in found.eval_results}["perplexity"] == results["perplexity"]
@@ -192,18 +192,18 @@ def test_update_card_makes_a_card_where_there_is_none(run, llama, tmp_path):
     "flags, reason",
     [
         (["--metrics", "blue"], "'blue'"),
-        (["--metrics", "bleu"], "--eval_file"),
-        ([], "--text_file"),
-        (["--text_file", "nowhere.txt"], "nowhere.txt"),
+        (["--metrics", "bleu"], "--test_file"),
+        ([], "--validation_file"),
+        (["--validation_file", "nowhere.txt"], "nowhere.txt"),
         ([*BLEU, "prompts.txt", "--reference_file", "short.txt"], "2 prompts but short.txt has 1"),
         ([*BLEU, "other.jsonl"], "columns a, b"),
         ([*BLEU, "empty.jsonl"], "empty prompt"),
-        (["--text_file", "prompts.txt", "--stride", "64", "--block_size", "64"], "stride 64"),
-        (["--text_file", "prompts.txt", "--block_size", "4096"], "128"),
-        (["--text_file", "prompts.txt", "--batch_size", "0"], "--batch_size 0"),
-        (["--text_file", "prompts.txt", "--prompt_template", "x"], "--prompt_template"),
-        (["--text_file", "prompts.txt", "--stride", "0"], "stride 0"),
-        (["--text_file", "prompts.txt", "--block_size", "0"], "--block_size 0"),
+        (["--validation_file", "prompts.txt", "--stride", "64", "--block_size", "64"], "stride 64"),
+        (["--validation_file", "prompts.txt", "--block_size", "4096"], "128"),
+        (["--validation_file", "prompts.txt", "--batch_size", "0"], "--batch_size 0"),
+        (["--validation_file", "prompts.txt", "--prompt_template", "x"], "--prompt_template"),
+        (["--validation_file", "prompts.txt", "--stride", "0"], "stride 0"),
+        (["--validation_file", "prompts.txt", "--block_size", "0"], "--block_size 0"),
         ([*BLEU, "prompts.txt", "--max_eval_samples", "0"], "--max_eval_samples 0 must be at least 1"),
         ([*BLEU, "prompts.txt", "--max_new_tokens", "0"], "--max_new_tokens 0 must be at least 1"),
         ([*BLEU, "prompts.txt", "--num_beams", "0"], "--num_beams 0 must be at least 1"),

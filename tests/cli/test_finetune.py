@@ -398,7 +398,7 @@ def test_classification_learns_and_is_measured_by_eval(run, tmp_path, capsys):
     model = AutoModelForSequenceClassification.from_pretrained(out)
     assert model.config.id2label == {0: "neg", 1: "pos"}
     capsys.readouterr()
-    argv = ["eval", str(out), "--metrics", "accuracy", "f1", "--eval_file", str(tmp_path / "held.jsonl")]
+    argv = ["eval", str(out), "--metrics", "accuracy", "f1", "--test_file", str(tmp_path / "held.jsonl")]
     assert main([*argv, "--output_dir", str(tmp_path / "eval"), "--batch_size", "5"]) == 0
     assert "accuracy         1.0000" in capsys.readouterr().out
 
@@ -491,10 +491,12 @@ def test_an_adapter_of_a_classifier_is_measured_as_one(fails, run, tmp_path, kin
     assert results["eval_accuracy"] == 1
     (checkpoint,) = out.glob("checkpoint-*")
     for names in ([str(out)], [str(run.folder), "--adapter_name_or_path", str(checkpoint)]):
-        argv = ["eval", *names, "--metrics", "accuracy", "f1", "--eval_file", held]
+        argv = ["eval", *names, "--metrics", "accuracy", "f1", "--test_file", held]
         assert main([*argv, "--output_dir", str(tmp_path / "eval")]) == 0
         assert json.loads((tmp_path / "eval" / "eval_results.json").read_text())["accuracy"] == 1
-    assert "is a sequence classifier, which has only accuracy and f1" in fails("eval", str(out), "--text_file", held)
+    assert "is a sequence classifier, which has only accuracy and f1" in fails(
+        "eval", str(out), "--validation_file", held
+    )
     lines = ModelCard.load(out / "README.md").text.split("```python\n")[1].split("```")[0]
     found = {}
     exec(lines.replace('"out"', repr(str(out))), found)
@@ -505,7 +507,7 @@ def test_an_adapter_of_a_classifier_is_measured_as_one(fails, run, tmp_path, kin
         classes = found["model"].eval()(**ids).logits.argmax(-1).tolist()
     assert [found["model"].config.id2label[index] for index in classes] == [row["label"] for row in LABELS]
     (out / "id2label.json").unlink()
-    assert "id2label.json" in fails("eval", str(out), "--metrics", "accuracy", "--eval_file", held)
+    assert "id2label.json" in fails("eval", str(out), "--metrics", "accuracy", "--test_file", held)
 
 
 def test_a_continued_adapter_keeps_its_classes_in_their_order(run, tmp_path):

@@ -2,11 +2,18 @@
 
 import io
 import json
+import os
+import re
+import select
+import signal
+import sys
+import time
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from hf_decoder import finetuning
 from hf_decoder.cli.main import main
 from hf_decoder.tokenization import train_tokenizer
 
@@ -86,9 +93,156 @@ def test_chat_forgets_its_oldest_turns_when_the_context_is_full(run, capsys, mon
     assert len(capsys.readouterr().out.splitlines()) >= 12
 
 
-def test_chat_with_a_turn_that_is_too_long(fails, run, monkeypatch):
-    monkeypatch.setattr("sys.stdin", io.StringIO("the cat sees the dog " * 100))
-    assert "max_position_embeddings" in fails("generate", str(run.folder), "--chat")
+def talk(run, monkeypatch, capsys, *lines: str, flags=(), folder=None) -> tuple[str, list[str]]:
+    """What is answered and what is said besides, to these lines of standard input."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+    short = ["--max_new_tokens", "4", "--do_sample", "false"]
+    capsys.readouterr()
+    assert main(["generate", str(folder or run.folder), "--chat", *short, *flags]) == 0
+    said = capsys.readouterr()
+    return said.out, said.err.splitlines()
+
+
+def test_a_message_that_is_too_long_is_refused_and_the_chat_goes_on(run, monkeypatch, capsys, tmp_path):
+    long, file = "the cat sees the dog " * 100, tmp_path / "talk.jsonl"
+    plain, _ = talk(run, monkeypatch, capsys, "the cat", "the bird")
+    out, notes = talk(run, monkeypatch, capsys, "the cat", long, "the bird", f"/save {file}")
+    assert out == plain
+    assert sum("max_position_embeddings is 128" in note for note in notes) == 1
+    (row,) = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+    assert [turn["role"] for turn in row["messages"]] == ["user", "assistant"] * 2
+    assert [turn["content"] for turn in row["messages"]][::2] == ["the cat", "the bird"]
+
+
+def test_blank_lines_unknown_commands_and_faults_do_not_end_a_chat(run, monkeypatch, capsys, tmp_path):
+    plain, _ = talk(run, monkeypatch, capsys, "the cat")
+    lines = [
+        "",
+        "   ",
+        "/sve",
+        "/save",
+        "/save x",
+        f"/save {tmp_path}",
+        "the cat",
+        f"/save {tmp_path}",
+        "/exit",
+        "more",
+    ]
+    out, notes = talk(run, monkeypatch, capsys, *lines)
+    assert out == plain
+    text = "\n".join(notes)
+    assert "(/sve is no command; did you mean '/save'" in text and "(name the file: /save FILE)" in text
+    assert text.count("nothing to save yet") == 2 and "Is a directory" in text
+
+
+def test_commands_of_a_chat(run, monkeypatch, capsys, tmp_path):
+    file = tmp_path / "talk.jsonl"
+    file.write_text('{"messages": []}\n', encoding="utf-8")
+    lines = ["/system Be kind.", "one", "/clear", "two", f"/save {file}", "/system", "/clear", "/help", "three"]
+    _, notes = talk(run, monkeypatch, capsys, *lines, f"/save {file}", flags=["--system", "Be rude."])
+    rows = [json.loads(line)["messages"] for line in file.read_text("utf-8").splitlines()]
+    assert [[turn["content"] for turn in row if turn["role"] != "assistant"] for row in rows] == [
+        [], ["Be kind.", "two"], ["three"]
+    ]  # fmt: skip
+    for command in ("/help", "/clear", "/system", "/save", "/exit"):
+        assert any(note.startswith(f"{command} ") for note in notes)
+    assert "(2 messages forgotten)" in notes
+
+
+def test_the_banner_says_which_model_it_is_and_whether_it_was_taught_to_chat(run, model_copy, monkeypatch, capsys):
+    def introduced() -> str:
+        return "\n".join(talk(run, monkeypatch, capsys, folder=model_copy)[1])
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(model_copy), AutoTokenizer.from_pretrained(model_copy)
+    size = f"{model.num_parameters() / 1e6:,.1f}M parameters, a context of 128 tokens, float32 on cpu"
+    assert f"model: HfDecoderForCausalLM, {size}" in introduced()
+    assert "It was never taught to chat: it has a chat template" in introduced()
+    finetuning.end_turns(model, tokenizer)  # as finetune does after training on messages
+    model.generation_config.save_pretrained(model_copy)
+    assert "never taught" not in introduced()
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(model_copy)
+    for path in model_copy.glob("chat_template*"):
+        path.unlink()
+    assert "It was never taught to chat (no chat template)" in introduced()
+    out, _ = talk(run, monkeypatch, capsys, "the cat", "the cat", folder=model_copy)
+    (line, again) = out.splitlines()
+    assert line == again == by_hand(model_copy, "the cat", max_new_tokens=4, do_sample=False).removeprefix("the cat")
+
+
+def test_what_a_chat_forgets_is_counted(run, monkeypatch, capsys):
+    _, notes = talk(run, monkeypatch, capsys, *["the cat sees the dog"] * 12)
+    forgotten = [int(re.search(r"the (\d+) oldest messages", note)[1]) for note in notes if "oldest" in note]
+    assert forgotten and all(count % 2 == 0 for count in forgotten)
+
+
+def test_a_template_that_refuses_the_talk_is_one_line(run, model_copy, monkeypatch, capsys):
+    tokenizer = AutoTokenizer.from_pretrained(model_copy)
+    tokenizer.chat_template = "{{ raise_exception('no system message') if messages[0].role == 'system' }}the"
+    tokenizer.save_pretrained(model_copy)
+    _, notes = talk(run, monkeypatch, capsys, "a", "/system", "b", flags=["--system", "x"], folder=model_copy)
+    refused = [note for note in notes if "no system message" in note and "template" in note]
+    assert refused == ["(the chat template does not take this conversation: no system message)"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_a_chat_in_a_terminal_survives_ctrl_c_and_ends_at_ctrl_d(run):
+    """Without a prompt on a terminal, `generate` chats."""
+    import pty
+
+    # every token is made to take a while, so that there is an answer to stop
+    code = f"""
+import sys, time
+from transformers import TextStreamer
+put = TextStreamer.put
+TextStreamer.put = lambda self, value: (time.sleep(0.05), put(self, value))[1]
+from hf_decoder.cli.main import main
+sys.exit(main(["generate", {str(run.folder)!r}, "--max_new_tokens", "40", "--min_new_tokens", "40"]))
+"""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TERM": "dumb"}
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execve(sys.executable, [sys.executable, "-c", code], env)
+    screen = ""
+
+    def until(pattern: str) -> str:
+        """Reads up to the pattern; returns what came since the last one."""
+        nonlocal screen
+        end = time.monotonic() + 120
+        while not (found := re.search(pattern, screen)):
+            assert time.monotonic() < end, screen
+            if select.select([terminal], [], [], 0.2)[0]:
+                screen += os.read(terminal, 4096).decode(errors="replace")
+        seen, screen = screen[: found.end()], screen[found.end() :]
+        return seen
+
+    try:
+        assert "/help lists the commands" in until("> ")
+        os.write(terminal, b"\x03")
+        assert "(/exit or Ctrl-D ends the chat)" in until(r"\n> ")
+        for number in range(2):  # the second time as the first
+            os.write(terminal, b"hello\n")
+            time.sleep(0.6)
+            os.write(terminal, b"\x03")
+            assert "(stopped)" in until(r"\n> "), number
+        os.write(terminal, b"\n/help\n")
+        until("/exit .*\n> ")
+        os.write(terminal, b"\x04")
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        pid = 0
+    finally:
+        os.close(terminal)
+        if pid:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+
+def test_a_temperature_of_zero_is_greedy(run, capsys):
+    """Whatever else is said of the draw, and whatever generation_config says."""
+    expected = by_hand(run.folder, PROMPT, max_new_tokens=12, do_sample=False) + "\n"
+    for flags in ([], ["--do_sample"], ["--top_p", "0.9", "--top_k", "5", "--min_p", "0.1"]):
+        assert main(["generate", str(run.folder), PROMPT, "--max_new_tokens", "12", "--temperature", "0", *flags]) == 0
+        assert capsys.readouterr().out == expected
 
 
 SAMPLING = {"min_p": 0.05, "top_k": 20, "top_p": 0.9, "temperature": 0.7, "repetition_penalty": 1.3}

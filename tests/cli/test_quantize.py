@@ -37,7 +37,7 @@ def rows(output: str) -> dict[str, list[str]]:
 def test_one_method_is_measured_and_saved(method, run, tmp_path, text_file, capsys):
     out = tmp_path / "saved"
     flags = ["--methods", method, "--output_dir", str(out)]
-    assert main(["quantize", str(run.folder), "--text_file", text_file, *flags]) == 0
+    assert main(["quantize", str(run.folder), "--validation_file", text_file, *flags]) == 0
     table = rows(capsys.readouterr().out)
     assert list(table) == ["none", method]
     sizes = [[float(cells[0]), float(cells[2])] for cells in table.values()]
@@ -61,14 +61,14 @@ def test_one_method_is_measured_and_saved(method, run, tmp_path, text_file, caps
 
 def test_what_has_no_form_on_disk_is_shown_so(run, text_file, capsys):
     methods = ["--methods", "torchao_int8", "torchao_int4", "quanto_int8"]
-    assert main(["quantize", str(run.folder), "--text_file", text_file, *methods]) == 0
+    assert main(["quantize", str(run.folder), "--validation_file", text_file, *methods]) == 0
     table = rows(capsys.readouterr().out)
     assert table["torchao_int8"][0] != "-"
     assert [table[name][0] for name in ("torchao_int4", "quanto_int8")] == ["-", "-"]
 
 
 def test_bad_input_is_one_line(run, tmp_path, text_file, fails, monkeypatch):
-    folder, text = str(run.folder), ["--text_file", text_file]
+    folder, text = str(run.folder), ["--validation_file", text_file]
     out = str(tmp_path / "saved")
     assert "'int3' is unknown" in fails("quantize", folder, *text, "--methods", "int3")
     assert "--output_dir saves one model" in fails("quantize", folder, *text, "--output_dir", out)

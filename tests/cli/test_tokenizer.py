@@ -22,7 +22,7 @@ def files(tmp_path_factory):
 def trained(files, kind: str, capsys, *more: str):
     base, train, held_out = files
     folder = base / kind
-    flags = ["--train_file", str(train), "--validation_file", str(held_out), "--type", kind, *more]
+    flags = ["--train_file", str(train), "--validation_file", str(held_out), "--tokenizer_type", kind, *more]
     assert main(["tokenizer", *flags, "--output_dir", str(folder)]) == 0
     report = json.loads((folder / "tokenizer_report.json").read_text(encoding="utf-8"))
     return AutoTokenizer.from_pretrained(folder), report, capsys.readouterr().out, held_out.read_bytes().decode()
@@ -60,7 +60,16 @@ def test_char(files, capsys):
 def test_streamed_text_gives_the_same_tokenizer_and_report(files, capsys, tmp_path, kind):
     folders = [tmp_path / "whole", tmp_path / "streamed"]
     for folder, more in zip(folders, ([], ["--streaming"]), strict=True):
-        flags = ["--train_file", str(files[1]), "--vocab_size", "285", "--type", kind, "--output_dir", str(folder)]
+        flags = [
+            "--train_file",
+            str(files[1]),
+            "--vocab_size",
+            "285",
+            "--tokenizer_type",
+            kind,
+            "--output_dir",
+            str(folder),
+        ]
         assert main(["tokenizer", *flags, *more]) == 0
     assert (folders[0] / "tokenizer.json").read_bytes() == (folders[1] / "tokenizer.json").read_bytes()
     one, other = (json.loads((folder / "tokenizer_report.json").read_text("utf-8")) for folder in folders)
@@ -77,7 +86,7 @@ def test_the_tokenizer_trains_a_model(files, capsys, run, tmp_path):
 @pytest.mark.parametrize(
     "flags, reason",
     [
-        (["--type", "words"], "'words'"),
+        (["--tokenizer_type", "words"], "'words'"),
         (["--vocab_size", "10"], "vocab_size 10"),
         (["--train_file", "nowhere.txt"], "nowhere.txt"),
         (["--train_file", "a.txt:0.5", "b.txt"], "b.txt has no weight"),

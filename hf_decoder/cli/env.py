@@ -1,0 +1,81 @@
+"""`hf-decoder env`: what a bug report needs about the machine and what is installed on it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import subprocess
+
+from hf_decoder import __version__, accounting
+from hf_decoder.cli.flags.env import EnvArguments
+from hf_decoder.devices import GIB, cpu_count, cpu_features, cpu_name, machine_memory
+
+# In the order in which torch and its extensions look for one.
+COMPILERS = ("g++", "clang++", "c++", "cl")
+VARIABLES = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "HF_DECODER_ENGINE")
+
+
+def main(args: EnvArguments) -> int:
+    """Prints a line a fact."""
+    import torch
+
+    facts = {
+        "hf_decoder": __version__,
+        "python": f"{platform.python_version()} ({platform.python_implementation()})",
+        "platform": platform.platform(),
+        "processor": f"{cpu_name()}, {cpu_count()} cores, {' '.join(cpu_features()) or '-'}",
+        "memory": f"{machine_memory() / GIB:.1f} GiB",
+        "threads": f"{torch.get_num_threads()} (between operators {torch.get_num_interop_threads()})",
+        "device": _device(),
+        "compiler": _compiler(),
+        "environment": " ".join(f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ) or "-",
+    }
+    packages = _packages()
+    width = max(map(len, (*facts, *packages)))
+    for name, value in (*facts.items(), *packages.items()):
+        print(f"{name:<{width}}  {value}")
+    return 0
+
+
+def _device() -> str:
+    """The accelerator, with the version of what drives it; of CUDA, the compute capability too."""
+    import torch
+
+    if torch.cuda.is_available():
+        capability = ".".join(map(str, torch.cuda.get_device_capability(0)))
+        driver = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"HIP {torch.version.hip}"
+        memory = torch.cuda.get_device_properties(0).total_memory / GIB
+        return f"{accounting.hardware()['device']}, {memory:.1f} GiB, compute capability {capability}, {driver}"
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return str(accelerator or "no accelerator")
+
+
+def _compiler() -> str:
+    """The C++ compiler that is found first and its version; without one, nothing is compiled on this machine."""
+    for name in filter(None, (os.environ.get("CXX"), *COMPILERS)):
+        if path := shutil.which(name):
+            try:
+                shown = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=10).stdout
+            except (OSError, subprocess.SubprocessError):
+                shown = ""
+            return f"{path} {shown.splitlines()[0] if shown else ''}".rstrip()
+    return "none found"
+
+
+def _packages() -> dict[str, str]:
+    """The packages that this one asks for, needed or optional, and their versions."""
+    try:
+        asked = importlib.metadata.requires("hf-decoder") or []
+    except importlib.metadata.PackageNotFoundError:  # a checkout that is not installed
+        asked = ["torch", "transformers"]
+    names = dict.fromkeys(re.split(r"[^\w.-]", line, maxsplit=1)[0] for line in asked)
+    versions = {}
+    for name in names:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions
