@@ -18,7 +18,7 @@ from hf_decoder.engine.attention.masks import engine_masks
 from hf_decoder.engine.layer import LayerParts, Operators, run_layer
 from hf_decoder.engine.operators import may_call_operators, runs_as_written
 from hf_decoder.engine.precision import autocast_dtype
-from hf_decoder.engine.settings import settings
+from hf_decoder.engine.switches import settings
 from hf_decoder.engine.training import blocks
 from hf_decoder.engine.training.blocks import has_kernels
 from hf_decoder.engine.training.fast_products import FastProducts, needs_fast_products

@@ -22,7 +22,7 @@ from hf_decoder.engine.bitsandbytes import settle_layers, settle_tied_head, unpa
 from hf_decoder.engine.decoding.generation import Decoding
 from hf_decoder.engine.loading import check_loaded_sizes
 from hf_decoder.engine.route import Route
-from hf_decoder.engine.settings import settings
+from hf_decoder.engine.switches import settings
 from hf_decoder.engine.training.fast_products import fast_products
 from hf_decoder.engine.training.loss import linear_causal_lm_loss
 from hf_decoder.model import modeling_hf_decoder as plain
