@@ -76,7 +76,7 @@ class Decoding:
         """
         if not (runs_as_written() and (cache is None or isinstance(cache, Cache))):
             return None
-        if cache is attention_mask is None and position_ids is not None:  # which may mark documents
+        if cache is None and position_ids is not None and _hides_nothing(attention_mask):  # they may mark documents
             return None
         decoding = _active.get()
         if decoding is None or decoding.model is not model:
@@ -343,6 +343,10 @@ def _is_plain_loop(model: Any, model_kwargs: dict[str, Any]) -> bool:
 def _is_plain_mask(attention_mask: Any) -> bool:
     """And not what transformers has prepared, one a layer type, for the modules."""
     return attention_mask is None or (isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2)
+
+
+def _hides_nothing(attention_mask: Any) -> bool:
+    return attention_mask is None or (_is_plain_mask(attention_mask) and bool(attention_mask.all()))
 
 
 def _are_in(input_ids: torch.Tensor, vocab_size: int) -> bool:
