@@ -137,9 +137,12 @@ class _ForCausalLM(_PreTrained):
         past_key_values=None,
         **kwargs,
     ):
-        wants_loss = labels is not None or kwargs.get("shift_labels") is not None
+        targets = labels if kwargs.get("shift_labels") is None else kwargs["shift_labels"]
+        wants_loss = targets is not None
         skips = wants_loss and (self.training if skip_logits is None else skip_logits)
-        if skips or (wants_loss and logits_to_keep != 0) or return_dict is False:
+        if skips or return_dict is False:
+            return None
+        if wants_loss and (logits_to_keep != 0 or targets.shape != input_ids.shape):
             return None
         cache = past_key_values if cache is None else cache
         use_cache = self.config.use_cache if use_cache is None else use_cache
