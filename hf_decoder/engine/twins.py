@@ -46,7 +46,8 @@ class _Layer(_Twin):
 
     def forward(self, hidden_states, *args, route: Route | None = None, **kwargs):
         if route is None:
-            return super().forward(hidden_states, *args, **kwargs)
+            with fast_products(hidden_states, getattr(self.mlp, "down_proj", None)):
+                return super().forward(hidden_states, *args, **kwargs)
         return route.run_layer(self, super().forward, hidden_states, *args, **kwargs)
 
 
