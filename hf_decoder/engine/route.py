@@ -67,7 +67,7 @@ class Route(Operators):
                 return None
         is_long = x.is_cpu or has_kernels(x)
         route = Route(x, structure if settings.training and is_long else None)
-        if settings.training and needs_fast_products(x, decoder.layers[0].mlp.down_proj):
+        if needs_fast_products(x, decoder.layers[0].mlp.down_proj):
             route.products = FastProducts
         if settings.attention and not isinstance(attention_mask, dict):
             route.masks = engine_masks(decoder, x, attention_mask, position_ids, cache)
