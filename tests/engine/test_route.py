@@ -376,7 +376,11 @@ def test_calls_that_go_on_from_a_cache(variant: str, new: int):
         with settings.override(all=False), torch.no_grad():
             model(PADDED_IDS[:, :8], attention_mask=MASK[:, :8], past_key_values=cache, use_cache=True)
         mask = torch.cat((MASK[:, :8], MASK.new_ones(2, new)), 1)
-        for more in ({}, {"attention_mask": mask}, {"attention_mask": mask, "position_ids": mask.cumsum(-1)[:, -new:]}):
+        for more in (
+            {},
+            {"attention_mask": mask},
+            {"attention_mask": mask, "position_ids": mask.cumsum(-1)[:, -new:]},
+        ):
             assert_equal_calls(model, IDS[:, :new], past_key_values=cache, use_cache=True, **more)
         assert_equal_calls(model, IDS[:, :new], past_key_values=cache, position_ids=torch.full((2, new), 8))
 
