@@ -10,9 +10,9 @@ from transformers import DynamicCache
 from hf_decoder.engine import precision
 from hf_decoder.engine.decoding import generation
 from hf_decoder.engine.decoding.step import DecodingStep
+from hf_decoder.engine.route import Route
 from hf_decoder.engine.switches import settings
 from hf_decoder.engine.training import blocks
-from hf_decoder.model.modeling_hf_decoder import HfDecoderAttention
 
 ONE = {"max_new_tokens": 1}
 
@@ -164,7 +164,7 @@ def test_int8_weights(tokens: int, layers):
 
 @pytest.mark.parametrize("is_plain", [True, False])
 def test_it_runs_below_autograd_where_weights_are_plain(is_plain: bool, monkeypatch):
-    below, rotate = [], HfDecoderAttention.attend
+    below, rotate = [], Route.attend
 
     class Quantized(torch.Tensor):
         pass
@@ -174,7 +174,7 @@ def test_it_runs_below_autograd_where_weights_are_plain(is_plain: bool, monkeypa
         below.append(torch._C._dispatch_tls_is_dispatch_key_excluded(key))
         return rotate(*inputs, **settings)
 
-    monkeypatch.setattr(HfDecoderAttention, "attend", recorded)
+    monkeypatch.setattr(Route, "attend", recorded)
     model = tiny_model()
     if not is_plain:
         down = model.model.layers[1].mlp.down_proj

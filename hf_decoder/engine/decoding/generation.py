@@ -76,7 +76,8 @@ class Decoding:
         """
         if not (runs_as_written() and (cache is None or isinstance(cache, Cache))):
             return None
-        if input_ids is None or not _are_as_long(input_ids, attention_mask, position_ids):  # the modules say it in words
+        # what is of different lengths the modules refuse in words
+        if input_ids is None or not _are_as_long(input_ids, attention_mask, position_ids):
             return None
         if cache is None and position_ids is not None and _hides_nothing(attention_mask):  # they may mark documents
             return None
