@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
+from hf_decoder.interrupts import going_on
 from hf_decoder.tokenization import digest_of
 
 if TYPE_CHECKING:
@@ -212,11 +213,15 @@ class CheckpointKeeper(TrainerCallback):
         run: `describe_run`'s, written into every mark.
         save_total_limit: whole checkpoints to keep, the best one aside; None keeps all. Trainer's own limit must be
             off (`args.save_total_limit = None`): it counts half-written ones too.
+        last: the checkpoint that the run goes on from.
     """
 
-    def __init__(self, run: dict[str, dict[str, Any]], save_total_limit: int | None = None):
+    def __init__(
+        self, run: dict[str, dict[str, Any]], save_total_limit: int | None = None, last: str | Path | None = None
+    ):
         self.run = run
         self.save_total_limit = save_total_limit
+        self._last = None if last is None else Path(last)
         self._saving: Path | None = None
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -225,7 +230,7 @@ class CheckpointKeeper(TrainerCallback):
             shutil.rmtree(self._saving)  # of a run that went another way from here, or cut short
 
     def on_save(self, args, state, control, **kwargs):
-        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        self._last = checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.barrier()  # every process writes its own random state
         if not state.is_world_process_zero:
@@ -261,6 +266,21 @@ class CheckpointKeeper(TrainerCallback):
             )
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise OSError(f"{broken} could not be written ({reason}; {free / 1e6:,.1f} MB free); {kept}") from error
+
+    def explain_stop(self, args: TrainingArguments) -> contextlib.AbstractContextManager[None]:
+        """Has an interrupt name the checkpoint to go on from."""
+
+        def words() -> str | None:
+            if args.process_index:
+                return None
+            if self._last is None:
+                return " before the first checkpoint, nothing was kept; the same command starts from the beginning"
+            return (
+                f" after step {step_of(self._last)}, saved as {self._last}; the same command with "
+                "--resume_from_checkpoint goes on"
+            )
+
+        return going_on(words, args.output_dir)
 
 
 def mark_complete(checkpoint: Path, run: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Sequence classification: the label map, names of classes and their file, and the classes a model finds likeliest.
+"""Sequence classification: label map, names of classes and their file, loss, likeliest classes, and their measures.
 
 A whole classifier tells the names of its classes in config.json. An adapter has no such file, and one beside it would
 have transformers look for the base's weights there; so they go into `LABELS_FILE`, in the form of `id2label`.
@@ -7,10 +7,13 @@ have transformers look for the base's weights there; so they go into `LABELS_FIL
 from __future__ import annotations
 
 import json
+import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import TrainerCallback
 from transformers.utils import cached_file
@@ -135,3 +138,82 @@ def predict(model: Any, tokenizer: Any, texts: Sequence[str], *, batch_size: int
     finally:
         model.train(was_training)
     return classes
+
+
+def class_loss(
+    outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None, smoothing: float = 0.0
+) -> torch.Tensor:
+    """Mean cross-entropy over the rows of a whole step, for `Trainer(compute_loss_func=...)`.
+
+    The loss of transformers' classifiers is the mean of one batch, which gradient accumulation adds up.
+    """
+    total = torch.nn.functional.cross_entropy(
+        outputs["logits"].float(), labels, reduction="sum", label_smoothing=smoothing
+    )
+    return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
+
+
+def class_report(guesses: Sequence[str], labels: Sequence[str], names: Iterable[str]) -> dict[str, Any]:
+    """What scikit-learn's `confusion_matrix` and `classification_report(output_dict=True)` tell, under its names.
+
+    `labels` of the result are those of `names` that occur; a row of the matrix is a label, a column a guess.
+    """
+    names = [name for name in names if name in {*guesses, *labels}]
+    place = {name: index for index, name in enumerate(names)}
+    matrix = np.zeros((len(names), len(names)), dtype=int)
+    np.add.at(matrix, ([place[label] for label in labels], [place[guess] for guess in guesses]), 1)
+    hits, guessed, support = matrix.diagonal(), matrix.sum(0), matrix.sum(1)
+    measures = {
+        "precision": hits / np.maximum(guessed, 1),
+        "recall": hits / np.maximum(support, 1),
+        "f1-score": 2 * hits / np.maximum(guessed + support, 1),
+    }
+    report: dict[str, Any] = {
+        name: {**{key: float(values[i]) for key, values in measures.items()}, "support": int(support[i])}
+        for name, i in place.items()
+    }
+    report["accuracy"] = float(hits.sum() / support.sum())
+    for kind, weights in (("macro avg", None), ("weighted avg", support)):
+        means = {key: float(np.average(values, weights=weights)) for key, values in measures.items()}
+        report[kind] = {**means, "support": int(support.sum())}
+    return {"labels": names, "confusion_matrix": matrix.tolist(), "classification_report": report}
+
+
+def check_against_chance(report: Mapping[str, Any]) -> str | None:
+    """A line about a `class_report` whose accuracy may be that of naming the most frequent class each time, or None.
+
+    "May be": it lies less than 1.64 standard errors above, which one such model in twenty exceeds by chance.
+    """
+    support = Counter({name: report["classification_report"][name]["support"] for name in report["labels"]})
+    (name, most), count = support.most_common(1)[0], support.total()
+    share, found = most / count, report["classification_report"]["accuracy"]
+    if found > share + 1.64 * math.sqrt(share * (1 - share) / count):
+        return None
+    return (
+        f"warning: accuracy {found:.4f} is no better than the most frequent class: always {name!r} would be right for "
+        f"{share:.4f} of the {count:,} held-out rows"
+    )
+
+
+def plot_confusion(report: Mapping[str, Any], path: str | Path, title: str) -> None:
+    """Draws the confusion matrix of a `class_report`: how often each label was taken for which class."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    names, matrix = report["labels"], np.array(report["confusion_matrix"])
+    size = min(3.5 + 0.45 * len(names), 24)
+    figure = Figure(figsize=(size + 1, size), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    figure.colorbar(axes.imshow(shares, cmap="Blues", vmin=0, vmax=1), label="share of the label's rows")
+    axes.set_xticks(range(len(names)), names, rotation=90 if len(names) > 4 else 0)
+    axes.set_yticks(range(len(names)), names)
+    if len(names) <= 20:
+        for (row, column), count in np.ndenumerate(matrix):
+            color = "white" if shares[row, column] > 0.6 else "black"
+            axes.text(column, row, f"{count:,}", ha="center", va="center", color=color)
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("label")
+    axes.set_title(title)
+    figure.savefig(path, dpi=120)

@@ -18,11 +18,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PrinterCallback,
     Trainer,
     TrainingArguments,
     set_seed,
@@ -103,9 +105,16 @@ class Recipe:
 
 
 def train_classifier(
-    rows: Sequence[Row], label2id: dict[str, int], recipe: Recipe, output_dir: str
+    rows: Sequence[Row],
+    label2id: dict[str, int],
+    recipe: Recipe,
+    output_dir: str,
+    history: list[dict[str, Any]] | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A classifier of `rows` (`text` and `label`), from random weights, and its tokenizer; it sees nothing else."""
+    """A classifier of `rows` (`text` and `label`), from random weights, and its tokenizer; it sees nothing else.
+
+    `history` is filled with the logs of the classifier's training.
+    """
     from datasets import Dataset
 
     set_seed(recipe.seed)
@@ -134,13 +143,16 @@ def train_classifier(
     args = _arguments(recipe, output_dir, recipe.num_train_epochs, recipe.learning_rate)
     args.train_sampling_strategy = "group_by_length"
     args.remove_unused_columns = False
-    encoded = class_rows(_marked(rows, tokenizer), tokenizer, label2id, MAX_LENGTH)
+    mark_texts(tokenizer)
+    encoded = class_rows(rows, tokenizer, label2id, MAX_LENGTH)
     trainer: Callable[..., Trainer] = Trainer
     if recipe.teacher_weight:
         teacher = NgramClassifier(texts, encoded["labels"], len(label2id))
         encoded = encoded.add_column("scores", [_score_each_token(text, tokenizer, teacher) for text in texts])
         trainer = functools.partial(_TaughtTrainer, recipe.teacher_weight)
-    _fit(classifier, args, encoded, functools.partial(_collate, tokenizer), trainer)
+    logs = _fit(classifier, args, encoded, functools.partial(_collate, tokenizer), trainer)
+    if history is not None:
+        history += logs
     return classifier, tokenizer
 
 
@@ -153,6 +165,7 @@ class _TaughtTrainer(Trainer):
     def __init__(self, teacher_weight: float, **kwargs: Any):
         super().__init__(**kwargs)
         self.teacher_weight = teacher_weight
+        self.model_accepts_loss_kwargs = False  # the loss is a mean, which Trainer shares among the batches of a step
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         scores, labels = inputs.pop("scores"), inputs.pop("labels")
@@ -168,15 +181,15 @@ class _TaughtTrainer(Trainer):
 
 
 def _score_each_token(text: str, tokenizer: PreTrainedTokenizerBase, teacher: NgramClassifier) -> list[list[float]]:
-    """(tokens, classes): what `teacher` says of the words up to each token of the marked text."""
+    """(tokens, classes): what `teacher` says of the words up to each token, markers included."""
     scores = teacher.scores(text).tolist()
-    marked = _marked([{"text": text}], tokenizer)[0]["text"]
-    ends, place = [], len(str(tokenizer.eos_token))
+    ends, place = [], 0
     for word in text.split():
-        place = marked.index(word, place) + len(word)
+        place = text.index(word, place) + len(word)
         ends.append(place)
-    offsets = tokenizer(marked, return_offsets_mapping=True)["offset_mapping"][-MAX_LENGTH:]
-    return [scores[bisect_right(ends, stop)] for _, stop in offsets]
+    stops = [stop for _, stop in tokenizer(text, return_offsets_mapping=True)["offset_mapping"]]
+    stops[-1] = len(text)  # the marker behind it
+    return [scores[bisect_right(ends, stop)] for stop in stops[-MAX_LENGTH:]]
 
 
 def _collate(tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -202,9 +215,11 @@ def _add_word_dropout(model: PreTrainedModel, probability: float) -> None:
         model.get_input_embeddings().register_forward_hook(drop)
 
 
-def _marked(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[Row]:
-    """The rows between the markers that stood around them in pretraining; the classifier reads from the last one."""
-    return [{**row, "text": f"{tokenizer.eos_token}{row['text']}{tokenizer.eos_token}"} for row in rows]
+def mark_texts(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Has the tokenizer put the markers around a text that stood there in pretraining; the last one is classified."""
+    end = str(tokenizer.eos_token)
+    markers = TemplateProcessing(single=f"{end} $A {end}", special_tokens=[(end, tokenizer.eos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = markers
 
 
 def _arguments(recipe: Recipe, output_dir: str, epochs: float, learning_rate: float) -> TrainingArguments:
@@ -220,7 +235,7 @@ def _arguments(recipe: Recipe, output_dir: str, epochs: float, learning_rate: fl
         bf16=training.bf16_supported(),
         use_cpu=not torch.accelerator.is_available(),
         save_strategy="no",
-        logging_strategy="no",
+        logging_first_step=True,
         disable_tqdm=True,
         report_to="none",
         seed=recipe.seed,
@@ -233,20 +248,25 @@ def _fit(
     rows: Dataset,
     collator: Any,
     trainer: Callable[..., Trainer] = Trainer,
-) -> None:
+) -> list[dict[str, Any]]:
+    """Trains the model by the recipe; returns the logs."""
     steps = math.ceil(args.num_train_epochs * math.ceil(len(rows) / args.per_device_train_batch_size))
     args.lr_scheduler_kwargs = wsd_kwargs(steps)
-    trainer(
+    args.logging_steps = training.logging_steps(steps)
+    made = trainer(
         model=model,
         args=args,
         train_dataset=rows,
         data_collator=collator,
         optimizer_cls_and_kwargs=muon_adamw(args),
-    ).train()
+    )
+    made.remove_callback(PrinterCallback)
+    made.train()
+    return made.state.log_history
 
 
 def predicted_labels(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> list[str]:
     """The likeliest label of each row, by a classifier of `train_classifier`."""
     names: Any = model.config.id2label
-    texts = [row["text"] for row in _marked(rows, tokenizer)]
+    texts = [row["text"] for row in rows]
     return [str(names[index]) for index in predict(model, tokenizer, texts, batch_size=32)]

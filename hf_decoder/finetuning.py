@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import math
 import random
@@ -22,10 +23,10 @@ from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME
 
 from . import HfDecoderForCausalLM
-from .classification import encode_texts, label_map
+from .classification import class_report, encode_texts, label_map
 from .completion import encode_prompt, end_ids
 from .conversations import Rendering, is_learned, weighted_rows, without_weights
-from .evaluation import IGNORE_INDEX, Score, accuracy, macro_f1
+from .evaluation import IGNORE_INDEX, Score, accuracy, macro_f1, perplexity
 from .examples import (
     TO_TEMPLATE,
     Row,
@@ -40,10 +41,19 @@ from .examples import (
     separate,
 )
 from .layouts import form_of
+from .results import example_of, line_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+MOST_CHATS = 100  # that are looked through for the special tokens of their template
+HIGHEST_RATE = 5e-3  # of AdamW
+# what the loss of a task counts in
+LOSS_UNITS = {
+    "sft": "nats per token",
+    "classification": "cross-entropy, nats per row",
+    "preference": "DPO, nats per pair",
+}
 TASKS = ("sft", "classification", "preference")
 
 
@@ -75,6 +85,15 @@ class TaskData:
         for row in self.train:
             digest.update(json.dumps(row, sort_keys=True, default=str).encode())
         return {"rows": len(self.train), "content": digest.hexdigest()[:16]}
+
+    def counts(self) -> dict[str, int]:
+        """How many rows were trained on, held out, and skipped, and how many stand in both parts."""
+        return {
+            "train_rows": len(self.train) - self.masked[0],
+            "eval_rows": len(self.validation) - self.masked[1],
+            "skipped_rows": sum(sum(skipped.reasons.values()) for skipped in self.skipped.values()),
+            "overlapping_rows": self.overlap,
+        }
 
     def warnings(self) -> list[str]:
         """One line for each thing about the rows that the user should know."""
@@ -330,16 +349,62 @@ def class_rows(rows: Sequence[Row], tokenizer: Any, label2id: Mapping[str, int],
     return Dataset.from_dict({"input_ids": ids, "labels": [label2id[name] for name in names]})
 
 
-def class_metrics(prediction: Any) -> dict[str, float]:
-    """Accuracy and macro F1 of a transformers `EvalPrediction`."""
-    guesses = prediction.predictions.argmax(-1).tolist()
-    labels = prediction.label_ids.tolist()
-    return {"accuracy": accuracy(guesses, labels), "f1": macro_f1(guesses, labels)}
+class ClassMetrics:
+    """Accuracy and macro F1 of a transformers `EvalPrediction`; keeps the whole report of the last one.
+
+    Args:
+        names: the classes, by id.
+    """
+
+    def __init__(self, names: Sequence[str]):
+        self.names = list(names)
+        self.report: dict[str, Any] = {}
+
+    def __call__(self, prediction: Any) -> dict[str, float]:
+        guesses = [self.names[index] for index in prediction.predictions.argmax(-1).tolist()]
+        labels = [self.names[index] for index in prediction.label_ids.tolist()]
+        self.report = class_report(guesses, labels, self.names)
+        return {"accuracy": accuracy(guesses, labels), "f1": macro_f1(guesses, labels)}
 
 
 def is_conversational(rows: Sequence[Row]) -> bool:
     """Whether rows hold lists of messages in place of text."""
     return any(isinstance(value, list) for value in rows[0].values())
+
+
+def train_template_tokens(peft_config: Any, rows: Sequence[Row], tokenizer: Any, model: Any) -> list[str]:
+    """Has an adapter train the embeddings of the special tokens that the chat template writes, which it returns.
+
+    A base that was pretrained on plain text never saw them: their embeddings, and with a tied head their logits, are
+    alike, and no change of the other weights tells the end of a turn from the rest of them.
+    """
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    seen: set[int] = set()
+    for row in rows[:MOST_CHATS]:
+        turns = [turn for role in ("messages", "prompt", "completion", "chosen") for turn in row.get(role) or ()]
+        options = row.get("chat_template_kwargs") or {}
+        rendered = tokenizer.apply_chat_template(
+            without_weights(turns), tools=row.get("tools"), return_dict=True, **options
+        )
+        seen.update(rendered["input_ids"])
+    found = sorted(seen & special)
+    layers = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
+    names = [name for name, module in model.named_modules() if id(module) in layers]
+    trained_whole = {*(peft_config.modules_to_save or [])} | {*(peft_config.target_modules or [])}
+    if not found or any(name.rpartition(".")[2] in trained_whole for name in names):
+        return []
+    peft_config.trainable_token_indices = dict.fromkeys(names, found)
+    return tokenizer.convert_ids_to_tokens(found)
+
+
+def evaluate(trainer: Any, task: str) -> dict[str, Any]:
+    """The measures on the held-out rows, under the names that pretraining gives them."""
+    metrics = trainer.evaluate()
+    if task == "sft":
+        metrics["perplexity"] = perplexity(metrics["eval_loss"])
+    elif task == "classification":
+        metrics |= trainer.compute_metrics.report
+    return metrics
 
 
 def end_turns(model: Any, tokenizer: Any) -> None:
@@ -424,6 +489,35 @@ def add_dropout(model: Any, probability: float) -> None:
         module.register_forward_hook(drop)
 
 
+def learning_rate(task: str, config: Any, *, new: bool, adapts: bool) -> float:
+    """A peak learning rate for AdamW: what a model bears falls as it gets wider.
+
+    5e-5 at a width of 768 is what BERT and GPT-2 are fine-tuned with, 1e-5 at 4096 what 7B models are. Below, where
+    few have measured, it rises with the square of the width: 8e-4 at 192 is what the smallest preset takes best.
+    LoRA takes ten times the rate of full fine-tuning (Schulman et al. 2025, "LoRA Without Regret"), a new model takes
+    four times, and the loss of preferences, whose optimum is flat, a tenth.
+    """
+    shrink = 768 / config.hidden_size
+    rate = 5e-5 * (shrink**2 if shrink > 1 else shrink)
+    rate *= (10 if adapts else 1) * (4 if new else 1) * (0.1 if task == "preference" else 1)
+    return min(float(f"{rate:.1g}"), HIGHEST_RATE)
+
+
+def example_prompt(data: TaskData, prompt_template: str | None = None) -> Any:
+    """A prompt of the user's own rows, text or messages, short enough to stand in a line of code."""
+    rows = (data.validation or data.train)[:MOST_CHATS]
+    prompts: list[Any]
+    if "messages" in data.roles:
+        prompts = [
+            list(itertools.takewhile(lambda turn: turn["role"] != "assistant", row["messages"])) for row in rows
+        ]
+    elif "prompt" in data.roles:
+        prompts = [_fill(row, prompt_template, data.separator)["prompt"] for row in rows]
+    else:
+        prompts = [row["text"] if "label" in data.roles else line_of([row["text"]]) for row in rows]
+    return example_of(prompts)
+
+
 def count_parameters(model: Any) -> dict[str, int | float]:
     """Parameters in all and trained, and the share of them that is trained."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -433,6 +527,8 @@ def count_parameters(model: Any) -> dict[str, int | float]:
 
 def training_state_bytes(model: Any, optimizer: Any) -> int:
     """Bytes that training holds beside the weights: a gradient for every trained parameter, the optimizer's state."""
+    if optimizer is None:  # of a run that had nothing left to train
+        return 0
     state = getattr(optimizer, "optimizer", optimizer).state  # accelerate wraps the optimizer
     held = [value for values in state.values() for value in values.values() if isinstance(value, torch.Tensor)]
     return sum(tensor.nbytes for tensor in [*held, *(p for p in model.parameters() if p.requires_grad)])
@@ -479,3 +575,18 @@ def describe_method(model_args: Any, adapter: str | None) -> str:
 def data_name(path: str) -> str:
     """How a model card calls a file: its name, without the folder, which means nothing elsewhere."""
     return Path(path).name
+
+
+def words(task_args: Any, model_args: Any, data: TaskData, prompt_template: str | None) -> dict[str, Any]:
+    """What the model card says in words, and what the lines that load the result prompt it with."""
+    said: dict[str, Any] = {"task": task_args.task, "dataset": data_name(str(task_args.train_file))}
+    said["base"] = Path(model_args.model_name_or_path or f"a new {task_args.preset} model").name
+    said["method"] = describe_method(model_args, task_args.adapter_name_or_path)
+    said["prompt"] = example_prompt(data, prompt_template)
+    if task_args.merge and model_args.use_peft:
+        said["method"] += ", merged"
+    if model_args.model_name_or_path and not Path(model_args.model_name_or_path).exists():
+        said["base_model"] = model_args.model_name_or_path
+    if task_args.license:
+        said["license"] = task_args.license
+    return said

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import statistics
 import sys
-import threading
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, TrainerCallback, integrations
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+from hf_decoder.interrupts import Interrupted, on_signal
 
 
 def check_reporters(names: Sequence[str]) -> None:
@@ -30,29 +30,31 @@ def check_reporters(names: Sequence[str]) -> None:
 
 
 class StopOnSignal(TrainerCallback):
-    """Lets Ctrl-C and SIGTERM end the training after the step in progress, with a checkpoint.
+    """Lets Ctrl-C and SIGTERM end the training after the step in progress, with a checkpoint to go on from.
 
-    Use as a context manager around `trainer.train`; `received` is the signal that came, or None. A second one ends the
-    program at once.
+    Use as a context manager around `trainer.train`; `received` is the signal that came, or None. A second one goes to
+    the handler that was there before.
     """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
-        self._before: dict[signal.Signals, Any] = {}
+        self._handler = contextlib.ExitStack()
 
     def __enter__(self) -> StopOnSignal:
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        self._handler.enter_context(on_signal(self._receive))
         return self
 
     def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
+        self._handler.close()
 
-    def _receive(self, number: int, frame: Any) -> None:
-        self.received = signal.Signals(number)
-        self.__exit__()
+    def _receive(self, number: signal.Signals) -> None:
+        self.received = number
+        self._handler.close()
+
+    def check(self) -> None:
+        """Raises `Interrupted` if a signal came."""
+        if self.received is not None:
+            raise Interrupted(self.received)
 
     def on_step_end(self, args, state, control, **kwargs):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -61,8 +63,8 @@ class StopOnSignal(TrainerCallback):
             torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX)
             self.received = signal.Signals(int(number)) if int(number) else None
         if self.received is not None:
-            control.should_save = True
-            control.should_training_stop = True
+            args.save_only_model = False  # weights alone are nothing to go on from
+            control.should_log = control.should_save = control.should_training_stop = True
 
 
 class StopOnNan(TrainerCallback):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
@@ -11,7 +10,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .classification import read_label_names
+from .loading_lines import finetuned_load_lines, load_lines, neutral
 from .markup import code, line, plain, quoted
 
 NOT_MEASURED = "not measured"
@@ -37,47 +36,6 @@ def template_path() -> Path:
     if not path.is_file():
         raise ValueError(f"the template of the model card, {path}, is missing; install hf-decoder again")
     return path
-
-
-def load_lines(folder: str, *, trust: bool = True) -> str:
-    """Three lines of Python that load the model of `folder` and let it continue a prompt.
-
-    `trust` says that its class is not part of transformers.
-    """
-    trusting = ", trust_remote_code=True" if trust else ""
-    return "\n".join(
-        [
-            "from transformers import pipeline",
-            f'generate = pipeline("text-generation", model={quoted(folder)}{trusting})',
-            'print(generate("def main(", max_new_tokens=64)[0]["generated_text"])',
-        ]
-    )
-
-
-def adapter_load_lines(folder: str, task: str, id2label: Mapping[int, str] | None = None) -> str:
-    """Lines of Python that load an adapter together with its base, and the tokenizer that lies beside it.
-
-    `id2label` are the classes of a classifier, which the base does not know.
-    """
-    head = "SequenceClassification" if task == "classification" else "CausalLM"
-    name = quoted(folder)
-    labels = []
-    if id2label is not None:
-        pairs = [(index, json.dumps(label, ensure_ascii=False)) for index, label in id2label.items()]
-        labels = [
-            f"id2label = {{{', '.join(f'{index}: {label}' for index, label in pairs)}}}",
-            f"label2id = {{{', '.join(f'{label}: {index}' for index, label in pairs)}}}",
-        ]
-    names = ", id2label=id2label, label2id=label2id" if labels else ""
-    return "\n".join(
-        [
-            f"from peft import AutoPeftModelFor{head}",
-            "from transformers import AutoTokenizer",
-            *labels,
-            f"model = AutoPeftModelFor{head}.from_pretrained({name}, trust_remote_code=True{names})",
-            f"tokenizer = AutoTokenizer.from_pretrained({name})",
-        ]
-    )
 
 
 def pin_load_lines(text: str, repo_id: str, revision: str) -> str:
@@ -205,6 +163,7 @@ nothing. Read it before you trust it, and load it from the Hub at the commit tha
 | held-out rows that also stand in the training rows | {{ overlapping_rows }} |
 | method | {{ method }} |
 | parameters trained | {{ trainable_parameters }} of {{ parameters }} |
+| optimizer steps | {{ steps }} |
 | training time | {{ train_time }} |
 | energy | {{ energy }} |
 | peak memory (resident) | {{ peak_memory }} |
@@ -237,12 +196,12 @@ FINETUNING_METRICS = {
 
 
 def write_finetuning_card(
-    folder: str | Path, results: Mapping[str, Any], words: Mapping[str, str], *, is_adapter: bool
+    folder: str | Path, results: Mapping[str, Any], words: Mapping[str, Any], *, is_adapter: bool
 ) -> ModelCard:
     """Writes README.md of a fine-tuned model or adapter from the metrics in `results` (all_results.json).
 
     `words` holds `task`, `base` (name of the base model), `dataset`, `method`, and where they are known `base_model`
-    (its Hub name) and `license`.
+    (its Hub name), `license` and `prompt`, text or messages: the lines that load it have a neutral one of its kind.
     """
     folder = Path(folder)
     name = folder.resolve().name
@@ -272,14 +231,19 @@ def write_finetuning_card(
     counts = ("train_rows", "eval_rows", "skipped_rows", "overlapping_rows", "trainable_parameters", "parameters")
     fields = {key: f"{results[key]:,}" if key in results else NOT_MEASURED for key in counts}
     measured = _measured(results)
-    fields |= {key: measured[key] for key in ("train_time", "energy", "peak_memory", "hardware")}
+    fields |= {key: measured[key] for key in ("steps", "train_time", "energy", "peak_memory", "hardware")}
     card = ModelCard.from_template(
         card_data,
         template_str=FINETUNING_TEMPLATE,
         title=plain(name),
         kind="An adapter" if is_adapter else "A version",
         task=TASK_WORDS[words["task"]],
-        load_lines=_finetuned_load_lines(folder, words["task"], is_adapter),
+        load_lines=finetuned_load_lines(
+            _address(folder),
+            words["task"],
+            neutral(words.get("prompt")),
+            adapter=folder if is_adapter else None,
+        ),
         results="\n".join(["| measure | value |", "|---|---:|", *rows]) if rows else NOT_MEASURED,
         base=code(words["base"]),
         dataset=plain(words["dataset"]),
@@ -417,21 +381,6 @@ def _address(folder: Path) -> str:
     return folder.name if folder.is_absolute() else folder.as_posix()
 
 
-def _finetuned_load_lines(folder: Path, task: str, is_adapter: bool) -> str:
-    if is_adapter:
-        return adapter_load_lines(_address(folder), task, read_label_names(folder))
-    if task == "classification":
-        name = quoted(_address(folder))
-        return "\n".join(
-            [
-                "from transformers import pipeline",
-                f'classify = pipeline("text-classification", model={name}, trust_remote_code=True)',
-                'print(classify("a text"))',
-            ]
-        )
-    return load_lines(_address(folder))
-
-
 def _same_measure(one: EvalResult, other: EvalResult) -> bool:
     keys = ("task_type", "dataset_name", "metric_type")
     return all(getattr(one, key) == getattr(other, key) for key in keys)
@@ -463,6 +412,12 @@ def _energy(seconds: float) -> str:
     return f"{NOT_MEASURED}; a machine that draws P watts took P x {seconds:,.0f} s / 3,600,000 kWh"
 
 
+def steps_taken(results: Mapping[str, Any]) -> str:
+    """How many steps of its schedule a training took."""
+    taken, planned = results["train_steps"], results["planned_steps"]
+    return f"{taken:,}" + (f" of {planned:,}, {taken / planned:.1%} of the schedule" if taken < planned else "")
+
+
 def _measured(results: Mapping[str, Any]) -> dict[str, str]:
     def say(key: str, form: Callable[[Any], str]) -> str:
         return form(results[key]) if results.get(key) is not None else NOT_MEASURED
@@ -485,6 +440,7 @@ def _measured(results: Mapping[str, Any]) -> dict[str, str]:
         **{key: say(key, "{:.4g}".format) for key in measures},
         "hardware": say("device", plain),
         "software": ", ".join(versions) or NOT_MEASURED,
+        "steps": steps_taken(results) if "train_steps" in results else NOT_MEASURED,
         "train_time": say("train_runtime", "{:,.0f} s".format),
         "energy": say("train_runtime", _energy),
         "tokens_seen": say("num_input_tokens_seen", "{:,}".format),

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from tqdm import tqdm
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import SchedulerType
@@ -89,10 +90,15 @@ class TimeLimit(TrainerCallback, ExportableState):
             return
         if self.decay is None and fit > DECAY_SHARE * (step + fit):
             return
+        if self.decay is None and state.is_world_process_zero:
+            tqdm.write(
+                f"time limit: the learning rate falls from step {step:,} on, and the training ends at about step "
+                f"{step + fit:,} of {state.max_steps:,}"
+            )
         factor = lr_scheduler.lr_lambdas[0](step)
         self._fall(state, lr_scheduler, step, factor, step + fit)
         if fit == 0:
-            control.should_training_stop = control.should_save = True
+            control.should_training_stop = control.should_save = control.should_log = True
 
     def _fall(self, state: Any, lr_scheduler: Any, first: int, factor: float, last: int) -> None:
         """From now on the rate is the peak times `factor` at step `first`, and falls in a line to 0 at step `last`."""

@@ -1,22 +1,28 @@
-"""What a finished pretraining says of itself: exact measures, sizes, machine, and the files that show them."""
+"""What a finished training says of itself: exact measures, sizes, machine, and the files and lines that show them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
 from hf_decoder import accounting, evaluation, training
-from hf_decoder.modelcard import write_model_card
+from hf_decoder.adapters import ADAPTER_CONFIG
+from hf_decoder.classification import check_against_chance, plot_confusion
+from hf_decoder.loading_lines import DEFAULT_PROMPT, finetuned_load_lines, load_lines
+from hf_decoder.modelcard import steps_taken, write_finetuning_card, write_model_card
 from hf_decoder.packing import CorpusReport
 from hf_decoder.preparation import StreamReport
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+LONGEST_PROMPT = 120
 
 
 def score_held_out(
@@ -54,24 +60,81 @@ def sizes_and_machine(model: Any, report: CorpusReport | StreamReport) -> dict[s
     }
 
 
+def write_results(trainer: Trainer, train: dict[str, Any], evaluation: dict[str, Any]) -> dict[str, Any]:
+    """Writes train_results.json, eval_results.json, both as all_results.json, and trainer_state.json; returns both."""
+    results = {**train, **evaluation}
+    trainer.save_metrics("train", train, combined=False)
+    trainer.save_metrics("eval", evaluation, combined=False)
+    trainer.save_state()
+    text = json.dumps(results, indent=4, sort_keys=True) + "\n"
+    (Path(str(trainer.args.output_dir)) / "all_results.json").write_text(text, encoding="utf-8")
+    return results
+
+
 def write_outputs(
-    output_dir: str,
-    results: dict[str, Any],
-    log_history: list[dict[str, Any]],
+    trainer: Trainer,
+    train: dict[str, Any],
+    evaluation: dict[str, Any],
     samples: list[tuple[str, str]],
     words: dict[str, str],
 ) -> None:
-    """Loss curve, samples and model card, beside the model that Trainer saved."""
-    folder = Path(output_dir)
+    """Metrics, loss curve, samples and model card of a pretraining, beside the model that Trainer saved."""
+    results = write_results(trainer, train, evaluation)
+    folder = Path(str(trainer.args.output_dir))
     training.plot_loss_curve(
-        log_history,
+        trainer.state.log_history,
         folder / "loss_curve.png",
         title=f"{results['parameters'] / 1e6:.1f}M parameters on {words['dataset']}",
         bytes_per_token=results["eval_bytes"] / results["eval_tokens"],
         xz_bits_per_byte=results["xz_bits_per_byte"],
     )
     training.write_samples(folder / "samples.md", samples)
+    prompt = line_of([prompt for prompt, _ in samples])
     write_model_card(folder, results, words)
+    print_closing(folder, results, "model", load_lines(folder.as_posix(), prompt))
+
+
+def write_finetuning_outputs(
+    trainer: Trainer, train: dict[str, Any], evaluation: dict[str, Any], words: dict[str, Any], unit: str
+) -> None:
+    """Metrics, loss curve in `unit`, confusion matrix and model card of a fine-tuning, and its last lines."""
+    folder = Path(str(trainer.args.output_dir))
+    results = write_results(trainer, train, evaluation)
+    title = f"{words['base']} on {words['dataset']}"
+    training.plot_loss_curve(trainer.state.log_history, folder / "loss_curve.png", title=title, unit=unit)
+    adapter = folder if (folder / ADAPTER_CONFIG).is_file() else None
+    write_finetuning_card(folder, results, words, is_adapter=adapter is not None)
+    lines = finetuned_load_lines(folder.as_posix(), words["task"], words["prompt"], adapter=adapter)
+    print_closing(folder, results, "adapter" if adapter else "model", lines)
+    if "confusion_matrix" in results:
+        plot_confusion(results, folder / "confusion_matrix.png", title)
+        if line := check_against_chance(results):
+            print(f"\n{line}")
+
+
+def line_of(texts: Iterable[str]) -> str:
+    """The first half of a line of `texts`, to be continued: what the lines of code that load a model prompt with."""
+    lines = (line.strip()[:LONGEST_PROMPT] for text in texts for line in text.splitlines())
+    line = next((line for line in lines if len(line) > 1 and "```" not in line), DEFAULT_PROMPT)
+    half = line[: (len(line) + 1) // 2]
+    return half.rpartition(" ")[0] or half
+
+
+def example_of(prompts: Sequence[Any]) -> Any:
+    """One of the first of the user's `prompts`, texts or messages, of a length for a line of code."""
+    return min((prompt for prompt in prompts[:100] if prompt), key=lambda prompt: abs(len(str(prompt)) - 40))
+
+
+def print_closing(folder: Path, results: Mapping[str, Any], kind: str, lines: str) -> None:
+    """The last lines of every training: how much of the schedule was run, the measures, and how to load the result."""
+    if results["train_steps"] < results["planned_steps"]:
+        print(f"the time limit ended the training after step {steps_taken(results)}")
+    print(summary(results))
+    print_load_lines(folder, kind, lines)
+
+
+def print_load_lines(folder: Path, kind: str, lines: str) -> None:
+    print(f"\n{folder} holds the {kind}. These lines load and use it:\n\n{lines}")
 
 
 def procedure(args: TrainingArguments, optimizer: str, block_size: int) -> str:
@@ -86,9 +149,20 @@ def procedure(args: TrainingArguments, optimizer: str, block_size: int) -> str:
     )
 
 
-def summary(metrics: dict[str, Any]) -> str:
+# metric of all_results.json -> how the last lines of a training show it
+SHOWN = {
+    "eval_loss": "loss {:.3f}",
+    "perplexity": "perplexity {:.1f}",
+    "eval_bits_per_byte": "{:.3f} bits per byte",
+    "xz_bits_per_byte": "{:.3f} of xz -9e",
+    "eval_accuracy": "accuracy {:.4f}",
+    "eval_f1": "F1 {:.4f}",
+    "eval_rewards/margins": "reward margin {:.3f}",
+    "eval_rewards/accuracies": "chosen answer ahead {:.4f}",
+}
+
+
+def summary(metrics: Mapping[str, Any]) -> str:
     """The measures in one line."""
-    return (
-        f"held out: loss {metrics['eval_loss']:.3f} nats per token, perplexity {metrics['perplexity']:.1f}, "
-        f"{metrics['eval_bits_per_byte']:.3f} bits per byte (xz -9e: {metrics['xz_bits_per_byte']:.3f})"
-    )
+    shown = [form.format(metrics[key]) for key, form in SHOWN.items() if key in metrics]
+    return f"held out: {', '.join(shown) or 'no rows, so nothing is measured'}"

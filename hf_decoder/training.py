@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,9 +29,14 @@ from transformers import (
 )
 from transformers.trainer import TRAINER_STATE_NAME
 
+from hf_decoder.checkpoints import checkpoints
 from hf_decoder.engine.precision import cpu_has
 from hf_decoder.layouts import is_sharded, resumable
 from hf_decoder.pace import steps_planned
+
+# Steps between two points of the loss curve; fewer in a run too short for so many points.
+LOGGING_STEPS = 10
+LEAST_POINTS = 20
 
 
 def bf16_supported() -> bool:
@@ -44,6 +50,11 @@ def choose_bf16(args: TrainingArguments) -> None:
     """Turns bf16 autocast on where the hardware has it, unless the flags said something of bf16 or ask for fp16."""
     if args.bf16 is None:
         args.bf16 = bf16_supported() and not args.fp16
+
+
+def logging_steps(steps: int) -> int:
+    """Steps between two points of the loss curve of a run of `steps`: fewer in a short run, so that it is a curve."""
+    return max(1, min(LOGGING_STEPS, steps // LEAST_POINTS))
 
 
 def keep_freed_memory() -> None:
@@ -75,6 +86,18 @@ class TrimMemory(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if self.trim is not None and state.global_step % self.STEPS == 0:
             self.trim(0)
+
+
+def add_callbacks(trainer: Trainer, *callbacks: TrainerCallback) -> None:
+    """Adds `callbacks`, and what every fine-tuning has: our progress bar, and on a CPU the care for memory."""
+    for callback in callbacks:
+        trainer.add_callback(callback)
+    if trainer.args.use_cpu:
+        keep_freed_memory()
+        trainer.add_callback(TrimMemory())
+    if not trainer.args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(SpeedBar())
 
 
 def collate_rows(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -171,11 +194,11 @@ def check_steps_left(checkpoint: str | Path, steps: int, flag: str) -> None:
         )
 
 
-def train(trainer: Trainer, checkpoint: str | None, *, finished: bool = False) -> dict[str, Any]:
-    """Trains, from `checkpoint` if there is one, and returns Trainer's metrics with token counts beside them.
+def train(trainer: Trainer, checkpoint: str | None, steps: int, *, finished: bool = False) -> dict[str, Any]:
+    """Trains, from `checkpoint` if there is one, and returns Trainer's metrics with tokens and steps beside them.
 
-    `finished` says that the model is that of a checkpoint of the last step, when only the words about it are left to
-    write: Trainer would take one more step with it.
+    `steps` are those of the whole schedule, which a time limit may cut. `finished` says that the model is that of a
+    checkpoint of the last step, when only the words about it are left to write: Trainer would take one more step.
     """
     before = 0
     if checkpoint is not None:
@@ -183,7 +206,8 @@ def train(trainer: Trainer, checkpoint: str | None, *, finished: bool = False) -
         before = state.num_input_tokens_seen
         if finished:
             trainer.state = state
-            return {"epoch": state.epoch, "num_input_tokens_seen": before}
+            taken = {"train_steps": state.global_step, "planned_steps": steps}
+            return {"epoch": state.epoch, "num_input_tokens_seen": before, **taken}
     try:
         with resumable(checkpoint, trainer) if checkpoint else contextlib.nullcontext() as folder:
             metrics = trainer.train(resume_from_checkpoint=folder).metrics
@@ -195,7 +219,14 @@ def train(trainer: Trainer, checkpoint: str | None, *, finished: bool = False) -
     seen = trainer.state.num_input_tokens_seen
     metrics["num_input_tokens_seen"] = seen
     metrics["train_tokens_per_second"] = (seen - before) / metrics["train_runtime"]
-    return metrics
+    return {**metrics, "train_steps": trainer.state.global_step, "planned_steps": steps}
+
+
+def clear_earlier_run(output_dir: str | Path) -> None:
+    """Deletes what would mix with a new run: the old run's checkpoints and metrics. Other files are overwritten."""
+    for checkpoint in checkpoints(output_dir):
+        shutil.rmtree(checkpoint)
+    (Path(output_dir) / "all_results.json").unlink(missing_ok=True)
 
 
 def check_output_dir(output_dir: str | Path, *, overwrite: bool, resume: bool | None = None) -> None:
@@ -236,10 +267,11 @@ def plot_loss_curve(
     path: str | Path,
     *,
     title: str,
+    unit: str = "nats per token",
     bytes_per_token: float | None = None,
     xz_bits_per_byte: float | None = None,
 ) -> None:
-    """Draws training and held-out loss (nats per token) over steps into a PNG file.
+    """Draws training and held-out loss, in `unit`, over steps into a PNG file.
 
     With `bytes_per_token` of the held-out text a second axis reads the same curves in bits per byte, and
     `xz_bits_per_byte` is drawn there as a level to get below.
@@ -253,7 +285,7 @@ def plot_loss_curve(
     train = [(entry["step"], entry["loss"]) for entry in log_history if "loss" in entry]
     held_out = [(entry["step"], entry["eval_loss"]) for entry in log_history if "eval_loss" in entry]
     if train:
-        axes.plot(*zip(*train, strict=True), color="tab:blue", linewidth=1.2, label="training")
+        axes.plot(*zip(*train, strict=True), color="tab:blue", linewidth=1.2, marker=".", label="training")
     if held_out:
         axes.plot(*zip(*held_out, strict=True), color="tab:orange", marker="o", markersize=4, label="held out")
     if bytes_per_token:
@@ -267,7 +299,7 @@ def plot_loss_curve(
         second.set_ylabel("bits per byte")
     axes.set_title(title, parse_math=False)  # the name of a file may hold dollar signs
     axes.set_xlabel("optimizer steps")
-    axes.set_ylabel("loss (nats per token)")
+    axes.set_ylabel(f"loss ({unit})")
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
         axes.legend()

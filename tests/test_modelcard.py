@@ -11,11 +11,10 @@ import pytest
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
+from hf_decoder.loading_lines import adapter_load_lines, load_lines
 from hf_decoder.modelcard import (
     NOT_MEASURED,
-    adapter_load_lines,
     code,
-    load_lines,
     pin_load_lines,
     pinned_revision,
     plain,

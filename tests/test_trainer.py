@@ -9,11 +9,18 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainingArguments,
+    default_data_collator,
     set_seed,
 )
 from transformers import logging as transformers_logging
 
-from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM, HfDecoderForSequenceClassification
+from hf_decoder import (
+    HfDecoderConfig,
+    HfDecoderForCausalLM,
+    HfDecoderForQuestionAnswering,
+    HfDecoderForSequenceClassification,
+    HfDecoderForTokenClassification,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
 
@@ -161,6 +168,42 @@ def test_one_batch_of_eight_equals_eight_batches_of_one(tmp_path):
     log_probs, targets = logits[:, :-1].log_softmax(-1), batch["labels"][:, 1:]
     losses = [-log_probs[i, j, targets[i, j]] for i, j in (targets != -100).nonzero().tolist()]
     assert records[0].losses[0] == pytest.approx(torch.stack(losses).mean().item(), abs=1e-4)
+
+
+HEADS = {
+    "sequence": (HfDecoderForSequenceClassification, lambda row, n: {"labels": n % 3}),
+    "token": (
+        HfDecoderForTokenClassification,
+        lambda row, n: {"labels": torch.where(torch.arange(len(row)) < n % 4, -100, row % 3)},
+    ),
+    "question answering": (
+        HfDecoderForQuestionAnswering,
+        lambda row, n: {"start_positions": n % 3, "end_positions": 3},
+    ),
+}
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_head_learns_the_same_from_one_batch_of_eight_and_four_of_two(head, tmp_path):
+    kind, answers = HEADS[head]
+    data = [{**row, **answers(row["input_ids"], n)} for n, row in enumerate(rows(8, low=6, high=7, seed=1))]
+    found = []
+    for size in (8, 2):
+        torch.manual_seed(0)
+        model = kind(HfDecoderConfig(**SHAPE, num_labels=3)).eval()
+        for module in model.modules():  # which would draw otherwise
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        set_seed(3)
+        settings = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 8 // size, "max_steps": 1}
+        trainer = trainer_for(model, tmp_path, data, optim="sgd", learning_rate=0.1, max_grad_norm=0.0, **settings)
+        trainer.data_collator = default_data_collator
+        trainer.train()
+        found.append((trainer.recorder.losses[0], trainer.recorder.grad_norms[0], list(model.parameters())))
+    assert found[0][0] == pytest.approx(found[1][0], abs=1e-4)
+    assert found[0][1] == pytest.approx(found[1][1], rel=1e-4)
+    for one, other in zip(found[0][2], found[1][2], strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
 
 
 def test_evaluation_hands_logits_to_compute_metrics(tmp_path):

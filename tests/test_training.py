@@ -87,10 +87,16 @@ def test_speed_bar_stays_silent_on_other_processes(tmp_path):
     assert bar.training_bar is None
 
 
-def test_loss_curve_draws_what_was_logged(tmp_path, monkeypatch):
-    drawn: list[Figure] = []
+@pytest.fixture
+def drawn(monkeypatch) -> list[Figure]:
+    """The figures that were saved."""
+    figures: list[Figure] = []
     save = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: (drawn.append(figure), save(figure, *a, **k)))
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: (figures.append(figure), save(figure, *a, **k)))
+    return figures
+
+
+def test_loss_curve_draws_what_was_logged(tmp_path, drawn):
     history = [
         {"step": 1, "loss": 5.0, "learning_rate": 0.1},
         {"step": 10, "loss": 4.0},
@@ -108,10 +114,22 @@ def test_loss_curve_draws_what_was_logged(tmp_path, monkeypatch):
     # 1.5 bits a byte x 4 bytes a token x ln 2 nats a bit
     assert level.get_ydata()[0] == pytest.approx(4.158883083)
     assert axes.get_title() == "A title"
-    assert axes.get_xlabel() and axes.get_ylabel()
+    assert axes.get_xlabel() == "optimizer steps" and axes.get_ylabel() == "loss (nats per token)"
     assert [text.get_text() for text in axes.get_legend().get_texts()][:2] == ["training", "held out"]
     with Image.open(path) as picture:
         picture.verify()
+
+
+def test_loss_curve_says_what_its_loss_counts_and_shows_a_single_point(tmp_path, drawn):
+    training.plot_loss_curve([{"step": 1, "loss": 5.0}], tmp_path / "curve.png", title="A title", unit="nats per row")
+    axes = drawn[0].axes[0]
+    assert axes.get_ylabel() == "loss (nats per row)"
+    assert axes.lines[0].get_marker() not in (None, "", "None")
+
+
+@pytest.mark.parametrize("steps, expected", [(1, 1), (6, 1), (45, 2), (200, 10), (100_000, 10)])
+def test_a_short_run_has_a_curve_too(steps, expected):
+    assert training.logging_steps(steps) == expected
 
 
 def test_loss_curve_of_an_empty_history_is_still_a_picture(tmp_path):

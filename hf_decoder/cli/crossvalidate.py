@@ -14,17 +14,21 @@ import torch
 from transformers.utils import logging
 
 from hf_decoder import accounting, crossvalidation, examples, training
-from hf_decoder.classification import label_map
+from hf_decoder.classification import check_against_chance, class_report, label_map, plot_confusion
 from hf_decoder.cli import parse_arguments, parse_overrides
 from hf_decoder.evaluation import accuracy
+from hf_decoder.interrupts import going_on
+from hf_decoder.loading_lines import classifier_load_lines
+from hf_decoder.modelcard import write_finetuning_card
 from hf_decoder.presets import get_preset
+from hf_decoder.results import example_of, print_load_lines
 
 OUTPUT_DIR = "runs/crossvalidation"
 DESCRIPTION = (
     "Holds every part of the rows out once, trains a tokenizer and a classifier on the other parts, from scratch or, "
     "with --pretraining_epochs, from a language model of their texts, and measures on the part held out. Where "
-    "scikit-learn is installed, TF-IDF and logistic regression are measured on the same parts. A run that was "
-    "interrupted goes on after the folds that --output_dir holds."
+    "scikit-learn is installed, TF-IDF and logistic regression are measured on the same parts. Then trains the model "
+    "to be used, on all rows. A run that was interrupted goes on after the folds that --output_dir holds."
 )
 
 
@@ -62,7 +66,9 @@ class CrossvalidateArguments:
     )
     per_device_train_batch_size: int = field(default=64, metadata={"help": "Texts of a step."})
     seed: int = field(default=42, metadata={"help": "Seed of folds, weights and draws."})
-    output_dir: str = field(default=OUTPUT_DIR, metadata={"help": "Folder for results and predictions."})
+    output_dir: str = field(
+        default=OUTPUT_DIR, metadata={"help": "Folder for results, predictions and the model of all rows."}
+    )
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Begin again in a folder with results."})
 
     def recipe(self) -> crossvalidation.Recipe:
@@ -112,24 +118,71 @@ def crossvalidate(args: CrossvalidateArguments) -> dict[str, Any]:
     folds = crossvalidation.fold_of_each([row["label"] for row in rows], args.num_folds, args.seed)
     folder = Path(args.output_dir)
     settings = {"rows": len(rows), "num_folds": args.num_folds, **asdict(recipe)}
-    done = _results_so_far(folder, settings, overwrite=args.overwrite_output_dir)
+    done, model = _results_so_far(folder, settings, overwrite=args.overwrite_output_dir)
     training.keep_freed_memory()
     logging.set_verbosity_error()
-    for fold in range(min(args.num_folds, args.max_folds or args.num_folds)):
-        if fold < len(done):
-            continue
-        train = [row for row, of in zip(rows, folds, strict=True) if of != fold]
-        held_out = [row for row, of in zip(rows, folds, strict=True) if of == fold]
-        done.append({"fold": fold, **_run_fold(train, held_out, label2id, recipe, folder, fold)})
-        _write(folder, settings, done)
-        shown = [f"{kind} {done[-1][kind]:.4f}" for kind in ("accuracy", "baseline_accuracy") if kind in done[-1]]
-        print(f"fold {fold + 1} of {args.num_folds}: {', '.join(shown)}, {done[-1]['seconds']:.0f} s", flush=True)
-    results = _write(folder, settings, done)
+
+    def kept() -> str:
+        if not done:
+            return " before the first fold was done; the same command starts from the beginning"
+        return f"; {len(done)} of {args.num_folds} folds are kept in {folder}; the same command goes on"
+
+    with going_on(kept, folder):
+        for fold in range(len(done), min(args.num_folds, args.max_folds or args.num_folds)):
+            train = [row for row, of in zip(rows, folds, strict=True) if of != fold]
+            held_out = [row for row, of in zip(rows, folds, strict=True) if of == fold]
+            done.append({"fold": fold, **_run_fold(train, held_out, label2id, recipe, folder, fold)})
+            _write(folder, settings, done, {"model": model})
+            shown = [f"{kind} {done[-1][kind]:.4f}" for kind in ("accuracy", "baseline_accuracy") if kind in done[-1]]
+            print(f"fold {fold + 1} of {args.num_folds}: {', '.join(shown)}, {done[-1]['seconds']:.0f} s", flush=True)
+        if model is None:
+            print(f"training on all {len(rows):,} rows", flush=True)
+            model = _train_on_all(args, rows, label2id, recipe)
+        lines = [json.loads(line) for line in (folder / "predictions.jsonl").read_text("utf-8").splitlines()]
+        report = class_report([line["prediction"] for line in lines], [line["label"] for line in lines], label2id)
+        results = _write(folder, settings, done, {"model": model, **report})
     for kind in ("accuracy", "baseline_accuracy"):
         if kind in results:
             print(f"{kind} {results[kind]:.4f}, mean of {len(done)} folds")
-    print(f"{folder} holds crossvalidation_results.json and predictions.jsonl")
+    _show(args, results, example_of([row["text"] for row in rows]))
     return results
+
+
+def _train_on_all(
+    args: CrossvalidateArguments, rows: list[examples.Row], label2id: dict[str, int], recipe: crossvalidation.Recipe
+) -> dict[str, Any]:
+    """Trains the classifier to be used, on all rows, saves it, and returns its sizes."""
+    folder, start = Path(args.output_dir), time.perf_counter()
+    history: list[dict[str, Any]] = []
+    model, tokenizer = crossvalidation.train_classifier(rows, label2id, recipe, str(folder), history)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    unit = "cross-entropy" + (" and distance to the teacher" if recipe.teacher_weight else "")
+    title = f"a new {args.preset} model on all of {Path(args.train_file).name}"
+    training.plot_loss_curve(history, folder / "loss_curve.png", title=title, unit=unit)
+    return {
+        "train_rows": len(rows),
+        "parameters": model.num_parameters(),
+        "trainable_parameters": model.num_parameters(),
+        "train_runtime": time.perf_counter() - start,
+        "peak_memory_bytes": accounting.peak_memory_bytes(),
+    }
+
+
+def _show(args: CrossvalidateArguments, results: dict[str, Any], text: str) -> None:
+    """Confusion matrix, model card, and the last lines that are printed."""
+    folder, name, folds = Path(args.output_dir), Path(args.train_file).name, len(results["folds"])
+    title = f"{name}, held out in {folds} of {args.num_folds} folds"
+    plot_confusion(results, folder / "confusion_matrix.png", title)
+    means = results["classification_report"]["macro avg"]
+    measured = {"eval_accuracy": results["accuracy"], "eval_f1": means["f1-score"], "eval_rows": means["support"]}
+    words = {"task": "classification", "base": f"a new {args.preset} model", "dataset": name, "prompt": text}
+    words["method"] = f"all parameters; measured on {folds} of {args.num_folds} folds, each by a model of the others"
+    write_finetuning_card(folder, {**results["model"], **measured, **accounting.hardware()}, words, is_adapter=False)
+    print(f"{folder} holds crossvalidation_results.json, confusion_matrix.png and predictions.jsonl")
+    print_load_lines(folder, "model, trained on all rows", classifier_load_lines(folder.as_posix(), text))
+    if line := check_against_chance(results):
+        print(f"\n{line}")
 
 
 def _run_fold(
@@ -161,8 +214,10 @@ def _run_fold(
     return result
 
 
-def _results_so_far(folder: Path, settings: dict[str, Any], *, overwrite: bool) -> list[dict[str, Any]]:
-    """The folds that an earlier run with the same settings has measured.
+def _results_so_far(
+    folder: Path, settings: dict[str, Any], *, overwrite: bool
+) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+    """The folds that an earlier run with the same settings has measured, and its model of all rows if there is one.
 
     Raises:
         ValueError: if the folder holds something else.
@@ -171,10 +226,10 @@ def _results_so_far(folder: Path, settings: dict[str, Any], *, overwrite: bool) 
     if overwrite:
         path.unlink(missing_ok=True)
         predictions.unlink(missing_ok=True)
-        return []
+        return [], None
     if not path.is_file():
         predictions.unlink(missing_ok=True)  # of a fold that did not end
-        return []
+        return [], None
     try:
         earlier = json.loads(path.read_text(encoding="utf-8"))
         same, folds = earlier["settings"] == settings, list(earlier["folds"])
@@ -189,10 +244,12 @@ def _results_so_far(folder: Path, settings: dict[str, Any], *, overwrite: bool) 
     lines = predictions.read_text(encoding="utf-8").splitlines() if predictions.is_file() else []
     kept = [line for line in lines if json.loads(line)["fold"] < len(folds)]
     predictions.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    return folds
+    return folds, earlier.get("model")
 
 
-def _write(folder: Path, settings: dict[str, Any], folds: list[dict[str, Any]]) -> dict[str, Any]:
+def _write(
+    folder: Path, settings: dict[str, Any], folds: list[dict[str, Any]], more: dict[str, Any]
+) -> dict[str, Any]:
     means = {
         kind: statistics.fmean(fold[kind] for fold in folds)
         for kind in ("accuracy", "baseline_accuracy")
@@ -202,6 +259,7 @@ def _write(folder: Path, settings: dict[str, Any], folds: list[dict[str, Any]]) 
         "settings": settings,
         "folds": folds,
         **means,
+        **more,
         **accounting.hardware(),
         "threads": torch.get_num_threads(),
     }

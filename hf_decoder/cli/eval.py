@@ -11,7 +11,14 @@ from typing import Any
 from transformers import set_seed
 
 from hf_decoder import accounting, corpus, evaluation, examples
-from hf_decoder.classification import name_classes, predict, share_padding
+from hf_decoder.classification import (
+    check_against_chance,
+    class_report,
+    name_classes,
+    plot_confusion,
+    predict,
+    share_padding,
+)
 from hf_decoder.cli import (
     DTYPES,
     check_at_least,
@@ -112,7 +119,10 @@ def main(argv: Sequence[str]) -> int:
     for metric in args.metrics:
         signature = results.get(f"{metric}_signature")
         print(f"{metric:<16} {results[metric]:.4f}" + (f"  {signature}" if signature else ""))
-    print(f"{args.output_dir} holds eval_results.json and eval_results.png")
+    matrix = ", confusion_matrix.png" if "confusion_matrix" in results else ""
+    print(f"{args.output_dir} holds eval_results.json{matrix} and eval_results.png")
+    if matrix and (line := check_against_chance(results)):
+        print(line)
     return 0
 
 
@@ -292,7 +302,7 @@ def _classify(
     texts, names = [_template(args, str(row["text"])) for row in rows], model.config.id2label
     labels = name_classes([str(row["label"]) for row in rows], names, str(args.eval_file))
     guesses = [names[index] for index in predict(model, tokenizer, texts, batch_size=args.batch_size)]
-    return _compare_labels(texts, guesses, labels, predictions)
+    return _compare_labels(texts, guesses, labels, list(names.values()), predictions)
 
 
 def _choose_labels(
@@ -305,11 +315,11 @@ def _choose_labels(
     prompts = [encode_prompt(tokenizer, text) for text in texts]
     nats = evaluation.option_nats(model, prompts, tokens, batch_size=args.batch_size)
     guesses = [options[min(range(len(options)), key=row.__getitem__)] for row in nats]
-    return _compare_labels(texts, guesses, labels, predictions)
+    return _compare_labels(texts, guesses, labels, options, predictions)
 
 
 def _compare_labels(
-    texts: list[str], guesses: list[str], labels: list[str], predictions: list[dict[str, Any]]
+    texts: list[str], guesses: list[str], labels: list[str], names: list[str], predictions: list[dict[str, Any]]
 ) -> dict[str, Any]:
     for text, guess, label in zip(texts, guesses, labels, strict=True):
         predictions.append({"prompt": text, "prediction": guess, "label": label})
@@ -317,6 +327,7 @@ def _compare_labels(
         "labelled": len(labels),
         "accuracy": evaluation.accuracy(guesses, labels),
         "f1": evaluation.macro_f1(guesses, labels),
+        **class_report(guesses, labels, names),
     }
 
 
@@ -328,6 +339,8 @@ def _write(args: EvalArguments, results: Mapping[str, Any], predictions: list[di
     if predictions:
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions)
         (folder / "predictions.jsonl").write_text(lines, encoding="utf-8")
+    if "confusion_matrix" in results:
+        plot_confusion(results, folder / "confusion_matrix.png", str(results["model"]))
     plot_metrics({name: results[name] for name in args.metrics}, folder / "eval_results.png", str(results["model"]))
     if args.update_card:
         for metrics, file in ((TEXT_METRICS, args.text_file), ((*ANSWER_METRICS, *LABEL_METRICS), args.eval_file)):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, make_dataclass
@@ -24,10 +23,17 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
-from hf_decoder import HfDecoderConfig, accounting, evaluation, finetuning, training
-from hf_decoder.adapters import ADAPTER_CONFIG, is_adapter, load_adapter, merge
+from hf_decoder import HfDecoderConfig, accounting, finetuning, training
+from hf_decoder.adapters import ADAPTER_CONFIG, CLASSIFIER, LANGUAGE_MODEL, is_adapter, load_adapter, merge
 from hf_decoder.checkpoints import CheckpointKeeper, check_same_run, checkpoint_to_resume, describe_run
-from hf_decoder.classification import KeepLabelNames, label_map, read_label_names, save_label_names, share_padding
+from hf_decoder.classification import (
+    KeepLabelNames,
+    class_loss,
+    label_map,
+    read_label_names,
+    save_label_names,
+    share_padding,
+)
 from hf_decoder.cli import (
     MUON_ADAMW,
     check_at_least,
@@ -43,11 +49,12 @@ from hf_decoder.cli import (
     parse_overrides,
 )
 from hf_decoder.engine.bitsandbytes import settle_layers
+from hf_decoder.guards import StopOnSignal
 from hf_decoder.layouts import save_in_full
-from hf_decoder.modelcard import write_finetuning_card
 from hf_decoder.pace import TimeLimit, parse_duration
 from hf_decoder.presets import get_preset
 from hf_decoder.recipe import check_schedule, describe_recipe, muon_adamw, wsd_kwargs
+from hf_decoder.results import write_finetuning_outputs
 from hf_decoder.tokenization import check_tokenizer_fits
 
 OUTPUT_DIR = "runs/finetune"
@@ -158,6 +165,10 @@ def training_arguments(task: str) -> type:
             const="true",
         ),
         _flag("save_total_limit", int | None, 1, "Checkpoints kept."),
+        _flag("logging_steps", float, None, "Steps between two points of the loss curve; if unset, a few."),
+        _flag("logging_first_step", bool, True, "Begin the loss curve at step 1."),
+        _flag("include_num_input_tokens_seen", str, "non_padding", "Count tokens, to tell the speed."),
+        _flag("learning_rate", float | None, None, "Peak learning rate; if unset, by task, width and method."),
         _flag(
             "optim",
             str,
@@ -179,6 +190,10 @@ def training_arguments(task: str) -> type:
         if not torch.accelerator.is_available():
             self.use_cpu = True
         training.choose_bf16(self)
+        self.fits_logging_steps = self.logging_steps is None
+        self.logging_steps = training.LOGGING_STEPS if self.fits_logging_steps else self.logging_steps
+        self.chooses_rate = self.learning_rate is None
+        self.learning_rate = 1.0 if self.chooses_rate else self.learning_rate
         self.uses_muon = self.optim == MUON_ADAMW
         if self.uses_muon:  # transformers checks the name, which is not one of its own
             self.optim = OptimizerNames.ADAMW_TORCH
@@ -240,9 +255,9 @@ def finetune(task_args: TaskArguments, model_args: Any, args: Any) -> None:
         validation_fraction=task_args.validation_split_percentage / 100,
         seed=args.seed,
     )
-    lines = data.warnings()
+    lines, template = data.warnings(), _template(task_args)
     if finetuning.is_conversational(data.train):
-        lines += finetuning.skip_unrendered(data, tokenizer, _template(task_args))
+        lines += finetuning.skip_unrendered(data, tokenizer, template)
     for line in lines:
         print(f"warning: {line}")
     print(f"{len(data.train):,} rows to train on, {len(data.validation):,} held out")
@@ -256,43 +271,53 @@ def finetune(task_args: TaskArguments, model_args: Any, args: Any) -> None:
     if not data.validation:
         args.eval_strategy = "no"
 
+    adapts = bool(model_args.use_peft or task_args.adapter_name_or_path)
+    if args.chooses_rate:
+        new = task_args.preset is not None
+        args.learning_rate = finetuning.learning_rate(task_args.task, config, new=new, adapts=adapts)
+        print(f"learning rate {args.learning_rate:.2g}; --learning_rate sets another")
     recipe = describe_recipe(args, optimizer_name(args))
     run = describe_run(config, tokenizer, data.describe(), args=args, recipe=recipe)
     run["adapter"] = {"method": finetuning.describe_method(model_args, task_args.adapter_name_or_path)}
     if checkpoint is not None:
         check_same_run(checkpoint, run)
-    keeper = CheckpointKeeper(run, args.save_total_limit)
+    keeper, stop = CheckpointKeeper(run, args.save_total_limit, checkpoint), StopOnSignal()
     args.save_total_limit = None  # the keeper's
-    trainer = _trainer(task_args, model_args, args, data, tokenizer)
-    if task_args.task != "classification":
-        for line in finetuning.skip_masked(trainer, data, _template(task_args)):
-            print(f"warning: {line}")
-    trainer.add_callback(keeper)
-    if args.use_cpu:
-        training.keep_freed_memory()
-        trainer.add_callback(training.TrimMemory())
-    if args.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY and not args.lr_scheduler_kwargs:
-        args.lr_scheduler_kwargs = wsd_kwargs(finetuning.count_steps(trainer))
-    if time_limit is not None:
-        trainer.add_callback(TimeLimit(time_limit, started))
-    model = trainer.model
-    results: dict[str, Any] = {**finetuning.count_parameters(model)}
-    results |= {"train_rows": len(data.train) - data.masked[0], "eval_rows": len(data.validation) - data.masked[1]}
-    results["skipped_rows"] = sum(sum(skipped.reasons.values()) for skipped in data.skipped.values())
-    results["overlapping_rows"] = data.overlap
-    print(f"{results['trainable_parameters']:,} of {results['parameters']:,} parameters are trained")
-    with keeper.explain_failed_save(args.output_dir):
-        metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-    metrics["optimizer_and_gradient_bytes"] = finetuning.training_state_bytes(model, trainer.optimizer)
-    if data.validation:
-        metrics |= trainer.evaluate()
-        if task_args.task == "sft":
-            metrics["perplexity"] = evaluation.perplexity(metrics["eval_loss"])
-    results |= {**metrics, "peak_memory_bytes": accounting.peak_memory_bytes(), **accounting.hardware()}
-    _save(trainer, tokenizer, task_args, model_args, data)
-    if trainer.is_world_process_zero():
-        trainer.save_state()
-        _write_outputs(trainer, task_args, model_args, results)
+    with keeper.explain_stop(args):
+        trainer = _trainer(task_args, model_args, args, data, tokenizer)
+        if task_args.task != "classification":
+            for line in finetuning.skip_masked(trainer, data, template):
+                print(f"warning: {line}")
+        steps = finetuning.count_steps(trainer)
+        training.add_callbacks(trainer, keeper, stop)
+        if args.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY and not args.lr_scheduler_kwargs:
+            args.lr_scheduler_kwargs = wsd_kwargs(steps)
+        if args.fits_logging_steps:
+            args.logging_steps = training.logging_steps(steps)
+        if time_limit is not None:
+            trainer.add_callback(TimeLimit(time_limit, started))
+        sizes = finetuning.count_parameters(trainer.model)
+        print(f"{sizes['trainable_parameters']:,} of {sizes['parameters']:,} parameters are trained")
+        if checkpoint is not None:
+            flag = "max_steps" if args.max_steps > 0 else "num_train_epochs"
+            training.check_steps_left(checkpoint, steps, f"--{flag} {getattr(args, flag):g}")
+        finished = checkpoint is not None and training.is_finished(checkpoint, steps)
+        if finished:
+            trainer._load_from_checkpoint(checkpoint)
+        elif checkpoint is None and trainer.is_world_process_zero():
+            training.clear_earlier_run(args.output_dir)
+        with keeper.explain_failed_save(args.output_dir), stop:
+            metrics = training.train(trainer, checkpoint, steps, finished=finished)
+            stop.check()
+            _save(trainer, tokenizer, task_args, model_args, data)
+        stop.check()
+        metrics["optimizer_and_gradient_bytes"] = finetuning.training_state_bytes(trainer.model, trainer.optimizer)
+        measured = finetuning.evaluate(trainer, task_args.task) if data.validation else {}
+        metrics |= {**sizes, **data.counts(), "peak_memory_bytes": accounting.peak_memory_bytes()}
+        if trainer.is_world_process_zero():
+            words = finetuning.words(task_args, model_args, data, template)
+            unit = finetuning.LOSS_UNITS[task_args.task]
+            write_finetuning_outputs(trainer, {**metrics, **accounting.hardware()}, measured, words, unit)
 
 
 def _config(task_args: TaskArguments, model_args: Any, tokenizer: Any) -> Any:
@@ -353,13 +378,18 @@ def _trainer(task_args: TaskArguments, model_args: Any, args: Any, data: finetun
         return _classification_trainer(task_args, model_args, args, data, tokenizer)
     model = _load(load_model, task_args, model_args, tokenizer)
     train, validation = finetuning.trainer_rows(data, tokenizer, args, _template(task_args))
+    peft_config = _peft_config(task_args, model_args, LANGUAGE_MODEL)
+    if peft_config is not None and finetuning.is_conversational(data.train):
+        tokens = finetuning.train_template_tokens(peft_config, data.train, tokenizer, model)
+        if tokens:
+            print(f"the embeddings of the chat template's special tokens are trained too: {', '.join(tokens)}")
     kwargs: dict[str, Any] = {
         "model": model,
         "args": args,
         "train_dataset": train,
         "eval_dataset": validation,
         "processing_class": tokenizer,
-        "peft_config": _peft_config(task_args, model_args, "CAUSAL_LM"),
+        "peft_config": peft_config,
     }
     if task_args.task == "preference":
         return _trl().DPOTrainer(**kwargs)
@@ -387,7 +417,7 @@ def _classification_trainer(
     id2label = {index: name for name, index in label2id.items()}
     model = _load(load_classifier, task_args, model_args, tokenizer, id2label=id2label, label2id=label2id)
     share_padding(model, tokenizer)
-    peft_config = _peft_config(task_args, model_args, "SEQ_CLS")
+    peft_config = _peft_config(task_args, model_args, CLASSIFIER)
     if peft_config is not None:
         from peft import get_peft_model
 
@@ -402,7 +432,8 @@ def _classification_trainer(
         eval_dataset=validation,
         processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer),
-        compute_metrics=finetuning.class_metrics,
+        compute_metrics=finetuning.ClassMetrics(list(label2id)),
+        compute_loss_func=functools.partial(class_loss, smoothing=args.label_smoothing_factor),
         callbacks=[KeepLabelNames(id2label)] if hasattr(model, "peft_config") else None,
         optimizer_cls_and_kwargs=muon_adamw(args) if args.uses_muon else None,
     )
@@ -469,31 +500,3 @@ def _save(trainer: Any, tokenizer: Any, task_args: TaskArguments, model_args: An
             model.generation_config.eos_token_id = ends
     merge(model).save_pretrained(trainer.args.output_dir)
     tokenizer.save_pretrained(trainer.args.output_dir)
-
-
-def _write_outputs(trainer: Any, task_args: TaskArguments, model_args: Any, results: dict[str, Any]) -> None:
-    folder = Path(trainer.args.output_dir)
-    for name in ("train", "eval"):
-        evaluated = [key for key in results if key.startswith("eval_") or key == "perplexity"]
-        part = {key: value for key, value in results.items() if (key in evaluated) == (name == "eval")}
-        trainer.save_metrics(name, part, combined=False)
-    text = json.dumps(results, indent=4, sort_keys=True) + "\n"
-    (folder / "all_results.json").write_text(text, encoding="utf-8")
-    base = Path(model_args.model_name_or_path or f"a new {task_args.preset} model").name
-    data = finetuning.data_name(str(task_args.train_file))
-    training.plot_loss_curve(trainer.state.log_history, folder / "loss_curve.png", title=f"{base} on {data}")
-    words = {"task": task_args.task, "base": base, "dataset": data}
-    words["method"] = finetuning.describe_method(model_args, task_args.adapter_name_or_path)
-    if task_args.merge and model_args.use_peft:
-        words["method"] += ", merged"
-    if model_args.model_name_or_path and not Path(model_args.model_name_or_path).exists():
-        words["base_model"] = model_args.model_name_or_path
-    if task_args.license:
-        words["license"] = task_args.license
-    is_peft = (folder / ADAPTER_CONFIG).is_file()
-    write_finetuning_card(folder, results, words, is_adapter=is_peft)
-    kind = "adapter" if is_peft else "model"
-    for key in ("eval_loss", "perplexity", "eval_accuracy", "eval_f1", "eval_rewards/margins"):
-        if key in results:
-            print(f"{key} {results[key]:.4f}")
-    print(f"{folder} holds the {kind}")

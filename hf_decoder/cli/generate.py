@@ -33,6 +33,7 @@ from hf_decoder.completion import (
     generate_settings,
 )
 from hf_decoder.examples import Row, read_prompts
+from hf_decoder.interrupts import going_on
 
 
 @dataclass
@@ -273,7 +274,8 @@ def answer_file(model: Any, tokenizer: Any, rows: Sequence[Row], done: int, args
     whole = b"\n".join(path.read_bytes().split(b"\n")[:done]) + b"\n" if done else b""
     path.write_bytes(whole)
     answers = complete(model, tokenizer, prompts, _given(args), args.batch_size)
-    with path.open("a", encoding="utf-8") as file:
+    kept = going_on(lambda: f"; {path} keeps the answers so far, and the same command goes on")
+    with kept, path.open("a", encoding="utf-8") as file:
         for row, answer in zip(rows[done:], show_progress(answers, len(prompts), "answers"), strict=True):
             file.write(json.dumps({**row, "completion": answer}, ensure_ascii=False) + "\n")
             file.flush()

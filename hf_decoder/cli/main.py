@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from hf_decoder.interrupts import describe, interrupt, on_signal
 from hf_decoder.noise import silence
 
 VERBS = {
@@ -50,7 +51,7 @@ def _fail(verb: str, message: str) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb; returns the exit code: 0, 2 for an error of the user's, 130 for an interrupt."""
+    """Runs one verb; returns the exit code: 0, 2 for an error of the user's, 130 or 143 for Ctrl-C or SIGTERM."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
@@ -61,15 +62,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     silence()
     try:
-        # Imported here: most verbs import torch, which the list of verbs should not wait for.
-        return importlib.import_module(f"hf_decoder.cli.{verb}").main(rest)
+        with on_signal(interrupt):
+            # Imported here: most verbs import torch, which the list of verbs should not wait for.
+            return importlib.import_module(f"hf_decoder.cli.{verb}").main(rest)
     except (ValueError, OSError) as error:
         if os.environ.get(TRACEBACK_VARIABLE):
             raise
         return _fail(verb, str(error) or type(error).__name__)
-    except KeyboardInterrupt:
-        print(f"hf-decoder {verb}: interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        code, line = describe(stop)
+        if line is not None:
+            print(f"hf-decoder {verb}: {line}", file=sys.stderr)
+        return code
 
 
 if __name__ == "__main__":

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
 import platform
-import shutil
-import signal
-import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -33,7 +29,6 @@ from hf_decoder.checkpoints import (
     CheckpointKeeper,
     check_same_run,
     checkpoint_to_resume,
-    checkpoints,
     describe_run,
 )
 from hf_decoder.cli import (
@@ -46,15 +41,16 @@ from hf_decoder.cli import (
     parse_arguments,
     parse_overrides,
 )
+from hf_decoder.completion import end_ids
 from hf_decoder.guards import StopOnNan, StopOnSignal, WarnOfSpikes, check_reporters
 from hf_decoder.launch import check_launch
 from hf_decoder.layouts import save_in_full, whole_model
-from hf_decoder.modelcard import load_lines, template_path
+from hf_decoder.modelcard import template_path
 from hf_decoder.pace import MeasuringTrainer, StepMetrics, TimeLimit, parse_duration
 from hf_decoder.preparation import Rows, coverage, make_rows, make_streamed_rows, open_text, training_texts
 from hf_decoder.presets import get_preset
 from hf_decoder.recipe import check_schedule, describe_recipe, grouped_optimizer, muon_adamw, wsd_kwargs
-from hf_decoder.results import procedure, score_held_out, sizes_and_machine, summary, write_outputs
+from hf_decoder.results import procedure, score_held_out, sizes_and_machine, write_outputs
 from hf_decoder.sources import TextArguments, names_of
 from hf_decoder.streamed_rows import StreamedRows, StreamingTrainer
 from hf_decoder.streamed_text import StreamedText
@@ -135,7 +131,12 @@ class PretrainingArguments(TrainingArguments):
         default=None,  # type: ignore[assignment]  # nothing said: `choose_bf16` looks at the hardware
         metadata={"help": "bf16 autocast; if unset, on where the hardware multiplies bf16, unless --fp16 is."},
     )
-    logging_steps: float = field(default=10, metadata={"help": "Steps between two points of the training curve."})
+    logging_steps: float = field(
+        default=None,  # type: ignore[assignment]  # nothing said: `logging_steps` looks at the length of the run
+        metadata={
+            "help": f"Steps between two points of the loss curve; {training.LOGGING_STEPS}, fewer in a short run."
+        },
+    )
     logging_first_step: bool = field(default=True, metadata={"help": "Begin the training curve at step 1."})
     eval_strategy: str = field(default="steps", metadata={"help": "When held-out loss is measured in training."})
     eval_steps: float | None = field(default=0.2, metadata={"help": "Steps between two of them, or a share of all."})
@@ -176,6 +177,8 @@ class PretrainingArguments(TrainingArguments):
         if self.max_steps < 0 and not 0 < self.num_train_epochs < math.inf:
             raise ValueError(f"--num_train_epochs {self.num_train_epochs:g} must be more than 0, and finite")
         training.choose_bf16(self)
+        self.fits_logging_steps = self.logging_steps is None
+        self.logging_steps = training.LOGGING_STEPS if self.fits_logging_steps else self.logging_steps
         super().__post_init__()
         check_schedule(self)
 
@@ -245,52 +248,56 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, args: Pretrai
 
     finished = checkpoint is not None and training.is_finished(checkpoint, steps)
     model = _model(checkpoint if finished else model_args.model_name_or_path, config, new=checkpoint is None)
+    # What is tuned to chat from it ends its turns, whoever loads it.
+    model.generation_config.eos_token_id = end_ids(model, tokenizer, chat=tokenizer.chat_template is not None)
     if args.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY and not args.lr_scheduler_kwargs:
         args.lr_scheduler_kwargs = wsd_kwargs(steps)
-    keeper, stop = CheckpointKeeper(run, args.save_total_limit), StopOnSignal()
+    if args.fits_logging_steps:
+        args.logging_steps = training.logging_steps(steps)
+    keeper, stop = CheckpointKeeper(run, args.save_total_limit, checkpoint), StopOnSignal()
     args.save_total_limit = None  # the keeper's
-    trainer = (StreamingTrainer if data_args.streaming else MeasuringTrainer)(
-        model=model,
-        args=args,
-        train_dataset=rows.train,
-        eval_dataset=_spread(rows.evaluation, data_args.max_eval_samples),
-        processing_class=tokenizer,
-        # Not the padding collator: it adds an attention mask, and with one, documents in a row would see each other.
-        data_collator=training.collate_rows if isinstance(model, HfDecoderForCausalLM) else default_data_collator,
-        optimizer_cls_and_kwargs=muon_adamw(args) if args.uses_muon else grouped_optimizer(args),
-        callbacks=[keeper, stop, StopOnNan(tokenizer), WarnOfSpikes()],
-    )
-    _add_callbacks(trainer, args, tokenizer, data_args.block_size, rows)
-    if time_limit is not None:
-        trainer.add_callback(TimeLimit(time_limit, started))
-    if checkpoint is None and trainer.is_world_process_zero():
-        _clear_earlier_run(Path(args.output_dir))
-    if checkpoint is not None and isinstance(trainer, StreamingTrainer):
-        trainer.resume(checkpoint)
-    with keeper.explain_failed_save(args.output_dir), stop:
-        metrics = training.train(trainer, checkpoint, finished=finished)
-    if stop.received is not None:
-        _say_stopped(stop.received, trainer)
-        return 128 + stop.received
-    save_in_full(trainer, args.output_dir)
-
-    if trainer.is_world_process_zero():
-        model = whole_model(trainer, args.output_dir)
-        held_out = rows.held_out
-        with training.stage("evaluate", seconds):
-            eval_metrics = score_held_out(model, args, rows.evaluation, rows.eval_report, held_out)
-        trainer.save_metrics("train", {**metrics, **sizes_and_machine(model, rows.train_report), **seconds})
-        trainer.save_metrics("eval", eval_metrics)
-        trainer.save_state()
-        results = json.loads((Path(args.output_dir) / "all_results.json").read_text(encoding="utf-8"))
-        samples = training.complete(model, tokenizer, training.held_out_prompts(held_out), seed=args.seed)
-        words = _words(args, model_args, data_args)
-        write_outputs(args.output_dir, results, trainer.state.log_history, samples, words)
-        print(summary(results))
-        print(
-            f"\n{args.output_dir} holds the model. These lines load it and generate:\n\n{load_lines(args.output_dir)}"
+    with keeper.explain_stop(args):
+        trainer = (StreamingTrainer if data_args.streaming else MeasuringTrainer)(
+            model=model,
+            args=args,
+            train_dataset=rows.train,
+            eval_dataset=_spread(rows.evaluation, data_args.max_eval_samples),
+            processing_class=tokenizer,
+            # Not the padding collator: it adds an attention mask, and with one, documents in a row would see each
+            # other.
+            data_collator=training.collate_rows if isinstance(model, HfDecoderForCausalLM) else default_data_collator,
+            optimizer_cls_and_kwargs=muon_adamw(args) if args.uses_muon else grouped_optimizer(args),
+            callbacks=[keeper, stop, StopOnNan(tokenizer), WarnOfSpikes()],
         )
+        _add_callbacks(trainer, args, tokenizer, data_args.block_size, rows)
+        if time_limit is not None:
+            trainer.add_callback(TimeLimit(time_limit, started))
+        if checkpoint is None and trainer.is_world_process_zero():
+            training.clear_earlier_run(args.output_dir)
+        if checkpoint is not None and isinstance(trainer, StreamingTrainer):
+            trainer.resume(checkpoint)
+        with keeper.explain_failed_save(args.output_dir), stop:
+            metrics = training.train(trainer, checkpoint, steps, finished=finished)
+            stop.check()
+            save_in_full(trainer, args.output_dir)
+        stop.check()
+        if trainer.is_world_process_zero():
+            _measure_and_show(trainer, rows, metrics, seconds, _words(args, model_args, data_args))
     return 0
+
+
+def _measure_and_show(
+    trainer: Trainer, rows: Rows, metrics: dict[str, Any], seconds: dict[str, float], words: dict[str, str]
+) -> None:
+    """Measures the trained model on all of the held-out text, and writes and prints what the run says of itself."""
+    args, model = trainer.args, whole_model(trainer, str(trainer.args.output_dir))
+    tokenizer: Any = trainer.processing_class
+    with training.stage("evaluate", seconds):
+        eval_metrics = score_held_out(model, args, rows.evaluation, rows.eval_report, rows.held_out)
+    train_metrics = {**metrics, **sizes_and_machine(model, rows.train_report), **seconds}
+    prompts = training.held_out_prompts(rows.held_out)
+    samples = training.complete(model, tokenizer, prompts, seed=args.seed)
+    write_outputs(trainer, train_metrics, eval_metrics, samples, words)
 
 
 def _add_callbacks(
@@ -312,16 +319,6 @@ def _add_callbacks(
     if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(training.SpeedBar())
-
-
-def _say_stopped(number: signal.Signals, trainer: Trainer) -> None:
-    if trainer.is_world_process_zero():
-        step, folder = trainer.state.global_step, trainer.args.output_dir
-        print(
-            f"hf-decoder pretrain: stopped by {number.name} after step {step}, saved as {folder}/checkpoint-{step}; "
-            "the same command with --resume_from_checkpoint goes on",
-            file=sys.stderr,
-        )
 
 
 def _count_steps(args: PretrainingArguments, rows: Dataset | StreamedRows) -> int:
@@ -395,13 +392,6 @@ def _fit_to_tokenizer(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBa
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if getattr(config, name, None) is None:
             setattr(config, name, getattr(tokenizer, name))
-
-
-def _clear_earlier_run(folder: Path) -> None:
-    """Deletes what would mix with the new run: the old run's checkpoints and metrics. Other files are overwritten."""
-    for checkpoint in checkpoints(folder):
-        shutil.rmtree(checkpoint)
-    (folder / "all_results.json").unlink(missing_ok=True)
 
 
 def _spread(rows: Dataset, count: int | None) -> Dataset:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hf_decoder.cli import name_positionals, parse_arguments
+from hf_decoder.interrupts import going_on
 
 DESCRIPTION = (
     "Checks a saved model or adapter with the doctor, uploads what belongs to it, names the rest, downloads it into "
@@ -41,16 +42,17 @@ def main(argv: Sequence[str]) -> int:
     from hf_decoder.hub import push
 
     try:
-        pushed = push(
-            Path(args.folder).expanduser(),
-            args.repo_id,
-            private=args.private,
-            revision=args.revision,
-            create_pr=args.create_pr,
-            commit_message=args.commit_message,
-            base_model=args.base_model,
-            trust_remote_code=args.trust_remote_code,
-        )
+        with going_on(lambda: "; the same command goes on: what has arrived is not sent twice"):
+            pushed = push(
+                Path(args.folder).expanduser(),
+                args.repo_id,
+                private=args.private,
+                revision=args.revision,
+                create_pr=args.create_pr,
+                commit_message=args.commit_message,
+                base_model=args.base_model,
+                trust_remote_code=args.trust_remote_code,
+            )
     except RuntimeError as error:
         print(f"hf-decoder push: failed: {error}", file=sys.stderr)
         return 1

@@ -6,6 +6,7 @@ every tensor, and then their bytes.
 
 from __future__ import annotations
 
+import glob
 import json
 import math
 import os
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig
@@ -275,10 +277,16 @@ def check_absent(destination: Path) -> None:
 def written_aside(destination: Path, num_bytes: int) -> Iterator[Path]:
     """A path beside `destination` to write to, which takes its name when all is done and is deleted if it fails.
 
+    What a process that was killed began to write for the same destination is deleted first.
+
     Raises:
         ValueError: if `destination` exists, or its disk has no room for `num_bytes`.
     """
     check_absent(destination)
+    for path in destination.absolute().parent.glob(f".{glob.escape(destination.name)}.*.partial"):
+        writer = path.name.split(".")[-2]
+        if writer.isdigit() and (int(writer) == os.getpid() or not psutil.pid_exists(int(writer))):
+            _delete(path)
     check_disk(destination, num_bytes)
     destination.absolute().parent.mkdir(parents=True, exist_ok=True)
     aside = destination.absolute().with_name(f".{destination.name}.{os.getpid()}.partial")
@@ -286,10 +294,14 @@ def written_aside(destination: Path, num_bytes: int) -> Iterator[Path]:
         yield aside
         aside.rename(destination)
     finally:
-        if aside.is_dir():
-            shutil.rmtree(aside)
-        else:
-            aside.unlink(missing_ok=True)
+        _delete(aside)
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_tensors(folder: Path, tensors: Tensors, max_shard_size: int, progress: Callable[[int], None]) -> None:

@@ -32,6 +32,9 @@ class Untrained:
     def num_parameters(self) -> int:
         return 1
 
+    def save_pretrained(self, folder) -> None:
+        pass
+
 
 def always_pos(model, tokenizer, rows):
     return ["pos"] * len(rows)
@@ -92,6 +95,7 @@ def test_folds_are_measured_without_having_been_seen(rows, train_file, tmp_path,
     results = json.loads((out / "crossvalidation_results.json").read_text())
     lines = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
     assert sorted(line["text"] for line in lines) == sorted(row["text"] for row in rows)
+    assert seen.pop() == {row["text"] for row in rows}
     for fold, texts in enumerate(seen):
         held_out = [line for line in lines if line["fold"] == fold]
         assert texts == {row["text"] for row in rows} - {line["text"] for line in held_out}
@@ -108,20 +112,20 @@ def test_folds_are_measured_without_having_been_seen(rows, train_file, tmp_path,
 def test_an_interrupted_run_goes_on(train_file, tmp_path, monkeypatch, capsys):
     calls = []
 
-    def broken_off_at_the_third(train, *args):
+    def broken_off_at_the_fourth(train, *args):
         calls.append(len(train))
-        if len(calls) == 3:
+        if len(calls) == 4:
             raise KeyboardInterrupt
-        return Untrained(), None
+        return Untrained(), Untrained()
 
-    monkeypatch.setattr(crossvalidation, "train_classifier", broken_off_at_the_third)
+    monkeypatch.setattr(crossvalidation, "train_classifier", broken_off_at_the_fourth)
     monkeypatch.setattr(crossvalidation, "predicted_labels", always_pos)
     argv = ["crossvalidate", "--train_file", train_file, "--output_dir", str(tmp_path / "out"), *FLAGS]
     assert main([*argv, "--max_folds", "1"]) == 0
-    assert len(calls) == 1
+    assert calls == [32, 48]  # a fold, and all rows
     assert main(argv) == 130
     assert main(argv) == 0
-    assert len(calls) == 4  # the third was broken off, and only that was done again
+    assert len(calls) == 5  # the last fold was broken off, and only that was done again
     lines = [json.loads(line) for line in (tmp_path / "out/predictions.jsonl").read_text().splitlines()]
     assert Counter(line["fold"] for line in lines) == {0: 16, 1: 16, 2: 16}
 
@@ -153,12 +157,16 @@ def test_every_token_has_the_scores_of_the_words_up_to_it(rows):
     text = "a good\u3000film  a"
     expected = teacher.scores(text)
     for tokenizer in (train_word_tokenizer(texts, 600), train_tokenizer(texts, vocab_size=300)):
-        found = torch.tensor(crossvalidation._score_each_token(text, tokenizer, teacher))
         ids = tokenizer(f"{tokenizer.eos_token}{text}{tokenizer.eos_token}")["input_ids"]
+        crossvalidation.mark_texts(tokenizer)
+        assert tokenizer(text)["input_ids"] == ids
+        found = torch.tensor(crossvalidation._score_each_token(text, tokenizer, teacher))
         assert len(found) == len(ids)
         assert torch.equal(found[0], expected[0]) and torch.equal(found[-1], expected[-1])
         assert torch.equal(torch.unique_consecutive(found, dim=0), torch.unique_consecutive(expected, dim=0))
-    words = torch.tensor(crossvalidation._score_each_token(text, train_word_tokenizer(texts, 600), teacher))
+    tokenizer = train_word_tokenizer(texts, 600)
+    crossvalidation.mark_texts(tokenizer)
+    words = torch.tensor(crossvalidation._score_each_token(text, tokenizer, teacher))
     assert torch.equal(words, expected[[0, 1, 2, 3, 4, 4]])
 
 
@@ -214,7 +222,7 @@ def test_what_a_user_can_get_wrong(fails, train_file, tmp_path, flags, reason):
 
 
 def test_results_of_other_settings_are_not_mixed(fails, train_file, tmp_path, monkeypatch):
-    monkeypatch.setattr(crossvalidation, "train_classifier", lambda *args: (Untrained(), None))
+    monkeypatch.setattr(crossvalidation, "train_classifier", lambda *args: (Untrained(), Untrained()))
     monkeypatch.setattr(crossvalidation, "predicted_labels", always_pos)
     argv = ["crossvalidate", "--train_file", train_file, "--output_dir", str(tmp_path), *FLAGS]
     assert main(argv) == 0
@@ -222,3 +230,50 @@ def test_results_of_other_settings_are_not_mixed(fails, train_file, tmp_path, mo
     assert main([*argv, "--dropout", "0.2", "--overwrite_output_dir", "true"]) == 0
     (tmp_path / "crossvalidation_results.json").write_text("{}", encoding="utf-8")
     assert "no result of this command" in fails(*argv)
+
+
+def test_a_model_of_all_rows_is_left_that_anybody_loads(rows, train_file, tmp_path, capsys):
+    """Its pipeline marks the texts as its training did, and `eval` measures it."""
+    from sklearn.metrics import classification_report, confusion_matrix
+    from transformers import pipeline
+
+    out = tmp_path / "out"
+    argv = ["crossvalidate", "--train_file", train_file, "--output_dir", str(out), *FLAGS, "--max_folds", "1"]
+    assert main(argv) == 0
+    printed = capsys.readouterr().out
+    results = json.loads((out / "crossvalidation_results.json").read_text())
+    lines = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+    labels, guesses = [line["label"] for line in lines], [line["prediction"] for line in lines]
+    assert results["labels"] == ["neg", "pos"]
+    assert results["confusion_matrix"] == confusion_matrix(labels, guesses).tolist()
+    expected = classification_report(labels, guesses, output_dict=True, zero_division=0)
+    assert results["classification_report"].keys() == expected.keys()
+    for name, measures in expected.items():
+        assert results["classification_report"][name] == pytest.approx(measures), name
+    assert results["model"]["train_rows"] == len(rows)
+    for name in ("confusion_matrix.png", "loss_curve.png"):
+        assert (out / name).stat().st_size > 1000
+    assert (
+        "cross-validation" not in (out / "README.md").read_text() and "1 of 3 folds" in (out / "README.md").read_text()
+    )
+    classify = pipeline("text-classification", model=str(out))
+    found = [answer["label"] for answer in classify([row["text"] for row in rows])]
+    assert sum(guess == row["label"] for guess, row in zip(found, rows, strict=True)) > 0.9 * len(rows)
+    code = printed[printed.index("from transformers import pipeline") :]
+    exec(code, {})
+    assert "'label'" in capsys.readouterr().out
+    assert (
+        main(
+            ["eval", str(out), "--metrics", "accuracy", "--eval_file", train_file, "--output_dir", str(tmp_path / "e")]
+        )
+        == 0
+    )
+    assert json.loads((tmp_path / "e/eval_results.json").read_text())["accuracy"] > 0.9
+
+
+def test_guesses_no_better_than_the_most_frequent_class_are_called_so(train_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(crossvalidation, "train_classifier", lambda *args: (Untrained(), Untrained()))
+    monkeypatch.setattr(crossvalidation, "predicted_labels", always_pos)
+    assert main(["crossvalidate", "--train_file", train_file, "--output_dir", str(tmp_path / "o"), *FLAGS]) == 0
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    assert "no better than the most frequent class" in last and "0.5000 of the 48 held-out rows" in last

@@ -7,7 +7,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from made_up import SHAPE
-from peft import PeftModel
+from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM, training
+from hf_decoder.adapters import merge
 from hf_decoder.cli import finetune, parse_arguments
 from hf_decoder.cli.main import main
 from hf_decoder.finetuning import add_dropout, load_task
@@ -224,12 +225,19 @@ def test_a_new_model_of_a_preset_learns_its_rows(run, tmp_path):
     assert max(rates) == rates[30] == 1e-2 and rates[-1] < 1e-3
 
 
-def test_time_limit_ends_the_training_with_the_rate_brought_down(run, tmp_path):
+def test_time_limit_ends_the_training_with_the_rate_brought_down(run, tmp_path, capsys):
     out = run_task(run.folder, tmp_path, PAIRS, "--max_steps", "100000", "--time_limit", "8s")
     state = json.loads((out / "trainer_state.json").read_text())
     assert 0 < state["global_step"] < 100_000
     rates = [log["learning_rate"] for log in state["log_history"] if "learning_rate" in log]
     assert rates[-1] < 0.1 * max(rates)
+    results = json.loads((out / "all_results.json").read_text())
+    assert results["train_steps"] == state["global_step"] and results["planned_steps"] == 100_000
+    printed = capsys.readouterr().out
+    share = f"{results['train_steps']:,} of 100,000, {results['train_steps'] / 1e5:.1%} of the schedule"
+    assert f"the time limit ended the training after step {share}" in printed
+    assert "the learning rate falls from step" in printed
+    assert f"| optimizer steps | {share} |" in (out / "README.md").read_text()
 
 
 @pytest.mark.parametrize("family", [HfDecoderForCausalLM, LlamaForCausalLM])
@@ -395,6 +403,79 @@ def test_classification_learns_and_is_measured_by_eval(run, tmp_path, capsys):
     assert "accuracy         1.0000" in capsys.readouterr().out
 
 
+def test_a_classifier_is_shown_class_by_class_and_held_against_the_most_frequent(run, tmp_path, capsys):
+    """What `finetune` and `eval` write of one classifier on the same rows is the same."""
+    from sklearn.metrics import classification_report, confusion_matrix
+
+    rows = [{"text": f"the film {n}", "label": ["bad", "fine", "good"][n % 3]} for n in range(30)]
+    held = write(tmp_path / "held.jsonl", rows)
+    out = run_task(run.folder, tmp_path, rows, "--validation_file", held, task="classification")
+    assert "no better than the most frequent class" in capsys.readouterr().out.strip().splitlines()[-1]
+    results = json.loads((out / "all_results.json").read_text())
+    assert (
+        main(["eval", str(out), "--metrics", "accuracy", "--eval_file", held, "--output_dir", str(tmp_path / "e")])
+        == 0
+    )
+    assert "no better than the most frequent class" in capsys.readouterr().out
+    measured = json.loads((tmp_path / "e/eval_results.json").read_text())
+    predictions = [json.loads(line) for line in (tmp_path / "e/predictions.jsonl").read_text().splitlines()]
+    labels, guesses = ([row[key] for row in predictions] for key in ("label", "prediction"))
+    expected = classification_report(labels, guesses, output_dict=True, zero_division=0)
+    for found in (results, measured):
+        assert found["confusion_matrix"] == confusion_matrix(labels, guesses, labels=found["labels"]).tolist()
+        assert set(found["classification_report"]) == set(expected)
+        for name, measures in expected.items():
+            assert found["classification_report"][name] == pytest.approx(measures), name
+    assert results["eval_f1"] == pytest.approx(expected["macro avg"]["f1-score"])
+    for path in (out / "confusion_matrix.png", tmp_path / "e/confusion_matrix.png"):
+        assert path.stat().st_size > 1000
+
+
+def test_the_defaults_of_classification_learn_from_a_small_base(run, tmp_path, capsys):
+    """No rate, batch size or number of epochs is given."""
+    words = {"pos": ["good", "fine", "great"], "neg": ["bad", "poor", "dull"]}
+    rows = [
+        {"text": f"a {word} film about the {thing} {n}", "label": label}
+        for n in range(30)
+        for label, options in words.items()
+        for word, thing in zip(options, ("cat", "dog", "bird"), strict=True)
+    ]
+    train, out = write(tmp_path / "train.jsonl", rows), tmp_path / "out"
+    argv = ["finetune", str(run.folder), "--task", "classification", "--train_file", train, "--output_dir", str(out)]
+    assert main([*argv, "--report_to", "none", "--validation_split_percentage", "20"]) == 0
+    results = json.loads((out / "all_results.json").read_text())
+    assert results["eval_accuracy"] > 0.9
+    assert "no better" not in capsys.readouterr().out
+    log = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    assert len([entry for entry in log if "loss" in entry]) >= 15
+
+
+@pytest.mark.parametrize("kind", ["ours", "llama"])
+def test_rows_of_a_classifier_weigh_the_same_however_they_are_batched(run, tmp_path, kind):
+    folder, losses, weights = folder_of(kind, run, tmp_path), [], []
+    for size, steps in (("8", "1"), ("2", "4")):
+        flags = ["--per_device_train_batch_size", size, "--gradient_accumulation_steps", steps, "--max_steps", "1"]
+        flags += [
+            "--learning_rate",
+            "0.1",
+            "--optim",
+            "sgd",
+            "--max_grad_norm",
+            "0",
+            "--lr_scheduler_type",
+            "constant",
+        ]
+        flags += ["--warmup_steps", "0", "--output_dir", str(tmp_path / size)]
+        torch.manual_seed(0)
+        trainer = build(folder, tmp_path, LABELS[:8], *flags, task="classification")
+        trainer.train()
+        losses.append(trainer.state.log_history[0]["loss"])
+        weights.append([p.detach().clone() for p in trainer.model.parameters()])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    for one, other in zip(*weights, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
 def test_classification_with_an_adapter(run, tmp_path):
     out = run_task(run.folder, tmp_path, LABELS, "--use_peft", "true", "--merge", task="classification")
     assert AutoModelForSequenceClassification.from_pretrained(out).config.id2label == {0: "neg", 1: "pos"}
@@ -490,6 +571,54 @@ def test_chat_model_stops_at_the_end_of_its_turn(run, tmp_path):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
     ends = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")}
     assert set(model.generation_config.eos_token_id) == ends
+
+
+def chat_with(model, tokenizer, question):
+    """The answer, and how likely the end of the turn is behind it; None where the answer runs on."""
+    turns = [{"role": "user", "content": question}]
+    inputs = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    tokens = model.generate(**inputs, max_new_tokens=40, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    if int(tokens[-1]) != end:
+        return tokenizer.decode(tokens), None
+    with torch.no_grad():
+        logits = model(torch.cat([inputs["input_ids"][0], tokens])[None]).logits[0, -2]
+    return tokenizer.decode(tokens[:-1]), float(logits.softmax(-1)[end])
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "untied"])
+def test_an_adapter_learns_to_end_its_turns(run, tmp_path, kind):
+    """The base saw no chat; the adapter reloads with plain PEFT, merges, and is gone on with."""
+    base = run.folder
+    if kind == "untied":
+        base, model = tmp_path / "base", AutoModelForCausalLM.from_pretrained(run.folder)
+        model.config.tie_word_embeddings = False
+        model.lm_head.weight = torch.nn.Parameter(model.model.embed_tokens.weight.detach().clone())
+        model.save_pretrained(base)
+        AutoTokenizer.from_pretrained(run.folder).save_pretrained(base)
+    rows = [
+        {"messages": [{"role": "user", "content": f"the {a}"}, {"role": "assistant", "content": "sees"}]}
+        for a in ("cat", "dog", "bird")
+    ]
+    flags = ["--use_dora", "true"] if kind == "dora" else []
+    flags = ["--use_peft", "true", "--max_steps", "100", "--learning_rate", "5e-3", "--lora_dropout", "0", *flags]
+    flags += ["--lora_target_modules", "all-linear"]
+    out = run_task(base, tmp_path, rows * 4, *flags)
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert {tuple(ids) for ids in config["trainable_token_indices"].values()} == {(2, 3)}
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    model = AutoPeftModelForCausalLM.from_pretrained(out).eval()
+    answer, ends = chat_with(model, tokenizer, "the dog")
+    assert answer == "sees" and ends is not None and ends > 0.8
+    ids = tokenizer("the bird<|im_end|>\n<|im_start|>", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        adapted = model(ids).logits
+        torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(out).eval()(ids).logits, adapted)
+        merged = merge(model).eval()
+        torch.testing.assert_close(merged(ids).logits, adapted, rtol=1e-4, atol=1e-4)
+    assert merged.config.tie_word_embeddings == (kind != "untied")
+    argv = ["finetune", str(base), "--adapter_name_or_path", str(out), "--train_file", str(tmp_path / "train.jsonl")]
+    assert main([*argv, "--output_dir", str(tmp_path / "more"), *QUICK]) == 0
 
 
 def test_adapter_of_another_base_is_refused(fails, run, tmp_path):

@@ -120,7 +120,7 @@ def test_printed_lines_and_a_checkpoint_work_in_a_fresh_process_without_the_pack
     """
     code = "\n".join([*lines, textwrap.dedent(more)])
     said = run_python(code, run.folder / f"checkpoint-{run.steps}", hide=("hf_decoder",))
-    assert said.startswith("def main(")
+    assert said.startswith("the cat")
     assert "loaded from transformers_modules" in said
 
 
@@ -199,3 +199,45 @@ def test_the_loss_curve_holds_both_losses_at_every_save(run, tmp_path, monkeypat
     flags = [*run.flags, "--logging_steps", "1", "--eval_steps", "2", "--save_steps", "2"]
     assert main(["pretrain", *flags, "--output_dir", str(tmp_path / "model")]) == 0
     assert curves[:3] == [({1, 2}, {2}), ({1, 2, 3, 4}, {2, 4}), ({1, 2, 3, 4, 5, 6}, {2, 4, 6})]
+
+
+def test_a_run_that_its_time_limit_cuts_says_how_far_it_came(run, tmp_path, capsys):
+    folder = tmp_path / "cut"
+    argv = ["pretrain", *run.flags, "--max_steps", "100000", "--time_limit", "1s", "--output_dir", str(folder)]
+    assert main(argv) == 0
+    results = json.loads((folder / "all_results.json").read_text())
+    taken = results["train_steps"]
+    assert 0 < taken < 100_000 and results["planned_steps"] == 100_000
+    share = f"{taken:,} of 100,000, {taken / 1e5:.1%} of the schedule"
+    printed = capsys.readouterr().out
+    assert "time limit: the learning rate falls from step" in printed
+    assert f"the time limit ended the training after step {share}" in printed
+    assert f"| optimizer steps | {share} |" in (folder / "README.md").read_text()
+    log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    assert max(entry["step"] for entry in log if "loss" in entry) == taken
+
+
+def test_pretraining_and_fine_tuning_end_alike(run, tmp_path, capsys):
+    """The same files, names of metrics and last lines, which prompt with the user's own text."""
+    pytest.importorskip("trl")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "the dog", "completion": " sees the cat"}\n' * 8, encoding="utf-8")
+    out = tmp_path / "out"
+    argv = ["finetune", str(run.folder), "--train_file", str(rows), "--output_dir", str(out), "--max_steps", "2"]
+    assert main([*argv, "--validation_file", str(rows), "--report_to", "none"]) == 0
+    lines = capsys.readouterr().out.strip().splitlines()
+    before = run.printed.strip().splitlines()
+    for said in (lines, before):
+        measures, _, where, _, *code = said[-7:]
+        assert measures.startswith("held out: loss ") and where.endswith(
+            " holds the model. These lines load and use it:"
+        )
+        assert code[0] == "from transformers import pipeline"
+    assert 'generate("the dog", ' in lines[-1] and 'generate("the' in before[-1]
+    names = ("all_results", "train_results", "eval_results", "trainer_state")
+    for name in [*(f"{name}.json" for name in names), "loss_curve.png", "README.md", "model.safetensors"]:
+        assert (out / name).is_file() and (run.folder / name).is_file()
+    one, other = (json.loads((folder / "all_results.json").read_text()) for folder in (out, run.folder))
+    shared = {"train_loss", "train_runtime", "train_steps", "planned_steps", "train_tokens_per_second", "eval_loss"}
+    shared |= {"num_input_tokens_seen", "perplexity", "parameters", "peak_memory_bytes", "device", "epoch"}
+    assert shared <= one.keys() and shared <= other.keys()
