@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .engine.bitsandbytes import unpack_layers
+from hf_decoder.engine.bitsandbytes import unpack_layers
 
 NONE = "none"
 GROUP_SIZE = 32

@@ -7,7 +7,7 @@ __all__ = ["attach", "detach", "settings"]
 
 def __getattr__(name: str) -> Any:  # the classes take seconds to import
     if name == "settings":
-        from hf_decoder.engine.settings import settings as found
+        from hf_decoder.engine.switches import settings as found
     elif name in __all__:
         from hf_decoder.engine import twins
 

@@ -23,7 +23,7 @@ from hf_decoder.model import modeling_hf_decoder
 PLAIN = (torch.Tensor, nn.Parameter)  # tensors that are no more than their numbers
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SILU = (type(ACT2FN["silu"]), nn.SiLU)
-METHODS = ("__call__", "forward", "attend", "layer_masks", "run_layers", "compute_logits", "linear_loss")
+METHODS = ("forward", "attend", "layer_masks", "run_layers", "compute_logits", "linear_loss")
 # What stands among a module's own attributes where somebody has put a function in place of its class's.
 OWN = {*METHODS, "_compiled_call_impl"}
 # Hooks that change nothing: transformers' recorders act on calls that ask for outputs, which go by the modules.

@@ -18,7 +18,7 @@ from hf_decoder.engine.attention.masks import engine_masks
 from hf_decoder.engine.layer import LayerParts, Operators, run_layer
 from hf_decoder.engine.operators import may_call_operators, runs_as_written
 from hf_decoder.engine.precision import autocast_dtype
-from hf_decoder.engine.settings import settings
+from hf_decoder.engine.switches import settings
 from hf_decoder.engine.training import blocks
 from hf_decoder.engine.training.blocks import has_kernels
 from hf_decoder.engine.training.fast_products import FastProducts, needs_fast_products
@@ -67,7 +67,7 @@ class Route(Operators):
                 return None
         is_long = x.is_cpu or has_kernels(x)
         route = Route(x, structure if settings.training and is_long else None)
-        if settings.training and needs_fast_products(x, decoder.layers[0].mlp.down_proj):
+        if needs_fast_products(x, decoder.layers[0].mlp.down_proj):
             route.products = FastProducts
         if settings.attention and not isinstance(attention_mask, dict):
             route.masks = engine_masks(decoder, x, attention_mask, position_ids, cache)

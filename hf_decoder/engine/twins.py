@@ -22,14 +22,14 @@ from hf_decoder.engine.bitsandbytes import settle_layers, settle_tied_head, unpa
 from hf_decoder.engine.decoding.generation import Decoding
 from hf_decoder.engine.loading import check_loaded_sizes
 from hf_decoder.engine.route import Route
-from hf_decoder.engine.settings import settings
+from hf_decoder.engine.switches import settings
 from hf_decoder.engine.training.fast_products import fast_products
 from hf_decoder.engine.training.loss import linear_causal_lm_loss
 from hf_decoder.model import modeling_hf_decoder as plain
 from hf_decoder.model.modeling_hf_decoder import CACHE_NAME
 
 # Arguments of a call that goes past the modules; any other one goes to the plain class.
-TAKEN = {"labels", "use_cache", "logits_to_keep", "skip_logits", "cache", "past_key_values"}
+TAKEN = {"labels", "use_cache", "logits_to_keep", "skip_logits", "return_dict", "cache", "past_key_values"}
 FOR_LOSS = {"num_items_in_batch", "shift_labels", "ignore_index"}
 
 
@@ -46,7 +46,8 @@ class _Layer(_Twin):
 
     def forward(self, hidden_states, *args, route: Route | None = None, **kwargs):
         if route is None:
-            return super().forward(hidden_states, *args, **kwargs)
+            with fast_products(hidden_states, getattr(self.mlp, "down_proj", None)):
+                return super().forward(hidden_states, *args, **kwargs)
         return route.run_layer(self, super().forward, hidden_states, *args, **kwargs)
 
 
@@ -132,13 +133,17 @@ class _ForCausalLM(_PreTrained):
         use_cache=None,
         logits_to_keep=0,
         skip_logits=None,
+        return_dict=None,
         cache=None,
         past_key_values=None,
         **kwargs,
     ):
-        wants_loss = labels is not None or kwargs.get("shift_labels") is not None
+        targets = labels if kwargs.get("shift_labels") is None else kwargs["shift_labels"]
+        wants_loss = targets is not None
         skips = wants_loss and (self.training if skip_logits is None else skip_logits)
-        if skips or (wants_loss and logits_to_keep != 0):
+        if skips or return_dict is False:
+            return None
+        if wants_loss and (logits_to_keep != 0 or targets.shape != input_ids.shape):
             return None
         cache = past_key_values if cache is None else cache
         use_cache = self.config.use_cache if use_cache is None else use_cache
@@ -294,6 +299,10 @@ def _give_twins(model: nn.Module) -> None:
 def _new_twin(plain_class: type) -> Any:
     twin = twin_of(plain_class)
     return twin.__new__(twin)
+
+
+for name in REPLACED:  # now, while nobody has put anything into the plain classes
+    twin_of(getattr(plain, name))
 
 
 __all__ = ["REPLACED", "attach", "code_files", "detach", "is_twin", "plain_of", "remove_former_code", "twin_of"]

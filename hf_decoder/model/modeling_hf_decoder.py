@@ -568,6 +568,7 @@ class HfDecoderForCausalLM(HfDecoderPreTrainedModel, GenerationMixin):
             **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
 
+    @wraps(GenerationMixin.prepare_inputs_for_generation)  # generate() reads its signature
     def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
         """Prepares as transformers does; where LongRoPE changes its frequencies, cached keys have the former ones."""
         rope, cache = self.config.rope_parameters, kwargs.get(CACHE_NAME)

@@ -83,7 +83,7 @@ def check_steps(kind: Kind, model, length: int, hidden: int, steps: int = 2, row
         expected = model(
             token, past_key_values=theirs, use_cache=True, attention_mask=mask, position_ids=positions
         ).logits
-        assert static_step.begin(ours, mask, None)
+        assert static_step.begin(ours, mask, positions)
         found = static_step.logits(token)
         tolerance = TOLERANCE[model.dtype]
         torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * expected.abs().max().item())

@@ -9,7 +9,6 @@ from tiny_models import random_ids, tiny_model
 
 from hf_decoder.engine import detach
 from hf_decoder.engine.cpp import build
-from hf_decoder.engine.decoding import cpp_step
 
 IDS = random_ids(1, 9)
 FIXED = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -19,11 +18,9 @@ FIXED = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_tok
 def nothing_built(monkeypatch, tmp_path):
     """As in a process that has built nothing, with a cache folder of its own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for function in (build.load_step, cpp_step._function):
-        function.cache_clear()
+    build.load_step.cache_clear()
     yield tmp_path
-    for function in (build.load_step, cpp_step._function):
-        function.cache_clear()
+    build.load_step.cache_clear()
 
 
 def static_text(model) -> torch.Tensor:

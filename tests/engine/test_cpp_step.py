@@ -12,14 +12,11 @@ from transformers import StaticCache, TextStreamer
 from transformers.utils import logging
 
 from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM
+from hf_decoder.engine import precision
+from hf_decoder.engine.cpp import build
+from hf_decoder.engine.decoding import cpp_step, step
 from hf_decoder.engine.decoding.cpp_step import CppStep, is_for_cpp
 from hf_decoder.engine.decoding.step import DecodingStep
-from hf_decoder.model import (
-    cpp_step,
-    native_source_hf_decoder,
-    precision,
-    step,
-)
 
 
 def quantize(module: torch.nn.Module) -> None:
@@ -46,13 +43,10 @@ def test_several_rows(rows, precision):
     check_steps(NATIVE, model, length=9, hidden=5, rows=rows)
 
 
-def test_more_rows_than_the_function_is_for_are_left_to_the_compiler(monkeypatch):
+def test_more_rows_than_the_function_is_for_go_another_way():
     model = tiny_model(NATIVE)
-    compiled = []
-    monkeypatch.setattr(torch, "compile", lambda function, **options: compiled.append(1) or function)
     ids = random_ids(CppStep.max_rows + 1, 5)
     assert static(model, ids, max_new_tokens=3).equal(dynamic(model, ids, max_new_tokens=3))
-    assert compiled
     most = CppStep.max_rows
     with pytest.raises(ValueError, match=f"takes {most} rows at most, not {most + 1}"):
         CppStep(DecodingStep(model), most + 1)
@@ -98,11 +92,10 @@ def test_a_token_out_of_range_is_named():
 
 
 def test_without_a_compiler_the_step_runs_uncompiled(monkeypatch):
-    def fail(*inputs, **options):
+    def fail():
         raise RuntimeError("no C++ compiler found\n\nand a page of what it said")
 
-    monkeypatch.setattr(cpp_step, "_function", fail)
-    monkeypatch.setattr(torch, "compile", lambda *inputs, **options: fail)
+    monkeypatch.setattr(cpp_step, "load_step", fail)
     said = []
     monkeypatch.setattr(step.logger, "warning", said.append)
     logging.warning_once.cache_clear()
@@ -168,7 +161,7 @@ def check_prompt(model, rows: int, tokens: int, hidden: int = 0, before: int = 0
     expected = model(
         token, past_key_values=theirs, use_cache=True, attention_mask=mask, position_ids=mask.sum(-1, keepdim=True) - 1
     ).logits
-    assert step.begin(ours, mask, None)
+    assert step.begin(ours, mask, mask.sum(-1, keepdim=True) - 1)
     torch.testing.assert_close(step.logits(token), expected, rtol=0, atol=tolerance * expected.abs().max().item())
 
 
@@ -242,10 +235,10 @@ WIDTHS = {
 }
 
 
-def build(source: str, monkeypatch) -> None:
-    monkeypatch.setattr(native_source_hf_decoder, "SOURCE", source)
-    function = cpp_step._function.__wrapped__()
-    monkeypatch.setattr(cpp_step, "_function", lambda: function)
+def take(before: str, monkeypatch) -> None:
+    """The function with these lines before its own."""
+    library = build.load(before + (build.HERE / "step.cpp").read_text("utf-8"))
+    monkeypatch.setattr(cpp_step, "load_step", lambda: library)
 
 
 @pytest.mark.skipif("AVX" not in CAPABILITY, reason="not a CPU with AVX2")
@@ -253,13 +246,13 @@ def build(source: str, monkeypatch) -> None:
 def test_vectors_of_all_widths(width, monkeypatch):
     monkeypatch.setattr(CppStep, "max_rows", 9)
     lanes = 16 if width.startswith("AVX-512") else 8
-    source = f"{WIDTHS[width]}{native_source_hf_decoder.SOURCE}\nstatic_assert(LANES == {lanes});\n"
-    build(source + ("#ifndef MULTIPLIES_BF16\n#error\n#endif\n" if width.endswith("bf16") else ""), monkeypatch)
-    for precision in ("full", "half", "int8"):
+    checks = f'#include "vectors.h"\nstatic_assert(LANES == {lanes});\n'
+    take(WIDTHS[width] + checks + ("#ifndef MULTIPLIES_BF16\n#error\n#endif\n" * width.endswith("bf16")), monkeypatch)
+    for numbers in ("full", "half", "int8"):
         # rows of eight vectors, one, and a rest
         sizes = {"hidden_size": 156, "intermediate_size": 300, "head_dim": 76, "num_hidden_layers": 1}
-        model = tiny_model(NATIVE, torch.bfloat16 if precision == "half" else torch.float32, **sizes)
-        if precision == "int8":
+        model = tiny_model(NATIVE, torch.bfloat16 if numbers == "half" else torch.float32, **sizes)
+        if numbers == "int8":
             quantize(model)
         for rows in (1, 2, 7, 9):
             check_steps(NATIVE, model, length=40, hidden=8, rows=rows)
@@ -280,9 +273,7 @@ def test_prompts_are_those_of_the_modules(variant, precision):
 @pytest.mark.parametrize("cached_bytes", [1, 1 << 18])
 def test_prompts_of_all_sizes(rows, tokens, hidden, before, cached_bytes, monkeypatch):
     """Products in tiles of one line and output, and of several; the last ones cut short."""
-    source = native_source_hf_decoder.SOURCE.replace("CACHED_BYTES (1 << 18)", f"CACHED_BYTES {cached_bytes}")
-    assert f"CACHED_BYTES {cached_bytes}" in source
-    build(source, monkeypatch)
+    take(f"#define CACHED_BYTES {cached_bytes}\n", monkeypatch)
     check_prompt(tiny_model(NATIVE, qk_norm=True, attention_bias=True), rows, tokens, hidden, before)
 
 

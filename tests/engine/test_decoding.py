@@ -1,7 +1,6 @@
 """The decoding step gives what the modules give, and steps aside where something hangs on these."""
 
 import copy
-import gc
 from types import SimpleNamespace
 
 import pytest
@@ -12,18 +11,19 @@ from tiny_models import padded, random_ids
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 
-from hf_decoder.engine.decoding import generation, products, step
+from hf_decoder.engine.decoding import generation, products
 from hf_decoder.engine.decoding.products import Weights, multiply, multiply_row
-from hf_decoder.engine.decoding.step import DecodingStep
+from hf_decoder.engine.decoding.step import DecodingStep, FewCalls, RowOperators
 from hf_decoder.engine.int8 import Int8Weights
-from hf_decoder.engine.training.norm import HfDecoderRMSNorm
+from hf_decoder.engine.switches import settings as engine
+from hf_decoder.model.modeling_hf_decoder import HfDecoderRMSNorm
 
 
 @pytest.fixture
 def steps(monkeypatch) -> list[torch.Tensor]:
     """Collects the logits of every step that is taken directly."""
     taken: list[torch.Tensor] = []
-    step = DecodingStep.__call__
+    step = DecodingStep.next_logits
 
     def recorded(self, *inputs, **kwargs):
         logits = step(self, *inputs, **kwargs)
@@ -31,14 +31,15 @@ def steps(monkeypatch) -> list[torch.Tensor]:
             taken.append(logits)
         return logits
 
-    monkeypatch.setattr(DecodingStep, "__call__", recorded)
+    monkeypatch.setattr(DecodingStep, "next_logits", recorded)
     return taken
 
 
 @pytest.fixture
-def without_native_step(monkeypatch):
-    """Rows on a static cache are left to torch.compile, as where the step in C++ does not compute what they need."""
-    monkeypatch.setattr(step, "is_for_cpp", lambda step: False)
+def without_kernels():
+    """Rows on a static cache are left to the step in torch, as where the one in C++ does not cover them."""
+    with engine.override(kernels=False):
+        yield
 
 
 @pytest.mark.parametrize("cache", [None, "static"])
@@ -201,7 +202,7 @@ def test_half_precision_is_no_further_from_the_truth_than_the_modules_are(steps)
 
 @torch.no_grad()
 @pytest.mark.parametrize("cache", ["static", None])
-def test_packed_weights_of_several_rows(cache: str | None, steps, without_native_step, monkeypatch):
+def test_packed_weights_of_several_rows(cache: str | None, steps, without_kernels, monkeypatch):
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         pytest.skip("weights are packed on AVX-512 alone")
     packed = []
@@ -222,8 +223,7 @@ def test_packed_weights_of_several_rows(cache: str | None, steps, without_native
     half.lm_head.weight.data.mul_(2)  # changed in a way that leaves no trace
     doubled = generated(half, ids, **forced, cache_implementation=cache)[1]
     torch.testing.assert_close(doubled.float(), 2 * truth, rtol=0, atol=2 * 6 * float(error[1]))
-    gc.collect()  # the compiler leaves cycles behind
-    assert packed == [1, 1] and not products._packed  # the copies are gone with the calls
+    assert packed == [1, 1]
     monkeypatch.setattr(generation, "PACKED_BYTES", 10)
     generated(half, ids, **forced, cache_implementation=cache)
     assert packed == ([1, 1] if cache is None else [1, 1, 1])
@@ -246,7 +246,7 @@ def test_the_kernels_are_given_back_when_a_step_fails(monkeypatch):
     def fail(*inputs):
         raise KeyError("broken")
 
-    monkeypatch.setattr(step, "decode_row", fail)
+    monkeypatch.setattr(RowOperators, "norm", fail)
     with pytest.raises(KeyError):
         generated(model, random_ids(1, 5))
     assert torch.backends.mkldnn.enabled
@@ -261,52 +261,30 @@ def test_a_token_out_of_range_is_named():
             model(torch.tensor([[10**6]]), past_key_values=cache, use_cache=True)
 
 
-def test_compiled_step(steps, without_native_step, tmp_path, monkeypatch):
-    model = tiny_model(qk_norm=True, attention_bias=True, sliding_window=None)
-    # the longer rows, of the MLP's last product, by torch's own, the others as sums
-    monkeypatch.setattr(products, "LONG_ROW", model.config.hidden_size)
+@pytest.mark.parametrize("kernels", [True, False])
+def test_a_switch_that_is_saved_with_the_model(kernels: bool, steps, tmp_path, monkeypatch):
+    """Rows on a static cache, in texts of all sizes; nothing is compiled by torch."""
+    monkeypatch.setattr(torch, "compile", lambda *inputs, **options: pytest.fail("compiled"))
     monkeypatch.setattr(products, "MIN_SPLIT_ELEMENTS", 1)
-    assert model.config.intermediate_size > model.config.hidden_size
+    model = tiny_model(qk_norm=True, attention_bias=True)
     ids, mask = padded(3, 9)
     model.generation_config = GenerationConfig(cache_implementation="static", pad_token_id=0, do_sample=False)
     model.save_pretrained(tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path)  # the switch is saved with the model
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
     calls = [(ids[:1], None, 9), (ids, mask, 9), (ids[:1, :4], None, 20), (ids[:2], mask[:2], 30), (ids, None, 5)]
-    for turn, (inputs, inputs_mask, count) in enumerate(calls):
+    for inputs, inputs_mask, count in calls:
         settings = {"attention_mask": inputs_mask, "max_new_tokens": count}
         expected = through_modules(model, inputs, **settings, cache_implementation=None)
-        with torch._dynamo.config.patch(error_on_recompile=turn > 2):  # rows or one row, padding or none: three graphs
+        steps.clear()
+        with engine.override(kernels=kernels):
             tokens, logits = generated(model, inputs, **settings)
         assert torch.equal(tokens, expected[0])
         torch.testing.assert_close(logits, expected[1], rtol=0, atol=2e-5)
-        assert len(steps) == count - 1
-        steps.clear()
-    assert DecodingStep.of(model)._compiled
+        assert len(steps) == (0 if kernels else count - 1)
 
 
-@pytest.mark.parametrize("failure", ["at once", "in the middle"])
-def test_without_a_compiler_the_step_runs_as_it_is(failure: str, steps, without_native_step, monkeypatch):
-    model = tiny_model()
-    seen: list[int] = []
-
-    def no_compiler(function, **options):
-        def call(*inputs):
-            seen.append(1)
-            if failure == "at once" or len(seen) > 2:
-                raise RuntimeError("no C++ compiler found")
-            return function(*inputs)
-
-        return call
-
-    monkeypatch.setattr(torch, "compile", no_compiler)
-    expected = generated(model, random_ids(1, 5))
-    steps.clear()
-    assert torch.equal(generated(model, random_ids(1, 5), cache_implementation="static")[0], expected[0])
-    assert len(steps) == NEW_TOKENS - 1 and len(seen) == (1 if failure == "at once" else 3)
-
-
-@pytest.mark.parametrize("cache", [None, pytest.param("static", marks=pytest.mark.slow)])  # that compiles for long
-def test_int8_weights(cache: str | None, steps, without_native_step, monkeypatch):
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_int8_weights(cache: str | None, steps, without_kernels, monkeypatch):
     torchao = pytest.importorskip("torchao.quantization")
     multiplied = []
     int8_linear = products.int8_linear
@@ -321,8 +299,7 @@ def test_int8_weights(cache: str | None, steps, without_native_step, monkeypatch
         assert torch.equal(tokens, expected[0])
         torch.testing.assert_close(logits, expected[1], rtol=0, atol=5e-5)
         steps.clear()
-    assert multiplied or cache
-    assert DecodingStep.of(model) is DecodingStep.of(model)  # and so its graphs are used again
+    assert multiplied
 
 
 @torch.no_grad()
@@ -376,20 +353,13 @@ def test_fp32_products_of_a_few_rows(outputs, rows, bias, monkeypatch):
             torch.testing.assert_close(product.double(), exact, rtol=1e-6, atol=1e-6)
 
 
-def test_disable_compile_is_heard(monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda *inputs, **options: pytest.fail("compiled"))
-    model = tiny_model()
-    settings = {"cache_implementation": "static", "disable_compile": True}
-    assert torch.equal(generated(model, random_ids(1, 5), **settings)[0], generated(model, random_ids(1, 5))[0])
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_norms_in_few_calls_are_the_modules(dtype):
     norm = tiny_model().to(dtype).model.norm
     hidden = (3 * torch.randn(5, 1, norm.weight.shape[0])).to(dtype)
     for x in (hidden, torch.zeros_like(hidden), hidden * float("nan")):
-        found = [step.normed_in_few_calls(norm.forward, x)]
-        found.append(torch.stack([step._normed(norm.forward, row.view(-1)) for row in x]).view(x.shape))
+        found = [FewCalls().norm(norm, x)]
+        found.append(torch.stack([RowOperators().norm(norm, row.view(-1)) for row in x]).view(x.shape))
         for normed in found:
             assert normed.dtype == dtype
             torch.testing.assert_close(normed, norm(x), equal_nan=True)

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hf_decoder import HfDecoderForCausalLM
 from hf_decoder.engine import precision
 from hf_decoder.engine.precision import MIN_HALF_ROWS, fast_dtype, linear_in_parts
-from hf_decoder.engine.training import fast_products
+from hf_decoder.engine.training import fast_products as room
 from hf_decoder.engine.training.fast_products import fast_products
 
 HALF = (torch.bfloat16, torch.float16)
@@ -334,10 +334,8 @@ def test_int8_weights_are_not_multiplied_out(way: str, rows: int, is_fast: bool,
     kind = type(model.model.layers[0].mlp.down_proj.weight)
     monkeypatch.setattr(kind, "dequantize", lambda *_: pytest.fail("the weight was multiplied out"))
     taken = []
-    int8_linear = fast_products.int8_linear
-    monkeypatch.setattr(
-        fast_products, "int8_linear", lambda x, weights: taken.append(x.dtype) or int8_linear(x, weights)
-    )
+    int8_linear = room.int8_linear
+    monkeypatch.setattr(room, "int8_linear", lambda x, weights: taken.append(x.dtype) or int8_linear(x, weights))
     ids = IDS[:1, :rows]
     with torch.no_grad():
         with torch.autocast("cpu", torch.bfloat16, enabled=way == "autocast"):
@@ -359,7 +357,7 @@ def test_int8_weights_under_an_adapter_that_trains():
     for active in (True, False):
         patch = pytest.MonkeyPatch()
         if not active:
-            patch.setattr(fast_products, "int8_weights", lambda *_: None)
+            patch.setattr(room, "int8_weights", lambda *_: None)
         model(input_ids=IDS, labels=LABELS).loss.backward()
         patch.undo()
         grads.append([p.grad.clone() for p in model.parameters() if p.requires_grad])

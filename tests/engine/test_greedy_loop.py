@@ -8,7 +8,6 @@ from transformers import StaticCache
 from transformers.generation import LogitsProcessorList, MaxTimeCriteria, StoppingCriteriaList, stopping_criteria
 
 from hf_decoder import HfDecoderForCausalLM
-from hf_decoder.engine.decoding import generation
 from hf_decoder.engine.decoding.generation import Decoding
 from hf_decoder.engine.decoding.step import DecodingStep
 
@@ -25,13 +24,13 @@ def model():
 def calls(monkeypatch) -> list[int]:
     """The number of new tokens of each call of the model: transformers' loop makes one for every token."""
     lengths = []
-    forward = HfDecoderForCausalLM.forward
+    of_call = Decoding.of_call.__func__
 
-    def counted(self, input_ids=None, *args, **kwargs):
+    def counted(cls, model, input_ids, *inputs):
         lengths.append(input_ids.shape[1])
-        return forward(self, input_ids, *args, **kwargs)
+        return of_call(cls, model, input_ids, *inputs)
 
-    monkeypatch.setattr(HfDecoderForCausalLM, "forward", counted)
+    monkeypatch.setattr(Decoding, "of_call", classmethod(counted))
     return lengths
 
 
@@ -138,7 +137,7 @@ def test_a_token_that_no_step_takes_goes_another_way(rows, cache, fails, needs_m
     ends = int(whole[0, 7])  # the first row has ended before
     settings = {"attention_mask": mask, "eos_token_id": ends if rows > 1 else None}
     expected = by_the_loop(model, ids, **settings)
-    taken, step = [], DecodingStep.__call__
+    taken, step = [], DecodingStep.next_logits
 
     def failing(self, input_ids, *inputs, **kwargs):
         if input_ids.shape[1] > 1:
@@ -148,9 +147,9 @@ def test_a_token_that_no_step_takes_goes_another_way(rows, cache, fails, needs_m
         misses = (fails, fails + 1) if needs_modules else (fails,)
         return None if len(taken) - 1 in misses else step(self, input_ids, *inputs, **kwargs)
 
-    monkeypatch.setattr(DecodingStep, "__call__", failing)
+    monkeypatch.setattr(DecodingStep, "next_logits", failing)
     if needs_modules:
-        monkeypatch.setattr(generation, "prompt_logits", lambda *inputs: None)
+        monkeypatch.setattr(DecodingStep, "prompt_logits", lambda self, *inputs: None)
     switch = {"cache_implementation": cache, "disable_compile": True} if cache else {}
     calls.clear()
     assert model.generate(ids, **GREEDY | settings, **switch).equal(expected)

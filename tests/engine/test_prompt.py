@@ -7,14 +7,12 @@ from tiny_models import padded, random_ids
 from torch import nn
 from transformers import DynamicCache
 
+from hf_decoder.engine import precision
+from hf_decoder.engine.decoding import generation
 from hf_decoder.engine.decoding.step import DecodingStep
-from hf_decoder.model import (
-    blocks,
-    generation,
-    precision,
-    prompt_hf_decoder,
-    step,
-)
+from hf_decoder.engine.route import Route
+from hf_decoder.engine.switches import settings
+from hf_decoder.engine.training import blocks
 
 ONE = {"max_new_tokens": 1}
 
@@ -147,8 +145,7 @@ def test_a_few_tokens_are_multiplied_with_packed_weights(monkeypatch):
         truth, slow = generated(exact, ids, **ONE)[1], through_modules(model, ids, **ONE)[1].float()
         assert (logits - truth).abs().max() <= 1.5 * (slow - truth).abs().max()
     packed.clear()
-    with monkeypatch.context() as without_native_step:
-        without_native_step.setattr(step, "is_for_cpp", lambda step: False)
+    with settings.override(kernels=False):
         generated(model, random_ids(1, 9), cache_implementation="static", **ONE)
     assert not packed  # a graph of a single row follows, which reads weights as they are
     fixed = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -167,7 +164,7 @@ def test_int8_weights(tokens: int, layers):
 
 @pytest.mark.parametrize("is_plain", [True, False])
 def test_it_runs_below_autograd_where_weights_are_plain(is_plain: bool, monkeypatch):
-    below, rotate = [], prompt_hf_decoder.apply_rotary_pos_emb
+    below, rotate = [], Route.attend
 
     class Quantized(torch.Tensor):
         pass
@@ -177,7 +174,7 @@ def test_it_runs_below_autograd_where_weights_are_plain(is_plain: bool, monkeypa
         below.append(torch._C._dispatch_tls_is_dispatch_key_excluded(key))
         return rotate(*inputs, **settings)
 
-    monkeypatch.setattr(prompt_hf_decoder, "apply_rotary_pos_emb", recorded)
+    monkeypatch.setattr(Route, "attend", recorded)
     model = tiny_model()
     if not is_plain:
         down = model.model.layers[1].mlp.down_proj

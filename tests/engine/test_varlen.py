@@ -331,7 +331,7 @@ def test_what_else_there_is_goes_on_as_before(calls):
     eager.set_attn_implementation("eager")
     cases: list[tuple[Any, dict[str, Any], int]] = [
         (model, {"position_ids": positions}, 2),
-        (model, {"position_ids": positions, "attention_mask": torch.ones_like(ids)}, 1),
+        (model, {"position_ids": positions, "attention_mask": torch.ones_like(ids)}, 2),
         (model, {"attention_mask": padding}, 2),
         (model, {}, 1),
         (dropout, {"position_ids": positions}, 0),

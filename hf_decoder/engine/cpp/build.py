@@ -19,7 +19,6 @@ import torch
 from hf_decoder.engine.precision import cpu_has
 
 HERE = Path(__file__).parent
-SOURCES = ("vectors.h", "step.cpp")
 # products and sums as one instruction
 FLAGS = ("-O3", "-std=c++17", "-march=native", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC")
 COMPILERS = ("c++", "g++", "clang++")
@@ -33,21 +32,24 @@ def load_step() -> ctypes.CDLL:
     Raises:
         RuntimeError: where there is no compiler, or one that fails.
     """
+    return load((HERE / "step.cpp").read_text("utf-8"))
+
+
+def load(source: str) -> ctypes.CDLL:
+    """Compiles C++, which may include what lies in this folder, unless it has been already, and loads it."""
     compiler = find_compiler()
     if compiler is None:
         raise RuntimeError("no C++ compiler was found; install g++, or set CXX")
     flags = (*FLAGS, f"-DPREFETCH_LOCALITY={1 if cpu_has('amx_bf16') else 0}")
     folder = own_folder()
-    library = folder / f"step-{_key(compiler, flags)}.so"
+    library = folder / f"step-{_key(compiler, flags, source)}.so"
     if not library.exists():
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             made = Path(scratch, "step.so")
-            command = [compiler, *flags, str(HERE / "step.cpp"), "-o", str(made)]
-            run = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, stdin=subprocess.DEVNULL)
+            command = [compiler, *flags, "-x", "c++", "-", "-I", str(HERE), "-o", str(made)]
+            run = subprocess.run(command, input=source, capture_output=True, text=True, timeout=SECONDS)
             if run.returncode:
-                lines = (
-                    [line for line in run.stderr.splitlines() if "error" in line] or run.stderr.splitlines() or [""]
-                )
+                lines = [line for line in run.stderr.splitlines() if "error" in line] or [run.stderr.strip()]
                 raise RuntimeError(f"{compiler} failed: {lines[0]}")
             made.replace(library)  # at once: another process may look for it
     return ctypes.CDLL(str(library))
@@ -85,11 +87,12 @@ def is_own(folder: Path) -> bool:
     return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
 
 
-def _key(compiler: str, flags: tuple[str, ...]) -> str:
+def _key(compiler: str, flags: tuple[str, ...], source: str) -> str:
     """Of all that the compiled code depends on: `native` is another CPU elsewhere."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60).stdout
     capabilities = sorted(name for name, there in getattr(torch.cpu, "get_capabilities", dict)().items() if there)
-    parts = [version, *flags, *capabilities, _cpu_flags(), *((HERE / name).read_text("utf-8") for name in SOURCES)]
+    header = (HERE / "vectors.h").read_text("utf-8")
+    parts = [version, *flags, *capabilities, _cpu_flags(), header, source]
     return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:32]
 
 
@@ -101,4 +104,4 @@ def _cpu_flags() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
-__all__ = ["find_compiler", "load_step", "own_folder"]
+__all__ = ["find_compiler", "load", "load_step", "own_folder"]

@@ -15,7 +15,9 @@
 #include <immintrin.h>
 #endif
 
+#ifndef CACHED_BYTES
 #define CACHED_BYTES (1 << 18)  // of the lines, and half as many of the weights
+#endif
 #define TILE_ROWS 8
 
 // 0 is "read once, keep in no cache", which AMD's CPUs do well and Intel's with AMX at a third of the rate of 1 to 3.

@@ -8,7 +8,6 @@ sooner done than by the modules.
 import ctypes
 import sys
 from collections.abc import Callable, Collection
-from functools import cache
 from typing import Any
 
 import torch
@@ -142,7 +141,6 @@ def is_for_cpp(step: Any) -> bool:
     )
 
 
-@cache
 def _function() -> Callable:
     kernel = load_step().kernel  # called without the interpreter's lock
     kernel.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_int64] * 4

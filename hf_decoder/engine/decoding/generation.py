@@ -76,12 +76,15 @@ class Decoding:
         """
         if not (runs_as_written() and (cache is None or isinstance(cache, Cache))):
             return None
-        if cache is attention_mask is None and position_ids is not None:  # which may mark documents
+        # what is of different lengths the modules refuse in words
+        if input_ids is None or not _are_as_long(input_ids, attention_mask, position_ids):
+            return None
+        if cache is None and position_ids is not None and _hides_nothing(attention_mask):  # they may mark documents
             return None
         decoding = _active.get()
         if decoding is None or decoding.model is not model:
             # on a CPU, where it has been measured
-            if torch.is_grad_enabled() or input_ids is None or not input_ids.is_cpu:
+            if torch.is_grad_enabled() or not input_ids.is_cpu:
                 return None
             decoding = cls(model, multiply_as_modules)  # of this call alone
         if cache is None and use_cache and decoding.step is not None:
@@ -343,6 +346,18 @@ def _is_plain_loop(model: Any, model_kwargs: dict[str, Any]) -> bool:
 def _is_plain_mask(attention_mask: Any) -> bool:
     """And not what transformers has prepared, one a layer type, for the modules."""
     return attention_mask is None or (isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2)
+
+
+def _are_as_long(input_ids: torch.Tensor, attention_mask: Any, position_ids: torch.Tensor | None) -> bool:
+    """Whether positions are as many as the ids, and a plain mask is no shorter."""
+    length = input_ids.shape[1]
+    if attention_mask is not None and _is_plain_mask(attention_mask) and attention_mask.shape[1] < length:
+        return False
+    return position_ids is None or position_ids.shape[-1] == length
+
+
+def _hides_nothing(attention_mask: Any) -> bool:
+    return attention_mask is None or (_is_plain_mask(attention_mask) and bool(attention_mask.all()))
 
 
 def _are_in(input_ids: torch.Tensor, vocab_size: int) -> bool:

@@ -48,7 +48,7 @@ from hf_decoder.engine.decoding.static_step import StaticStep, weights_of_produc
 from hf_decoder.engine.layer import LayerParts, Operators, run_layer
 from hf_decoder.engine.precision import autocast_dtype
 from hf_decoder.engine.route import Route
-from hf_decoder.engine.settings import settings
+from hf_decoder.engine.switches import settings
 from hf_decoder.engine.training.blocks import has_kernels
 from hf_decoder.model.loss_hf_decoder import softcap
 from hf_decoder.model.modeling_hf_decoder import CACHE_NAME, apply_rotary_pos_emb

@@ -28,23 +28,24 @@ from hf_decoder.engine.precision import (
     product_dtype,
     row_parts,
 )
+from hf_decoder.engine.switches import settings
 from hf_decoder.engine.training.blocks import as_rows, gradients_of_formula
 
 
-def needs_fast_products(x: torch.Tensor, reader: nn.Module) -> bool:
+def needs_fast_products(x: torch.Tensor, reader: nn.Module | None) -> bool:
     """Whether products with x (..., N), and with what is made of it, are slow in torch's own way.
 
     Args:
         x: what enters.
         reader: one of the linear maps that are called, whose kind of weight stands for all.
     """
-    if not x.is_cpu or not (runs_as_written() or may_call_operators()):
+    if not settings.training or not x.is_cpu or not (runs_as_written() or may_call_operators()):
         return False
     is_slow = _is_slow(product_dtype(x)) and x.shape[:-1].numel() >= MIN_HALF_ROWS
     return is_slow or int8_weights(getattr(reader, "weight", None), None) is not None
 
 
-def fast_products(x: torch.Tensor, reader: nn.Module) -> AbstractContextManager:
+def fast_products(x: torch.Tensor, reader: nn.Module | None) -> AbstractContextManager:
     """While it lasts, such products are formed in the way that is fast here."""
     return FastProducts() if needs_fast_products(x, reader) else nullcontext()
 
