@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from hf_decoder.noise import silence
+from hf_decoder.terminal import guard_streams
 
 VERBS = {
     "pretrain": "train a tokenizer and a language model from raw text",
@@ -51,6 +52,7 @@ def _fail(verb: str, message: str) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb; returns the exit code: 0, 2 for an error of the user's, 130 for an interrupt."""
+    guard_streams()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
