@@ -72,6 +72,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"hf-decoder {verb}: interrupted", file=sys.stderr)
         return 130
+    except BaseException as error:
+        # What libraries make of a stranger's files; a panic of the Rust parts of tokenizers is no Exception.
+        is_fault = isinstance(error, Exception) or type(error).__name__ == "PanicException"
+        if not is_fault or os.environ.get(TRACEBACK_VARIABLE):
+            raise
+        return _fail(verb, f"{type(error).__name__}: {error} ({TRACEBACK_VARIABLE}=1 shows where it came from)")
 
 
 if __name__ == "__main__":
