@@ -33,13 +33,9 @@ MOST = {
     "min_new_tokens": 1 << 28,
 }
 # Those that are numbers and multiply nothing, and token ids: one or several.
-NUMBERS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "max_time")
-NUMBERS += (
-    "repetition_penalty",
-    "encoder_repetition_penalty",
-    "length_penalty",
-    "diversity_penalty",
-    "guidance_scale",
+NUMBERS = (
+    *("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "max_time"),
+    *("repetition_penalty", "encoder_repetition_penalty", "length_penalty", "diversity_penalty", "guidance_scale"),
 )
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "suppress_tokens", "begin_suppress_tokens")
 MOST_ADDED_TOKENS = 1 << 18
@@ -56,7 +52,10 @@ def check_model(name: str) -> None:
         return
     optional = dict.fromkeys(("missing_entries", "gated_repo", "connection_errors"), False)
     options: dict[str, Any] = {f"_raise_exceptions_for_{what}": value for what, value in optional.items()}
-    found = cached_files(name, ["config.json", *FETCHED], **options)
+    try:
+        found = cached_files(name, ["config.json", *FETCHED], **options)
+    except Exception:  # no such name, no connection: loading it says so
+        return
     if found:
         check_folder(Path(found[0]).parent)
 
