@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+
+from hf_decoder.bounds import bounded
+from hf_decoder.interop.checkpoint import read_json, read_shapes
+from hf_decoder.strangers import check_numbers
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 LANGUAGE_MODEL, CLASSIFIER = "CAUSAL_LM", "SEQ_CLS"  # what PEFT calls the tasks of these heads
+MOST_LAYERS = 1 << 12
+MOST_RANK = 1 << 10  # whatever the weights are
 
 
 def is_adapter(folder: str | Path) -> bool:
@@ -28,13 +33,31 @@ def base_of(folder: str | Path) -> str:
         ValueError: if its adapter_config.json is damaged or names none.
     """
     path = Path(folder) / ADAPTER_CONFIG
-    try:
-        base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
+    base = read_adapter_config(path).get("base_model_name_or_path")
     if not base:
         raise ValueError(f"{path} names no base model; give the base as the model and this folder as the adapter")
     return str(base)
+
+
+def read_adapter_config(path: Path) -> dict[str, Any]:
+    """What an adapter_config.json says.
+
+    Raises:
+        ValueError: if it is damaged, or has PEFT import a module, or make layers without end.
+    """
+    values = read_json(path)
+    check_numbers(path, values)
+    if values.get("megatron_config"):
+        raise ValueError(f"{path} sets megatron_config, which has PEFT import the module that it names: not held here")
+    pairs = values.get("layer_replication")
+    if pairs is not None:
+        try:
+            count = sum(end - start for start, end in pairs)
+        except (TypeError, ValueError):
+            raise ValueError(f"{path} has a layer_replication that is no list of pairs of numbers") from None
+        if len(pairs) > MOST_LAYERS or not 0 < count <= MOST_LAYERS:
+            raise ValueError(f"{path} has a layer_replication of {count:,} layers; at most {MOST_LAYERS:,} are made")
+    return values
 
 
 def task_of(name: str) -> str | None:
@@ -45,6 +68,7 @@ def task_of(name: str) -> str | None:
     """
     from peft import PeftConfig
 
+    _check_config(name)
     with _explained(name):
         return PeftConfig.from_pretrained(name).task_type
 
@@ -54,8 +78,12 @@ def _explained(name: str) -> Iterator[None]:
     """What goes wrong with the files of an adapter, in one line."""
     try:
         yield
-    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
-        raise ValueError(f"{name} holds no adapter that PEFT can read: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # whatever PEFT makes of a stranger's config
+        raise ValueError(f"{name} holds no adapter that PEFT can read: {_first_line(error)}") from None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def load_adapter(model: Any, name: str, *, is_trainable: bool = False) -> Any:
@@ -69,6 +97,9 @@ def load_adapter(model: Any, name: str, *, is_trainable: bool = False) -> Any:
     from peft import PeftConfig, PeftModel
     from peft.utils import load_peft_weights
 
+    values = _check_config(name)
+    if values is not None:
+        _check_sizes(model, values, Path(name) / ADAPTER_WEIGHTS)
     with _explained(name):
         config = PeftConfig.from_pretrained(name)
         weights = load_peft_weights(name, device="cpu")
@@ -82,10 +113,10 @@ def load_adapter(model: Any, name: str, *, is_trainable: bool = False) -> Any:
         )
     try:
         return PeftModel.from_pretrained(model, name, is_trainable=is_trainable)
-    except (ValueError, RuntimeError) as error:
+    except Exception as error:  # whatever PEFT makes of a stranger's config
         raise ValueError(
             f"adapter {name} does not fit the base model (it was made for {config.base_model_name_or_path}): "
-            f"{str(error).splitlines()[0]}"
+            f"{_first_line(error)}"
         ) from None
 
 
@@ -133,6 +164,43 @@ def _check_task(model: Any, task: str | None, name: str) -> None:
     here = CLASSIFIER if type(model).__name__.endswith("ForSequenceClassification") else LANGUAGE_MODEL
     if task in heads and task != here:
         raise ValueError(f"adapter {name} is of {heads[task]}, and here it is put on {heads[here]}")
+
+
+def _check_config(name: str) -> dict[str, Any] | None:
+    """What the config of an adapter's folder says, once it is looked into; None for a name of the Hub."""
+    path = Path(name).expanduser() / ADAPTER_CONFIG
+    return read_adapter_config(path) if path.is_file() else None
+
+
+def _check_sizes(model: Any, values: dict[str, Any], weights: Path) -> None:
+    """Raises ValueError for sizes in an adapter's config that its weights do not have: PEFT makes room for them first.
+
+    The expressions that name modules are tried, too, within the limits of time.
+    """
+    shapes = read_shapes(weights) if weights.is_file() else {}
+    largest = max((size for shape in shapes.values() for size in shape), default=0)
+    patterns = values.get("rank_pattern") or {}
+    sizes = {name: value for name, value in values.items() if name not in ("lora_alpha", "alpha", "bone_alpha")}
+    sizes |= (
+        {f"rank_pattern of {key!r}": value for key, value in patterns.items()} if isinstance(patterns, dict) else {}
+    )
+    for name, value in sizes.items():
+        if isinstance(value, int | float) and value > max(MOST_RANK, largest):
+            raise ValueError(
+                f"{weights.parent} asks for {name}={value:,}, and its weights have sizes up to {largest:,}"
+            )
+    named = [values.get(name) for name in ("target_modules", "exclude_modules", "layers_pattern")]
+    named += [key for name in ("rank_pattern", "alpha_pattern") for key in values.get(name) or ()]
+    modules = [name for name, _ in model.named_modules()]
+    try:
+        with bounded(f"the expression that {weights.parent} names modules by"):
+            for pattern in named:
+                if isinstance(pattern, str):
+                    expression = re.compile(pattern)
+                    for module in modules:
+                        expression.fullmatch(module)
+    except re.error as error:
+        raise ValueError(f"{weights.parent} names modules by {pattern!r}, which is no expression: {error}") from None
 
 
 def _same_base(named: str, given: str) -> bool:

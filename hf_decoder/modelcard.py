@@ -12,6 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .loading_lines import finetuned_load_lines, load_lines, neutral
 from .markup import code, line, plain, quoted
+from .terminal import printable
 
 NOT_MEASURED = "not measured"
 TEMPLATE_NAME = "model_card.md"
@@ -83,8 +84,7 @@ def write_model_card(
     )
     fields = {"title": plain(name), "load_lines": load_lines(_address(folder)), **_measured(results), **_stated(words)}
     card = ModelCard.from_template(card_data, template_path=str(template_path()), **fields)
-    card.save(folder / "README.md")
-    return card
+    return _save(card, folder)
 
 
 # name in eval_results.json -> (task of the Hub, metric id of the Hub, name shown)
@@ -250,8 +250,7 @@ def write_finetuning_card(
         method=words["method"],
         **fields,
     )
-    card.save(folder / "README.md")
-    return card
+    return _save(card, folder)
 
 
 CONVERSION_TEMPLATE = """---
@@ -344,8 +343,7 @@ def write_conversion_card(
         elsewhere="see the card of the source" if source_data else "unknown, the source had no card",
         license=plain(known.get("license_name") or known.get("license") or "unknown"),
     )
-    card.save(folder / "README.md")
-    return card
+    return _save(card, folder)
 
 
 TRUST = (
@@ -353,6 +351,12 @@ TRUST = (
     'have\nread with `revision="..."`. Where the `hf_decoder` package is installed, `import hf_decoder` registers the '
     "model and\nno code of this folder is run."
 )
+
+
+def _save(card: ModelCard, folder: str | Path) -> ModelCard:
+    """Writes a new README.md, in which names and words of others are text alone."""
+    (Path(folder) / "README.md").write_text(printable(card.content), encoding="utf-8")
+    return card
 
 
 def _metadata(path: Path | None) -> dict[str, Any]:

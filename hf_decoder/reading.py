@@ -7,6 +7,7 @@ import codecs
 import glob
 import gzip
 import hashlib
+import io
 import json
 import lzma
 import os
@@ -18,6 +19,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 PathLike = str | os.PathLike[str]
+
+# Text is packed to a third or a tenth, a file of one line over and over to a hundredth; up to so much it is no matter.
+MOST_GROWTH, FREE_BYTES = 200, 16 << 20
+MOST_ROWS_A_BYTE = 64  # of a parquet file: as many rows as it likes may be the same one, told once
 
 
 # Suffix -> builder of `datasets`.
@@ -180,12 +185,33 @@ def _open(path: Path) -> Iterator[BinaryIO]:
         return
     try:
         with unpack(path) as unpacked:
-            yield cast(BinaryIO, unpacked)
+            yield cast(BinaryIO, _Unpacked(unpacked, path))
     except (gzip.BadGzipFile, lzma.LZMAError, EOFError, zlib.error, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # bz2 says by one without a number that it is none
             raise
         kind = path.suffix[1:].lower()
         raise ValueError(f"{path} is not a whole {NAMES.get(kind, kind)} file ({error}); compress it again") from None
+
+
+class _Unpacked(io.RawIOBase):
+    """What a packed file holds, as long as that is not `MOST_GROWTH` times what the file takes."""
+
+    def __init__(self, unpacked: Any, path: Path):
+        self._unpacked, self._path, self._read = unpacked, path, 0
+        self._most = max(FREE_BYTES, MOST_GROWTH * path.stat().st_size)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = self._unpacked.readinto(buffer)
+        self._read += count
+        if self._read > self._most:
+            raise ValueError(
+                f"{self._path} unpacks to more than {MOST_GROWTH} times its {self._path.stat().st_size:,} bytes, "
+                "as no text does; unpack it yourself if it is to be trusted"
+            )
+        return count
 
 
 def plain_file(path: Path, encoding: str | None = None) -> Path:
@@ -243,6 +269,8 @@ def load_table(
     for path, file in zip(paths, plain, strict=True):
         if file.stat().st_size == 0:
             raise ValueError(f"{path} is empty; it needs at least one row")
+        if builder == "parquet":
+            _check_rows(file, path)
     files = [glob.escape(str(file)) for file in plain]
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)  # what it logs on the way to an error, the error says
@@ -274,6 +302,26 @@ def _column_alone(files: Sequence[Path], column: str | None) -> Any:
     if not any(texts) or not all(isinstance(text, str | None) for text in texts):
         return None
     return Dataset.from_dict({column: texts}, Features({column: Value("large_string")}))
+
+
+def _check_rows(file: Path, path: Path) -> None:
+    """Raises ValueError for a parquet file of more rows, or larger ones, than its bytes can hold."""
+    from pyarrow import ArrowException
+    from pyarrow.parquet import read_metadata
+
+    try:
+        metadata = read_metadata(file)
+        sizes = [metadata.row_group(index).total_byte_size for index in range(metadata.num_row_groups)]
+    except (ArrowException, OSError):
+        return  # the reader says what is wrong
+    packed = file.stat().st_size
+    if metadata.num_rows > max(FREE_BYTES, MOST_ROWS_A_BYTE * packed) or sum(sizes) > max(
+        FREE_BYTES, MOST_GROWTH * packed
+    ):
+        raise ValueError(
+            f"{path} has {metadata.num_rows:,} rows of {sum(sizes):,} bytes in a file of {packed:,} "
+            "bytes, as no text has"
+        )
 
 
 def explain_table(builder: str, paths: list[Path], name: str, error: BaseException) -> ValueError:

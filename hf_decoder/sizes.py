@@ -38,15 +38,10 @@ def check_sizes(
         return
     shapes = {name: shape for file in files for name, shape in read_shapes(file).items()}
     held = sum(math.prod(shape) for shape in shapes.values())
-    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
-    if isinstance(layers, int) and layers > max(len(shapes), 128):  # each has tensors, and many take long to build
-        raise ValueError(
-            f"the weights in {folder} do not fit its config.json: they are {len(shapes):,} tensors in all, but "
-            f"num_hidden_layers={layers} asks for more; correct it, or take the weights that belong to it"
-        )
+    check_layers(config, len(shapes), str(folder))
     try:
         asked = _shapes(config, auto_class, trust_remote_code)
-    except (RuntimeError, OverflowError, MemoryError) as error:  # not even the shapes can be formed
+    except Exception as error:  # not even the shapes can be formed, from whatever a stranger's config says
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"config.json in {folder} describes a model that cannot be built: {reason}") from None
     total = sum(math.prod(shape) for shape in asked.values())
@@ -62,6 +57,19 @@ def check_sizes(
         f"{held:,}: {name!r} is {there}, but {because or 'the config'} asks for {list(asked[name])}; correct "
         "config.json, or take the weights that belong to it"
     )
+
+
+def check_layers(config: Any, count: int, where: str) -> None:
+    """Raises ValueError for a config of more layers than there are tensors: each layer has some.
+
+    Many layers take long to build. `count` is the number of tensors, `where` where they are.
+    """
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    if isinstance(layers, int) and layers > max(count, 128):
+        raise ValueError(
+            f"the weights in {where} do not fit its config.json: they are {count:,} tensors in all, but "
+            f"num_hidden_layers={layers} asks for more; correct it, or take the weights that belong to it"
+        )
 
 
 def _shapes(config: PretrainedConfig, auto_class: Any, trust_remote_code: bool) -> dict[str, tuple[int, ...]]:

@@ -140,11 +140,11 @@ def test_adapter_for_another_base_is_refused(base, tmp_path, changes, difference
 
 def test_damaged_adapters(base, tmp_path):
     folder = tmp_path / "adapter"
-    with pytest.raises(ValueError, match="no adapter that PEFT can read"):
+    with pytest.raises(ValueError, match=r"no adapter that PEFT can read|is damaged or cut short"):
         load_adapter(make(), str(base))
     adapt(make()).save_pretrained(folder)
     (folder / "adapter_model.safetensors").write_bytes(b"no weights")
-    with pytest.raises(ValueError, match="no adapter that PEFT can read"):
+    with pytest.raises(ValueError, match=r"no adapter that PEFT can read|is damaged or cut short"):
         load_adapter(make(), str(folder))
     path = folder / "adapter_config.json"
     path.write_text(json.dumps({"peft_type": "LORA"}), encoding="utf-8")

@@ -94,11 +94,11 @@ def load_config(name: str, *, trust_remote_code: bool = False) -> PretrainedConf
     Raises:
         ValueError: if there is no such folder, its config.json is damaged, or it describes another kind of model.
     """
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
 
     import hf_decoder  # noqa: F401  (registers the model type)
     from hf_decoder.interop.checkpoint import read_config_values
+    from hf_decoder.strangers import check_model
 
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -107,11 +107,12 @@ def load_config(name: str, *, trust_remote_code: bool = False) -> PretrainedConf
         raise ValueError(f"{name} is a file; give the folder that holds config.json and the weights")
     elif name.startswith((".", "/", "~")) or name.count("/") > 1 or ("/" in name and folder.parent.is_dir()):
         raise ValueError(f"folder {name} does not exist")
+    check_model(name)
     try:
         config = AutoConfig.from_pretrained(
             str(folder) if folder.is_dir() else name, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+    except Exception as error:  # whatever a stranger's config makes of itself
         if folder.is_dir():
             raise ValueError(
                 f"config.json in {name} is not a model this program knows: {_first_line(error)}"
@@ -230,7 +231,7 @@ def _load(auto_class: Any, name: str, trust_remote_code: bool, adapter: str | No
         raise ValueError(
             f"the weights in {name} are damaged or cut short ({_first_line(error)}); copy or download them again"
         ) from None
-    except (OSError, RuntimeError, ImportError) as error:
+    except Exception as error:  # of weights that do not fit, of a quantization_config that is nonsense, of any class
         raise ValueError(f"the weights in {name} cannot be loaded: {_first_line(error)}") from None
     finally:
         logging.set_verbosity(verbosity)
@@ -284,8 +285,13 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
     """
     from transformers import AutoTokenizer
 
+    from hf_decoder.bounds import bound_templates
+    from hf_decoder.strangers import check_model
+
     if not (Path(name) / "tokenizer_config.json").is_file():
         name = _base(name)
+    check_model(name)
+    bound_templates()
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizers raises bare Exception for a damaged file

@@ -28,6 +28,7 @@ from hf_decoder.completion import Prompt, complete
 from hf_decoder.examples import read_prompts, read_rows
 from hf_decoder.judgment import JudgmentFile, Pair, blind_pairs
 from hf_decoder.judgment_page import JudgmentServer
+from hf_decoder.terminal import printable
 
 KEYS = {"1": "left", "l": "left", "2": "right", "r": "right", "t": "tie", "0": "tie"}
 NARROWEST = 60
@@ -163,9 +164,8 @@ def side_by_side(pair: Pair, width: int) -> list[str]:
 
 
 def _wrap(text: str, width: int) -> list[str]:
-    """Lines of at most `width` characters; the text's own line ends stay, control characters do not."""
+    """Lines of at most `width` characters; its own line ends stay, what is no text is spelt out."""
     lines: list[str] = []
-    for line in text.expandtabs(4).split("\n"):
-        shown = "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in line)
-        lines += textwrap.wrap(shown, width, drop_whitespace=False, replace_whitespace=False) or [""]
+    for line in printable(text.replace("\r\n", "\n")).expandtabs(4).split("\n"):
+        lines += textwrap.wrap(line, width, drop_whitespace=False, replace_whitespace=False) or [""]
     return lines

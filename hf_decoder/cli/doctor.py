@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_decoder.cli.flags.doctor import DoctorArguments
 from hf_decoder.doctor import FAIL, PASS, SKIP, WARN, DoctorReport, run_doctor
+from hf_decoder.terminal import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,7 +33,7 @@ def main(args: DoctorArguments) -> int:
     if args.json is not None:
         values = {"ok": ok, "reports": [report.to_dict() for report in reports]}
         Path(args.json).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    _print(reports)
+    _print([_printable(report) for report in reports])
     return 0 if ok else 1
 
 
@@ -40,7 +42,8 @@ def _examine(name: str, level: str, args: DoctorArguments) -> DoctorReport:
     from rich.text import Text
 
     console = Console(stderr=True)
-    with console.status(Text(name)) as status:
+    shown = Text(printable(name))
+    with console.status(shown) as status:
         return run_doctor(
             name,
             level=level,
@@ -48,8 +51,15 @@ def _examine(name: str, level: str, args: DoctorArguments) -> DoctorReport:
             trust_remote_code=args.trust_remote_code,
             revision=args.revision,
             text_file=args.text_file,
-            progress=lambda claim: status.update(Text(f"{name}: {claim}")),
+            progress=lambda claim: status.update(shown + f": {claim}"),
         )
+
+
+def _printable(report: DoctorReport) -> DoctorReport:
+    """The report as rich may print it, which writes past what guards the streams."""
+    rows = tuple(replace(row, detail=printable(row.detail), remedy=printable(row.remedy)) for row in report.rows)
+    names = {"checkpoint": printable(report.checkpoint), "model_type": printable(report.model_type)}
+    return replace(report, rows=rows, **names)
 
 
 def _print(reports: Sequence[DoctorReport]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from hf_decoder.interrupts import describe, interrupt, on_signal
 from hf_decoder.noise import silence
+from hf_decoder.terminal import guard_streams
 
 VERBS = {
     "pretrain": "train a tokenizer and a language model from raw text",
@@ -61,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns the exit code: 0, 2 for an error of the user's, 130 or 143 for Ctrl-C or SIGTERM, 141 if nobody reads the
     output any more, as of `hf-decoder ... | head`.
     """
+    guard_streams()
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = f"hf-decoder {arguments[0]}" if arguments and arguments[0] in VERBS else "hf-decoder"
     try:
@@ -84,6 +86,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if line is not None:
             print(f"{name}: {line}", file=sys.stderr)
         return code
+    except BaseException as error:
+        # What libraries make of a stranger's files; a panic of the Rust parts of tokenizers is no Exception.
+        is_fault = isinstance(error, Exception) or type(error).__name__ == "PanicException"
+        if not is_fault or os.environ.get(TRACEBACK_VARIABLE):
+            raise
+        return _fail(name, f"{type(error).__name__}: {error} ({TRACEBACK_VARIABLE}=1 shows where it came from)")
 
 
 def _answer(arguments: list[str]) -> int:

@@ -14,7 +14,9 @@ from typing import Any
 import transformers
 
 import hf_decoder
+from hf_decoder.bounds import bound_templates
 from hf_decoder.cli import load_model, load_tokenizer
+from hf_decoder.strangers import check_folder
 
 PACKAGES = ("fastapi", "uvicorn", "openai")
 
@@ -28,12 +30,19 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError("--continuous-batching gives every request the settings of the first one; leave it out")
     import click
     from transformers.cli.transformers import app
+    from uvicorn.config import LOGGING_CONFIG
 
     from hf_decoder.serving import install
 
     for name in hf_decoder.__all__:
         setattr(transformers, name, getattr(hf_decoder, name))
     install(_manager())
+    bound_templates()
+    for name in argv:
+        if Path(name).is_dir():
+            check_folder(Path(name))
+    for formatter in LOGGING_CONFIG["formatters"].values():
+        formatter["use_colors"] = False  # no sequence reaches the terminal, a server's own neither
     try:
         app(args=["serve", *argv], prog_name="hf-decoder", standalone_mode=False)
     except click.exceptions.Abort:

@@ -24,10 +24,12 @@ from transformers.utils import logging
 
 import hf_decoder  # noqa: F401  (registers the model type)
 from hf_decoder.adapters import is_adapter
+from hf_decoder.bounds import bound_templates
 from hf_decoder.doctor.code import Code, Origin, code_of, read_json
 from hf_decoder.interop.checkpoint import read_config_values
 from hf_decoder.interop.families import OURS
 from hf_decoder.sizes import check_sizes
+from hf_decoder.strangers import check_folder
 
 # Weights in formats other than safetensors are reported by name, not downloaded.
 NOT_DOWNLOADED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.tflite")
@@ -123,6 +125,7 @@ class Subject:
         auto_class: Any = AutoModelForCausalLM
         with quiet():
             try:
+                check_folder(self.folder)
                 check_sizes(folder or self.folder, self.config, trust_remote_code=self.trust_remote_code)
             except Exception as error:  # damaged weights, missing code, a class that fails
                 raise Unloadable(first_line(error)) from None
@@ -184,6 +187,8 @@ class Subject:
             return None
         with quiet():
             try:
+                check_folder(self.folder)
+                bound_templates()
                 return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
             except Exception as error:  # tokenizers raises bare Exception for a damaged file
                 raise Unloadable(first_line(error)) from None

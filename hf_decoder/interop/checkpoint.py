@@ -21,7 +21,6 @@ from typing import Any
 import psutil
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import GenerationConfig
 
 INDEX_NAME = "model.safetensors.index.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -49,6 +48,10 @@ SIDE_FILES = (
     "NOTICE*",
     "USE_POLICY*",
 )
+# Largest JSON files that tokenizers come with have some 30 MB.
+MOST_JSON_BYTES = 256 << 20
+MOST_LEVELS = 64
+MAY_BE_INFINITE = ("time_step_limit",)  # of Mamba's kin, which have no upper one
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", re.IGNORECASE)
 
 
@@ -61,13 +64,64 @@ def read_config_values(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"folder {folder} holds no model: it has no config.json")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
-    if not isinstance(values, dict) or not values.get("model_type"):
+    values = read_json(path)
+    if not isinstance(values.get("model_type"), str) or not values["model_type"]:
         raise ValueError(f"{path} names no model_type")
     return values
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a checkpoint, as `parse_json` allows.
+
+    Raises:
+        ValueError: naming the file and what is wrong with it.
+    """
+    size = path.stat().st_size
+    if size > MOST_JSON_BYTES:
+        raise ValueError(f"{path} has {size:,} bytes; at most {MOST_JSON_BYTES:,} are read")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    return parse_json(text, str(path))
+
+
+def parse_json(text: Any, where: str) -> dict[str, Any]:
+    """The object that a stranger's JSON holds: no key twice, no number that is none, no endless nesting.
+
+    Raises:
+        ValueError: naming `where`, and what is wrong.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise ValueError(f"the key {twice!r} is there twice")
+        return found
+
+    try:
+        values = json.loads(text, object_pairs_hook=unique)
+        _check_values([values])
+    except RecursionError:
+        raise ValueError(f"{where} is damaged: it is nested too deeply") from None
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{where} is damaged: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{where} is damaged: it holds a {type(values).__name__}, not an object")
+    return values
+
+
+def _check_values(values: Any, key: str = "", depth: int = 0) -> None:
+    """Raises ValueError where values lie more than `MOST_LEVELS` deep, and for a number that is not finite."""
+    if depth > MOST_LEVELS:
+        raise ValueError("it is nested too deeply")
+    for name, value in values.items() if isinstance(values, dict) else ((key, value) for value in values):
+        if isinstance(value, dict | list):
+            _check_values(value, name, depth + 1)
+        elif isinstance(value, float) and not math.isfinite(value) and name not in MAY_BE_INFINITE:
+            raise ValueError(f"{name}={value} is no number")
 
 
 @dataclass(frozen=True)
@@ -352,22 +406,6 @@ def side_files(folder: Path) -> list[Path]:
     """Tokenizer, chat template, generation config and licence in `folder`, as paths relative to it."""
     found = {path for pattern in SIDE_FILES for path in folder.glob(pattern) if path.is_file()}
     return sorted(path.relative_to(folder) for path in found)
-
-
-def check_side_files(folder: Path) -> None:
-    """Raises ValueError, naming the file, if one of the `side_files` is no JSON, or generation is told nonsense."""
-    for path in side_files(folder):
-        if path.suffix == ".json":
-            try:
-                json.loads((folder / path).read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise ValueError(f"{folder / path} is damaged: {error}") from None
-    if (folder / GENERATION_NAME).is_file():
-        try:
-            GenerationConfig.from_pretrained(folder)
-        except Exception as error:  # whatever its fields make of it
-            reason = " ".join(str(error).split())
-            raise ValueError(f"{folder / GENERATION_NAME} cannot be used: {reason}") from None
 
 
 def copy_side_files(source: Path, destination: Path) -> None:

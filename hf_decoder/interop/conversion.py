@@ -23,6 +23,8 @@ from hf_decoder.interop.checkpoint import LazyTensor, Tensors
 from hf_decoder.interop.families import FAMILIES, OURS, BuiltConfig, Family, fused_names, read_config, to_stock
 from hf_decoder.model.configuration_hf_decoder import AUTO_MAP
 from hf_decoder.modelcard import DIFFERENCE, NOT_MEASURED, write_conversion_card
+from hf_decoder.sizes import check_layers
+from hf_decoder.strangers import check_folder
 
 GGUF, ONNX = "gguf", "onnx"
 TARGETS = ("auto", OURS, *FAMILIES, GGUF, ONNX)
@@ -70,7 +72,7 @@ def open_source(name: str, revision: str | None = None) -> Source:
     else:
         folder = checkpoint.locate(name, revision)
         config, family = read_config(folder)
-        checkpoint.check_side_files(folder)
+        check_folder(folder)
         stored = {n: t for n, t in checkpoint.read_tensors(folder).items() if not checkpoint.IGNORED.fullmatch(n)}
         tensors = stored if family is None else _under_our_names(family, config, stored, str(folder))
 
@@ -80,6 +82,7 @@ def open_source(name: str, revision: str | None = None) -> Source:
                 _name_tokenizer_class(destination, family)
 
         source = Source(folder, config, family, tensors, copy)
+    check_layers(config, len(source.tensors), str(source.path))
     tensors = _without_tied_head(source)
     checkpoint.check(tensors, _shapes(HfDecoderForCausalLM, config), str(source.path))
     if config.dtype is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +12,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast
 
 from hf_decoder.interop import gguf_names as names
-from hf_decoder.interop.checkpoint import LazyTensor, Tensors
+from hf_decoder.interop.checkpoint import LazyTensor, Tensors, parse_json
 from hf_decoder.interop.families import BuiltConfig
+from hf_decoder.interop.gguf_file import StoredTensor, read_file
 from hf_decoder.interop.gguf_write import Plan, require_package
 from hf_decoder.interop.verification import VerificationError, text_ids
 from hf_decoder.model.configuration_hf_decoder import HfDecoderConfig
@@ -33,6 +33,7 @@ KEYS = {
     "rms_norm_eps": "attention.layer_norm_rms_epsilon",
 }
 EMBEDDING = "token_embd.weight"
+SPECIAL_IDS = ("bos", "eos", "padding")
 # Fields that the tensors and their names tell.
 TOLD = ("vocab_size", "head_dim", "qk_norm", "attention_bias", "tie_word_embeddings")
 # Half a step of each type, of a value itself or of the largest in its block, and what rounding the scale adds.
@@ -49,19 +50,18 @@ def read(path: Path) -> tuple[BuiltConfig, Tensors, Callable[[Path], None]]:
         ValueError: if the file is damaged, or of another architecture than those held here.
     """
     gguf = require_package()
-    try:
-        reader = gguf.GGUFReader(path)
-        metadata = {key: field.contents() for key, field in reader.fields.items()}
-        stored = {tensor.name: tensor for tensor in reader.tensors}
-    except (ValueError, IndexError, KeyError, OSError, OverflowError, MemoryError) as error:
-        raise ValueError(f"{path} is no GGUF file, or is cut short ({error})") from None
+    metadata, stored = read_file(path, gguf)
     architecture = metadata.get("general.architecture")
-    if architecture not in names.ARCHITECTURES:
+    if not isinstance(architecture, str) or architecture not in names.ARCHITECTURES:
         raise ValueError(
             f"{path} has general.architecture={architecture!r}; held are {', '.join(names.ARCHITECTURES)}"
         )
     config = _config(path, architecture, metadata, stored)
-    return config, _tensors(gguf, path, architecture, config, stored), _tokenizer_writer(path, metadata)
+    return (
+        config,
+        _tensors(gguf, path, architecture, config, stored),
+        _tokenizer_writer(path, metadata, config.vocab_size),
+    )
 
 
 def verify(path: Path, plan: Plan, tensors: Tensors, folder: Path) -> None:
@@ -126,10 +126,11 @@ def _config(path: Path, architecture: str, metadata: dict[str, Any], stored: dic
     values: dict[str, Any] = {name: metadata.get(f"{architecture}.{key}") for name, key in KEYS.items()}
     bias = "blk.0.attn_q.bias" in stored
     attention_bias = bias and ("qkv" if "blk.0.attn_output.bias" not in stored else True)
-    ids = {kind: metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("bos", "eos", "padding")}
-    # sizes come innermost first
-    vocab_size = int(stored[EMBEDDING].shape[1])
-    return HfDecoderConfig(
+    ids = {kind: metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in SPECIAL_IDS}
+    if len(stored[EMBEDDING].shape) != 2:
+        raise ValueError(f"{path} has {EMBEDDING} of {len(stored[EMBEDDING].shape)} dimensions; it must be a matrix")
+    vocab_size = stored[EMBEDDING].shape[1]  # sizes come innermost first
+    fields: dict[str, Any] = dict(
         **values,
         vocab_size=vocab_size,
         head_dim=metadata.get(f"{architecture}.attention.key_length"),
@@ -142,11 +143,15 @@ def _config(path: Path, architecture: str, metadata: dict[str, Any], stored: dic
         pad_token_id=ids["padding"],
         dtype=DTYPES.get(stored[EMBEDDING].tensor_type.name, torch.float32),
     )
+    try:
+        return HfDecoderConfig(**fields)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} describes no model that can be: {error}") from None
 
 
 def _rope(path: Path, architecture: str, metadata: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
     if names.ROPE_KEY in metadata:
-        return json.loads(metadata[names.ROPE_KEY])
+        return parse_json(metadata[names.ROPE_KEY], f"{names.ROPE_KEY} in {path}")
     if names.ROPE_FREQUENCIES in stored:
         raise ValueError(
             f"{path} scales RoPE by the tensor {names.ROPE_FREQUENCIES} and does not say by which rule; convert the "
@@ -178,7 +183,7 @@ def _tensors(gguf: Any, path: Path, architecture: str, config: BuiltConfig, stor
             tensor = tensor.reshape(shape).to(config.dtype)
             return tensor if heads is None else names.separate(tensor, heads)
 
-        shape = tuple(int(size) for size in reversed(theirs.shape))
+        shape = tuple(reversed(theirs.shape))
         return load
 
     tensors = {}
@@ -188,22 +193,59 @@ def _tensors(gguf: Any, path: Path, architecture: str, config: BuiltConfig, stor
         name = names.to_ours(theirs_name)
         if name is None:
             raise ValueError(f"{path} holds the tensor {theirs_name!r}, which is not held here")
-        shape = tuple(int(size) for size in reversed(theirs.shape))
+        if theirs.tensor_type.name not in DTYPES:
+            _check_readable(gguf, path, theirs_name, theirs)
+        shape = tuple(reversed(theirs.shape))
         tensors[name] = LazyTensor(shape, config.dtype, loader(name, theirs))
     return tensors
 
 
-def _tokenizer_writer(path: Path, metadata: dict[str, Any]) -> Callable[[Path], None]:
+def _check_readable(gguf: Any, path: Path, name: str, theirs: StoredTensor) -> None:
+    try:
+        gguf.dequantize(theirs.data[(0,) * (theirs.data.ndim - 1)][None], theirs.tensor_type)
+    except NotImplementedError:
+        raise ValueError(f"{path} holds {name!r} of type {theirs.tensor_type.name}, which is not held here") from None
+
+
+def _tokenizer_writer(path: Path, metadata: dict[str, Any], vocab_size: int) -> Callable[[Path], None]:
     pre_tokenizer = metadata.get("tokenizer.ggml.pre")
     known = (*names.SPLITS, names.GPT2, names.SMOLLM)
     if metadata.get("tokenizer.ggml.model") != "gpt2" or pre_tokenizer not in known:
         kind = f"{metadata.get('tokenizer.ggml.model')!r} with pre-tokenizer {pre_tokenizer!r}"
         raise ValueError(f"{path} has a tokenizer of type {kind}; held are 'gpt2' with {', '.join(known)}")
+    _check_tokenizer(path, metadata, vocab_size)
 
     def write(folder: Path) -> None:
-        _tokenizer(metadata, pre_tokenizer).save_pretrained(folder)
+        try:
+            tokenizer = _tokenizer(metadata, pre_tokenizer)
+        except Exception as error:  # tokenizers raises bare Exception for tokens and merges that do not fit
+            raise ValueError(f"{path} has a tokenizer that cannot be built: {' '.join(str(error).split())}") from None
+        tokenizer.save_pretrained(folder)
 
     return write
+
+
+def _check_tokenizer(path: Path, metadata: dict[str, Any], vocab_size: int) -> None:
+    """Raises ValueError where tokens, their types, merges or special ids are not what a tokenizer is made of."""
+    kinds = {"tokens": str, "token_type": int, "merges": str}
+    lists = {name: metadata.get(f"tokenizer.ggml.{name}") for name in kinds}
+    for name, values in lists.items():
+        if not isinstance(values, list) or not all(type(value) is kinds[name] for value in values):
+            raise ValueError(f"{path} has no list of tokenizer.ggml.{name}")
+    tokens, types, _ = (metadata[f"tokenizer.ggml.{name}"] for name in kinds)
+    if not len(tokens) == len(types) <= vocab_size:
+        raise ValueError(
+            f"{path} has {len(tokens):,} tokens, {len(types):,} types of tokens and {vocab_size:,} embeddings"
+        )
+    template = metadata.get("tokenizer.chat_template")
+    if not isinstance(template, str | None):
+        raise ValueError(f"{path} has a tokenizer.chat_template that is no text")
+    for kind in SPECIAL_IDS:
+        value = metadata.get(f"tokenizer.ggml.{kind}_token_id")
+        if value is not None and (type(value) is not int or not 0 <= value < len(tokens)):
+            raise ValueError(
+                f"{path} has tokenizer.ggml.{kind}_token_id={value!r}, which is none of its {len(tokens):,} tokens"
+            )
 
 
 def _tokenizer(metadata: dict[str, Any], pre_tokenizer: str) -> PreTrainedTokenizerFast:
@@ -219,7 +261,7 @@ def _tokenizer(metadata: dict[str, Any], pre_tokenizer: str) -> PreTrainedTokeni
     steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre_tokenizer not in names.SPLITS))
     backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
     backend.decoder = decoders.ByteLevel()
-    ids = {kind: metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("bos", "eos", "padding")}
+    ids = {kind: metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in SPECIAL_IDS}
     special = {kind: tokens[i] for kind, i in ids.items() if i is not None}
     ends: list[Any] = [processors.ByteLevel(trim_offsets=False)]
     front = special.get("bos") if metadata.get("tokenizer.ggml.add_bos_token") else None

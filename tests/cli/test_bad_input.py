@@ -209,7 +209,7 @@ def test_damaged_weights(fails, run, model_copy, tmp_path, damage, verb):
         ('{"hidden_size": 32}', "model_type"),
         ('{"model_type": "hf_decoder", "num_attention_heads": 5, "head_dim": 2}', "num_attention_heads=5"),
         ('{"model_type": "llama", "hidden_size": 30, "num_attention_heads": 7}', "(30)"),
-        ("[1]", "model_type"),
+        ("[1]", "a list, not an object"),
         ('{"model_type": ', "damaged"),
         (None, "no config.json"),
     ],

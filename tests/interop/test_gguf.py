@@ -6,6 +6,9 @@ import inspect
 import json
 import math
 import pydoc_data.topics
+import struct
+import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +22,7 @@ from stock_models import LLAMA3, SHAPE, YARN, assert_identical, ids, longrope, r
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM
+from hf_decoder.cli.main import main
 from hf_decoder.interop import gguf_write
 from hf_decoder.interop.checkpoint import LazyTensor
 from hf_decoder.interop.conversion import convert
@@ -306,6 +310,72 @@ def test_a_damaged_or_foreign_file_is_one_line(tmp_path, text_tokenizer):
     with pytest.raises(ValueError, match=r"general\.architecture='gpt2'"):
         convert(str(tmp_path / "other.gguf"), tmp_path / "back")
     assert not (tmp_path / "back").exists()
+
+
+def header(fields: list[bytes], tensors: Sequence[bytes] = (), counts: tuple[int, int] | None = None) -> bytes:
+    tensor_count, field_count = counts or (len(tensors), len(fields))
+    return b"GGUF" + struct.pack("<IQQ", 3, tensor_count, field_count) + b"".join([*fields, *tensors])
+
+
+def field(key: str, kind: int, value: bytes) -> bytes:
+    return struct.pack("<Q", len(key)) + key.encode() + struct.pack("<I", kind) + value
+
+
+def array(kind: int, count: int) -> bytes:
+    return field("tokenizer.ggml.tokens", 9, struct.pack("<IQ", kind, count))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        header([array(8, 2**40)]),
+        header([array(8, 2**63)]),
+        header([array(0, 2**40)]),
+        header([array(9, 1) + struct.pack("<IQ", 9, 2**40)]),
+        header([field("a", 9, struct.pack("<IQ", 9, 1) * 1000)]),
+        header([array(77, 1)]),
+        header([field("a", 99, b"")]),
+        header([field("a", 8, struct.pack("<Q", 2**63))]),
+        header([], counts=(2**63, 0)),
+        header([], counts=(0, 2**64 - 1)),
+        header([field("a", 0, b"\0")] * 2),
+        header([field("general.alignment", 4, struct.pack("<I", 0))]),
+        header([field("general.alignment", 8, struct.pack("<Q", 1) + b"x")]),
+        header([], [struct.pack("<Q", 1) + b"a" + struct.pack("<I", 2**31)]),
+        header([], [struct.pack("<Q", 1) + b"a" + struct.pack("<IQQIQ", 2, 2**33, 2**33, 0, 0)]),
+        header([], [struct.pack("<Q", 1) + b"a" + struct.pack("<IQQIQ", 2, 2**40, 0, 0, 0)]),
+        header([], [struct.pack("<Q", 1) + b"a" + struct.pack("<IQQIQ", 2, 1, 1, 9999, 0)]),
+        header([], [struct.pack("<Q", 1) + b"a" + struct.pack("<IQQIQ", 2, 1, 1, 0, 2**63)]),
+        header([struct.pack("<Q", 1) + b"\xff" + b"\0" * 8]),
+    ],
+)
+def test_counts_are_held_against_the_bytes_that_are_there(tmp_path, capsys, content):
+    (tmp_path / "hostile.gguf").write_bytes(content)
+    start = time.process_time()
+    assert main(["convert", str(tmp_path / "hostile.gguf"), str(tmp_path / "back")]) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and "is no GGUF file, or is cut short" in line and "Traceback" not in line
+    assert time.process_time() - start < 2 and not (tmp_path / "back").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("eos_token_id", -5), ("eos_token_id", 2**31), ("bos_token_id", 10**6), ("padding_token_id", "end")],
+)
+def test_special_ids_must_be_tokens(tmp_path, text_tokenizer, capsys, monkeypatch, key, value):
+    save(tmp_path / "ours", text_tokenizer)
+    header_of = gguf.GGUFWriter.write_header_to_file
+
+    def counted(self, *args, **kwargs):
+        self.kv_data[0].pop(f"tokenizer.ggml.{key}", None)
+        kind = gguf.GGUFValueType.STRING if isinstance(value, str) else gguf.GGUFValueType.INT64
+        self.add_key_value(f"tokenizer.ggml.{key}", value, kind)
+        header_of(self, *args, **kwargs)
+
+    monkeypatch.setattr(gguf.GGUFWriter, "write_header_to_file", counted)
+    convert(str(tmp_path / "ours"), tmp_path / "model.gguf", to="gguf", verify=False)
+    assert main(["convert", str(tmp_path / "model.gguf"), str(tmp_path / "back")]) == 2
+    assert "token_id" in (line := capsys.readouterr().err) and line.count("\n") == 1
 
 
 def real_lines(count: int) -> list[str]:

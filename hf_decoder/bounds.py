@@ -1,0 +1,89 @@
+"""Limits of time and memory for what a stranger's text has Python do: a chat template, an expression that matches
+names."""
+
+from __future__ import annotations
+
+import functools
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+SECONDS = 10.0
+MEMORY_BYTES = 256 << 20
+# A rendered conversation is this much longer than its messages, tools and documents together, at most.
+MOST_FACTOR, MOST_CHARACTERS = 8, 1 << 20
+
+
+class _TooLongError(BaseException):
+    """No Exception: jinja goes on after any of those where it works out what is constant."""
+
+
+@contextmanager
+def bounded(what: str) -> Iterator[None]:
+    """Ends the block once it takes more than `SECONDS`, or than `MEMORY_BYTES` beyond what is taken already.
+
+    Only in the main thread, and where the system can: not on Windows, and memory on Linux alone.
+
+    Raises:
+        ValueError: naming `what`.
+    """
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+    import resource
+
+    def stop(number: int, frame: Any) -> None:
+        raise _TooLongError
+
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    handler = signal.signal(signal.SIGALRM, stop)
+    others_seconds, others_interval = signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    try:
+        if (status := Path("/proc/self/statm")).exists():
+            taken = int(status.read_text().split()[0]) * resource.getpagesize()
+            limits = [limit for limit in (taken + MEMORY_BYTES, before[0]) if limit != resource.RLIM_INFINITY]
+            resource.setrlimit(resource.RLIMIT_AS, (min(limits), before[1]))
+        yield
+    except _TooLongError:
+        raise ValueError(f"{what} takes more than {SECONDS:.0f} seconds, and was stopped") from None
+    except MemoryError:
+        raise ValueError(f"{what} asks for more than {MEMORY_BYTES >> 20} MiB of memory, and was stopped") from None
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+        signal.setitimer(signal.ITIMER_REAL, others_seconds, others_interval)
+        signal.signal(signal.SIGALRM, handler)
+
+
+def bound_templates() -> None:
+    """From here on every chat template of a tokenizer is rendered within the limits, whoever asks for it."""
+    from transformers import tokenization_utils_base
+
+    render: Callable[..., Any] = tokenization_utils_base.render_jinja_template
+    if not hasattr(render, "__wrapped__"):
+        tokenization_utils_base.render_jinja_template = _bounded(render)
+
+
+def _bounded(render: Callable[..., Any]) -> Callable[..., Any]:
+    from jinja2 import TemplateError
+
+    class ChatTemplateError(ValueError, TemplateError):
+        """A template that cannot be rendered; TRL looks out for jinja's own error."""
+
+    @functools.wraps(render)
+    def bounded_render(*args: Any, **kwargs: Any) -> Any:
+        try:
+            with bounded("it"):
+                rendered, indices = render(*args, **kwargs)
+        except Exception as error:  # whatever its expressions come to
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ChatTemplateError(f"the chat template cannot be rendered: {reason[:300]}") from error
+        length = sum(map(len, rendered))
+        given = len(str([value for key, value in kwargs.items() if key != "chat_template"])) + len(str(args))
+        if length > MOST_CHARACTERS + MOST_FACTOR * given:
+            raise ChatTemplateError(f"the chat template makes {length:,} characters of {given:,}, and is not used")
+        return rendered, indices
+
+    return bounded_render
