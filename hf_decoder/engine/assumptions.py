@@ -118,7 +118,7 @@ def attends_as_stock(decoder: Any) -> bool:
         return False
     if "sliding_attention" in config.layer_types and config.sliding_window is None:  # the plain masks say it in words
         return False
-    attentions = [getattr(layer, "self_attn", None) for layer in decoder.layers[: config.num_hidden_layers]]
+    attentions: list[Any] = [getattr(layer, "self_attn", None) for layer in decoder.layers[: config.num_hidden_layers]]
     return getattr(config, "is_causal", True) is True and all(
         getattr(attention, "is_causal", False) is True
         and _heads_fit(attention)

@@ -98,7 +98,7 @@ def _summed_loss(rows: torch.Tensor, targets: torch.Tensor, ignore_index: int, z
 
 def linear_causal_lm_loss(
     hidden_states: torch.Tensor,
-    lm_head: nn.Module,
+    lm_head: nn.Linear,
     labels: torch.Tensor | None,
     num_items_in_batch: torch.Tensor | int | None = None,
     ignore_index: int = -100,

@@ -55,7 +55,7 @@ from hf_decoder.model.modeling_hf_decoder import CACHE_NAME, apply_rotary_pos_em
 
 logger = logging.get_logger(__name__)
 
-Product = Callable[[torch.Tensor, AnyWeights], torch.Tensor]
+Product = Callable[..., torch.Tensor]  # of an input and weights
 Store = Callable[[torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
 
 GROWING_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
@@ -218,7 +218,8 @@ class DecodingStep:
         if autocast_dtype(input_ids.device) is not None or not self.covers(input_ids, cache):
             return None
         past = int(cache.get_seq_length())
-        if type(cache) is StaticCache and past >= cache.layers[0].max_cache_len:
+        is_static = type(cache) is StaticCache
+        if is_static and past >= cache.layers[0].max_cache_len:
             return None
         bias = None
         if attention_mask is not None:
@@ -233,7 +234,7 @@ class DecodingStep:
         if position_ids is None:
             position_ids = torch.full((1, 1), past, device=input_ids.device)
         store: Store = partial(room.update, cache)
-        if type(cache) is StaticCache:
+        if is_static:
             store = partial(_store_in_place, cache, past)
         is_row = len(input_ids) == 1 and input_ids.is_cpu
         with attending_without_plans(input_ids):
@@ -245,7 +246,7 @@ class DecodingStep:
                 lambda rotation: partial(self._attend_row if is_row else self._attend_rows, rotation, bias, store),
                 is_row=is_row,
             )
-        if logits is not None and type(cache) is StaticCache:
+        if logits is not None and is_static:
             for layer in cache.layers:
                 layer.cumulative_length.add_(1)
         return logits

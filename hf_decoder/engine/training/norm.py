@@ -8,6 +8,7 @@ Shapes: N rows, D hidden_size.
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -16,7 +17,7 @@ from hf_decoder.engine.training.blocks import as_rows, blocks, gradients_of_form
 
 def fused_rms_norm(
     hidden_states: torch.Tensor, weight: torch.Tensor, eps: float, dtype: torch.dtype | None = None, readers: int = 1
-) -> torch.Tensor | tuple[torch.Tensor, ...]:
+) -> Any:
     """Norms (..., D) in one pass: one output, or with kernels one for each of several readers, in their dtype."""
     return _BlockedRMSNorm.apply(hidden_states, weight, eps, dtype, readers)
 

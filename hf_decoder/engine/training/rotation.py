@@ -56,9 +56,10 @@ def _rotated(
 ) -> tuple[torch.Tensor, ...]:
     """Tensors (B, heads, S, E) rotated, or back, into memory laid out as (B, S, heads, E), like a projection's."""
     if len(tensors) == 2:
-        from hf_decoder.engine.triton.training import rotated
+        from hf_decoder.engine.triton.training import rotated as rotated_by_kernel
 
-        return rotated(*tensors, cos, sin, dtypes, backwards)
+        query, key = tensors
+        return rotated_by_kernel(query, key, cos, sin, dtypes, backwards)
     (x,), (dtype,) = tensors, dtypes
     batch, heads, length, head_dim = x.shape
     rotary_dim, inner = cos.shape[-1], torch.result_type(x, cos)

@@ -10,7 +10,7 @@ import torch
 from hf_decoder.engine.training.blocks import as_rows, blocks, has_kernels
 
 
-def cast_once(x: torch.Tensor, dtype: torch.dtype, count: int) -> tuple[torch.Tensor, ...]:
+def cast_once(x: torch.Tensor, dtype: torch.dtype | None, count: int) -> tuple[torch.Tensor, ...]:
     """Casts x (..., D) for several linear maps: the same memory for all, and gradients added up in fp32."""
     return _SharedCast.apply(x, dtype, count)
 
