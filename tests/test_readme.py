@@ -52,7 +52,7 @@ def test_every_flag_of_a_command_exists(command, capsys):
 
 def test_the_layout_map_is_the_layout():
     tree = next(block for block in re.findall(r"```\n(hf_decoder/\n.*?)```", README, flags=re.DOTALL))
-    package, model = tree.split("scripts/ ")[0], re.findall(r"^    (\w+\.py)", tree, flags=re.MULTILINE)
+    package, model = tree.split("scripts/ ")[0], re.findall(r"^    (\w+_hf_decoder\.py)", tree, flags=re.MULTILINE)
     named = set(re.findall(r"^  (\w+(?:\.py|\.md|/))", package, flags=re.MULTILINE))
     folder = ROOT / "hf_decoder"
     found = {path.name + ("/" if path.is_dir() else "") for path in folder.iterdir() if path.name != "__pycache__"}
