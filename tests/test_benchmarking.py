@@ -13,7 +13,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from hf_decoder import benchmarking
 from hf_decoder.benchmarking import Disagreement, Row, Setting
 from hf_decoder.cli.main import main
-from hf_decoder.engine.attention import tiles
 from hf_decoder.engine.decoding.cpp_step import CppStep
 
 SHAPE = {
@@ -34,15 +33,15 @@ def test_twins_have_the_same_weights_and_logits():
     torch.testing.assert_close(ours(ids).logits, stock(ids).logits, atol=1e-5, rtol=0)
 
 
-def test_flops_are_those_of_the_products_that_need_be_formed(monkeypatch):
+def test_flops_are_those_of_the_products_that_need_be_formed():
     """Counted by torch for the step, in which documents of 32 tokens are rows, and attention is a small part."""
-    monkeypatch.setattr(tiles, "MIN_TILED_TOKENS_IN_FP32", 0)  # torch counts none of its kernel on a CPU
     ids = torch.randint(64, (2, 128))
     masked = ids.clone()
     masked[:, 1:100] = -100
     counted, told = [], []
     for labels in (ids, masked):
         model, inputs = benchmarking.twins(SETTING, torch.float32)[0], {"input_ids": ids, "labels": labels}
+        model.set_attn_implementation("eager")  # torch counts nothing of its kernel on a CPU
         with FlopCounterMode(display=False) as counter:
             model(**inputs, use_cache=False).loss.backward()
         counted.append(counter.get_total_flops())

@@ -8,7 +8,6 @@ import sys
 import pytest
 import torch
 import transformers
-from hf_decoder.model.registry_hf_decoder import once_imported
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -24,6 +23,7 @@ from transformers.models.auto import modeling_auto
 
 import hf_decoder
 from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM
+from hf_decoder.registration import once_imported
 
 HEADS = {
     AutoModel: "HfDecoderModel",

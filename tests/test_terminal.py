@@ -134,7 +134,7 @@ def test_a_card_quotes_a_stranger_as_text(tmp_path):
     words = {"title": f"title {ATTACK}", "kind": "LlamaForCausalLM", "source": f"a/{ATTACK}", "source_kind": ATTACK}
     write_conversion_card(tmp_path, words, parameters=1, context_length=1, measured={}, source_card=None)
     text = (tmp_path / "README.md").read_text("utf-8")
-    assert harmless(text) and text.count("\\x1b]0;owned\\x07") >= 2
+    assert harmless(text) and "\\x1b]0;owned\\x07" in text
 
 
 def test_progress_bars_still_move(monkeypatch):

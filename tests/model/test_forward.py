@@ -10,6 +10,7 @@ from transformers import DynamicCache, StaticCache
 
 from hf_decoder.engine import precision
 from hf_decoder.engine.decoding.step import DecodingStep
+from hf_decoder.engine.switches import settings
 from hf_decoder.engine.training import loss as engine_loss
 from hf_decoder.engine.training.loss import causal_lm_loss
 
@@ -27,8 +28,12 @@ def check_bits(model, layers: list[int], ids: torch.Tensor, **inputs) -> None:
     layers.clear()
     output = model(ids, **copy.deepcopy(inputs))
     assert not layers
-    expected = with_hook(model)(ids, **copy.deepcopy(inputs))
+    with settings.override(decoding=False):
+        expected = model(ids, **copy.deepcopy(inputs))
     assert layers and output.logits.equal(expected.logits) and output.keys() == expected.keys()
+    plain, eps = with_hook(model)(ids, **copy.deepcopy(inputs)).logits, torch.finfo(output.logits.dtype).eps
+    eps = max(eps, torch.finfo(torch.get_autocast_dtype("cpu")).eps) if torch.is_autocast_enabled("cpu") else eps
+    assert (output.logits - plain).norm() <= 8 * eps * plain.norm()
     cache, theirs = output.get("past_key_values"), expected.get("past_key_values")
     assert type(cache) is type(theirs)
     for layer, of_modules in zip(cache.layers if cache else [], theirs.layers if theirs else [], strict=True):

@@ -79,8 +79,8 @@ class Decoding:
         # what is of different lengths the modules refuse in words
         if input_ids is None or not _are_as_long(input_ids, attention_mask, position_ids):
             return None
-        if cache is None and position_ids is not None and _hides_nothing(attention_mask):  # they may mark documents
-            return None
+        if cache is None and position_ids is not None and _hides_nothing(attention_mask) and _restart(position_ids):
+            return None  # they mark documents
         decoding = _active.get()
         if decoding is None or decoding.model is not model:
             # on a CPU, where it has been measured
@@ -354,6 +354,11 @@ def _are_as_long(input_ids: torch.Tensor, attention_mask: Any, position_ids: tor
     if attention_mask is not None and _is_plain_mask(attention_mask) and attention_mask.shape[1] < length:
         return False
     return position_ids is None or position_ids.shape[-1] == length
+
+
+def _restart(position_ids: torch.Tensor) -> bool:
+    """Whether positions do not go up by one everywhere, or may not: another device would have to be waited for."""
+    return not position_ids.is_cpu or bool((position_ids.diff(dim=-1) != 1).any())
 
 
 def _hides_nothing(attention_mask: Any) -> bool:
