@@ -24,13 +24,12 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM
 from hf_decoder.accounting import flops_per_token
 from hf_decoder.engine.precision import fast_dtype
 from hf_decoder.engine.training.loss import linear_causal_lm_loss
 from hf_decoder.interop.conversion import convert
 from hf_decoder.llama_cpp_peer import LlamaCppPeer, Seconds
-from hf_decoder.model.configuration_hf_decoder import HfDecoderConfig
-from hf_decoder.model.modeling_hf_decoder import HfDecoderForCausalLM
 from hf_decoder.tokenization import train_tokenizer
 
 

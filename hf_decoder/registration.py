@@ -86,7 +86,7 @@ def once_imported(name: str, complete: Callable[[ModuleType], None]) -> None:
     """Calls `complete` with the module of that name: now if it is imported, or else when it has been."""
     if name in sys.modules:
         complete(sys.modules[name])
-    elif name not in (getattr(finder, "awaited", None) for finder in sys.meta_path):
+    elif (name, complete.__name__) not in (getattr(finder, "awaited", None) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Awaiting(name, complete))
 
 
@@ -94,11 +94,12 @@ class _Awaiting(MetaPathFinder):
     """Waits for the import of a module, completes it when it has been filled, and is gone."""
 
     def __init__(self, name: str, complete: Callable[[ModuleType], None]):
-        self.awaited, self.complete = name, complete
+        self.name, self.complete = name, complete
+        self.awaited = name, complete.__name__
         self._looks = False
 
     def find_spec(self, fullname, path=None, target=None):
-        if fullname != self.awaited or self._looks:
+        if fullname != self.name or self._looks:
             return None
         self._looks = True
         try:

@@ -17,6 +17,7 @@ from transformers.utils import logging
 from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM, recipe
 from hf_decoder.engine.training import loss as engine_loss
 from hf_decoder.layouts import resumable, save_in_full
+from hf_decoder.model import loss_hf_decoder as plain_loss
 from hf_decoder.model import modeling_hf_decoder
 from hf_decoder.recipe import grouped_optimizer, muon_adamw
 
@@ -158,7 +159,7 @@ def count_held_logits() -> list[int]:
         held.append(logits.numel())
         return from_logits(logits, *args, **kwargs)
 
-    modeling_hf_decoder.causal_lm_loss = engine_loss.causal_lm_loss = count
+    modeling_hf_decoder.causal_lm_loss = engine_loss.causal_lm_loss = plain_loss.causal_lm_loss = count
     return held
 
 

@@ -167,14 +167,14 @@ def test_keyword_arguments_that_are_lost(monkeypatch):
 
 
 def test_a_mask_that_the_engine_did_not_ask_for(monkeypatch):
-    create = modeling_hf_decoder.layer_masks
+    create = modeling_hf_decoder.HfDecoderModel.layer_masks
 
-    def always(decoder, *args):
-        masks = create(decoder, *args)
-        engine = decoder.config._attn_implementation not in ("sdpa", "eager")
+    def always(self, *args):
+        masks = create(self, *args)
+        engine = self.config._attn_implementation not in ("sdpa", "eager")
         return {kind: torch.zeros(1, 1, 1, 1) if engine else mask for kind, mask in masks.items()}
 
-    monkeypatch.setattr(modeling_hf_decoder, "layer_masks", always)
+    monkeypatch.setattr(modeling_hf_decoder.HfDecoderModel, "layer_masks", always)
     assert "passes a mask" in failed(build())["attention interface"]
 
 
