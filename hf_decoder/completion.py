@@ -25,15 +25,6 @@ def end_ids(model: Any, tokenizer: Any, *, chat: bool = False) -> list[int]:
     return sorted(ids | ({vocabulary[END_OF_TURN]} if chat and END_OF_TURN in vocabulary else set()))
 
 
-def was_taught_to_chat(model: Any, tokenizer: Any) -> bool:
-    """Whether a template tells turns apart and the model ends its own: one of ours does after training on messages."""
-    if tokenizer.chat_template is None:
-        return False
-    return END_OF_TURN not in tokenizer.get_vocab() or end_ids(model, tokenizer) == end_ids(
-        model, tokenizer, chat=True
-    )
-
-
 def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
     """Token ids of a prompt; of a conversation, by the chat template, up to where the assistant answers.
 

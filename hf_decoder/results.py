@@ -60,6 +60,11 @@ def sizes_and_machine(model: Any, report: CorpusReport | StreamReport) -> dict[s
     }
 
 
+def is_of_pretraining(results: Any) -> bool:
+    """Whether the content of an all_results.json is that of `pretrain`: no chat was ever shown to its model."""
+    return isinstance(results, dict) and "train_tokens" in results and "train_rows" not in results
+
+
 def write_results(trainer: Trainer, train: dict[str, Any], evaluation: dict[str, Any]) -> dict[str, Any]:
     """Writes train_results.json, eval_results.json, both as all_results.json, and trainer_state.json; returns both."""
     results = {**train, **evaluation}

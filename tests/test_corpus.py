@@ -570,13 +570,12 @@ def test_a_second_process_does_not_tokenise_again(tmp_path, run_python):
     assert first.startswith("calls: 1 ") and second == first.replace("calls: 1", "calls: 0")
 
 
-def test_processes_that_tokenise_give_the_same_rows(tmp_path, tokenizer, capfd):
+def test_processes_that_tokenise_give_the_same_rows(tmp_path, tokenizer):
     path = write(tmp_path, "a.jsonl", [f"document {index} " * (index % 7) for index in range(300)])
     texts = load_text(path, validation_fraction=0)["train"]
     two = tokenize(texts, tokenizer, num_proc=2)
-    assert "Tokenizing" in capfd.readouterr().err  # the progress bar
     again = tokenize(texts, tokenizer, num_proc=2)
-    assert "Tokenizing" not in capfd.readouterr().err and again["input_ids"][:] == two["input_ids"][:]
+    assert again["input_ids"][:] == two["input_ids"][:]
     one = tokenize(texts.select(range(len(texts))), tokenizer)
     assert two["input_ids"][:] == one["input_ids"][:] and two["num_bytes"][:] == one["num_bytes"][:]
     packed = pack(two, 16)

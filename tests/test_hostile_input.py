@@ -434,7 +434,9 @@ def test_a_template_has_its_limits(copy, capsys, little_memory, monkeypatch, tem
     monkeypatch.setattr(bounds, "MEMORY_BYTES", 128 << 20)
     (copy / "chat_template.jinja").write_text(template, encoding="utf-8")
     start = time.monotonic()
-    line = refused(capsys, "generate", copy, "hello", "--chat")
+    (copy.parent / "prompts.txt").write_text("hello\n", encoding="utf-8")
+    flags = ("--chat", "--input_file", copy.parent / "prompts.txt", "--output_file", copy.parent / "answers.jsonl")
+    line = refused(capsys, "generate", copy, *flags)
     assert "chat template" in line and why in line and time.monotonic() - start < 60
     assert main(["doctor", str(copy), "--rows", "chat_template"]) == 1
 

@@ -206,7 +206,9 @@ def test_a_head_that_is_quantized_by_request_still_gives_the_loss(method: str, f
     ids = sentences(4, 1000)
     logits = model.train()(ids, skip_logits=False).logits.float()  # the weights of an evaluation may be packed
     expected = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-    torch.testing.assert_close(model(ids, labels=ids).loss, expected, rtol=1e-4, atol=1e-4)
+    # a CPU without products of half precision forms the loss from fp32 logits, which are rounded here
+    tolerance = 1e-4 if FAST_HALF_PRECISION[torch.bfloat16] else 1e-3
+    torch.testing.assert_close(model(ids, labels=ids).loss, expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("method", ["bitsandbytes nf4", "bitsandbytes int8", "torchao int8", "quanto int8"])

@@ -31,10 +31,10 @@ from hf_decoder.completion import (
     encode_prompt,
     end_ids,
     generate_settings,
-    was_taught_to_chat,
 )
 from hf_decoder.examples import Row, read_prompts
 from hf_decoder.interrupts import going_on
+from hf_decoder.results import is_of_pretraining
 
 GENERATION_FLAGS = (
     "max_new_tokens",
@@ -129,6 +129,14 @@ def stream(
     return completion
 
 
+def _is_base(folder: Path) -> bool:
+    """Whether `pretrain` made this folder, and nothing has tuned it since."""
+    try:
+        return is_of_pretraining(json.loads((folder / "all_results.json").read_text("utf-8")))
+    except (OSError, ValueError):
+        return False
+
+
 class Chat:
     """A talk in the terminal: reads messages and commands, and answers with the whole talk as context.
 
@@ -177,8 +185,8 @@ class Chat:
         _note(f"{name}: {kind}, {size}{length}, {dtype} on {model.device}")
         if self.tokenizer.chat_template is None:
             _note("It was never taught to chat (no chat template): it goes on with each text, and remembers none.")
-        elif not was_taught_to_chat(model, self.tokenizer):
-            _note("It was never taught to chat: it has a chat template, but has not learned to end its turn.")
+        elif self.args.adapter_name_or_path is None and _is_base(Path(self.args.model_name_or_path)):
+            _note("It was never taught to chat: it has a chat template, but was pretrained alone.")
         _note("/help lists the commands; /exit or Ctrl-D ends.")
 
     def _take(self, said: str) -> None:

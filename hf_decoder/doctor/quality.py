@@ -15,6 +15,7 @@ from hf_decoder.doctor.numerics import logits_of
 from hf_decoder.doctor.report import Check, Finding, failed, passed, skipped, warned
 from hf_decoder.doctor.subject import Subject, first_line, quiet
 from hf_decoder.interop.checkpoint import read_tensors
+from hf_decoder.results import is_of_pretraining
 
 TEXT_CHARACTERS = 60_000  # of a text that the model is tried on
 TEXT_TOKENS, BLOCK = 8192, 256
@@ -169,8 +170,7 @@ def _special_ids(tokenizer: Any) -> set[int]:
 
 def _is_base(subject: Subject) -> bool:
     """Whether the results of a run beside the model are those of `pretrain`: no chat was ever shown to it."""
-    results = subject.read_json("all_results.json")
-    return "train_tokens" in results and "train_rows" not in results
+    return is_of_pretraining(subject.read_json("all_results.json"))
 
 
 def _render(tokenizer: Any, *roles: str) -> str:

@@ -151,7 +151,7 @@ def state_of(model: Any) -> tuple[list[int], list[Any]] | None:
     layers = decoder.layers[: config.num_hidden_layers]
     activations = {id(layer.mlp.act_fn) for layer in layers if hasattr(layer, "mlp")}
     kinds = set(map(type, modules)) - {nn.ModuleList}  # which is never called
-    strange = {kind for kind in kinds if not is_as_written(kind)}
+    strange = {kind for kind in kinds if issubclass(kind, FSDPModule) or not is_as_written(kind)}
     if strange and any(type(module) in strange and id(module) not in activations for module in modules):
         return None
     attributes = list(map(vars, modules))

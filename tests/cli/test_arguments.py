@@ -148,6 +148,11 @@ def test_interrupt_is_130_and_a_bug_is_not_hidden(monkeypatch, capsys):
     monkeypatch.setattr(module, "main", interrupted)
     assert main(["presets"]) == 130
     monkeypatch.setattr(module, "main", broken)
+    capsys.readouterr()
+    assert main(["presets"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "KeyError" in line and "a bug of ours" in line and "HF_DECODER_TRACEBACK=1" in line
+    monkeypatch.setenv("HF_DECODER_TRACEBACK", "1")
     with pytest.raises(KeyError):
         main(["presets"])
 

@@ -13,7 +13,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from hf_decoder import finetuning
 from hf_decoder.cli.main import main
 from hf_decoder.tokenization import train_tokenizer
 
@@ -157,8 +156,7 @@ def test_the_banner_says_which_model_it_is_and_whether_it_was_taught_to_chat(run
     size = f"{model.num_parameters() / 1e6:,.1f}M parameters, a context of 128 tokens, float32 on cpu"
     assert f"model: HfDecoderForCausalLM, {size}" in introduced()
     assert "It was never taught to chat: it has a chat template" in introduced()
-    finetuning.end_turns(model, tokenizer)  # as finetune does after training on messages
-    model.generation_config.save_pretrained(model_copy)
+    (model_copy / "all_results.json").write_text('{"train_tokens": 9, "train_rows": 3}')  # as finetune leaves it
     assert "never taught" not in introduced()
     tokenizer.chat_template = None
     tokenizer.save_pretrained(model_copy)
@@ -182,7 +180,10 @@ def test_a_template_that_refuses_the_talk_is_one_line(run, model_copy, monkeypat
     tokenizer.save_pretrained(model_copy)
     _, notes = talk(run, monkeypatch, capsys, "a", "/system", "b", flags=["--system", "x"], folder=model_copy)
     refused = [note for note in notes if "no system message" in note and "template" in note]
-    assert refused == ["(the chat template does not take this conversation: no system message)"]
+    (line,) = refused
+    assert line.startswith("(the chat template does not take this conversation: ") and line.endswith(
+        "no system message)"
+    )
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
@@ -201,7 +202,9 @@ sys.exit(main(["generate", {str(run.folder)!r}, "--max_new_tokens", "40", "--min
 """
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TERM": "dumb"}
     pid, terminal = pty.fork()
-    if pid == 0:
+    if pid == 0:  # whatever the process that runs the tests does with the signal
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         os.execve(sys.executable, [sys.executable, "-c", code], env)
     screen = ""
 

@@ -56,7 +56,7 @@ def stopped(capsys, argv, number) -> str:
     assert main(argv) == 128 + number
     assert [signal.getsignal(one) for one in SIGNALS] == before
     said = capsys.readouterr().err
-    (line,) = [line for line in said.splitlines() if line.startswith(f"hf-decoder {argv[0]}: ")]
+    (line,) = [line for line in said.splitlines() if line.startswith(f"hf-decoder {argv[0]}: stopped")]
     assert f"stopped by {number.name}" in line and "Traceback" not in said
     return line
 

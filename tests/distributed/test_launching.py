@@ -67,7 +67,7 @@ def test_accelerate_launch_starts_two_processes_and_only_the_first_speaks(flags,
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    for once in ("corpus: ", "tokenizer: ", "training text", "These lines load it"):
+    for once in ("corpus: ", "tokenizer: ", "training text", "holds the model. These lines load"):
         assert done.stdout.count(once) == 1, done.stdout
     last = tmp_path / "run/checkpoint-4"
     assert is_complete(last) and (last / "rng_state_1.pth").is_file()

@@ -23,8 +23,15 @@ def fingerprint(folder):
 def test_ours_passes_every_row_and_is_left_as_it_was(healthy):
     before = fingerprint(healthy["ours"])
     report = run_doctor(healthy["ours"])
-    assert [(row.name, row.detail) for row in report.rows if row.status != "pass"] == []
-    assert report.ok and {row.name for row in report.rows} == {*ROWS, "reload", "remote_code", "save_again"}
+    # without a card's held-out loss there is nothing to hold a text to
+    assert [(row.name, row.status) for row in report.rows if row.status != "pass"] == [("likelihood", "skip")]
+    assert report.ok and {row.name for row in report.rows} == {
+        *ROWS,
+        "likelihood",
+        "reload",
+        "remote_code",
+        "save_again",
+    }
     assert fingerprint(healthy["ours"]) == before
 
 
@@ -72,6 +79,19 @@ def stranger(folder, line):
     auto_map["AutoModelForCausalLM"] = "modeling_stranger.StrangerForCausalLM"
     edit_json(folder / "config.json", model_type="stranger", auto_map=auto_map, factor=3.0)
     return folder
+
+
+def test_code_that_computes_something_else(healthy, tmp_path):
+    """The installed class wins here; a receiver would get what the folder's code computes."""
+    folder = copy(healthy["ours"], tmp_path / "model")
+    file = folder / "modeling_hf_decoder.py"
+    source = file.read_text(encoding="utf-8")
+    changed = source.replace("return self.weight * hidden_states.to(input_dtype)", "return self.weight * 1.5")
+    assert changed != source
+    file.write_text(changed.replace("self.weight * 1.5", "1.5 * self.weight * hidden_states.to(input_dtype)"))
+    report = run_doctor(folder, rows=("remote_code",), trust_remote_code=True)
+    assert {row.name for row in report.rows if row.status == "fail"} == {"remote_code"}
+    assert "logits differ" in of(report, "remote_code").detail
 
 
 def test_what_is_not_in_the_files_is_lost(llama, tmp_path, run_python):
