@@ -33,10 +33,11 @@ from transformers import (
 from . import HfDecoderConfig, training
 from .classification import predict
 from .examples import Row
-from .finetuning import add_dropout, class_rows
+from .finetuning import add_dropout
 from .ngrams import NgramClassifier
 from .packing import pack, tokenize
 from .recipe import muon_adamw, wsd_kwargs
+from .task_rows import class_rows
 from .tokenization import train_word_tokenizer
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
-from hf_decoder import HfDecoderConfig, accounting, finetuning, training
+from hf_decoder import HfDecoderConfig, accounting, finetuning, task_rows, training
 from hf_decoder.adapters import ADAPTER_CONFIG, CLASSIFIER, LANGUAGE_MODEL, is_adapter, load_adapter, merge
 from hf_decoder.checkpoints import CheckpointKeeper, check_same_run, checkpoint_to_resume, describe_run
 from hf_decoder.classification import (
@@ -193,7 +193,7 @@ def finetune(task_args: TaskArguments, model_args: Any, args: Any) -> None:
     training.check_output_dir(args.output_dir, overwrite=args.overwrite_output_dir, resume=resumes_here)
     tokenizer = load_tokenizer(str(model_args.model_name_or_path or task_args.tokenizer_name))
     config = _config(task_args, model_args, tokenizer)
-    data = finetuning.load_task(
+    data = task_rows.load_task(
         task_args.task,
         str(task_args.train_file),
         task_args.validation_file,
@@ -203,8 +203,8 @@ def finetune(task_args: TaskArguments, model_args: Any, args: Any) -> None:
         seed=args.seed,
     )
     lines, template = data.warnings(), _template(task_args)
-    if finetuning.is_conversational(data.train):
-        lines += finetuning.skip_unrendered(data, tokenizer, template)
+    if task_rows.is_conversational(data.train):
+        lines += task_rows.skip_unrendered(data, tokenizer, template)
     for line in lines:
         print(f"warning: {line}")
     print(f"{len(data.train):,} rows to train on, {len(data.validation):,} held out")
@@ -233,7 +233,7 @@ def finetune(task_args: TaskArguments, model_args: Any, args: Any) -> None:
     with keeper.explain_stop(args):
         trainer = _trainer(task_args, model_args, args, data, tokenizer)
         if task_args.task != "classification":
-            for line in finetuning.skip_masked(trainer, data, template):
+            for line in task_rows.skip_masked(trainer, data, template):
                 print(f"warning: {line}")
         steps = finetuning.count_steps(trainer)
         training.add_callbacks(trainer, keeper, stop)
@@ -317,14 +317,14 @@ def _check_new_model(task_args: TaskArguments, model_args: Any) -> None:
         raise ValueError("an adapter needs a trained model, and --preset starts a new one; leave one of them out")
 
 
-def _trainer(task_args: TaskArguments, model_args: Any, args: Any, data: finetuning.TaskData, tokenizer: Any) -> Any:
+def _trainer(task_args: TaskArguments, model_args: Any, args: Any, data: task_rows.TaskData, tokenizer: Any) -> Any:
     """The trainer of the task, with model, adapter and rows."""
     if task_args.task == "classification":
         return _classification_trainer(task_args, model_args, args, data, tokenizer)
     model = _load(load_model, task_args, model_args, tokenizer)
-    train, validation = finetuning.trainer_rows(data, tokenizer, args, _template(task_args))
+    train, validation = task_rows.trainer_rows(data, tokenizer, args, _template(task_args))
     peft_config = _peft_config(task_args, model_args, LANGUAGE_MODEL)
-    if peft_config is not None and finetuning.is_conversational(data.train):
+    if peft_config is not None and task_rows.is_conversational(data.train):
         tokens = finetuning.train_template_tokens(peft_config, data.train, tokenizer, model)
         if tokens:
             print(f"the embeddings of the chat template's special tokens are trained too: {', '.join(tokens)}")
@@ -352,7 +352,7 @@ def _template(task_args: TaskArguments) -> str | None:
 
 
 def _classification_trainer(
-    task_args: TaskArguments, model_args: Any, args: Any, data: finetuning.TaskData, tokenizer: Any
+    task_args: TaskArguments, model_args: Any, args: Any, data: task_rows.TaskData, tokenizer: Any
 ) -> Trainer:
     known = read_label_names(task_args.adapter_name_or_path) if task_args.adapter_name_or_path else None
     names = task_args.class_names or (list(known.values()) if known else None)
@@ -368,12 +368,12 @@ def _classification_trainer(
 
         model = get_peft_model(model, peft_config)
     validation = (
-        finetuning.class_rows(data.validation, tokenizer, label2id, args.max_length) if data.validation else None
+        task_rows.class_rows(data.validation, tokenizer, label2id, args.max_length) if data.validation else None
     )
     return Trainer(
         model=model,
         args=args,
-        train_dataset=finetuning.class_rows(data.train, tokenizer, label2id, args.max_length),
+        train_dataset=task_rows.class_rows(data.train, tokenizer, label2id, args.max_length),
         eval_dataset=validation,
         processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer),
@@ -418,11 +418,11 @@ def _peft_config(task_args: TaskArguments, model_args: Any, task_type: str) -> A
     return get_peft_config(model_args)
 
 
-def _save(trainer: Any, tokenizer: Any, task_args: TaskArguments, model_args: Any, data: finetuning.TaskData) -> None:
+def _save(trainer: Any, tokenizer: Any, task_args: TaskArguments, model_args: Any, data: task_rows.TaskData) -> None:
     """Model or adapter into the output folder, ready to load."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     classifies = task_args.task == "classification"
-    if not classifies and finetuning.is_conversational(data.train):
+    if not classifies and task_rows.is_conversational(data.train):
         finetuning.end_turns(model, tokenizer)
     # Of a quantized base the adapter goes into the weights as they were before: nothing is rounded twice.
     reloads = task_args.merge and (model_args.load_in_4bit or model_args.load_in_8bit)

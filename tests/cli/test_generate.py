@@ -191,12 +191,12 @@ def test_a_chat_in_a_terminal_survives_ctrl_c_and_ends_at_ctrl_d(run):
     """Without a prompt on a terminal, `generate` chats."""
     import pty
 
-    # every token is made to take a while, so that there is an answer to stop
+    # every token leaves a mark and takes a while, so that there is an answer to stop
     code = f"""
 import sys, time
 from transformers import TextStreamer
 put = TextStreamer.put
-TextStreamer.put = lambda self, value: (time.sleep(0.05), put(self, value))[1]
+TextStreamer.put = lambda self, value: (put(self, value), print("@", flush=True), time.sleep(0.5))
 from hf_decoder.cli.main import main
 sys.exit(main(["generate", {str(run.folder)!r}, "--max_new_tokens", "40", "--min_new_tokens", "40"]))
 """
@@ -221,11 +221,12 @@ sys.exit(main(["generate", {str(run.folder)!r}, "--max_new_tokens", "40", "--min
 
     try:
         assert "/help lists the commands" in until("> ")
+        time.sleep(1)  # between the prompt and the wait for a line, readline loses a signal
         os.write(terminal, b"\x03")
         assert "(/exit or Ctrl-D ends the chat)" in until(r"\n> ")
         for number in range(2):  # the second time as the first
             os.write(terminal, b"hello\n")
-            time.sleep(0.6)
+            until(r"(?s)@.*@")
             os.write(terminal, b"\x03")
             assert "(stopped)" in until(r"\n> "), number
         os.write(terminal, b"\n/help\n")

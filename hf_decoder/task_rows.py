@@ -1,0 +1,354 @@
+"""The rows of a fine-tuning task: read, rendered by the chat template, and counted where nothing of one is learned.
+
+TRL's SFTTrainer puts the loss on completions when rows have a `completion`, and on the assistant's turns when asked by
+`assistant_only_loss`; which tokens those are, the chat template's generation block says.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .classification import encode_texts, label_map
+from .completion import encode_prompt
+from .conversations import Rendering, is_learned, weighted_rows, without_weights
+from .evaluation import IGNORE_INDEX
+from .examples import (
+    TO_TEMPLATE,
+    Row,
+    Skipped,
+    check_alike,
+    count_overlap,
+    describe_unused,
+    drop_unusable,
+    read_lines,
+    read_rows,
+    select_columns,
+    separate,
+)
+from .results import example_of, line_of
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+MOST_CHATS = 100  # that are looked through for one that may stand as an example, or for special tokens
+
+
+@dataclass
+class TaskData:
+    """The usable rows of a task: what is trained on, what is held out, and what was left out of either."""
+
+    train: list[Row]
+    validation: list[Row]
+    skipped: dict[str, Skipped]
+    overlap: int
+    masked: tuple[int, int] = (0, 0)  # of either, how many have no token to learn within the block (`skip_masked`)
+    unused: dict[str, dict[str, int]] = field(default_factory=dict)  # by file, columns and in how many rows
+    separator: str = ""  # what stands between a prompt of text and its answer (`examples.Selection`)
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The columns of the rows, by their roles."""
+        return _roles(self.train)
+
+    @property
+    def weighs(self) -> bool:
+        """Whether some assistant's turn is not to be learned."""
+        return any(not is_learned(turn) for row in [*self.train, *self.validation] for turn in row.get("messages", ()))
+
+    def describe(self) -> dict[str, Any]:
+        """What has to stay the same of the rows for a run to go on (`checkpoints.describe_run`)."""
+        digest = hashlib.sha256()
+        for row in self.train:
+            digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+        return {"rows": len(self.train), "content": digest.hexdigest()[:16]}
+
+    def counts(self) -> dict[str, int]:
+        """How many rows were trained on, held out, and skipped, and how many stand in both parts."""
+        return {
+            "train_rows": len(self.train) - self.masked[0],
+            "eval_rows": len(self.validation) - self.masked[1],
+            "skipped_rows": sum(sum(skipped.reasons.values()) for skipped in self.skipped.values()),
+            "overlapping_rows": self.overlap,
+        }
+
+    def warnings(self) -> list[str]:
+        """One line for each thing about the rows that the user should know."""
+        lines = [f"{name}: {skipped}" for name, skipped in self.skipped.items() if skipped.reasons]
+        lines += [f"{name}: {describe_unused(columns)}" for name, columns in self.unused.items() if columns]
+        if self.separator:
+            lines.append(
+                "a blank line stands between prompt and answer; what generate is to answer needs it too, "
+                r"--prompt_template '{prompt}\n\n' (with '{prompt}' here, nothing does)"
+            )
+        if self.overlap:
+            lines.append(
+                f"{self.overlap:,} of {len(self.validation):,} held-out rows also stand in the training rows; "
+                "what is measured on them is too good"
+            )
+        return lines
+
+
+def load_task(
+    task: str,
+    train_file: str,
+    validation_file: str | None,
+    columns: Mapping[str, str | None],
+    *,
+    completion_files: tuple[str | None, str | None] = (None, None),
+    validation_fraction: float = 0.0,
+    seed: int = 0,
+) -> TaskData:
+    """Reads the rows of `task` and leaves out those that it cannot use.
+
+    Args:
+        columns: role -> column, where the user named it (`examples.select_columns`).
+        completion_files: for sft, files of completions that run in parallel with the lines of the two files.
+        validation_fraction: share of the training rows to hold out where there is no validation file.
+
+    Raises:
+        ValueError: for files or columns that do not fit the task, or without one usable row.
+    """
+    files = [train_file] if validation_file is None else [train_file, validation_file]
+    parts: list[list[Row]] = []
+    skipped: dict[str, Skipped] = {}
+    unused: dict[str, dict[str, int]] = {}
+    separators: list[str] = []
+    for path, completions in zip(files, completion_files, strict=False):
+        read = _with_completions(path, completions) if completions else read_rows(path)
+        rows = select_columns(read, task, columns, path)
+        unused[path] = rows.unused
+        separators.append(rows.separator)
+        selected, skipped[path] = drop_unusable(rows)
+        if not selected:
+            raise ValueError(f"{path} has no usable row: {skipped[path]}")
+        check_alike(rows, path, across_roles=task == "sft")
+        parts.append(selected)
+    train, validation = parts if len(parts) == 2 else _hold_out(parts[0], validation_fraction, seed)
+    if (here := _roles(train)) != (there := _roles(validation or train)):
+        raise ValueError(f"{train_file} has {', '.join(here)} and {validation_file} has {', '.join(there)}")
+    if validation and is_conversational(train) != is_conversational(validation):
+        raise ValueError(
+            f"of {train_file} and {validation_file}, one holds text and the other messages; give two alike"
+        )
+    overlap = count_overlap(train, validation)
+    return TaskData(train, validation, skipped, overlap, unused=unused, separator=separators[0])
+
+
+def _roles(rows: Sequence[Row]) -> tuple[str, ...]:
+    return tuple(role for role in rows[0] if role not in TO_TEMPLATE)
+
+
+def _with_completions(path: str, completion_file: str) -> list[Row]:
+    prompts, completions = read_lines(path), read_lines(completion_file)
+    if len(prompts) != len(completions):
+        raise ValueError(
+            f"{path} has {len(prompts):,} lines but {completion_file} has {len(completions):,}; "
+            "they must run in parallel"
+        )
+    # Lines, unlike TRL's prompts and completions, have no space where they meet.
+    return [{"source": p, "target": c} for p, c in zip(prompts, completions, strict=True)]
+
+
+def _hold_out(rows: list[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
+    count = round(fraction * len(rows))
+    if count == 0:
+        return rows, []
+    if count >= len(rows):
+        raise ValueError(f"{len(rows)} rows are too few to hold out {count} of them; give a validation file")
+    chosen = set(random.Random(seed).sample(range(len(rows)), count))
+    return [row for i, row in enumerate(rows) if i not in chosen], [rows[i] for i in sorted(chosen)]
+
+
+def skip_unrendered(data: TaskData, tokenizer: Any, prompt_template: str | None = None) -> list[str]:
+    """Leaves out the conversations that the chat template does not render whole, and says how many and why.
+
+    Returns a line for each file that lost rows, and one about what of turns the template does not read.
+
+    Raises:
+        ValueError: if there is no chat template, or one for prompts of text; or no training row is left.
+    """
+    if prompt_template is not None:
+        raise ValueError("--prompt_template is for prompts of text, and the rows hold messages; leave it out")
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            "the rows hold messages, or a system text, a history or tools, which make messages of them; the tokenizer "
+            f"of {tokenizer.name_or_path} has no chat template"
+        )
+    lines = []
+    rendering = Rendering(tokenizer)
+    paths = (next(iter(data.skipped)), next(reversed(data.skipped)))
+    for path, part in zip(paths, ("train", "validation"), strict=True):
+        rows, kept = getattr(data, part), []
+        lost = Skipped(len(rows))
+        for row in rows:
+            reason = rendering.row_fault(row)
+            if reason is None:
+                kept.append(row)
+            else:
+                lost.reasons[reason] += 1
+        if rows and not kept and part == "train":
+            raise ValueError(f"{path} has no usable row: {lost}")
+        setattr(data, part, kept)
+        data.skipped[path].reasons.update(lost.reasons)
+        lines += [f"{path}: {lost}"] if lost.reasons else []
+    if rendering.unused:
+        keys = ", ".join(f"{key} ({count:,} conversations)" for key, count in rendering.unused.items())
+        lines.append(f"of turns, the chat template does not read: {keys}")
+    return lines
+
+
+def trainer_rows(
+    data: TaskData, tokenizer: Any, args: Any, prompt_template: str | None
+) -> tuple[Dataset, Dataset | None]:
+    """The rows to train on and those held out, as TRL's trainer of `args` takes them; settles where the loss is."""
+    if getattr(args, "assistant_only_loss", False) is None:
+        args.assistant_only_loss = data.roles == ("messages",)
+    if data.weighs:
+        rows_of = functools.partial(weighted_rows, tokenizer=tokenizer, assistant_only=args.assistant_only_loss)
+        args.assistant_only_loss = False  # the labels say it
+    else:
+        rows_of = functools.partial(text_rows, prompt_template=prompt_template, separator=data.separator)
+    return rows_of(data.train), rows_of(data.validation) if data.validation else None
+
+
+def text_rows(rows: Sequence[Row], prompt_template: str | None = None, separator: str = "") -> Dataset:
+    """Rows for TRL's trainers; a prompt that is text is put into `prompt_template`.
+
+    Without a template, `separator` follows a prompt that does not end in a space.
+    """
+    from datasets import Dataset, Features, Json, List, Value
+
+    filled = [_fill(row, prompt_template, separator) for row in rows]
+    # As JSON, turns keep their own keys: a table gives each the keys of all, without a value.
+    kinds = {role: List(Json()) if isinstance(value, list) else Value("string") for role, value in filled[0].items()}
+    kinds |= {"tools": Value("string"), "chat_template_kwargs": Json()}
+    return Dataset.from_list(filled, Features({role: kinds[role] for role in filled[0]}))
+
+
+def _fill(row: Row, prompt_template: str | None, separator: str = "") -> Row:
+    prompt = row.get("prompt")
+    if isinstance(prompt, str):
+        if prompt_template is None:
+            return separate(row, separator)
+        return {**row, "prompt": prompt_template.replace("{prompt}", prompt)}
+    row = {role: without_weights(value) if isinstance(value, list) else value for role, value in row.items()}
+    if row.get("tools") is not None:
+        row["tools"] = json.dumps(row["tools"])  # which TRL reads
+    if "chat_template_kwargs" in row:
+        row["chat_template_kwargs"] = row["chat_template_kwargs"] or {}
+    return row
+
+
+def skip_masked(trainer: Any, data: TaskData, prompt_template: str | None = None) -> list[str]:
+    """Counts the rows whose prompt fills the block as skipped, and returns a line about those of each file.
+
+    TRL's trainers cut rows at `max_length`. Of such a row nothing is left to learn: it is dropped without a word, or
+    packed with the others without a label. Rows of which only the end is cut off have a line too.
+
+    Raises:
+        ValueError: if a file has no other rows, naming the length of its shortest prompt and the limit.
+    """
+    args, lines, masked = trainer.args, [], []
+    packing = getattr(args, "packing", False)  # DPO has none
+    packs = (packing, packing if getattr(args, "eval_packing", None) is None else args.eval_packing)
+    parts = ((data.train, trainer.train_dataset), (data.validation, trainer.eval_dataset))
+    paths = (next(iter(data.skipped)), next(reversed(data.skipped)))
+    names = (paths[0], paths[1] if paths[1] != paths[0] else f"the held-out part of {paths[0]}")
+    for path, name, packed, (rows, prepared) in zip(paths, names, packs, parts, strict=True):
+        lost = _count_masked(prepared, len(rows), args.packing_strategy if packed else None) if rows else 0
+        masked.append(lost)
+        if rows and lost == len(rows):
+            filled = [_fill(row, prompt_template, data.separator) for row in rows]
+            lengths = [_prompt_length(row, trainer.processing_class) for row in filled]
+            raise ValueError(
+                f"{name} has no row with an answer to learn: its shortest prompt has {min(lengths):,} tokens, and "
+                f"--max_length or the model's context cuts a row off after {args.max_length:,}"
+            )
+        if lost:
+            reason = f"the prompt fills the {args.max_length:,} tokens of --max_length or of the model's context"
+            data.skipped[path].reasons[reason] += lost
+            lines.append(f"{name}: {lost:,} of {len(rows):,} rows skipped: {reason}")
+        if rows and (cut := _count_full(prepared, args, packed)):
+            lines.append(
+                f"{name}: {cut:,} of {len(rows):,} rows fill the {args.max_length:,} tokens of --max_length or of the "
+                "model's context: what is longer is cut off there"
+            )
+    data.masked = (masked[0], masked[1])
+    return lines
+
+
+def _count_full(prepared: Dataset, args: Any, packed: bool) -> int:
+    """How many rows reach `max_length`, where what lies behind is cut off."""
+    if "input_ids" not in prepared.column_names:
+        longest = (max(len(row["chosen_ids"]), len(row["rejected_ids"])) + len(row["prompt_ids"]) for row in prepared)
+    elif not packed:
+        longest = (len(ids) for ids in prepared["input_ids"])
+    elif args.packing_strategy == "bfd":
+        longest = (length for lengths in prepared["seq_lengths"] for length in lengths)
+    else:  # what is longer stands in another row
+        return 0
+    return sum(length >= args.max_length for length in longest)
+
+
+def _count_masked(prepared: Dataset, rows: int, strategy: str | None) -> int:
+    """How many of `rows` the trainer's `prepared` rows, packed by `strategy`, hold without a label or no longer."""
+    if strategy is None:
+        return rows - len(prepared)
+    if strategy != "bfd":  # nothing is cut off: the rest of a row stands in another
+        return 0
+    count = 0
+    for row in prepared.select_columns(["labels", "seq_lengths"]).with_format("numpy"):
+        starts = np.cumsum([0, *row["seq_lengths"][:-1]])
+        count += int((np.add.reduceat((row["labels"] != IGNORE_INDEX).astype(int), starts) == 0).sum())
+    return count
+
+
+def _prompt_length(row: Row, tokenizer: Any) -> int:
+    """Tokens before the first that the model is to write."""
+    if "messages" not in row:
+        return len(encode_prompt(tokenizer, row.get("prompt") or row["chosen"]))
+    answer = next(number for number, turn in enumerate(row["messages"]) if turn["role"] == "assistant")
+    return len(encode_prompt(tokenizer, row["messages"][:answer]))
+
+
+def class_rows(rows: Sequence[Row], tokenizer: Any, label2id: Mapping[str, int], max_length: int | None) -> Dataset:
+    """Rows for a classifier: `input_ids` of the text and `labels`, the class id.
+
+    Raises:
+        ValueError: counting the labels outside `label2id`.
+    """
+    from datasets import Dataset
+
+    names = [str(row["label"]) for row in rows]
+    label_map(names, list(label2id))
+    ids = encode_texts(tokenizer, [row["text"] for row in rows], max_length)
+    return Dataset.from_dict({"input_ids": ids, "labels": [label2id[name] for name in names]})
+
+
+def is_conversational(rows: Sequence[Row]) -> bool:
+    """Whether rows hold lists of messages in place of text."""
+    return any(isinstance(value, list) for value in rows[0].values())
+
+
+def example_prompt(data: TaskData, prompt_template: str | None = None) -> Any:
+    """A prompt of the user's own rows, text or messages, short enough to stand in a line of code."""
+    rows = (data.validation or data.train)[:MOST_CHATS]
+    prompts: list[Any]
+    if "messages" in data.roles:
+        prompts = [
+            list(itertools.takewhile(lambda turn: turn["role"] != "assistant", row["messages"])) for row in rows
+        ]
+    elif "prompt" in data.roles:
+        prompts = [_fill(row, prompt_template, data.separator)["prompt"] for row in rows]
+    else:
+        prompts = [row["text"] if "label" in data.roles else line_of([row["text"]]) for row in rows]
+    return example_of(prompts)
