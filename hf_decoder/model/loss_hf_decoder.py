@@ -5,7 +5,6 @@ Shapes: B batch, S tokens of a row, N counted tokens, D hidden_size, V vocab_siz
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 from transformers.utils.import_utils import is_tracing
 
 # Rows of logits that are held at once: enough for full speed of the matrix products, few enough for little memory.
@@ -185,8 +184,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_total):
+        if torch.is_grad_enabled():  # under `create_graph`
+            raise RuntimeError("this loss has no second derivative; call the model with skip_logits=False")
         gradients = [
             None if gradient is None else (gradient * grad_total).to(dtype)
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)

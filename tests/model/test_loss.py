@@ -12,9 +12,8 @@ from torch.utils._pytree import tree_flatten
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from hf_decoder import HfDecoderForCausalLM
-from hf_decoder.engine import precision
-from hf_decoder.engine.attention import tiles
 from hf_decoder.engine.training import loss as engine_loss
+from hf_decoder.model import loss_hf_decoder
 
 VOCAB = SHAPE["vocab_size"]
 SKIP = pytest.mark.parametrize("skip_logits", [True, False], ids=["without_logits", "with_logits"])
@@ -165,12 +164,13 @@ def test_no_gradient_work_under_no_grad():
 
 
 class LargestTensor(TorchDispatchMode):
-    """Records the largest storage that any operation returns, and how often each operation ran."""
+    """Records the largest storage that any operation returns, rows of products by width, and how often each ran."""
 
     def __init__(self) -> None:
         super().__init__()
         self.numel = 0
         self.counts: dict[str, int] = {}
+        self.rows: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -178,6 +178,8 @@ class LargestTensor(TorchDispatchMode):
         for tensor in tree_flatten(result)[0]:
             if isinstance(tensor, torch.Tensor):
                 self.numel = max(self.numel, tensor.untyped_storage().nbytes() // tensor.element_size())
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.mm.out):
+            self.rows[result.shape[1]] = max(self.rows.get(result.shape[1], 0), len(result))
         return result
 
 
@@ -185,6 +187,7 @@ class LargestTensor(TorchDispatchMode):
 def test_the_full_logits_never_exist(dtype: torch.dtype, monkeypatch):
     monkeypatch.setattr(engine_loss, "CHUNK_ELEMENTS", 2**14)
     monkeypatch.setattr(engine_loss, "MIN_CHUNK_ROWS", 16)
+    monkeypatch.setattr(loss_hf_decoder, "CHUNK_ROWS", 16)
     vocab, tokens = 1024, 512
     model = tiny_model(vocab_size=vocab).to(dtype).train()
     ids = random_ids(tokens // 16, 16, high=vocab)
@@ -202,12 +205,10 @@ def test_ignored_positions_do_not_reach_the_head():
     ids = random_ids(2, 40)
     labels = ids.clone()
     labels[:, :33] = -100
-    seen = []
-    original = torch.mm
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "mm", lambda a, b, **kwargs: seen.append(tuple(a.shape)) or original(a, b, **kwargs))
+    with LargestTensor() as seen:
         model(ids, labels=labels)
-    assert seen[0] == (14, SHAPE["hidden_size"])
+    # of the 40 positions of each row, 7 have a label
+    assert seen.rows[VOCAB] == 2 * 7
 
 
 @pytest.mark.parametrize("cap", [None, 4.0])
@@ -378,52 +379,6 @@ def test_training_with_either_path_takes_the_same_steps(small_chunks):
             losses[-1].append(loss.item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert losses[0][-1] < losses[0][0] - 0.2
-
-
-@pytest.mark.parametrize("variant", ["plain", "windows", "checkpointing", "autocast"])
-def test_compiled_training_is_eager_training(variant: str, monkeypatch):
-    """Value and gradients, with tiles and chunks as operators of one graph."""
-    windows = {"sliding_window": 20, "layer_types": ["sliding_attention", "full_attention"]}
-    shape = {"attn_implementation": "sdpa", "max_position_embeddings": 256, "z_loss_coef": 1e-3, "qk_norm": True}
-    model = tiny_model(**shape, **(windows if variant == "windows" else {})).train()
-    if variant == "checkpointing":
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    monkeypatch.setattr(engine_loss, "MIN_CHUNK_ROWS", 50)
-    monkeypatch.setattr(engine_loss, "CHUNK_ELEMENTS", 1)
-    ids = random_ids(2, 150)
-    labels = ids.clone()
-    labels[:, :30] = -100
-    reached, form = [], engine_loss._loss_and_gradients
-    monkeypatch.setattr(
-        engine_loss, "_loss_and_gradients", lambda rows, *rest: reached.append(len(rows)) or form(rows, *rest)
-    )
-    monkeypatch.setitem(precision.FAST_HALF_PRECISION, torch.bfloat16, True)  # whatever CPU this is
-    monkeypatch.setattr(tiles, "MIN_TILED_TOKENS_IN_FP32", 0)  # of eager rows alone
-    taken = []
-    attend = tiles._attend
-    monkeypatch.setattr(tiles, "_attend", lambda *inputs: taken.append(1) or attend(*inputs))
-
-    def loss_and_gradients(forward) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        with torch.autocast("cpu", torch.bfloat16, enabled=variant == "autocast"):
-            loss = forward(input_ids=ids, labels=labels, use_cache=False).loss
-        loss.backward()
-        gradients = [parameter.grad.clone() for parameter in model.parameters()]
-        model.zero_grad()
-        return loss.detach(), gradients
-
-    expected, expected_gradients = loss_and_gradients(model)
-    eager_calls = len(taken)
-    loss, gradients = loss_and_gradients(torch.compile(model, fullgraph=True))
-    compiled_calls = len(taken) - eager_calls
-    if variant == "checkpointing" and torch.__version__.startswith("2.11."):  # which does not compute a layer again
-        assert compiled_calls == len(model.model.layers)
-    else:
-        assert compiled_calls == eager_calls > 0
-    assert reached == [2 * 120, 2 * 120]  # positions without a label do not reach the head
-    tolerance = 5e-2 if variant == "autocast" else 1e-5  # bf16 rounds where the compiler does not
-    torch.testing.assert_close(loss, expected, rtol=tolerance, atol=0)
-    for gradient, other in zip(gradients, expected_gradients, strict=True):
-        assert (gradient - other).norm() <= tolerance * other.norm()
 
 
 def test_compiled_training_on_packed_documents_keeps_them_apart():

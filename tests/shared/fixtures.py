@@ -9,6 +9,7 @@ from transformers.integrations import flex_attention
 from transformers.utils import logging
 
 from hf_decoder.engine.training import loss as engine_loss
+from hf_decoder.model import loss_hf_decoder
 from hf_decoder.model.modeling_hf_decoder import HfDecoderLayer
 
 logging.disable_progress_bar()
@@ -34,6 +35,7 @@ def _flex_attention(query, key, value, training=False, **settings):
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Five rows a chunk, in blocks of two, so that tiny inputs take several and the last one is cut short."""
+    monkeypatch.setattr(loss_hf_decoder, "CHUNK_ROWS", 5)
     monkeypatch.setattr(engine_loss, "CHUNK_ELEMENTS", 5 * SHAPE["vocab_size"])
     monkeypatch.setattr(engine_loss, "MIN_CHUNK_ROWS", 1)
     monkeypatch.setattr(engine_loss, "BLOCK_ELEMENTS", 2 * SHAPE["vocab_size"])
