@@ -284,7 +284,9 @@ class HfDecoderAttention(nn.Module):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Adds to the cache and attends, by the function the config names. Returns (B, S, H * E) and the weights."""
-        if cache is not None:
+        if CACHE_NAME != "cache" and not isinstance(cache, (Cache, type(None))):
+            kwargs["cache"] = cache  # a paged one, which older transformers leaves to the attention function
+        elif cache is not None:
             key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -293,16 +295,9 @@ class HfDecoderAttention(nn.Module):
             attention = partial(attention_mask.attend, attention)
         else:
             kwargs["attention_mask"] = attention_mask
-        attn_output, attn_weights = attention(
-            self,
-            query,
-            key,
-            value,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            sliding_window=self.sliding_window,
-            **kwargs,
-        )
+        dropout = self.attention_dropout if self.training else 0.0
+        settings = {"dropout": dropout, "scaling": self.scaling, "sliding_window": self.sliding_window}
+        attn_output, attn_weights = attention(self, query, key, value, **settings, **kwargs)
         return attn_output.flatten(2).contiguous(), attn_weights
 
 
