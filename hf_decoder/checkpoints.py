@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
-from hf_decoder.interrupts import going_on
+from hf_decoder.safety.interrupts import going_on
 from hf_decoder.tokenization import digest_of
 
 if TYPE_CHECKING:

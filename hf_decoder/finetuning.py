@@ -12,14 +12,14 @@ import torch
 from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME
 
-from . import HfDecoderForCausalLM
-from .classification import class_report
-from .completion import end_ids
-from .conversations import without_weights
-from .evaluation import IGNORE_INDEX, Score, accuracy, macro_f1, perplexity
-from .examples import Row
-from .layouts import form_of
-from .task_rows import MOST_CHATS, TaskData, example_prompt
+from hf_decoder import HfDecoderForCausalLM
+from hf_decoder.classification import class_report
+from hf_decoder.completion import end_ids
+from hf_decoder.conversations import without_weights
+from hf_decoder.evaluation import IGNORE_INDEX, Score, accuracy, macro_f1, perplexity
+from hf_decoder.examples import Row
+from hf_decoder.layouts import form_of
+from hf_decoder.task_rows import MOST_CHATS, TaskData, example_prompt
 
 HIGHEST_RATE = 5e-3  # of AdamW
 # what the loss of a task counts in

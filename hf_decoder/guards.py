@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, TrainerCallback, integrations
 
-from hf_decoder.interrupts import Interrupted, on_signal
+from hf_decoder.safety.interrupts import Interrupted, on_signal
 
 
 def check_reporters(names: Sequence[str]) -> None:

@@ -20,9 +20,9 @@ from huggingface_hub.utils import validate_repo_id
 import hf_decoder.receiver
 from hf_decoder.adapters import ADAPTER_CONFIG, base_of, is_adapter
 from hf_decoder.doctor.code import Code, Origin, code_of
-from hf_decoder.fresh_process import run_fresh
 from hf_decoder.hub_files import CARD, STALE, digest, files_to_push, left_out, matches
 from hf_decoder.modelcard import pin_load_lines, pinned_revision
+from hf_decoder.safety.fresh_process import run_fresh
 
 RECEIVE_TIMEOUT = 3600  # seconds
 LARGE_SUFFIXES = (".safetensors", ".gguf", ".onnx", ".data", ".onnx_data")  # linked where the rest is copied

@@ -10,9 +10,9 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .loading_lines import finetuned_load_lines, load_lines, neutral
-from .markup import code, line, plain, quoted
-from .terminal import printable
+from hf_decoder.loading_lines import finetuned_load_lines, load_lines, neutral
+from hf_decoder.markup import code, line, plain, quoted
+from hf_decoder.safety.terminal import printable
 
 NOT_MEASURED = "not measured"
 TEMPLATE_NAME = "model_card.md"

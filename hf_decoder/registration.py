@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-from hf_decoder.noise import quiet_imports
+from hf_decoder.safety.quiet import quiet_imports
 
 MODEL_TYPE = "hf_decoder"
 CONFIG_CLASS = "HfDecoderConfig"

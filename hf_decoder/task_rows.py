@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .classification import encode_texts, label_map
-from .completion import encode_prompt
-from .conversations import Rendering, is_learned, weighted_rows, without_weights
-from .evaluation import IGNORE_INDEX
-from .examples import (
+from hf_decoder.classification import encode_texts, label_map
+from hf_decoder.completion import encode_prompt
+from hf_decoder.conversations import Rendering, is_learned, weighted_rows, without_weights
+from hf_decoder.evaluation import IGNORE_INDEX
+from hf_decoder.examples import (
     TO_TEMPLATE,
     Row,
     Skipped,
@@ -34,7 +34,7 @@ from .examples import (
     select_columns,
     separate,
 )
-from .results import example_of, line_of
+from hf_decoder.results import example_of, line_of
 
 if TYPE_CHECKING:
     from datasets import Dataset

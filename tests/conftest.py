@@ -22,7 +22,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # processes that share the cores; befor
 import torch
 from torch.utils import cpp_extension
 
-from hf_decoder.noise import silence
+from hf_decoder.safety.quiet import silence
 
 silence()  # the results are easier to find
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM
 from hf_decoder.cli.main import main
 from hf_decoder.modelcard import write_conversion_card
-from hf_decoder.terminal import guard_streams, printable
+from hf_decoder.safety.terminal import guard_streams, printable
 
 ATTACKS = {
     "title": "\x1b]0;owned\x07",

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from hf_decoder.cli.arguments import did_you_mean, find_value, parse_arguments
-from hf_decoder.noise import on_terminal
+from hf_decoder.safety.quiet import on_terminal
 
 if TYPE_CHECKING:
     import torch
@@ -285,7 +285,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
     """
     from transformers import AutoTokenizer
 
-    from hf_decoder.bounds import bound_templates
+    from hf_decoder.safety.limits import bound_templates
     from hf_decoder.strangers import check_model
 
     if not (Path(name) / "tokenizer_config.json").is_file():

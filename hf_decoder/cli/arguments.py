@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from hf_decoder.noise import on_terminal
+from hf_decoder.safety.quiet import on_terminal
 
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 # Former spellings, which go in the next version: (verb, former name) -> name.

@@ -28,7 +28,7 @@ from hf_decoder.completion import Prompt, complete
 from hf_decoder.examples import read_prompts, read_rows
 from hf_decoder.judgment import JudgmentFile, Pair, blind_pairs
 from hf_decoder.judgment_page import JudgmentServer
-from hf_decoder.terminal import printable
+from hf_decoder.safety.terminal import printable
 
 KEYS = {"1": "left", "l": "left", "2": "right", "r": "right", "t": "tie", "0": "tie"}
 NARROWEST = 60

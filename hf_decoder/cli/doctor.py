@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from hf_decoder.cli.flags.doctor import DoctorArguments
 from hf_decoder.doctor import FAIL, PASS, SKIP, WARN, DoctorReport, run_doctor
-from hf_decoder.terminal import printable
+from hf_decoder.safety.terminal import printable
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -33,8 +33,8 @@ from hf_decoder.completion import (
     generate_settings,
 )
 from hf_decoder.examples import Row, read_prompts
-from hf_decoder.interrupts import going_on
 from hf_decoder.results import is_of_pretraining
+from hf_decoder.safety.interrupts import going_on
 
 GENERATION_FLAGS = (
     "max_new_tokens",

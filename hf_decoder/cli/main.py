@@ -8,9 +8,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from hf_decoder.interrupts import describe, interrupt, on_signal
-from hf_decoder.noise import silence
-from hf_decoder.terminal import guard_streams
+from hf_decoder.safety.interrupts import describe, interrupt, on_signal
+from hf_decoder.safety.quiet import silence
+from hf_decoder.safety.terminal import guard_streams
 
 VERBS = {
     "pretrain": "train a tokenizer and a language model from raw text",

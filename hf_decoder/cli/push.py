@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from hf_decoder.cli.flags.push import PushArguments
-from hf_decoder.interrupts import going_on
+from hf_decoder.safety.interrupts import going_on
 
 
 def main(args: PushArguments) -> int:

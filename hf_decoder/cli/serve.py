@@ -14,8 +14,8 @@ from typing import Any
 import transformers
 
 import hf_decoder
-from hf_decoder.bounds import bound_templates
 from hf_decoder.cli import load_model, load_tokenizer
+from hf_decoder.safety.limits import bound_templates
 from hf_decoder.strangers import check_folder
 
 PACKAGES = ("fastapi", "uvicorn", "openai")

@@ -16,9 +16,9 @@ from hf_decoder.doctor.numerics import difference, logits_of
 from hf_decoder.doctor.report import Check, Finding, failed, passed, skipped, warned
 from hf_decoder.doctor.subject import Subject, quiet
 from hf_decoder.engine.switches import settings
-from hf_decoder.fresh_process import PACKAGE, run_fresh
 from hf_decoder.interop.backends import backend_conditions
 from hf_decoder.interop.families import FAMILIES, OURS, obstacle, read_config
+from hf_decoder.safety.fresh_process import PACKAGE, run_fresh
 
 CHILD = Path(__file__).with_name("child.py")
 MAX_SECONDS = 1800

@@ -24,10 +24,10 @@ from transformers.utils import logging
 
 import hf_decoder  # noqa: F401  (registers the model type)
 from hf_decoder.adapters import is_adapter
-from hf_decoder.bounds import bound_templates
 from hf_decoder.doctor.code import Code, Origin, code_of, read_json
 from hf_decoder.interop.checkpoint import read_config_values
 from hf_decoder.interop.families import OURS
+from hf_decoder.safety.limits import bound_templates
 from hf_decoder.sizes import check_sizes
 from hf_decoder.strangers import check_folder
 

@@ -165,7 +165,7 @@ def test_a_forked_worker_ends_by_the_signal_and_says_nothing(run_python):
     said = run_python(
         """
         import os, signal, time
-        from hf_decoder.interrupts import interrupt, on_signal
+        from hf_decoder.safety.interrupts import interrupt, on_signal
         with on_signal(interrupt):
             worker = os.fork()
             if worker == 0:

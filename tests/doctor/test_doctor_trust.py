@@ -6,7 +6,7 @@ import shutil
 import pytest
 from patients import edit_json, examine
 
-from hf_decoder.fresh_process import run_fresh
+from hf_decoder.safety.fresh_process import run_fresh
 
 ROWS = ("formats", "code", "remote_code", "tokenizer")
 OURS = "AutoModelForCausalLM"

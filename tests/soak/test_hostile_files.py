@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 import torch
 
-from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM, bounds
+from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM
 from hf_decoder.cli import load_model, load_tokenizer
 from hf_decoder.cli.main import main
 from hf_decoder.completion import encode_prompt
 from hf_decoder.interop.conversion import open_source
+from hf_decoder.safety import limits as bounds
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
 MOST_SECONDS, MOST_BYTES = 5.0, 256 << 20

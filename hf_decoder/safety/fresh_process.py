@@ -51,7 +51,7 @@ def child_environment(*, hidden: bool, home: Path, hub_cache: Path) -> dict[str,
     is asked of anybody.
     """
     kept = {name: value for name, value in os.environ.items() if KEPT.fullmatch(name) and not SECRET.search(name)}
-    root = str(Path(__file__).resolve().parent.parent)
+    root = str(Path(__file__).resolve().parents[2])
     paths = [
         path for path in kept.get("PYTHONPATH", "").split(os.pathsep) if path and Path(path).resolve() != Path(root)
     ]
