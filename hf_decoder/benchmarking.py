@@ -25,7 +25,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM
-from hf_decoder.accounting import flops_per_token
+from hf_decoder.costs.accounting import flops_per_token
 from hf_decoder.engine.precision import fast_dtype
 from hf_decoder.engine.training.loss import linear_causal_lm_loss
 from hf_decoder.interop.conversion import convert

@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import SchedulerType
 
-from hf_decoder.accounting import flops_per_token, mfu
+from hf_decoder.costs.accounting import flops_per_token, mfu
 from hf_decoder.engine.precision import fast_dtype
 from hf_decoder.recipe import DECAY_SHARE
 

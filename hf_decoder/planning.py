@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from torch import nn
 from transformers import PretrainedConfig
 
-from hf_decoder import accounting
-from hf_decoder.devices import DEVICES, DEVICES_PER_NODE, GB, Device
+from hf_decoder.costs import accounting
+from hf_decoder.costs.devices import DEVICES, DEVICES_PER_NODE, GB, Device
 from hf_decoder.engine.training.loss import CHUNK_ELEMENTS, MIN_CHUNK_ROWS
 from hf_decoder.recipe import NEWTON_SCHULZ_STEPS, parameter_groups
 

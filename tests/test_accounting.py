@@ -5,8 +5,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM, accounting
-from hf_decoder.presets import PRESETS
+from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM
+from hf_decoder.costs import accounting
+from hf_decoder.costs.presets import PRESETS
 
 SHAPE = {
     "vocab_size": 128,

@@ -9,9 +9,10 @@ import re
 import shutil
 import subprocess
 
-from hf_decoder import __version__, accounting
+from hf_decoder import __version__
 from hf_decoder.cli.flags.env import EnvArguments
-from hf_decoder.devices import GIB, cpu_count, cpu_features, cpu_name, machine_memory
+from hf_decoder.costs import accounting
+from hf_decoder.costs.devices import GIB, cpu_count, cpu_features, cpu_name, machine_memory
 
 # In the order in which torch and its extensions look for one.
 COMPILERS = ("g++", "clang++", "c++", "cl")

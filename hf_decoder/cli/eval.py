@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import set_seed
 
-from hf_decoder import accounting, corpus, evaluation, examples
+from hf_decoder import corpus, evaluation, examples
 from hf_decoder.classification import (
     check_against_chance,
     class_report,
@@ -37,6 +37,7 @@ from hf_decoder.cli.flags.eval import (
     EvalArguments,
 )
 from hf_decoder.completion import complete, encode_prompt
+from hf_decoder.costs import accounting
 from hf_decoder.modelcard import update_model_index
 
 

@@ -23,7 +23,7 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
-from hf_decoder import HfDecoderConfig, accounting, finetuning, task_rows, training
+from hf_decoder import HfDecoderConfig, finetuning, task_rows, training
 from hf_decoder.adapters import ADAPTER_CONFIG, CLASSIFIER, LANGUAGE_MODEL, is_adapter, load_adapter, merge
 from hf_decoder.checkpoints import CheckpointKeeper, check_same_run, checkpoint_to_resume, describe_run
 from hf_decoder.classification import (
@@ -47,11 +47,12 @@ from hf_decoder.cli import (
     parse_overrides,
 )
 from hf_decoder.cli.flags.finetune import OUTPUT_DIR, TaskArguments
+from hf_decoder.costs import accounting
+from hf_decoder.costs.presets import get_preset
 from hf_decoder.engine.bitsandbytes import settle_layers
 from hf_decoder.guards import StopOnSignal
 from hf_decoder.layouts import save_in_full
 from hf_decoder.pace import TimeLimit, parse_duration
-from hf_decoder.presets import get_preset
 from hf_decoder.recipe import check_schedule, describe_recipe, muon_adamw, wsd_kwargs
 from hf_decoder.results import write_finetuning_outputs
 from hf_decoder.tokenization import check_tokenizer_fits

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from hf_decoder import accounting
 from hf_decoder.cli.flags.presets import PresetsArguments
-from hf_decoder.presets import PRESETS, Shape
+from hf_decoder.costs import accounting
+from hf_decoder.costs.presets import PRESETS, Shape
 
 
 def main(args: PresetsArguments) -> int:

@@ -42,13 +42,13 @@ from hf_decoder.cli import (
 )
 from hf_decoder.cli.flags.pretrain import DataArguments, ModelArguments, PretrainingDefaults
 from hf_decoder.completion import end_ids
+from hf_decoder.costs.presets import get_preset
 from hf_decoder.guards import StopOnNan, StopOnSignal, WarnOfSpikes, check_reporters
 from hf_decoder.launch import check_launch
 from hf_decoder.layouts import save_in_full, whole_model
 from hf_decoder.modelcard import template_path
 from hf_decoder.pace import MeasuringTrainer, StepMetrics, TimeLimit, parse_duration
 from hf_decoder.preparation import Rows, coverage, make_rows, make_streamed_rows, open_text, training_texts
-from hf_decoder.presets import get_preset
 from hf_decoder.recipe import check_schedule, describe_recipe, grouped_optimizer, muon_adamw, wsd_kwargs
 from hf_decoder.results import procedure, score_held_out, sizes_and_machine, write_outputs
 from hf_decoder.sources import names_of

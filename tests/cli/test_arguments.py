@@ -13,14 +13,15 @@ import pytest
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
-from hf_decoder import HfDecoderConfig, accounting
+from hf_decoder import HfDecoderConfig
 from hf_decoder.cli import parse_arguments, parse_overrides, pretrain
 from hf_decoder.cli.arguments import RENAMED, Parser
 from hf_decoder.cli.flags.pretrain import QUICKSTART_TIME_LIMIT
 from hf_decoder.cli.main import VERBS, main
 from hf_decoder.cli.pretrain import DataArguments, ModelArguments, PretrainingArguments
-from hf_decoder.devices import cpu_features
-from hf_decoder.presets import PRESETS, Shape
+from hf_decoder.costs import accounting
+from hf_decoder.costs.devices import cpu_features
+from hf_decoder.costs.presets import PRESETS, Shape
 
 CONFIG = """
 preset: tiny

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
 from hf_decoder import HfDecoderConfig
+from hf_decoder.costs.presets import get_preset
 from hf_decoder.interop import checkpoint
-from hf_decoder.presets import get_preset
 
 SHARD_BYTES = 400_000_000
 CONVERT = """

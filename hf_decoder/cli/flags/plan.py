@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hf_decoder.cli.flags import flag
-from hf_decoder.devices import DEVICES, DEVICES_PER_NODE
+from hf_decoder.costs.devices import DEVICES, DEVICES_PER_NODE
 
 STRATEGIES = ("auto", "ddp", "fsdp2", "deepspeed_zero3")
 OPTIMIZERS = ("muon_adamw", "adamw_torch")

@@ -9,8 +9,8 @@ import platform
 import sys
 from typing import TYPE_CHECKING, Any
 
-from hf_decoder.devices import cpu_count, cpu_name
-from hf_decoder.presets import Shape
+from hf_decoder.costs.devices import cpu_count, cpu_name
+from hf_decoder.costs.presets import Shape
 
 if TYPE_CHECKING:
     import torch
