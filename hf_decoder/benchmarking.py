@@ -26,11 +26,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM
 from hf_decoder.costs.accounting import flops_per_token
+from hf_decoder.data.tokenization import train_tokenizer
 from hf_decoder.engine.precision import fast_dtype
 from hf_decoder.engine.training.loss import linear_causal_lm_loss
 from hf_decoder.interop.conversion import convert
 from hf_decoder.llama_cpp_peer import LlamaCppPeer, Seconds
-from hf_decoder.tokenization import train_tokenizer
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ import torch
 from safetensors import SafetensorError
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
+from hf_decoder.data.tokenization import digest_of
 from hf_decoder.safety.interrupts import going_on
-from hf_decoder.tokenization import digest_of
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -32,13 +32,13 @@ from transformers import (
 
 from hf_decoder import HfDecoderConfig, training
 from hf_decoder.classification import predict
-from hf_decoder.examples import Row
+from hf_decoder.data.packing import pack, tokenize
+from hf_decoder.data.records import Row
+from hf_decoder.data.tokenization import train_word_tokenizer
 from hf_decoder.finetuning import add_dropout
 from hf_decoder.ngrams import NgramClassifier
-from hf_decoder.packing import pack, tokenize
 from hf_decoder.recipe import muon_adamw, wsd_kwargs
 from hf_decoder.task_rows import class_rows
-from hf_decoder.tokenization import train_word_tokenizer
 
 if TYPE_CHECKING:
     from datasets import Dataset

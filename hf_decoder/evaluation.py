@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel
 
-from hf_decoder.packing import CorpusReport, pack_for_evaluation, tokenize
+from hf_decoder.data.packing import CorpusReport, pack_for_evaluation, tokenize
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hf_decoder.checkpoints import describe_data
-from hf_decoder.packing import (
+from hf_decoder.data.packing import (
     CorpusReport,
     check_one_block,
     encode_texts,
@@ -17,10 +17,10 @@ from hf_decoder.packing import (
     pack_for_evaluation,
     tokenize,
 )
-from hf_decoder.sources import TextArguments, load_texts
+from hf_decoder.data.sources import TextArguments, load_texts
+from hf_decoder.data.streamed_text import StreamedText, open_stream
+from hf_decoder.data.tokenization import split_text
 from hf_decoder.streamed_rows import StreamedRows
-from hf_decoder.streamed_text import StreamedText, open_stream
-from hf_decoder.tokenization import split_text
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict

@@ -23,10 +23,10 @@ from torch.utils.data import IterableDataset, get_worker_info
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
+from hf_decoder.data.packing import IGNORE, encode_texts, markers_of
+from hf_decoder.data.streaming import Mixture, Reader, Segment, Source
+from hf_decoder.data.tokenization import split_text
 from hf_decoder.pace import MeasuringTrainer
-from hf_decoder.packing import IGNORE, encode_texts, markers_of
-from hf_decoder.streaming import Mixture, Reader, Segment, Source
-from hf_decoder.tokenization import split_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

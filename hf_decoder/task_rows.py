@@ -19,9 +19,8 @@ import numpy as np
 
 from hf_decoder.classification import encode_texts, label_map
 from hf_decoder.completion import encode_prompt
-from hf_decoder.conversations import Rendering, is_learned, weighted_rows, without_weights
-from hf_decoder.evaluation import IGNORE_INDEX
-from hf_decoder.examples import (
+from hf_decoder.data.conversations import Rendering, is_learned, weighted_rows, without_weights
+from hf_decoder.data.records import (
     TO_TEMPLATE,
     Row,
     Skipped,
@@ -34,6 +33,7 @@ from hf_decoder.examples import (
     select_columns,
     separate,
 )
+from hf_decoder.evaluation import IGNORE_INDEX
 from hf_decoder.results import example_of, line_of
 
 if TYPE_CHECKING:

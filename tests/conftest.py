@@ -154,7 +154,7 @@ def run_python(tmp_path):
 @pytest.fixture(scope="session")
 def tokenizer():
     """A byte-level tokenizer of 300 tokens."""
-    from hf_decoder.tokenization import train_tokenizer
+    from hf_decoder.data.tokenization import train_tokenizer
 
     return train_tokenizer(
         ["def main(argv):\n    return 0 if argv else 1\n", "the end of the text"] * 4, vocab_size=300

@@ -14,8 +14,8 @@ import torch
 from datasets import Dataset, Features, List, Value
 from transformers import LlamaConfig, LlamaForCausalLM, default_data_collator
 
-from hf_decoder import packing
-from hf_decoder.corpus import (
+from hf_decoder.data import packing
+from hf_decoder.data.documents import (
     CorpusReport,
     load_standard_library,
     load_text,
@@ -24,8 +24,8 @@ from hf_decoder.corpus import (
     standard_library_files,
     tokenize,
 )
-from hf_decoder.reading import find_invalid_byte
-from hf_decoder.tokenization import train_tokenizer
+from hf_decoder.data.reading import find_invalid_byte
+from hf_decoder.data.tokenization import train_tokenizer
 
 DOCUMENTS = ["First line,\r\nsecond.\n", "  Übung: 東京\n", "third"]
 
@@ -554,9 +554,9 @@ def test_a_second_process_does_not_tokenise_again(tmp_path, run_python):
         import sys
         import datasets
         datasets.config.HF_DATASETS_CACHE = sys.argv[2]
-        from hf_decoder import packing
-        from hf_decoder.corpus import load_text
-        from hf_decoder.tokenization import train_tokenizer
+        from hf_decoder.data import packing
+        from hf_decoder.data.documents import load_text
+        from hf_decoder.data.tokenization import train_tokenizer
         texts = load_text(sys.argv[1])["train"]
         tokenizer = train_tokenizer(texts["text"], vocab_size=280)
         calls, encode = [], packing.encode_texts

@@ -7,7 +7,7 @@ import lzma
 
 import pytest
 
-from hf_decoder.examples import (
+from hf_decoder.data.records import (
     check_alike,
     count_overlap,
     drop_unusable,

@@ -30,9 +30,9 @@ from transformers import (
 from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM
 from hf_decoder.cli import load_model, load_tokenizer
 from hf_decoder.cli.main import main
+from hf_decoder.data.tokenization import IM_END, IM_START, SPECIAL_TOKENS
 from hf_decoder.doctor.subject import Subject, Unloadable
 from hf_decoder.safety import limits as bounds
-from hf_decoder.tokenization import IM_END, IM_START, SPECIAL_TOKENS
 
 IDS = torch.tensor([[5, 6, 7, 8]])
 

@@ -10,7 +10,7 @@ import datasets
 import pytest
 from datasets import Dataset
 
-from hf_decoder.sources import TextArguments, load_texts, mix, names_of, weighted_files
+from hf_decoder.data.sources import TextArguments, load_texts, mix, names_of, weighted_files
 
 
 @pytest.fixture(autouse=True)

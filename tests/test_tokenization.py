@@ -13,7 +13,7 @@ from tokenizers import Regex, pre_tokenizers
 from transformers import AutoTokenizer, LlamaConfig
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-from hf_decoder.tokenization import (
+from hf_decoder.data.tokenization import (
     CHAT_TEMPLATE,
     LLAMA_CPP_PRE_TOKENIZER,
     MIN_BPE_VOCAB_SIZE,
@@ -235,7 +235,7 @@ for folder in sys.argv[1:]:
 SUBPROCESS_TRAIN = """
 import hashlib, sys
 from pathlib import Path
-from hf_decoder.tokenization import train_tokenizer
+from hf_decoder.data.tokenization import train_tokenizer
 from test_tokenization import TEXTS
 for kind in ("bpe", "char"):
     train_tokenizer(TEXTS, 400, kind).save_pretrained(sys.argv[1])

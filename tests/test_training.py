@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM, training
-from hf_decoder.tokenization import train_tokenizer
+from hf_decoder.data.tokenization import train_tokenizer
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
 

@@ -25,7 +25,7 @@ from hf_decoder.cli import (
 )
 from hf_decoder.cli.flags.compare import CompareArguments
 from hf_decoder.completion import Prompt, complete
-from hf_decoder.examples import read_prompts, read_rows
+from hf_decoder.data.records import read_prompts, read_rows
 from hf_decoder.judgment import JudgmentFile, Pair, blind_pairs
 from hf_decoder.judgment_page import JudgmentServer
 from hf_decoder.safety.terminal import printable

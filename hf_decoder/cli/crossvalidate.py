@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from hf_decoder import crossvalidation, examples, training
+from hf_decoder import crossvalidation, training
 from hf_decoder.classification import check_against_chance, class_report, label_map, plot_confusion
 from hf_decoder.cli import parse_overrides
 from hf_decoder.cli.flags.crossvalidate import CrossvalidateArguments
 from hf_decoder.costs import accounting
 from hf_decoder.costs.presets import get_preset
+from hf_decoder.data import records
 from hf_decoder.evaluation import accuracy
 from hf_decoder.loading_lines import classifier_load_lines
 from hf_decoder.modelcard import write_finetuning_card
@@ -44,10 +45,10 @@ def crossvalidate(args: CrossvalidateArguments) -> dict[str, Any]:
         raise ValueError(f"--teacher_weight {args.teacher_weight} must be between 0 and 1")
     recipe = _recipe(args)
     named = {"text": args.text_column, "label": args.label_column}
-    selected = examples.select_columns(examples.read_rows(args.train_file), "classification", named, args.train_file)
+    selected = records.select_columns(records.read_rows(args.train_file), "classification", named, args.train_file)
     if selected.unused:
-        print(f"warning: {args.train_file}: {examples.describe_unused(selected.unused)}")
-    rows, skipped = examples.drop_unusable(selected)
+        print(f"warning: {args.train_file}: {records.describe_unused(selected.unused)}")
+    rows, skipped = records.drop_unusable(selected)
     if skipped.reasons:
         print(f"warning: {args.train_file}: {skipped}")
     label2id = label_map([row["label"] for row in rows])
@@ -102,7 +103,7 @@ def _recipe(args: CrossvalidateArguments) -> crossvalidation.Recipe:
 
 
 def _train_on_all(
-    args: CrossvalidateArguments, rows: list[examples.Row], label2id: dict[str, int], recipe: crossvalidation.Recipe
+    args: CrossvalidateArguments, rows: list[records.Row], label2id: dict[str, int], recipe: crossvalidation.Recipe
 ) -> dict[str, Any]:
     """Trains the classifier to be used, on all rows, saves it, and returns its sizes."""
     folder, start = Path(args.output_dir), time.perf_counter()
@@ -139,8 +140,8 @@ def _show(args: CrossvalidateArguments, results: dict[str, Any], text: str) -> N
 
 
 def _run_fold(
-    train: list[examples.Row],
-    held_out: list[examples.Row],
+    train: list[records.Row],
+    held_out: list[records.Row],
     label2id: dict[str, int],
     recipe: crossvalidation.Recipe,
     folder: Path,

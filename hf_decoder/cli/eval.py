@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import set_seed
 
-from hf_decoder import corpus, evaluation, examples
+from hf_decoder import evaluation
 from hf_decoder.classification import (
     check_against_chance,
     class_report,
@@ -38,6 +38,8 @@ from hf_decoder.cli.flags.eval import (
 )
 from hf_decoder.completion import complete, encode_prompt
 from hf_decoder.costs import accounting
+from hf_decoder.data import documents as corpus
+from hf_decoder.data import records
 from hf_decoder.modelcard import update_model_index
 
 
@@ -118,51 +120,51 @@ def _documents(args: EvalArguments) -> Any:
     return corpus.load_text(str(args.validation_file), validation_fraction=0, **options)["train"]
 
 
-def _template(args: EvalArguments, prompt: examples.Row | Any) -> Any:
+def _template(args: EvalArguments, prompt: records.Row | Any) -> Any:
     if not isinstance(prompt, str):
         return prompt
     return (args.prompt_template or "{prompt}").replace("\\n", "\n").replace("{prompt}", prompt)
 
 
-def _pairs(args: EvalArguments) -> list[examples.Row]:
+def _pairs(args: EvalArguments) -> list[records.Row]:
     """Prompts and their references, without the rows that lack either."""
     if args.reference_file:
-        rows, separator = examples.pair_lines(str(args.test_file), args.reference_file), examples.BETWEEN
+        rows, separator = records.pair_lines(str(args.test_file), args.reference_file), records.BETWEEN
     else:
         named = {"prompt": args.prompt_column, "reference": args.reference_column}
-        read = examples.read_rows(str(args.test_file))
-        selected = examples.select_columns(read, "reference", named, str(args.test_file))
+        read = records.read_rows(str(args.test_file))
+        selected = records.select_columns(read, "reference", named, str(args.test_file))
         rows, separator = list(selected), selected.separator
         if selected.unused:
-            print(f"{args.test_file}: {examples.describe_unused(selected.unused)}")
+            print(f"{args.test_file}: {records.describe_unused(selected.unused)}")
     rows = _usable(args, rows)
     if any(row.get("tools") for row in rows):
         raise ValueError(f"{args.test_file} has tools, which are passed to no model here; leave the column out")
     if args.prompt_template is None:
-        rows = [examples.separate(row, separator) for row in rows]
+        rows = [records.separate(row, separator) for row in rows]
     return rows
 
 
-def _labelled(args: EvalArguments) -> list[examples.Row]:
+def _labelled(args: EvalArguments) -> list[records.Row]:
     """Texts and their labels. A column of references serves as labels too."""
     if args.reference_file:
-        rows = examples.pair_lines(str(args.test_file), args.reference_file)
+        rows = records.pair_lines(str(args.test_file), args.reference_file)
         rows = [{"text": row["prompt"], "label": row["reference"]} for row in rows]
     else:
-        rows = examples.read_rows(str(args.test_file))
+        rows = records.read_rows(str(args.test_file))
         kind = "classification" if args.reference_column is None else "reference"
         named = {"label": args.label_column, "text": args.text_column}
         if kind == "reference":
             named = {"prompt": args.prompt_column, "reference": args.reference_column}
         elif args.prompt_column:
             named["text"] = args.prompt_column
-        rows = examples.select_columns(rows, kind, named, str(args.test_file))
+        rows = records.select_columns(rows, kind, named, str(args.test_file))
         rows = [dict(zip(("text", "label"), row.values(), strict=True)) for row in rows]
     return _usable(args, rows)
 
 
-def _usable(args: EvalArguments, rows: list[examples.Row]) -> list[examples.Row]:
-    rows, skipped = examples.drop_unusable(rows[: args.max_eval_samples])
+def _usable(args: EvalArguments, rows: list[records.Row]) -> list[records.Row]:
+    rows, skipped = records.drop_unusable(rows[: args.max_eval_samples])
     if skipped.reasons:
         print(f"{args.test_file}: {skipped}")
     if not rows:
@@ -194,7 +196,7 @@ def _measure_answers(
     args: EvalArguments,
     model: Any,
     tokenizer: Any,
-    rows: list[examples.Row],
+    rows: list[records.Row],
     metrics: Mapping[str, Any],
     predictions: list[dict[str, Any]],
 ) -> dict[str, Any]:
@@ -220,12 +222,12 @@ def _references(value: Any) -> list[str]:
     if not isinstance(value, list):
         return [str(value)]
     if isinstance(value[0], Mapping):
-        return [str(examples.first_answer(value))]
+        return [str(records.first_answer(value))]
     return [str(option) for option in value]
 
 
 def _classify(
-    args: EvalArguments, model: Any, tokenizer: Any, rows: list[examples.Row], predictions: list[dict[str, Any]]
+    args: EvalArguments, model: Any, tokenizer: Any, rows: list[records.Row], predictions: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """Accuracy and F1 of a classifier's own classes."""
     texts, names = [_template(args, str(row["text"])) for row in rows], model.config.id2label
@@ -235,7 +237,7 @@ def _classify(
 
 
 def _choose_labels(
-    args: EvalArguments, model: Any, tokenizer: Any, rows: list[examples.Row], predictions: list[dict[str, Any]]
+    args: EvalArguments, model: Any, tokenizer: Any, rows: list[records.Row], predictions: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """Accuracy and F1 of the label that a language model finds likeliest after each text."""
     texts, labels = [_template(args, str(row["text"])) for row in rows], [str(row["label"]) for row in rows]

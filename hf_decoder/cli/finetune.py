@@ -49,13 +49,13 @@ from hf_decoder.cli import (
 from hf_decoder.cli.flags.finetune import OUTPUT_DIR, TaskArguments
 from hf_decoder.costs import accounting
 from hf_decoder.costs.presets import get_preset
+from hf_decoder.data.tokenization import check_tokenizer_fits
 from hf_decoder.engine.bitsandbytes import settle_layers
 from hf_decoder.guards import StopOnSignal
 from hf_decoder.layouts import save_in_full
 from hf_decoder.pace import TimeLimit, parse_duration
 from hf_decoder.recipe import check_schedule, describe_recipe, muon_adamw, wsd_kwargs
 from hf_decoder.results import write_finetuning_outputs
-from hf_decoder.tokenization import check_tokenizer_fits
 
 COLUMNS = ("text", "prompt", "completion", "messages", "label", "chosen", "rejected")
 

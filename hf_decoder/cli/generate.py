@@ -32,7 +32,7 @@ from hf_decoder.completion import (
     end_ids,
     generate_settings,
 )
-from hf_decoder.examples import Row, read_prompts
+from hf_decoder.data.records import Row, read_prompts
 from hf_decoder.results import is_of_pretraining
 from hf_decoder.safety.interrupts import going_on
 

@@ -24,7 +24,7 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
-from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM, corpus, training
+from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM, training
 from hf_decoder.checkpoints import (
     CheckpointKeeper,
     check_same_run,
@@ -43,6 +43,10 @@ from hf_decoder.cli import (
 from hf_decoder.cli.flags.pretrain import DataArguments, ModelArguments, PretrainingDefaults
 from hf_decoder.completion import end_ids
 from hf_decoder.costs.presets import get_preset
+from hf_decoder.data import documents as corpus
+from hf_decoder.data.sources import names_of
+from hf_decoder.data.streamed_text import StreamedText
+from hf_decoder.data.tokenization import check_tokenizer_fits, train_tokenizer
 from hf_decoder.guards import StopOnNan, StopOnSignal, WarnOfSpikes, check_reporters
 from hf_decoder.launch import check_launch
 from hf_decoder.layouts import save_in_full, whole_model
@@ -51,10 +55,7 @@ from hf_decoder.pace import MeasuringTrainer, StepMetrics, TimeLimit, parse_dura
 from hf_decoder.preparation import Rows, coverage, make_rows, make_streamed_rows, open_text, training_texts
 from hf_decoder.recipe import check_schedule, describe_recipe, grouped_optimizer, muon_adamw, wsd_kwargs
 from hf_decoder.results import procedure, score_held_out, sizes_and_machine, write_outputs
-from hf_decoder.sources import names_of
 from hf_decoder.streamed_rows import StreamedRows, StreamingTrainer
-from hf_decoder.streamed_text import StreamedText
-from hf_decoder.tokenization import check_tokenizer_fits, train_tokenizer
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict

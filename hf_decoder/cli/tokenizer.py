@@ -8,10 +8,10 @@ from pathlib import Path
 
 from hf_decoder import training
 from hf_decoder.cli.flags.tokenizer import TokenizerArguments
+from hf_decoder.data.sources import TextArguments
+from hf_decoder.data.tokenization import train_tokenizer
+from hf_decoder.data.tokenizer_report import report
 from hf_decoder.preparation import held_out_texts, open_text, training_texts
-from hf_decoder.sources import TextArguments
-from hf_decoder.tokenization import train_tokenizer
-from hf_decoder.tokenizer_report import report
 
 
 def main(args: TokenizerArguments, text_args: TextArguments) -> int:

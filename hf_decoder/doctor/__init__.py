@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from hf_decoder.corpus import load_text
+from hf_decoder.data.documents import load_text
 from hf_decoder.doctor import (
     adapters,
     files,

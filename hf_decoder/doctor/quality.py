@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import ModelCard
 from torch.nn import functional
 
-from hf_decoder.corpus import load_standard_library
+from hf_decoder.data.documents import load_standard_library
 from hf_decoder.doctor.numerics import logits_of
 from hf_decoder.doctor.report import Check, Finding, failed, passed, skipped, warned
 from hf_decoder.doctor.subject import Subject, first_line, quiet

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from hf_decoder.data.tokenization import LLAMA_CPP_PRE_TOKENIZER, QWEN2_SPLIT
 from hf_decoder.interop.families import BuiltConfig
-from hf_decoder.tokenization import LLAMA_CPP_PRE_TOKENIZER, QWEN2_SPLIT
 
 
 @dataclass(frozen=True)

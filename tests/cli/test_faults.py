@@ -260,7 +260,7 @@ def test_resuming_with_another_text_is_refused(fails, run, tmp_path):
 
 
 def test_resuming_with_another_tokenizer_is_refused(fails, run, tmp_path):
-    from hf_decoder.tokenization import train_tokenizer
+    from hf_decoder.data.tokenization import train_tokenizer
 
     tokenizer = train_tokenizer([made_text(9, 300)], vocab_size=300)
     tokenizer.save_pretrained(tmp_path / "tokenizer")

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from hf_decoder.cli.main import main
-from hf_decoder.tokenization import train_tokenizer
+from hf_decoder.data.tokenization import train_tokenizer
 
 PROMPT = "the cat sees"
 

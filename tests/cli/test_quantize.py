@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_decoder import evaluation, quantization
 from hf_decoder.cli.main import main
-from hf_decoder.corpus import load_text
+from hf_decoder.data.documents import load_text
 from hf_decoder.doctor import run_doctor
 
 TEXT = "the cat sees the dog\n"

@@ -13,9 +13,10 @@ from made_up import SHAPE, child, made_text
 from safetensors.torch import load_file
 from test_faults import PROCESSES
 
-from hf_decoder import preparation, streaming
+from hf_decoder import preparation
 from hf_decoder.checkpoints import MARK, is_complete, last_complete
 from hf_decoder.cli.main import main
+from hf_decoder.data import streaming
 
 STEPS = 30
 

@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCau
 from transformers.utils import logging
 
 from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM
-from hf_decoder.corpus import load_standard_library
+from hf_decoder.data.documents import load_standard_library
 
 logging.disable_progress_bar()
 

@@ -110,7 +110,7 @@ def test_what_is_only_warned_of_or_skipped(llama):
 
 def test_characters_that_a_tokenizer_lacks_are_no_fault_of_its_files(llama):
     """Ours of the `char` type has one token for all that its training text lacks."""
-    from hf_decoder.tokenization import train_tokenizer
+    from hf_decoder.data.tokenization import train_tokenizer
 
     train_tokenizer(["The quick brown fox"], tokenizer_type="char").save_pretrained(llama)
     row = examine(llama, ("tokenizer",))["tokenizer"]

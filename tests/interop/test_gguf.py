@@ -23,11 +23,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM
 from hf_decoder.cli.main import main
+from hf_decoder.data.tokenization import train_tokenizer
 from hf_decoder.interop import gguf_write
 from hf_decoder.interop.checkpoint import LazyTensor
 from hf_decoder.interop.conversion import convert
 from hf_decoder.interop.verification import VerificationError
-from hf_decoder.tokenization import train_tokenizer
 
 gguf = pytest.importorskip("gguf", reason="the package gguf is not installed: pip install 'hf-decoder[gguf]'")
 

@@ -22,8 +22,8 @@ from transformers import (
 )
 
 from hf_decoder import training
+from hf_decoder.data.records import read_lines
 from hf_decoder.evaluation import bleu, chrf
-from hf_decoder.examples import read_lines
 
 
 def rows(tokenizer, sources: list[str], targets: list[str]) -> list[dict[str, list[int]]]:

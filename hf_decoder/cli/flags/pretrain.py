@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from hf_decoder.cli import MUON_ADAMW
 from hf_decoder.cli.flags import flag
 from hf_decoder.cli.flags.tokenizer import TOKENIZER_TYPES
-from hf_decoder.sources import TextArguments
+from hf_decoder.data.sources import TextArguments
 
 QUICKSTART = "runs/quickstart"
 # Without arguments the job ends within five minutes also where the machine is too slow for all its steps.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hf_decoder.cli.flags import flag
-from hf_decoder.sources import TextArguments
+from hf_decoder.data.sources import TextArguments
 
 TOKENIZER_TYPES = ("bpe", "char")
 DESCRIPTION = (

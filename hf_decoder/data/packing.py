@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hf_decoder.tokenization import digest_of, split_text
+from hf_decoder.data.tokenization import digest_of, split_text
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_decoder.corpus import hash_share
-from hf_decoder.reading import check_text_column, explain_table, not_utf8, text_start
-from hf_decoder.tokenization import LONGEST_PIECE, place_to_cut, split_text
+from hf_decoder.data.documents import hash_share
+from hf_decoder.data.reading import check_text_column, explain_table, not_utf8, text_start
+from hf_decoder.data.tokenization import LONGEST_PIECE, place_to_cut, split_text
 
 if TYPE_CHECKING:
     from datasets import IterableDataset

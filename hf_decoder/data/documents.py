@@ -23,8 +23,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_decoder.packing import CorpusReport, batch_rows, pack, pack_for_evaluation, tokenize
-from hf_decoder.reading import (
+from hf_decoder.data.packing import CorpusReport, batch_rows, pack, pack_for_evaluation, tokenize
+from hf_decoder.data.reading import (
     PathLike,
     check_encoding,
     check_text_column,

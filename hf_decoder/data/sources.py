@@ -47,7 +47,7 @@ def load_texts(args: TextArguments) -> DatasetDict:
     Raises:
         ValueError: for flags that contradict each other, and as `corpus.load_text`.
     """
-    from hf_decoder import corpus
+    from hf_decoder.data import documents as corpus
 
     if not args.train_file and args.dataset_name is None:
         if args.validation_file is not None:
@@ -102,7 +102,7 @@ def weighted_files(names: str | Sequence[str]) -> list[tuple[str, float | None]]
 def _load_mixture(weighted: Sequence[tuple[str, float | None]], options: dict[str, Any]) -> DatasetDict:
     from datasets import DatasetDict, concatenate_datasets
 
-    from hf_decoder import corpus
+    from hf_decoder.data import documents as corpus
 
     loaded = [corpus.load_text(train_file=path, **options) for path, _ in weighted]
     validation = [texts["validation"] for texts in loaded]
@@ -142,7 +142,7 @@ def _document_bytes(documents: Dataset) -> np.ndarray:
     import numpy as np
     import pyarrow.compute as pc
 
-    from hf_decoder.packing import batch_rows
+    from hf_decoder.data.packing import batch_rows
 
     batches = documents.select_columns("text").with_format("arrow").iter(batch_rows(documents))
     return np.concatenate([pc.binary_length(batch["text"]).to_numpy() for batch in batches]).astype(np.int64)

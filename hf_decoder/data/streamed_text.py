@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_decoder import corpus
-from hf_decoder.reading import (
+from hf_decoder.data import documents as corpus
+from hf_decoder.data.reading import (
     bytes_of_text,
     check_encoding,
     find_files,
@@ -23,8 +23,8 @@ from hf_decoder.reading import (
     plain_file,
     text_start,
 )
-from hf_decoder.sources import TextArguments, weighted_files
-from hf_decoder.streaming import (
+from hf_decoder.data.sources import TextArguments, weighted_files
+from hf_decoder.data.streaming import (
     LOOK_BYTES,
     Mixture,
     Reader,

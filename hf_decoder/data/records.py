@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hf_decoder.conversations import (
+from hf_decoder.data.conversations import (
     Unusable,
     is_learned,
     parse,
@@ -29,7 +29,7 @@ from hf_decoder.conversations import (
     start_in_common,
     turns_fault,
 )
-from hf_decoder.reading import plain_name, read_text
+from hf_decoder.data.reading import plain_name, read_text
 
 Row = dict[str, Any]
 

@@ -9,7 +9,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase
 
-from hf_decoder.tokenization import SPECIAL_TOKENS, split_text
+from hf_decoder.data.tokenization import SPECIAL_TOKENS, split_text
 
 
 @dataclass(frozen=True)
