@@ -98,7 +98,7 @@ def load_config(name: str, *, trust_remote_code: bool = False) -> PretrainedConf
 
     import hf_decoder  # noqa: F401  (registers the model type)
     from hf_decoder.interop.checkpoint import read_config_values
-    from hf_decoder.strangers import check_model
+    from hf_decoder.interop.untrusted_files import check_model
 
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -141,7 +141,7 @@ def is_classifier(name: str, *, adapter: str | None = None, trust_remote_code: b
 
 
 def _classifies(config: PretrainedConfig, adapter: str | None = None) -> bool:
-    from hf_decoder.adapters import CLASSIFIER, task_of
+    from hf_decoder.interop.adapters import CLASSIFIER, task_of
 
     if adapter is not None and task_of(adapter) == CLASSIFIER:
         return True
@@ -179,7 +179,7 @@ def load_classifier(name: str, *, trust_remote_code: bool = False, adapter: str 
 
 def _base(name: str) -> str:
     """`name`, or the base model where `name` is the folder of an adapter."""
-    from hf_decoder.adapters import base_of, is_adapter
+    from hf_decoder.interop.adapters import base_of, is_adapter
 
     return base_of(name) if is_adapter(name) else name
 
@@ -197,7 +197,7 @@ def _load(auto_class: Any, name: str, trust_remote_code: bool, adapter: str | No
 
     from hf_decoder.checkpoints import check_content
     from hf_decoder.interop.checkpoint import INDEX_NAME, read_weight_map
-    from hf_decoder.sizes import check_sizes
+    from hf_decoder.interop.weight_sizes import check_sizes
 
     name, adapter = _parts_of(name, adapter)
     config = load_config(name, trust_remote_code=trust_remote_code)
@@ -243,7 +243,7 @@ def _load(auto_class: Any, name: str, trust_remote_code: bool, adapter: str | No
             f"first {missing[0]!r}"
         )
     if adapter is not None:
-        from hf_decoder.adapters import load_adapter
+        from hf_decoder.interop.adapters import load_adapter
 
         model = load_adapter(model, adapter)
     return model
@@ -285,8 +285,8 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
     """
     from transformers import AutoTokenizer
 
+    from hf_decoder.interop.untrusted_files import check_model
     from hf_decoder.safety.limits import bound_templates
-    from hf_decoder.strangers import check_model
 
     if not (Path(name) / "tokenizer_config.json").is_file():
         name = _base(name)

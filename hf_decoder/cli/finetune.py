@@ -24,7 +24,6 @@ from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
 from hf_decoder import HfDecoderConfig, finetuning, task_rows, training
-from hf_decoder.adapters import ADAPTER_CONFIG, CLASSIFIER, LANGUAGE_MODEL, is_adapter, load_adapter, merge
 from hf_decoder.checkpoints import CheckpointKeeper, check_same_run, checkpoint_to_resume, describe_run
 from hf_decoder.classification import (
     KeepLabelNames,
@@ -52,6 +51,7 @@ from hf_decoder.costs.presets import get_preset
 from hf_decoder.data.tokenization import check_tokenizer_fits
 from hf_decoder.engine.bitsandbytes import settle_layers
 from hf_decoder.guards import StopOnSignal
+from hf_decoder.interop.adapters import ADAPTER_CONFIG, CLASSIFIER, LANGUAGE_MODEL, is_adapter, load_adapter, merge
 from hf_decoder.layouts import save_in_full
 from hf_decoder.pace import TimeLimit, parse_duration
 from hf_decoder.recipe import check_schedule, describe_recipe, muon_adamw, wsd_kwargs

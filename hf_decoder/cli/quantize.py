@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from hf_decoder import evaluation, quantization
+from hf_decoder import evaluation
 from hf_decoder.cli import load_model, load_tokenizer
 from hf_decoder.cli.flags.quantize import QuantizeArguments
 from hf_decoder.data.documents import load_text
+from hf_decoder.interop import quantization
 from hf_decoder.interop.checkpoint import check_absent, written_aside
 from hf_decoder.modelcard import write_conversion_card
 

@@ -15,8 +15,8 @@ import transformers
 
 import hf_decoder
 from hf_decoder.cli import load_model, load_tokenizer
+from hf_decoder.interop.untrusted_files import check_folder
 from hf_decoder.safety.limits import bound_templates
-from hf_decoder.strangers import check_folder
 
 PACKAGES = ("fastapi", "uvicorn", "openai")
 
@@ -58,7 +58,7 @@ def _manager() -> type[Any]:
     """transformers' manager of models, which loads folders as every command here does: adapters, too."""
     from transformers.cli.serving.model_manager import ModelManager
 
-    from hf_decoder.adapters import merge
+    from hf_decoder.interop.adapters import merge
 
     class Manager(ModelManager):
         def _load_processor(self, model_id_and_revision: str, gguf_file: str | None = None) -> Any:

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import hf_decoder
-from hf_decoder.adapters import ADAPTER_CONFIG, is_adapter
+from hf_decoder.interop.adapters import ADAPTER_CONFIG, is_adapter
 from hf_decoder.interop.families import OURS
 from hf_decoder.registration import CLASSES
 

@@ -8,10 +8,10 @@ from pathlib import Path, PurePosixPath
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from hf_decoder.adapters import ADAPTER_WEIGHTS
 from hf_decoder.doctor.code import Origin
 from hf_decoder.doctor.report import Check, Finding, failed, passed, skipped, warned
 from hf_decoder.doctor.subject import Subject
+from hf_decoder.interop.adapters import ADAPTER_WEIGHTS
 from hf_decoder.interop.checkpoint import INDEX_NAME, WEIGHTS_NAME, read_tensors
 
 PICKLE_SUFFIXES = {

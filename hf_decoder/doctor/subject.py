@@ -23,13 +23,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.utils import logging
 
 import hf_decoder  # noqa: F401  (registers the model type)
-from hf_decoder.adapters import is_adapter
 from hf_decoder.doctor.code import Code, Origin, code_of, read_json
+from hf_decoder.interop.adapters import is_adapter
 from hf_decoder.interop.checkpoint import read_config_values
 from hf_decoder.interop.families import OURS
+from hf_decoder.interop.untrusted_files import check_folder
+from hf_decoder.interop.weight_sizes import check_sizes
 from hf_decoder.safety.limits import bound_templates
-from hf_decoder.sizes import check_sizes
-from hf_decoder.strangers import check_folder
 
 # Weights in formats other than safetensors are reported by name, not downloaded.
 NOT_DOWNLOADED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.tflite")

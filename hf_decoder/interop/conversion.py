@@ -21,10 +21,10 @@ from hf_decoder import HfDecoderForCausalLM, HfDecoderPreTrainedModel
 from hf_decoder.interop import checkpoint, gguf_read, gguf_write, onnx_export, verification
 from hf_decoder.interop.checkpoint import LazyTensor, Tensors
 from hf_decoder.interop.families import FAMILIES, OURS, BuiltConfig, Family, fused_names, read_config, to_stock
+from hf_decoder.interop.untrusted_files import check_folder
+from hf_decoder.interop.weight_sizes import check_layers
 from hf_decoder.model.configuration_hf_decoder import AUTO_MAP
 from hf_decoder.modelcard import DIFFERENCE, NOT_MEASURED, write_conversion_card
-from hf_decoder.sizes import check_layers
-from hf_decoder.strangers import check_folder
 
 GGUF, ONNX = "gguf", "onnx"
 TARGETS = ("auto", OURS, *FAMILIES, GGUF, ONNX)

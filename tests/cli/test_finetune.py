@@ -20,10 +20,10 @@ from transformers import (
 )
 
 from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM, training
-from hf_decoder.adapters import merge
 from hf_decoder.cli import finetune, parse_arguments
 from hf_decoder.cli.main import main
 from hf_decoder.finetuning import add_dropout
+from hf_decoder.interop.adapters import merge
 from hf_decoder.task_rows import load_task
 
 pytest.importorskip("trl")

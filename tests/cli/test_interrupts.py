@@ -12,9 +12,9 @@ from made_up import SHAPE, made_text
 from safetensors.torch import load_file
 from transformers import Trainer
 
-from hf_decoder import evaluation, quantization
+from hf_decoder import evaluation
 from hf_decoder.cli.main import main
-from hf_decoder.interop import verification
+from hf_decoder.interop import quantization, verification
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
 ROWS = [{"text": f"{word} film {n}", "label": label} for n in range(12) for word, label in (("good", 1), ("bad", 0))]

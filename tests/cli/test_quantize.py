@@ -7,10 +7,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_decoder import evaluation, quantization
+from hf_decoder import evaluation
 from hf_decoder.cli.main import main
 from hf_decoder.data.documents import load_text
 from hf_decoder.doctor import run_doctor
+from hf_decoder.interop import quantization
 
 TEXT = "the cat sees the dog\n"
 

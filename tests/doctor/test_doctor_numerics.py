@@ -6,9 +6,9 @@ from patients import PROCESS_ROWS, ROWS, copy, examine, of, patient, randomise, 
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from hf_decoder import quantization
 from hf_decoder.doctor.numerics import judge
 from hf_decoder.doctor.subject import Subject
+from hf_decoder.interop import quantization
 
 # defect -> rows that fail; a defect that reaches into several computations is caught by several
 CAUGHT = {

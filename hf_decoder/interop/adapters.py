@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from hf_decoder.interop.checkpoint import read_json, read_shapes
+from hf_decoder.interop.untrusted_files import check_numbers
 from hf_decoder.safety.limits import bounded
-from hf_decoder.strangers import check_numbers
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 LANGUAGE_MODEL, CLASSIFIER = "CAUSAL_LM", "SEQ_CLS"  # what PEFT calls the tasks of these heads
