@@ -31,10 +31,10 @@ from transformers import (
 )
 
 from hf_decoder import HfDecoderConfig, training
-from hf_decoder.classification import predict
 from hf_decoder.data.packing import pack, tokenize
 from hf_decoder.data.records import Row
 from hf_decoder.data.tokenization import train_word_tokenizer
+from hf_decoder.evaluation.classification import predict
 from hf_decoder.finetuning import add_dropout
 from hf_decoder.ngrams import NgramClassifier
 from hf_decoder.recipe import muon_adamw, wsd_kwargs

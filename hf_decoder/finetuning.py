@@ -13,11 +13,11 @@ from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME
 
 from hf_decoder import HfDecoderForCausalLM
-from hf_decoder.classification import class_report
-from hf_decoder.completion import end_ids
 from hf_decoder.data.conversations import without_weights
 from hf_decoder.data.records import Row
-from hf_decoder.evaluation import IGNORE_INDEX, Score, accuracy, macro_f1, perplexity
+from hf_decoder.evaluation.batch_generation import end_ids
+from hf_decoder.evaluation.classification import class_report
+from hf_decoder.evaluation.metrics import IGNORE_INDEX, Score, accuracy, macro_f1, perplexity
 from hf_decoder.layouts import form_of
 from hf_decoder.task_rows import MOST_CHATS, TaskData, example_prompt
 

@@ -11,10 +11,11 @@ import torch
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
-from hf_decoder import evaluation, training
-from hf_decoder.classification import check_against_chance, plot_confusion
+from hf_decoder import training
 from hf_decoder.costs import accounting
 from hf_decoder.data.packing import CorpusReport
+from hf_decoder.evaluation import metrics as evaluation
+from hf_decoder.evaluation.classification import check_against_chance, plot_confusion
 from hf_decoder.interop.adapters import ADAPTER_CONFIG
 from hf_decoder.loading_lines import DEFAULT_PROMPT, finetuned_load_lines, load_lines
 from hf_decoder.modelcard import steps_taken, write_finetuning_card, write_model_card

@@ -17,8 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hf_decoder.classification import encode_texts, label_map
-from hf_decoder.completion import encode_prompt
 from hf_decoder.data.conversations import Rendering, is_learned, weighted_rows, without_weights
 from hf_decoder.data.records import (
     TO_TEMPLATE,
@@ -33,7 +31,9 @@ from hf_decoder.data.records import (
     select_columns,
     separate,
 )
-from hf_decoder.evaluation import IGNORE_INDEX
+from hf_decoder.evaluation.batch_generation import encode_prompt
+from hf_decoder.evaluation.classification import encode_texts, label_map
+from hf_decoder.evaluation.metrics import IGNORE_INDEX
 from hf_decoder.results import example_of, line_of
 
 if TYPE_CHECKING:

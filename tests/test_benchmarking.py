@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from hf_decoder import benchmarking
-from hf_decoder.benchmarking import Disagreement, Row, Setting
 from hf_decoder.cli.main import main
 from hf_decoder.engine.decoding.cpp_step import CppStep
+from hf_decoder.evaluation import benchmarking
+from hf_decoder.evaluation.benchmarking import Disagreement, Row, Setting
 
 SHAPE = {
     "vocab_size": 320,  # llama.cpp, where it is installed, takes no tokenizer that is smaller

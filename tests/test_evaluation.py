@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM
-from hf_decoder.evaluation import (
+from hf_decoder.evaluation.metrics import (
     Score,
     accuracy,
     bits_per_byte,

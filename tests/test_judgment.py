@@ -8,8 +8,16 @@ from urllib.parse import urlencode
 
 import pytest
 
-from hf_decoder.judgment import Z95, JudgmentFile, Pair, Tally, blind_pairs, judgments_needed, wilson_interval
-from hf_decoder.judgment_page import JudgmentServer
+from hf_decoder.evaluation.blind_comparison import (
+    Z95,
+    JudgmentFile,
+    Pair,
+    Tally,
+    blind_pairs,
+    judgments_needed,
+    wilson_interval,
+)
+from hf_decoder.evaluation.comparison_page import JudgmentServer
 
 NAMES = ("one", "two")
 PROMPTS = [f"prompt {n} <b>&" for n in range(20)]

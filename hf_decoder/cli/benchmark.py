@@ -11,11 +11,11 @@ import torch
 from transformers import LlamaConfig
 from transformers.utils import logging
 
-from hf_decoder.benchmarking import SUITES, Row, Setting
 from hf_decoder.cli import parse_overrides
 from hf_decoder.cli.flags.benchmark import BenchmarkArguments
 from hf_decoder.costs import accounting
 from hf_decoder.costs.presets import get_preset
+from hf_decoder.evaluation.benchmarking import SUITES, Row, Setting
 from hf_decoder.training import bf16_supported
 
 

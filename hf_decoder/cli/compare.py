@@ -24,10 +24,10 @@ from hf_decoder.cli import (
     show_progress,
 )
 from hf_decoder.cli.flags.compare import CompareArguments
-from hf_decoder.completion import Prompt, complete
 from hf_decoder.data.records import read_prompts, read_rows
-from hf_decoder.judgment import JudgmentFile, Pair, blind_pairs
-from hf_decoder.judgment_page import JudgmentServer
+from hf_decoder.evaluation.batch_generation import Prompt, complete
+from hf_decoder.evaluation.blind_comparison import JudgmentFile, Pair, blind_pairs
+from hf_decoder.evaluation.comparison_page import JudgmentServer
 from hf_decoder.safety.terminal import printable
 
 KEYS = {"1": "left", "l": "left", "2": "right", "r": "right", "t": "tie", "0": "tie"}

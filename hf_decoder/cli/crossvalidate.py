@@ -13,13 +13,13 @@ import torch
 from transformers.utils import logging
 
 from hf_decoder import crossvalidation, training
-from hf_decoder.classification import check_against_chance, class_report, label_map, plot_confusion
 from hf_decoder.cli import parse_overrides
 from hf_decoder.cli.flags.crossvalidate import CrossvalidateArguments
 from hf_decoder.costs import accounting
 from hf_decoder.costs.presets import get_preset
 from hf_decoder.data import records
-from hf_decoder.evaluation import accuracy
+from hf_decoder.evaluation.classification import check_against_chance, class_report, label_map, plot_confusion
+from hf_decoder.evaluation.metrics import accuracy
 from hf_decoder.loading_lines import classifier_load_lines
 from hf_decoder.modelcard import write_finetuning_card
 from hf_decoder.results import example_of, print_load_lines

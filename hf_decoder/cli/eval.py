@@ -9,15 +9,6 @@ from typing import Any
 
 from transformers import set_seed
 
-from hf_decoder import evaluation
-from hf_decoder.classification import (
-    check_against_chance,
-    class_report,
-    name_classes,
-    plot_confusion,
-    predict,
-    share_padding,
-)
 from hf_decoder.cli import (
     check_at_least,
     check_choice,
@@ -36,10 +27,19 @@ from hf_decoder.cli.flags.eval import (
     TEXT_METRICS,
     EvalArguments,
 )
-from hf_decoder.completion import complete, encode_prompt
 from hf_decoder.costs import accounting
 from hf_decoder.data import documents as corpus
 from hf_decoder.data import records
+from hf_decoder.evaluation import metrics as evaluation
+from hf_decoder.evaluation.batch_generation import complete, encode_prompt
+from hf_decoder.evaluation.classification import (
+    check_against_chance,
+    class_report,
+    name_classes,
+    plot_confusion,
+    predict,
+    share_padding,
+)
 from hf_decoder.modelcard import update_model_index
 
 

@@ -25,14 +25,6 @@ from transformers.utils import logging
 
 from hf_decoder import HfDecoderConfig, finetuning, task_rows, training
 from hf_decoder.checkpoints import CheckpointKeeper, check_same_run, checkpoint_to_resume, describe_run
-from hf_decoder.classification import (
-    KeepLabelNames,
-    class_loss,
-    label_map,
-    read_label_names,
-    save_label_names,
-    share_padding,
-)
 from hf_decoder.cli import (
     MUON_ADAMW,
     check_at_least,
@@ -50,6 +42,14 @@ from hf_decoder.costs import accounting
 from hf_decoder.costs.presets import get_preset
 from hf_decoder.data.tokenization import check_tokenizer_fits
 from hf_decoder.engine.bitsandbytes import settle_layers
+from hf_decoder.evaluation.classification import (
+    KeepLabelNames,
+    class_loss,
+    label_map,
+    read_label_names,
+    save_label_names,
+    share_padding,
+)
 from hf_decoder.guards import StopOnSignal
 from hf_decoder.interop.adapters import ADAPTER_CONFIG, CLASSIFIER, LANGUAGE_MODEL, is_adapter, load_adapter, merge
 from hf_decoder.layouts import save_in_full

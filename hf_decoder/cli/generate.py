@@ -24,7 +24,8 @@ from hf_decoder.cli import (
     show_progress,
 )
 from hf_decoder.cli.flags.generate import GenerateArguments
-from hf_decoder.completion import (
+from hf_decoder.data.records import Row, read_prompts
+from hf_decoder.evaluation.batch_generation import (
     check_ids,
     complete,
     cut_stop,
@@ -32,7 +33,6 @@ from hf_decoder.completion import (
     end_ids,
     generate_settings,
 )
-from hf_decoder.data.records import Row, read_prompts
 from hf_decoder.results import is_of_pretraining
 from hf_decoder.safety.interrupts import going_on
 

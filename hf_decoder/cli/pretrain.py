@@ -41,12 +41,12 @@ from hf_decoder.cli import (
     parse_overrides,
 )
 from hf_decoder.cli.flags.pretrain import DataArguments, ModelArguments, PretrainingDefaults
-from hf_decoder.completion import end_ids
 from hf_decoder.costs.presets import get_preset
 from hf_decoder.data import documents as corpus
 from hf_decoder.data.sources import names_of
 from hf_decoder.data.streamed_text import StreamedText
 from hf_decoder.data.tokenization import check_tokenizer_fits, train_tokenizer
+from hf_decoder.evaluation.batch_generation import end_ids
 from hf_decoder.guards import StopOnNan, StopOnSignal, WarnOfSpikes, check_reporters
 from hf_decoder.launch import check_launch
 from hf_decoder.layouts import save_in_full, whole_model

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from hf_decoder import evaluation
 from hf_decoder.cli import load_model, load_tokenizer
 from hf_decoder.cli.flags.quantize import QuantizeArguments
 from hf_decoder.data.documents import load_text
+from hf_decoder.evaluation import metrics
 from hf_decoder.interop import quantization
 from hf_decoder.interop.checkpoint import check_absent, written_aside
 from hf_decoder.modelcard import write_conversion_card
@@ -92,12 +92,12 @@ def _load(name: str, method: str) -> Any:
 
 def _measure(method: str, model: Any, tokenizer: Any, documents: Any) -> quantization.Measurement:
     block_size = min(getattr(model.config, "max_position_embeddings", BLOCK_SIZE), BLOCK_SIZE)
-    score, _ = evaluation.score_text(model, tokenizer, documents, block_size=block_size)
+    score, _ = metrics.score_text(model, tokenizer, documents, block_size=block_size)
     return quantization.Measurement(
         method,
         model.num_parameters(),
         quantization.disk_bytes(model),
         quantization.tensor_bytes(model),
-        evaluation.perplexity(score.loss),
+        metrics.perplexity(score.loss),
         quantization.decoding_speed(model),
     )

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from hf_decoder.cli.compare import side_by_side
 from hf_decoder.cli.main import main
-from hf_decoder.judgment import Pair
+from hf_decoder.evaluation.blind_comparison import Pair
 
 PROMPTS = ["the cat", "the dog sees", "the bird"]
 

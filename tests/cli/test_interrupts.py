@@ -12,8 +12,8 @@ from made_up import SHAPE, made_text
 from safetensors.torch import load_file
 from transformers import Trainer
 
-from hf_decoder import evaluation
 from hf_decoder.cli.main import main
+from hf_decoder.evaluation import metrics
 from hf_decoder.interop import quantization, verification
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
@@ -139,7 +139,7 @@ def test_what_is_written_at_the_end_leaves_nothing_behind(run, send, tmp_path, c
     text = tmp_path / "text.txt"
     text.write_text(made_text(3, 20), encoding="utf-8")
     argv, owner, name = {
-        "eval": (["eval", str(run.folder), "--text_file", str(text), "--output_dir", str(folder / "out")], evaluation, "score_text"),  # noqa: E501
+        "eval": (["eval", str(run.folder), "--text_file", str(text), "--output_dir", str(folder / "out")], metrics, "score_text"),  # noqa: E501
         "quantize": (["quantize", str(run.folder), "--text_file", str(text), "--methods", "torchao_int8", "--output_dir", str(folder / "out")], quantization, "decoding_speed"),  # noqa: E501
         "convert": (["convert", str(run.folder), str(folder / "out")], verification, "verify"),
     }[verb]  # fmt: skip

@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_decoder import evaluation
 from hf_decoder.cli.main import main
 from hf_decoder.data.documents import load_text
 from hf_decoder.doctor import run_doctor
+from hf_decoder.evaluation import metrics
 from hf_decoder.interop import quantization
 
 TEXT = "the cat sees the dog\n"
@@ -56,8 +56,8 @@ def test_one_method_is_measured_and_saved(method, run, tmp_path, text_file, caps
     report = run_doctor(out, level="quick")
     assert report.ok, report.failures
     documents = load_text(text_file, validation_fraction=0)["train"]
-    score, _ = evaluation.score_text(saved, AutoTokenizer.from_pretrained(out), documents, block_size=64)
-    assert float(table[method][4]) == pytest.approx(evaluation.perplexity(score.loss), rel=0.02)
+    score, _ = metrics.score_text(saved, AutoTokenizer.from_pretrained(out), documents, block_size=64)
+    assert float(table[method][4]) == pytest.approx(metrics.perplexity(score.loss), rel=0.02)
 
 
 def test_what_has_no_form_on_disk_is_shown_so(run, text_file, capsys):

@@ -23,7 +23,7 @@ from transformers import (
 
 from hf_decoder import training
 from hf_decoder.data.records import read_lines
-from hf_decoder.evaluation import bleu, chrf
+from hf_decoder.evaluation.metrics import bleu, chrf
 
 
 def rows(tokenizer, sources: list[str], targets: list[str]) -> list[dict[str, list[int]]]:

@@ -18,7 +18,7 @@ import torch
 from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM
 from hf_decoder.cli import load_model, load_tokenizer
 from hf_decoder.cli.main import main
-from hf_decoder.completion import encode_prompt
+from hf_decoder.evaluation.batch_generation import encode_prompt
 from hf_decoder.interop.conversion import open_source
 from hf_decoder.safety import limits as bounds
 

@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs
 
-from hf_decoder.judgment import CHOICES, JudgmentFile, Pair
+from hf_decoder.evaluation.blind_comparison import CHOICES, JudgmentFile, Pair
 
 ADDRESS = "127.0.0.1"
 LONGEST_FORM = 10_000  # bytes

@@ -29,8 +29,8 @@ from hf_decoder.costs.accounting import flops_per_token
 from hf_decoder.data.tokenization import train_tokenizer
 from hf_decoder.engine.precision import fast_dtype
 from hf_decoder.engine.training.loss import linear_causal_lm_loss
+from hf_decoder.evaluation.llama_cpp import LlamaCppPeer, Seconds
 from hf_decoder.interop.conversion import convert
-from hf_decoder.llama_cpp_peer import LlamaCppPeer, Seconds
 
 
 @dataclass(frozen=True)
