@@ -30,15 +30,16 @@ from transformers import (
     set_seed,
 )
 
-from hf_decoder import HfDecoderConfig, training
+from hf_decoder import HfDecoderConfig
 from hf_decoder.data.packing import pack, tokenize
 from hf_decoder.data.records import Row
 from hf_decoder.data.tokenization import train_word_tokenizer
 from hf_decoder.evaluation.classification import predict
 from hf_decoder.finetuning import add_dropout
 from hf_decoder.ngrams import NgramClassifier
-from hf_decoder.recipe import muon_adamw, wsd_kwargs
 from hf_decoder.task_rows import class_rows
+from hf_decoder.training import callbacks
+from hf_decoder.training.optimizers import muon_adamw, wsd_kwargs
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -131,7 +132,7 @@ def train_classifier(
         args = _arguments(recipe, output_dir, recipe.pretraining_epochs, recipe.pretraining_learning_rate)
         # as many tokens in a step as a step of the classifier has, about
         args.per_device_train_batch_size = max(1, recipe.batch_size // 4)
-        _fit(language_model, args, blocks, training.collate_rows)
+        _fit(language_model, args, blocks, callbacks.collate_rows)
 
     config.label2id, config.id2label = label2id, {index: name for name, index in label2id.items()}
     classifier = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
@@ -233,7 +234,7 @@ def _arguments(recipe: Recipe, output_dir: str, epochs: float, learning_rate: fl
         warmup_steps=0.1,
         weight_decay=0.1,
         adam_beta2=0.95,
-        bf16=training.bf16_supported(),
+        bf16=callbacks.bf16_supported(),
         use_cpu=not torch.accelerator.is_available(),
         save_strategy="no",
         logging_first_step=True,
@@ -253,7 +254,7 @@ def _fit(
     """Trains the model by the recipe; returns the logs."""
     steps = math.ceil(args.num_train_epochs * math.ceil(len(rows) / args.per_device_train_batch_size))
     args.lr_scheduler_kwargs = wsd_kwargs(steps)
-    args.logging_steps = training.logging_steps(steps)
+    args.logging_steps = callbacks.logging_steps(steps)
     made = trainer(
         model=model,
         args=args,

@@ -11,7 +11,6 @@ import torch
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
-from hf_decoder import training
 from hf_decoder.costs import accounting
 from hf_decoder.data.packing import CorpusReport
 from hf_decoder.evaluation import metrics as evaluation
@@ -19,7 +18,8 @@ from hf_decoder.evaluation.classification import check_against_chance, plot_conf
 from hf_decoder.interop.adapters import ADAPTER_CONFIG
 from hf_decoder.loading_lines import DEFAULT_PROMPT, finetuned_load_lines, load_lines
 from hf_decoder.modelcard import steps_taken, write_finetuning_card, write_model_card
-from hf_decoder.preparation import StreamReport
+from hf_decoder.training import callbacks
+from hf_decoder.training.run_rows import StreamReport
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -88,14 +88,14 @@ def write_outputs(
     """Metrics, loss curve, samples and model card of a pretraining, beside the model that Trainer saved."""
     results = write_results(trainer, train, evaluation)
     folder = Path(str(trainer.args.output_dir))
-    training.plot_loss_curve(
+    callbacks.plot_loss_curve(
         trainer.state.log_history,
         folder / "loss_curve.png",
         title=f"{results['parameters'] / 1e6:.1f}M parameters on {words['dataset']}",
         bytes_per_token=results["eval_bytes"] / results["eval_tokens"],
         xz_bits_per_byte=results["xz_bits_per_byte"],
     )
-    training.write_samples(folder / "samples.md", samples)
+    callbacks.write_samples(folder / "samples.md", samples)
     prompt = line_of([prompt for prompt, _ in samples])
     write_model_card(folder, results, words)
     print_closing(folder, results, "model", load_lines(folder.as_posix(), prompt))
@@ -108,7 +108,7 @@ def write_finetuning_outputs(
     folder = Path(str(trainer.args.output_dir))
     results = write_results(trainer, train, evaluation)
     title = f"{words['base']} on {words['dataset']}"
-    training.plot_loss_curve(trainer.state.log_history, folder / "loss_curve.png", title=title, unit=unit)
+    callbacks.plot_loss_curve(trainer.state.log_history, folder / "loss_curve.png", title=title, unit=unit)
     adapter = folder if (folder / ADAPTER_CONFIG).is_file() else None
     write_finetuning_card(folder, results, words, is_adapter=adapter is not None)
     lines = finetuned_load_lines(folder.as_posix(), words["task"], words["prompt"], adapter=adapter)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from transformers import LlamaConfig, TrainerControl, TrainerState, TrainingArguments
 
-from hf_decoder.checkpoints import (
+from hf_decoder.training.checkpoints import (
     MARK,
     CheckpointKeeper,
     check_same_run,
@@ -19,7 +19,7 @@ from hf_decoder.checkpoints import (
     last_complete,
     mark_complete,
 )
-from hf_decoder.recipe import describe_recipe
+from hf_decoder.training.optimizers import describe_recipe
 
 
 def write(folder: Path, step: int, *, whole: bool = True) -> Path:

@@ -5,7 +5,7 @@ import signal
 
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from hf_decoder.guards import StopOnSignal, WarnOfSpikes
+from hf_decoder.training.stop_conditions import StopOnSignal, WarnOfSpikes
 
 
 def warned(capsys, logs) -> list[str]:

@@ -14,8 +14,15 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_decoder.pace import MeasuringTrainer, StepMetrics, TimeLimit, matmul_peak, parse_duration, steps_planned
-from hf_decoder.recipe import wsd_kwargs
+from hf_decoder.training.optimizers import wsd_kwargs
+from hf_decoder.training.throughput import (
+    MeasuringTrainer,
+    StepMetrics,
+    TimeLimit,
+    matmul_peak,
+    parse_duration,
+    steps_planned,
+)
 
 
 @pytest.mark.parametrize(

@@ -9,14 +9,15 @@ import torch
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode
 
-from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM, planning
+from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM
 from hf_decoder.cli.main import main
 from hf_decoder.costs import accounting
 from hf_decoder.costs.devices import DEVICES as GPUS
 from hf_decoder.costs.presets import PRESETS
-from hf_decoder.launch import configuration_file
-from hf_decoder.planning import Job, communication, memory, speed
-from hf_decoder.recipe import MuonAdamW, orthogonalise, parameter_groups
+from hf_decoder.training import planning
+from hf_decoder.training.launch import configuration_file
+from hf_decoder.training.optimizers import MuonAdamW, orthogonalise, parameter_groups
+from hf_decoder.training.planning import Job, communication, memory, speed
 
 SHAPE = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
 

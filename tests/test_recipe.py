@@ -12,7 +12,7 @@ from transformers.trainer_utils import SchedulerType
 
 from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM
 from hf_decoder.engine.precision import FAST_HALF_PRECISION
-from hf_decoder.recipe import (
+from hf_decoder.training.optimizers import (
     MuonAdamW,
     check_schedule,
     grouped_optimizer,

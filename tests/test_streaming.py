@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from hf_decoder import streamed_rows
 from hf_decoder.data import streamed_text, streaming
 from hf_decoder.data.packing import pack, tokenize
 from hf_decoder.data.sources import TextArguments, load_texts
 from hf_decoder.data.streamed_text import open_stream
 from hf_decoder.data.streaming import Reader
 from hf_decoder.data.tokenization import train_tokenizer
-from hf_decoder.streamed_rows import PLACE, StreamedRows
+from hf_decoder.training import streamed_rows
+from hf_decoder.training.streamed_rows import PLACE, StreamedRows
 
 WORDS = ["alpha", "beta ", "größe", "東京", "12", "\n", "\n\n", "  ", "x=1;", "don't", "\r\n"]
 

@@ -11,8 +11,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM, training
+from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM
 from hf_decoder.data.tokenization import train_tokenizer
+from hf_decoder.training import callbacks
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
 
@@ -27,7 +28,7 @@ def model_and_tokenizer():
 
 def test_check_output_dir(tmp_path):
     def check(folder, **kwargs):
-        training.check_output_dir(folder, **{"overwrite": False, "resume": False, **kwargs})
+        callbacks.check_output_dir(folder, **{"overwrite": False, "resume": False, **kwargs})
 
     check(tmp_path)
     check(tmp_path / "new")
@@ -45,22 +46,22 @@ def test_an_output_folder_that_cannot_be_made_is_noticed_at_once(tmp_path, monke
     for folder in (tmp_path / "file" / "new", tmp_path / "file" / "new" / "deeper", Path("/proc/new")):
         if folder.parents[-2].exists():
             with pytest.raises(ValueError, match=f"--output_dir {folder} cannot be made in .*; name another folder"):
-                training.check_output_dir(folder, overwrite=True)
-    training.check_output_dir(tmp_path / "new" / "deeper", overwrite=False)
+                callbacks.check_output_dir(folder, overwrite=True)
+    callbacks.check_output_dir(tmp_path / "new" / "deeper", overwrite=False)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
-    monkeypatch.setattr(training.os, "access", lambda path, mode: False)
+    monkeypatch.setattr(callbacks.os, "access", lambda path, mode: False)
     with pytest.raises(ValueError, match="cannot be written to"):
-        training.check_output_dir(tmp_path, overwrite=True)
+        callbacks.check_output_dir(tmp_path, overwrite=True)
 
 
 def test_speed_bar_shows_tokens_a_second_and_starts_where_a_run_was_resumed(tmp_path, monkeypatch, capsys):
     now = [100.0]
-    monkeypatch.setattr(training.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(callbacks.time, "perf_counter", lambda: now[0])
     screen = io.StringIO()
     monkeypatch.setattr("sys.stderr", screen)
     args, control = TrainingArguments(output_dir=str(tmp_path), use_cpu=True), TrainerControl()
     state = TrainerState(max_steps=10, global_step=4, num_input_tokens_seen=4000, is_world_process_zero=True)
-    bar = training.SpeedBar()
+    bar = callbacks.SpeedBar()
     bar.on_train_begin(args, state, control)
     assert bar.training_bar.n == 4
     state.global_step, state.num_input_tokens_seen = 6, 6000
@@ -80,7 +81,7 @@ def test_speed_bar_shows_tokens_a_second_and_starts_where_a_run_was_resumed(tmp_
 def test_speed_bar_stays_silent_on_other_processes(tmp_path):
     args, control = TrainingArguments(output_dir=str(tmp_path), use_cpu=True), TrainerControl()
     state = TrainerState(max_steps=10, is_world_process_zero=False)
-    bar = training.SpeedBar()
+    bar = callbacks.SpeedBar()
     bar.on_train_begin(args, state, control)
     bar.on_log(args, state, control, logs={"loss": 2.5})
     bar.on_evaluate(args, state, control)
@@ -106,7 +107,7 @@ def test_loss_curve_draws_what_was_logged(tmp_path, drawn):
         {"step": 20, "train_runtime": 9.0, "train_loss": 4.0},
     ]
     path = tmp_path / "curve.png"
-    training.plot_loss_curve(history, path, title="A title", bytes_per_token=4.0, xz_bits_per_byte=1.5)
+    callbacks.plot_loss_curve(history, path, title="A title", bytes_per_token=4.0, xz_bits_per_byte=1.5)
     axes = drawn[0].axes[0]
     train, held_out, level = axes.lines
     assert train.get_xydata().tolist() == [[1, 5.0], [10, 4.0], [20, 3.0]]
@@ -121,7 +122,7 @@ def test_loss_curve_draws_what_was_logged(tmp_path, drawn):
 
 
 def test_loss_curve_says_what_its_loss_counts_and_shows_a_single_point(tmp_path, drawn):
-    training.plot_loss_curve([{"step": 1, "loss": 5.0}], tmp_path / "curve.png", title="A title", unit="nats per row")
+    callbacks.plot_loss_curve([{"step": 1, "loss": 5.0}], tmp_path / "curve.png", title="A title", unit="nats per row")
     axes = drawn[0].axes[0]
     assert axes.get_ylabel() == "loss (nats per row)"
     assert axes.lines[0].get_marker() not in (None, "", "None")
@@ -129,23 +130,23 @@ def test_loss_curve_says_what_its_loss_counts_and_shows_a_single_point(tmp_path,
 
 @pytest.mark.parametrize("steps, expected", [(1, 1), (6, 1), (45, 2), (200, 10), (100_000, 10)])
 def test_a_short_run_has_a_curve_too(steps, expected):
-    assert training.logging_steps(steps) == expected
+    assert callbacks.logging_steps(steps) == expected
 
 
 def test_loss_curve_of_an_empty_history_is_still_a_picture(tmp_path):
-    training.plot_loss_curve([], tmp_path / "curve.png", title="Nothing yet")
+    callbacks.plot_loss_curve([], tmp_path / "curve.png", title="Nothing yet")
     with Image.open(tmp_path / "curve.png") as picture:
         picture.verify()
 
 
 def test_held_out_prompts_are_beginnings_spread_over_the_texts():
     texts = [f"line {i}\n" * 100 for i in range(10)] + ["", "  \n"]
-    prompts = training.held_out_prompts(texts, count=4, max_chars=50)
+    prompts = callbacks.held_out_prompts(texts, count=4, max_chars=50)
     assert [prompt.splitlines()[0] for prompt in prompts] == ["line 0", "line 2", "line 5", "line 7"]
     assert all(text.startswith(prompt) for prompt, text in zip(prompts, [texts[i] for i in (0, 2, 5, 7)], strict=True))
     assert all(len(prompt) <= 50 and prompt.endswith(tuple("0257")) for prompt in prompts)
-    assert training.held_out_prompts(["ab"], count=4) == ["a"]
-    assert training.held_out_prompts(["", " "]) == []
+    assert callbacks.held_out_prompts(["ab"], count=4) == ["a"]
+    assert callbacks.held_out_prompts(["", " "]) == []
 
 
 def test_complete_continues_repeatably_and_leaves_the_random_state(model_and_tokenizer):
@@ -157,17 +158,17 @@ def test_complete_continues_repeatably_and_leaves_the_random_state(model_and_tok
     torch.manual_seed(5)
     # the second prompt is longer than the model reads
     prompts = ["the cat", "the dog sees " * 50]
-    first = training.complete(model, tokenizer, prompts, max_new_tokens=8)
+    first = callbacks.complete(model, tokenizer, prompts, max_new_tokens=8)
     assert torch.equal(torch.rand(1), expected)
     assert model.training
     assert [prompt for prompt, _ in first] == prompts
-    assert first == training.complete(model, tokenizer, prompts, max_new_tokens=8)
-    assert first != training.complete(model, tokenizer, prompts, max_new_tokens=8, seed=1)
+    assert first == callbacks.complete(model, tokenizer, prompts, max_new_tokens=8)
+    assert first != callbacks.complete(model, tokenizer, prompts, max_new_tokens=8, seed=1)
 
 
 def test_samples_are_fenced_whatever_they_hold(tmp_path):
     path = tmp_path / "samples.md"
-    training.write_samples(path, [("a prompt", "has ```` four ticks")])
+    callbacks.write_samples(path, [("a prompt", "has ```` four ticks")])
     text = path.read_text(encoding="utf-8")
     assert "`````text\nhas ```` four ticks\n`````" in text
     assert "```text\na prompt\n```" in text
@@ -175,9 +176,9 @@ def test_samples_are_fenced_whatever_they_hold(tmp_path):
 
 def test_stage_records_its_time(monkeypatch, capsys):
     clock = iter([1.0, 3.5])
-    monkeypatch.setattr(training.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(callbacks.time, "perf_counter", lambda: next(clock))
     seconds: dict[str, float] = {}
-    with training.stage("pack", seconds):
+    with callbacks.stage("pack", seconds):
         pass
     assert seconds == {"pack_runtime": 2.5}
     assert capsys.readouterr().out == "pack: 2.5 s\n"
@@ -186,15 +187,15 @@ def test_stage_records_its_time(monkeypatch, capsys):
 def test_bf16_is_for_cpus_that_multiply_it(monkeypatch):
     def chosen(**flags):
         args = SimpleNamespace(**flags)
-        training.choose_bf16(args)
+        callbacks.choose_bf16(args)
         return args.bf16
 
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
-    assert training.bf16_supported()
+    assert callbacks.bf16_supported()
     assert chosen(bf16=None, fp16=False) and not chosen(bf16=None, fp16=True) and not chosen(bf16=False, fp16=False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True}, raising=False)
-    assert not training.bf16_supported()
+    assert not callbacks.bf16_supported()
     assert not chosen(bf16=None, fp16=False) and chosen(bf16=True, fp16=False)
 
 
@@ -204,14 +205,14 @@ from types import SimpleNamespace
 
 import torch
 
-from hf_decoder import training
+from hf_decoder.training import callbacks
 
 
 def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
-training.keep_freed_memory()
+callbacks.keep_freed_memory()
 between, blocks = [], []
 for _ in range(32):  # what stays between the blocks keeps glibc from giving back the end of the heap alone
     blocks.append(torch.ones(2**22))
@@ -219,7 +220,7 @@ for _ in range(32):  # what stays between the blocks keeps glibc from giving bac
 full = resident()
 blocks.clear()
 kept = resident()
-trim = training.TrimMemory()
+trim = callbacks.TrimMemory()
 for step in range(1, 50):
     trim.on_step_end(None, SimpleNamespace(global_step=step), None)
 before = resident()

@@ -195,9 +195,9 @@ def _load(auto_class: Any, name: str, trust_remote_code: bool, adapter: str | No
     from transformers import AutoModelForSequenceClassification
     from transformers.utils import logging
 
-    from hf_decoder.checkpoints import check_content
     from hf_decoder.interop.checkpoint import INDEX_NAME, read_weight_map
     from hf_decoder.interop.weight_sizes import check_sizes
+    from hf_decoder.training.checkpoints import check_content
 
     name, adapter = _parts_of(name, adapter)
     config = load_config(name, trust_remote_code=trust_remote_code)

@@ -16,7 +16,7 @@ from hf_decoder.cli.flags.benchmark import BenchmarkArguments
 from hf_decoder.costs import accounting
 from hf_decoder.costs.presets import get_preset
 from hf_decoder.evaluation.benchmarking import SUITES, Row, Setting
-from hf_decoder.training import bf16_supported
+from hf_decoder.training.callbacks import bf16_supported
 
 
 def main(args: BenchmarkArguments) -> int:

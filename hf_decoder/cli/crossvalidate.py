@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from hf_decoder import crossvalidation, training
+from hf_decoder import crossvalidation
 from hf_decoder.cli import parse_overrides
 from hf_decoder.cli.flags.crossvalidate import CrossvalidateArguments
 from hf_decoder.costs import accounting
@@ -24,6 +24,7 @@ from hf_decoder.loading_lines import classifier_load_lines
 from hf_decoder.modelcard import write_finetuning_card
 from hf_decoder.results import example_of, print_load_lines
 from hf_decoder.safety.interrupts import going_on
+from hf_decoder.training import callbacks
 
 
 def main(args: CrossvalidateArguments) -> int:
@@ -56,7 +57,7 @@ def crossvalidate(args: CrossvalidateArguments) -> dict[str, Any]:
     folder = Path(args.output_dir)
     settings = {"rows": len(rows), "num_folds": args.num_folds, **asdict(recipe)}
     done, model = _results_so_far(folder, settings, overwrite=args.overwrite_output_dir)
-    training.keep_freed_memory()
+    callbacks.keep_freed_memory()
     logging.set_verbosity_error()
 
     def kept() -> str:
@@ -113,7 +114,7 @@ def _train_on_all(
     tokenizer.save_pretrained(folder)
     unit = "cross-entropy" + (" and distance to the teacher" if recipe.teacher_weight else "")
     title = f"a new {args.preset} model on all of {Path(args.train_file).name}"
-    training.plot_loss_curve(history, folder / "loss_curve.png", title=title, unit=unit)
+    callbacks.plot_loss_curve(history, folder / "loss_curve.png", title=title, unit=unit)
     return {
         "train_rows": len(rows),
         "parameters": model.num_parameters(),

@@ -23,8 +23,7 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
-from hf_decoder import HfDecoderConfig, finetuning, task_rows, training
-from hf_decoder.checkpoints import CheckpointKeeper, check_same_run, checkpoint_to_resume, describe_run
+from hf_decoder import HfDecoderConfig, finetuning, task_rows
 from hf_decoder.cli import (
     MUON_ADAMW,
     check_at_least,
@@ -50,12 +49,14 @@ from hf_decoder.evaluation.classification import (
     save_label_names,
     share_padding,
 )
-from hf_decoder.guards import StopOnSignal
 from hf_decoder.interop.adapters import ADAPTER_CONFIG, CLASSIFIER, LANGUAGE_MODEL, is_adapter, load_adapter, merge
-from hf_decoder.layouts import save_in_full
-from hf_decoder.pace import TimeLimit, parse_duration
-from hf_decoder.recipe import check_schedule, describe_recipe, muon_adamw, wsd_kwargs
 from hf_decoder.results import write_finetuning_outputs
+from hf_decoder.training import callbacks as training
+from hf_decoder.training.checkpoint_formats import save_in_full
+from hf_decoder.training.checkpoints import CheckpointKeeper, check_same_run, checkpoint_to_resume, describe_run
+from hf_decoder.training.optimizers import check_schedule, describe_recipe, muon_adamw, wsd_kwargs
+from hf_decoder.training.stop_conditions import StopOnSignal
+from hf_decoder.training.throughput import TimeLimit, parse_duration
 
 COLUMNS = ("text", "prompt", "completion", "messages", "label", "chosen", "rejected")
 

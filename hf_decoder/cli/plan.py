@@ -5,13 +5,14 @@ from __future__ import annotations
 import shlex
 from dataclasses import replace
 
-from hf_decoder import HfDecoderConfig, planning
+from hf_decoder import HfDecoderConfig
 from hf_decoder.cli import check_at_least, check_choice
 from hf_decoder.cli.flags.plan import LONGEST_ROW, PlanArguments
 from hf_decoder.costs import accounting
 from hf_decoder.costs.devices import DEVICES, DEVICES_PER_NODE, GIB, THIS_CPU, device
 from hf_decoder.costs.presets import get_preset
-from hf_decoder.launch import configuration_file
+from hf_decoder.training import planning
+from hf_decoder.training.launch import configuration_file
 
 
 def main(args: PlanArguments) -> int:

@@ -24,13 +24,7 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
-from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM, training
-from hf_decoder.checkpoints import (
-    CheckpointKeeper,
-    check_same_run,
-    checkpoint_to_resume,
-    describe_run,
-)
+from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM
 from hf_decoder.cli import (
     MUON_ADAMW,
     check_at_least,
@@ -47,15 +41,22 @@ from hf_decoder.data.sources import names_of
 from hf_decoder.data.streamed_text import StreamedText
 from hf_decoder.data.tokenization import check_tokenizer_fits, train_tokenizer
 from hf_decoder.evaluation.batch_generation import end_ids
-from hf_decoder.guards import StopOnNan, StopOnSignal, WarnOfSpikes, check_reporters
-from hf_decoder.launch import check_launch
-from hf_decoder.layouts import save_in_full, whole_model
 from hf_decoder.modelcard import template_path
-from hf_decoder.pace import MeasuringTrainer, StepMetrics, TimeLimit, parse_duration
-from hf_decoder.preparation import Rows, coverage, make_rows, make_streamed_rows, open_text, training_texts
-from hf_decoder.recipe import check_schedule, describe_recipe, grouped_optimizer, muon_adamw, wsd_kwargs
 from hf_decoder.results import procedure, score_held_out, sizes_and_machine, write_outputs
-from hf_decoder.streamed_rows import StreamedRows, StreamingTrainer
+from hf_decoder.training import callbacks as training
+from hf_decoder.training.checkpoint_formats import save_in_full, whole_model
+from hf_decoder.training.checkpoints import (
+    CheckpointKeeper,
+    check_same_run,
+    checkpoint_to_resume,
+    describe_run,
+)
+from hf_decoder.training.launch import check_launch
+from hf_decoder.training.optimizers import check_schedule, describe_recipe, grouped_optimizer, muon_adamw, wsd_kwargs
+from hf_decoder.training.run_rows import Rows, coverage, make_rows, make_streamed_rows, open_text, training_texts
+from hf_decoder.training.stop_conditions import StopOnNan, StopOnSignal, WarnOfSpikes, check_reporters
+from hf_decoder.training.streamed_rows import StreamedRows, StreamingTrainer
+from hf_decoder.training.throughput import MeasuringTrainer, StepMetrics, TimeLimit, parse_duration
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict

@@ -6,23 +6,23 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from hf_decoder import training
 from hf_decoder.cli.flags.tokenizer import TokenizerArguments
 from hf_decoder.data.sources import TextArguments
 from hf_decoder.data.tokenization import train_tokenizer
 from hf_decoder.data.tokenizer_report import report
-from hf_decoder.preparation import held_out_texts, open_text, training_texts
+from hf_decoder.training import callbacks
+from hf_decoder.training.run_rows import held_out_texts, open_text, training_texts
 
 
 def main(args: TokenizerArguments, text_args: TextArguments) -> int:
     """Trains, saves and reports."""
-    training.check_output_dir(args.output_dir, overwrite=args.overwrite_output_dir)
+    callbacks.check_output_dir(args.output_dir, overwrite=args.overwrite_output_dir)
     seconds: dict[str, float] = {}
-    with training.stage("corpus", seconds):
+    with callbacks.stage("corpus", seconds):
         text = open_text(text_args)
-    with training.stage("tokenizer", seconds):
+    with callbacks.stage("tokenizer", seconds):
         tokenizer = train_tokenizer(training_texts(text), args.vocab_size, args.tokenizer_type, args.model_max_length)
-    with training.stage("report", seconds):
+    with callbacks.stage("report", seconds):
         measured = report(tokenizer, training_texts(text), held_out_texts(text))
     tokenizer.save_pretrained(args.output_dir)
     path = Path(args.output_dir) / "tokenizer_report.json"

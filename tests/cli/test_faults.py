@@ -15,7 +15,7 @@ from made_up import SHAPE, child, kill_before_mark, kill_in_save, kill_late, mad
 from safetensors.torch import load_file
 
 from hf_decoder import HfDecoderForCausalLM
-from hf_decoder.checkpoints import MARK, check_content, checkpoints, is_complete, last_complete, step_of
+from hf_decoder.training.checkpoints import MARK, check_content, checkpoints, is_complete, last_complete, step_of
 
 STEPS, SAVE_STEPS = 40, 5
 

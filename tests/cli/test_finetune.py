@@ -19,12 +19,13 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM, training
+from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM
 from hf_decoder.cli import finetune, parse_arguments
 from hf_decoder.cli.main import main
 from hf_decoder.finetuning import add_dropout
 from hf_decoder.interop.adapters import merge
 from hf_decoder.task_rows import load_task
+from hf_decoder.training import callbacks
 
 pytest.importorskip("trl")
 QUICK = ["--max_steps", "2", "--per_device_train_batch_size", "4", "--report_to", "none", "--disable_tqdm", "true"]
@@ -753,7 +754,7 @@ def test_an_evaluation_leaves_the_gradients_on_a_four_bit_base_as_they_are(run, 
 def test_memory_is_trimmed_on_the_way(run, tmp_path, monkeypatch):
     """Every step has tensors of other sizes, and without it the process grows."""
     trimmed = []
-    monkeypatch.setattr(training.TrimMemory, "on_step_end", lambda *args, **kwargs: trimmed.append(1))
+    monkeypatch.setattr(callbacks.TrimMemory, "on_step_end", lambda *args, **kwargs: trimmed.append(1))
     run_task(run.folder, tmp_path, PAIRS)
     assert trimmed == [1, 1]
 

@@ -14,8 +14,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_decoder import training
 from hf_decoder.cli.main import main
+from hf_decoder.training import callbacks
 
 FILES = [
     "model.safetensors",
@@ -144,8 +144,10 @@ def test_a_finished_run_goes_on_for_more_steps(run, tmp_path):
 
 def test_watching_a_run_changes_nothing_of_it(run, tmp_path, monkeypatch):
     drawn = []
-    draw = training.plot_loss_curve
-    monkeypatch.setattr(training, "plot_loss_curve", lambda log, *a, **k: (drawn.append(len(log)), draw(log, *a, **k)))
+    draw = callbacks.plot_loss_curve
+    monkeypatch.setattr(
+        callbacks, "plot_loss_curve", lambda log, *a, **k: (drawn.append(len(log)), draw(log, *a, **k))
+    )
     folder = tmp_path / "watched"
     assert (
         main(["pretrain", *run.flags, "--output_dir", str(folder), "--sample_steps", "2", "--time_limit", "1h"]) == 0
@@ -195,7 +197,7 @@ def test_the_loss_curve_holds_both_losses_at_every_save(run, tmp_path, monkeypat
     def look(log, path, **drawing):
         curves.append(({entry["step"] for entry in log if "loss" in entry}, {entry["step"] for entry in log if "eval_loss" in entry}))  # fmt: skip # noqa: E501
 
-    monkeypatch.setattr(training, "plot_loss_curve", look)
+    monkeypatch.setattr(callbacks, "plot_loss_curve", look)
     flags = [*run.flags, "--logging_steps", "1", "--eval_steps", "2", "--save_steps", "2"]
     assert main(["pretrain", *flags, "--output_dir", str(tmp_path / "model")]) == 0
     assert curves[:3] == [({1, 2}, {2}), ({1, 2, 3, 4}, {2, 4}), ({1, 2, 3, 4, 5, 6}, {2, 4, 6})]

@@ -10,8 +10,8 @@ import torch
 from made_up import SHAPE, made_text
 from safetensors.torch import load_file
 
-from hf_decoder.checkpoints import is_complete
 from hf_decoder.cli.main import main
+from hf_decoder.training.checkpoints import is_complete
 
 ROWS = 68
 ROOT = Path(__file__).resolve().parents[2]

@@ -13,10 +13,10 @@ from made_up import SHAPE, child, made_text
 from safetensors.torch import load_file
 from test_faults import PROCESSES
 
-from hf_decoder import preparation
-from hf_decoder.checkpoints import MARK, is_complete, last_complete
 from hf_decoder.cli.main import main
 from hf_decoder.data import streaming
+from hf_decoder.training import run_rows
+from hf_decoder.training.checkpoints import MARK, is_complete, last_complete
 
 STEPS = 30
 
@@ -137,7 +137,7 @@ def test_resuming_with_a_changed_text_is_refused(fails, flags, undisturbed, tmp_
 
 @pytest.mark.parametrize("workers", ["0", "1"])
 def test_a_bad_byte_far_into_the_text_leaves_the_last_checkpoint(fails, flags, run, tmp_path, monkeypatch, workers):
-    monkeypatch.setattr(preparation, "SAMPLE_CHARACTERS", 1000)
+    monkeypatch.setattr(run_rows, "SAMPLE_CHARACTERS", 1000)
     for name in ("PIECE_CHARACTERS", "LONGEST_PIECE", "LOOK_BYTES"):
         monkeypatch.setattr(streaming, name, 1000)
     text = tmp_path / "a.txt"

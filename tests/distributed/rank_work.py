@@ -14,12 +14,13 @@ import yaml
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.utils import logging
 
-from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM, recipe
+from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM
 from hf_decoder.engine.training import loss as engine_loss
-from hf_decoder.layouts import resumable, save_in_full
 from hf_decoder.model import loss_hf_decoder as plain_loss
 from hf_decoder.model import modeling_hf_decoder
-from hf_decoder.recipe import grouped_optimizer, muon_adamw
+from hf_decoder.training import optimizers as recipe
+from hf_decoder.training.checkpoint_formats import resumable, save_in_full
+from hf_decoder.training.optimizers import grouped_optimizer, muon_adamw
 
 VOCAB_SIZE = 96
 SHAPE = {
@@ -246,7 +247,7 @@ def pretrain(argv: list[str], *, in_shards: bool = False, signal_to_rank: int | 
     """
     from hf_decoder.cli import pretrain
     from hf_decoder.cli.main import main
-    from hf_decoder.launch import configuration_file
+    from hf_decoder.training.launch import configuration_file
 
     recipe.NEWTON_SCHULZ_DTYPE = torch.float32  # bf16 turns what differs in the last bit of fp32 into 4e-3
     pretrain_arguments = ["pretrain", *argv, "--disable_tqdm", "true"]

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from hf_decoder.launch import configuration_file
+from hf_decoder.training.launch import configuration_file
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("deepspeed", reason="the package deepspeed is not installed: pip install deepspeed")

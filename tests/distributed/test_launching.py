@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM
-from hf_decoder.checkpoints import is_complete
 from hf_decoder.cli.main import main as command
-from hf_decoder.launch import check_launch, configuration_file, configurations
+from hf_decoder.training.checkpoints import is_complete
+from hf_decoder.training.launch import check_launch, configuration_file, configurations
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPE = "hidden_size=32,num_attention_heads=2,num_key_value_heads=1,num_hidden_layers=2,max_position_embeddings=128"

@@ -6,8 +6,8 @@ from rank_work import Run, new_model, orthogonalise_in_layouts, some_matrices, t
 from ranks import resumes_in_several, run_ranks
 from transformers import AutoModelForCausalLM
 
-from hf_decoder import recipe
-from hf_decoder.layouts import form_of
+from hf_decoder.training import optimizers
+from hf_decoder.training.checkpoint_formats import form_of
 
 CASES = {
     "muon": {},
@@ -84,8 +84,8 @@ def compare(one, several, name):
 
 
 def test_muon_orthogonalises_whole_matrices_in_every_layout(tmp_path, monkeypatch):
-    monkeypatch.setattr(recipe, "NEWTON_SCHULZ_DTYPE", torch.float32)
-    expected = recipe.orthogonalise(torch.stack(some_matrices()))
+    monkeypatch.setattr(optimizers, "NEWTON_SCHULZ_DTYPE", torch.float32)
+    expected = optimizers.orthogonalise(torch.stack(some_matrices()))
     layouts = ["rows", "columns", "replicas", "shards of replicas", "rows and columns", "rows twice"]
     for found in run_ranks(4, orthogonalise_in_layouts, layouts, folder=tmp_path):
         assert list(found) == [*layouts, "shards of shards"]

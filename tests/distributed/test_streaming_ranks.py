@@ -10,7 +10,7 @@ from rank_work import pretrain
 from ranks import resumes_in_several, run_ranks
 from safetensors.torch import load_file
 
-from hf_decoder.checkpoints import is_complete
+from hf_decoder.training.checkpoints import is_complete
 
 SHAPE = "hidden_size=32,num_attention_heads=2,num_key_value_heads=1,num_hidden_layers=2,max_position_embeddings=128"
 

@@ -137,7 +137,7 @@ def test_pickles_of_training_are_to_be_deleted_and_those_of_weights_to_be_conver
 def test_what_pretraining_saves_holds_no_pickle(healthy, tmp_path):
     from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-    from hf_decoder.layouts import save_in_full
+    from hf_decoder.training.checkpoint_formats import save_in_full
 
     args = TrainingArguments(tmp_path / "run", report_to="none", use_cpu=True)
     trainer = Trainer(AutoModelForCausalLM.from_pretrained(healthy["ours"]), args)

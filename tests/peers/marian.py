@@ -21,9 +21,9 @@ from transformers import (
     set_seed,
 )
 
-from hf_decoder import training
 from hf_decoder.data.records import read_lines
 from hf_decoder.evaluation.metrics import bleu, chrf
+from hf_decoder.training import callbacks
 
 
 def rows(tokenizer, sources: list[str], targets: list[str]) -> list[dict[str, list[int]]]:
@@ -52,7 +52,7 @@ def main() -> None:
     args = parser.parse_args()
 
     set_seed(42)
-    training.keep_freed_memory()
+    callbacks.keep_freed_memory()
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
     tokenizer.padding_side = "right"
     config = MarianConfig(
@@ -88,7 +88,7 @@ def main() -> None:
             adam_epsilon=1e-9,
             label_smoothing_factor=0.1,
             train_sampling_strategy="group_by_length",
-            bf16=training.bf16_supported(),
+            bf16=callbacks.bf16_supported(),
             use_cpu=not torch.accelerator.is_available(),
             save_strategy="no",
             logging_steps=100,

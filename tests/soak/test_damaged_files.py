@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
 from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM
-from hf_decoder.checkpoints import MARK, CheckpointKeeper, checkpoint_to_resume
 from hf_decoder.cli import load_model
+from hf_decoder.training.checkpoints import MARK, CheckpointKeeper, checkpoint_to_resume
 
 SHAPE = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
 

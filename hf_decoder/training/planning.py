@@ -16,7 +16,7 @@ from transformers import PretrainedConfig
 from hf_decoder.costs import accounting
 from hf_decoder.costs.devices import DEVICES, DEVICES_PER_NODE, GB, Device
 from hf_decoder.engine.training.loss import CHUNK_ELEMENTS, MIN_CHUNK_ROWS
-from hf_decoder.recipe import NEWTON_SCHULZ_STEPS, parameter_groups
+from hf_decoder.training.optimizers import NEWTON_SCHULZ_STEPS, parameter_groups
 
 # Share of a device's memory that can be planned with; the rest is the context, the allocator and the libraries.
 USABLE = 0.92

@@ -26,7 +26,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from hf_decoder.data.packing import IGNORE, encode_texts, markers_of
 from hf_decoder.data.streaming import Mixture, Reader, Segment, Source
 from hf_decoder.data.tokenization import split_text
-from hf_decoder.pace import MeasuringTrainer
+from hf_decoder.training.throughput import MeasuringTrainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

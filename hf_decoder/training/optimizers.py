@@ -4,7 +4,7 @@ Hidden weight matrices take Muon (Jordan et al. 2024), everything else AdamW: em
 One learning rate serves both, because Muon's updates are scaled to the size that AdamW's have (Liu et al. 2025, "Muon
 is scalable for LLM training", section 2.2). From a plain Trainer:
 
-    from hf_decoder.recipe import muon_adamw
+    from hf_decoder.training.optimizers import muon_adamw
     trainer = Trainer(model, args, ..., optimizer_cls_and_kwargs=muon_adamw(args))
 """
 

@@ -16,7 +16,7 @@ from transformers.trainer_utils import SchedulerType
 
 from hf_decoder.costs.accounting import flops_per_token, mfu
 from hf_decoder.engine.precision import fast_dtype
-from hf_decoder.recipe import DECAY_SHARE
+from hf_decoder.training.optimizers import DECAY_SHARE
 
 _UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0}
 

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hf_decoder.checkpoints import describe_data
 from hf_decoder.data.packing import (
     CorpusReport,
     check_one_block,
@@ -20,7 +19,8 @@ from hf_decoder.data.packing import (
 from hf_decoder.data.sources import TextArguments, load_texts
 from hf_decoder.data.streamed_text import StreamedText, open_stream
 from hf_decoder.data.tokenization import split_text
-from hf_decoder.streamed_rows import StreamedRows
+from hf_decoder.training.checkpoints import describe_data
+from hf_decoder.training.streamed_rows import StreamedRows
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict

@@ -29,10 +29,10 @@ from transformers import (
 )
 from transformers.trainer import TRAINER_STATE_NAME
 
-from hf_decoder.checkpoints import checkpoints
 from hf_decoder.engine.precision import cpu_has
-from hf_decoder.layouts import is_sharded, resumable
-from hf_decoder.pace import steps_planned
+from hf_decoder.training.checkpoint_formats import is_sharded, resumable
+from hf_decoder.training.checkpoints import checkpoints
+from hf_decoder.training.throughput import steps_planned
 
 # Steps between two points of the loss curve; fewer in a run too short for so many points.
 LOGGING_STEPS = 10

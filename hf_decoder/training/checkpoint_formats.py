@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 
-from hf_decoder.recipe import parameter_groups
+from hf_decoder.training.optimizers import parameter_groups
 
 # What a checkpoint of each form holds besides the files that all forms share: of the weights, of the optimizer.
 FORMS = {
