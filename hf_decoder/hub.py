@@ -21,7 +21,7 @@ import hf_decoder.receiver
 from hf_decoder.doctor.code import Code, Origin, code_of
 from hf_decoder.hub_files import CARD, STALE, digest, files_to_push, left_out, matches
 from hf_decoder.interop.adapters import ADAPTER_CONFIG, base_of, is_adapter
-from hf_decoder.modelcard import pin_load_lines, pinned_revision
+from hf_decoder.reporting.model_card import pin_load_lines, pinned_revision
 from hf_decoder.safety.fresh_process import run_fresh
 
 RECEIVE_TIMEOUT = 3600  # seconds

@@ -34,7 +34,7 @@ from hf_decoder.data.records import (
 from hf_decoder.evaluation.batch_generation import encode_prompt
 from hf_decoder.evaluation.classification import encode_texts, label_map
 from hf_decoder.evaluation.metrics import IGNORE_INDEX
-from hf_decoder.results import example_of, line_of
+from hf_decoder.reporting.run_report import example_of, line_of
 
 if TYPE_CHECKING:
     from datasets import Dataset

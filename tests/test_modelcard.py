@@ -11,8 +11,8 @@ import pytest
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
-from hf_decoder.loading_lines import adapter_load_lines, load_lines
-from hf_decoder.modelcard import (
+from hf_decoder.reporting.loading_lines import adapter_load_lines, load_lines
+from hf_decoder.reporting.model_card import (
     NOT_MEASURED,
     code,
     pin_load_lines,

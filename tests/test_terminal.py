@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM
 from hf_decoder.cli.main import main
-from hf_decoder.modelcard import write_conversion_card
+from hf_decoder.reporting.model_card import write_conversion_card
 from hf_decoder.safety.terminal import guard_streams, printable
 
 ATTACKS = {

@@ -40,7 +40,7 @@ from hf_decoder.evaluation.classification import (
     predict,
     share_padding,
 )
-from hf_decoder.modelcard import update_model_index
+from hf_decoder.reporting.model_card import update_model_index
 
 
 def main(args: EvalArguments) -> int:

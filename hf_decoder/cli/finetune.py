@@ -50,7 +50,7 @@ from hf_decoder.evaluation.classification import (
     share_padding,
 )
 from hf_decoder.interop.adapters import ADAPTER_CONFIG, CLASSIFIER, LANGUAGE_MODEL, is_adapter, load_adapter, merge
-from hf_decoder.results import write_finetuning_outputs
+from hf_decoder.reporting.run_report import write_finetuning_outputs
 from hf_decoder.training import callbacks as training
 from hf_decoder.training.checkpoint_formats import save_in_full
 from hf_decoder.training.checkpoints import CheckpointKeeper, check_same_run, checkpoint_to_resume, describe_run

@@ -33,7 +33,7 @@ from hf_decoder.evaluation.batch_generation import (
     end_ids,
     generate_settings,
 )
-from hf_decoder.results import is_of_pretraining
+from hf_decoder.reporting.run_report import is_of_pretraining
 from hf_decoder.safety.interrupts import going_on
 
 GENERATION_FLAGS = (

@@ -41,8 +41,8 @@ from hf_decoder.data.sources import names_of
 from hf_decoder.data.streamed_text import StreamedText
 from hf_decoder.data.tokenization import check_tokenizer_fits, train_tokenizer
 from hf_decoder.evaluation.batch_generation import end_ids
-from hf_decoder.modelcard import template_path
-from hf_decoder.results import procedure, score_held_out, sizes_and_machine, write_outputs
+from hf_decoder.reporting.model_card import template_path
+from hf_decoder.reporting.run_report import procedure, score_held_out, sizes_and_machine, write_outputs
 from hf_decoder.training import callbacks as training
 from hf_decoder.training.checkpoint_formats import save_in_full, whole_model
 from hf_decoder.training.checkpoints import (

@@ -13,7 +13,7 @@ from hf_decoder.data.documents import load_text
 from hf_decoder.evaluation import metrics
 from hf_decoder.interop import quantization
 from hf_decoder.interop.checkpoint import check_absent, written_aside
-from hf_decoder.modelcard import write_conversion_card
+from hf_decoder.reporting.model_card import write_conversion_card
 
 BLOCK_SIZE = 512
 

@@ -24,7 +24,7 @@ from hf_decoder.interop.families import FAMILIES, OURS, BuiltConfig, Family, fus
 from hf_decoder.interop.untrusted_files import check_folder
 from hf_decoder.interop.weight_sizes import check_layers
 from hf_decoder.model.configuration_hf_decoder import AUTO_MAP
-from hf_decoder.modelcard import DIFFERENCE, NOT_MEASURED, write_conversion_card
+from hf_decoder.reporting.model_card import DIFFERENCE, NOT_MEASURED, write_conversion_card
 
 GGUF, ONNX = "gguf", "onnx"
 TARGETS = ("auto", OURS, *FAMILIES, GGUF, ONNX)

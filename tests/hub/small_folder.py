@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM
-from hf_decoder.modelcard import write_model_card
+from hf_decoder.reporting.model_card import write_model_card
 
 
 def write_folder(folder: Path, tokenizer, *, seed: int = 0, max_shard_size: str = "5GB", **overrides) -> Path:

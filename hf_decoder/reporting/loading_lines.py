@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_decoder.evaluation.classification import read_label_names
-from hf_decoder.markup import quoted
+from hf_decoder.reporting.markup import quoted
 
 Prompt = str | Sequence[Mapping[str, Any]]  # text, or the messages of a chat
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from hf_decoder.loading_lines import finetuned_load_lines, load_lines, neutral
-from hf_decoder.markup import code, line, plain, quoted
+from hf_decoder.reporting.loading_lines import finetuned_load_lines, load_lines, neutral
+from hf_decoder.reporting.markup import code, line, plain, quoted
 from hf_decoder.safety.terminal import printable
 
 NOT_MEASURED = "not measured"

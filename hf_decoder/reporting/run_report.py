@@ -16,8 +16,8 @@ from hf_decoder.data.packing import CorpusReport
 from hf_decoder.evaluation import metrics as evaluation
 from hf_decoder.evaluation.classification import check_against_chance, plot_confusion
 from hf_decoder.interop.adapters import ADAPTER_CONFIG
-from hf_decoder.loading_lines import DEFAULT_PROMPT, finetuned_load_lines, load_lines
-from hf_decoder.modelcard import steps_taken, write_finetuning_card, write_model_card
+from hf_decoder.reporting.loading_lines import DEFAULT_PROMPT, finetuned_load_lines, load_lines
+from hf_decoder.reporting.model_card import steps_taken, write_finetuning_card, write_model_card
 from hf_decoder.training import callbacks
 from hf_decoder.training.run_rows import StreamReport
 
