@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_decoder import ngrams
+from hf_decoder.tuning import ngrams
 
 WORDS = ["good", "bad", "not", "film", "plot", "a", "the"]
 

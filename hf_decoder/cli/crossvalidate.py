@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from hf_decoder import crossvalidation
 from hf_decoder.cli import parse_overrides
 from hf_decoder.cli.flags.crossvalidate import CrossvalidateArguments
 from hf_decoder.costs import accounting
@@ -25,6 +24,7 @@ from hf_decoder.reporting.model_card import write_finetuning_card
 from hf_decoder.reporting.run_report import example_of, print_load_lines
 from hf_decoder.safety.interrupts import going_on
 from hf_decoder.training import callbacks
+from hf_decoder.tuning import crossvalidation
 
 
 def main(args: CrossvalidateArguments) -> int:

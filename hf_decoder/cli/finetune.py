@@ -23,7 +23,7 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
-from hf_decoder import HfDecoderConfig, finetuning, task_rows
+from hf_decoder import HfDecoderConfig
 from hf_decoder.cli import (
     MUON_ADAMW,
     check_at_least,
@@ -57,6 +57,8 @@ from hf_decoder.training.checkpoints import CheckpointKeeper, check_same_run, ch
 from hf_decoder.training.optimizers import check_schedule, describe_recipe, muon_adamw, wsd_kwargs
 from hf_decoder.training.stop_conditions import StopOnSignal
 from hf_decoder.training.throughput import TimeLimit, parse_duration
+from hf_decoder.tuning import finetuning
+from hf_decoder.tuning import rows as task_rows
 
 COLUMNS = ("text", "prompt", "completion", "messages", "label", "chosen", "rejected")
 

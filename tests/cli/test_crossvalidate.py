@@ -9,10 +9,11 @@ import torch
 from made_up import SHAPE
 from transformers import TrainingArguments
 
-from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM, HfDecoderForSequenceClassification, crossvalidation
+from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM, HfDecoderForSequenceClassification
 from hf_decoder.cli.main import main
 from hf_decoder.data.tokenization import train_tokenizer, train_word_tokenizer
-from hf_decoder.ngrams import NgramClassifier
+from hf_decoder.tuning import crossvalidation
+from hf_decoder.tuning.ngrams import NgramClassifier
 
 WORDS = {"pos": ["good", "fine", "great"], "neg": ["bad", "poor", "dull"]}
 FLAGS = ["--num_folds", "3", "--vocab_size", "300", "--config_overrides", SHAPE, "--pretraining_epochs", "1"]

@@ -22,10 +22,10 @@ from transformers import (
 from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM
 from hf_decoder.cli import finetune, parse_arguments
 from hf_decoder.cli.main import main
-from hf_decoder.finetuning import add_dropout
 from hf_decoder.interop.adapters import merge
-from hf_decoder.task_rows import load_task
 from hf_decoder.training import callbacks
+from hf_decoder.tuning.finetuning import add_dropout
+from hf_decoder.tuning.rows import load_task
 
 pytest.importorskip("trl")
 QUICK = ["--max_steps", "2", "--per_device_train_batch_size", "4", "--report_to", "none", "--disable_tqdm", "true"]

@@ -18,8 +18,8 @@ from hf_decoder.data.records import Row
 from hf_decoder.evaluation.batch_generation import end_ids
 from hf_decoder.evaluation.classification import class_report
 from hf_decoder.evaluation.metrics import IGNORE_INDEX, Score, accuracy, macro_f1, perplexity
-from hf_decoder.task_rows import MOST_CHATS, TaskData, example_prompt
 from hf_decoder.training.checkpoint_formats import form_of
+from hf_decoder.tuning.rows import MOST_CHATS, TaskData, example_prompt
 
 HIGHEST_RATE = 5e-3  # of AdamW
 # what the loss of a task counts in

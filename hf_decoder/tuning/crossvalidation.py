@@ -35,11 +35,11 @@ from hf_decoder.data.packing import pack, tokenize
 from hf_decoder.data.records import Row
 from hf_decoder.data.tokenization import train_word_tokenizer
 from hf_decoder.evaluation.classification import predict
-from hf_decoder.finetuning import add_dropout
-from hf_decoder.ngrams import NgramClassifier
-from hf_decoder.task_rows import class_rows
 from hf_decoder.training import callbacks
 from hf_decoder.training.optimizers import muon_adamw, wsd_kwargs
+from hf_decoder.tuning.finetuning import add_dropout
+from hf_decoder.tuning.ngrams import NgramClassifier
+from hf_decoder.tuning.rows import class_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
