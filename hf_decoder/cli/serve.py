@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
     from transformers.cli.transformers import app
     from uvicorn.config import LOGGING_CONFIG
 
-    from hf_decoder.serving import install
+    from hf_decoder.serving.server import install
 
     for name in hf_decoder.__all__:
         setattr(transformers, name, getattr(hf_decoder, name))

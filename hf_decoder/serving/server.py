@@ -29,7 +29,7 @@ from transformers.cli.serving.response import ResponseHandler
 from transformers.cli.serving.utils import ReasoningText, ToolCall, _StreamError
 
 from hf_decoder.evaluation.batch_generation import cut_stop, end_ids
-from hf_decoder.serving_requests import AnyRequest, ChatRequest, CompletionRequest, parse, refusal
+from hf_decoder.serving.requests import AnyRequest, ChatRequest, CompletionRequest, parse, refusal
 
 BUILD_SERVER = server.build_server  # transformers' own
 
