@@ -11,7 +11,7 @@ from hf_decoder.safety.interrupts import going_on
 
 def main(args: PushArguments) -> int:
     """Pushes; exit code 1 when what arrived is not what was sent."""
-    from hf_decoder.hub import push
+    from hf_decoder.publishing.push import push
 
     try:
         with going_on(lambda: "; the same command goes on: what has arrived is not sent twice"):

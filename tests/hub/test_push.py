@@ -16,9 +16,9 @@ from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from small_folder import write_folder
 
-from hf_decoder import hub as hub_module
 from hf_decoder.cli.main import main
-from hf_decoder.hub import files_to_push, push
+from hf_decoder.publishing import push as hub_module
+from hf_decoder.publishing.push import files_to_push, push
 
 # where `ModelCard.validate` does, whatever HF_ENDPOINT says
 ASKS_THE_REAL_HUB = Version(huggingface_hub.__version__) < Version("2")

@@ -5,8 +5,8 @@ import json
 import pytest
 from huggingface_hub import ModelCard
 
-from hf_decoder import hub as hub_module
 from hf_decoder.cli.main import main
+from hf_decoder.publishing import push as hub_module
 
 IDS = [[7, 21, 3, 40, 5, 77, 12]]
 

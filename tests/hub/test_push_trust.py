@@ -12,8 +12,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from hf_decoder import HfDecoderForCausalLM
-from hf_decoder import hub as hub_module
 from hf_decoder.cli.main import main
+from hf_decoder.publishing import push as hub_module
 
 CARD = """---
 license: mit
