@@ -6,6 +6,7 @@ transformers with them, are imported when they are first asked for.
 
 from typing import TYPE_CHECKING, Any
 
+from hf_decoder.moved import explain_old_paths
 from hf_decoder.registration import CLASSES, load_class, register
 
 if TYPE_CHECKING:
@@ -44,3 +45,4 @@ def __dir__() -> list[str]:
 
 
 register()
+explain_old_paths()

@@ -1,0 +1,1 @@
+"""What a model costs: presets, parameters, FLOPs, memory, devices."""

@@ -45,7 +45,7 @@ def load_texts(args: TextArguments) -> DatasetDict:
     """The documents: `train` and `validation`, columns `text` and `source`.
 
     Raises:
-        ValueError: for flags that contradict each other, and as `corpus.load_text`.
+        ValueError: for flags that contradict each other, and as `documents.load_text`.
     """
     from hf_decoder.data import documents as corpus
 

@@ -1,0 +1,5 @@
+"""Measures, generation by the batch, blind comparison, benchmarks against peers."""
+
+from hf_decoder.moved import names_went_to
+
+__getattr__ = names_went_to("hf_decoder.evaluation.metrics")

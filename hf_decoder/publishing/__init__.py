@@ -1,0 +1,1 @@
+"""Upload of what was examined, and the proof that it arrived."""

@@ -17,9 +17,9 @@ from huggingface_hub import HfApi, ModelCard, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-import hf_decoder.publishing.verified_download
 from hf_decoder.doctor.code import Code, Origin, code_of
 from hf_decoder.interop.adapters import ADAPTER_CONFIG, base_of, is_adapter
+from hf_decoder.publishing import verified_download
 from hf_decoder.publishing.files import CARD, STALE, digest, files_to_push, left_out, matches
 from hf_decoder.reporting.model_card import pin_load_lines, pinned_revision
 from hf_decoder.safety.fresh_process import run_fresh
@@ -91,7 +91,7 @@ def push(
         digests = {name: digest(sent / name) for name in _names(sent)}
         rewritten = _name_base(sent, base)
         own = _code(sent).origin is Origin.OWN
-        job = hf_decoder.publishing.verified_download.Job(str(sent), repo_id, "", base, trust_remote_code=own)
+        job = verified_download.Job(str(sent), repo_id, "", base, trust_remote_code=own)
         _examine(sent, folder)
         _check_card(sent / CARD)
         api = HfApi()
@@ -278,9 +278,7 @@ def _pinned_before(api: HfApi, repo_id: str, commit: str) -> str | None:
         return pinned_revision(Path(path).read_text(encoding="utf-8"), repo_id)
 
 
-def _receive(
-    api: HfApi, job: hf_decoder.publishing.verified_download.Job, digests: dict[str, str], cache: Path
-) -> None:
+def _receive(api: HfApi, job: verified_download.Job, digests: dict[str, str], cache: Path) -> None:
     """Downloads what arrived, compares it with what was examined, and has it loaded where this package is not found.
 
     The download is done here, with the owner's token; the process that loads has no token and asks nobody.
@@ -304,7 +302,7 @@ def _receive(
         commit = json.loads((sent / ADAPTER_CONFIG).read_text(encoding="utf-8"))["revision"]
         wanted = ["*.json", "*.py", "*.safetensors"]
         api.snapshot_download(job.base, revision=commit, cache_dir=cache, allow_patterns=wanted)
-    program, argument = Path(hf_decoder.publishing.verified_download.__file__), json.dumps(asdict(job))
+    program, argument = Path(verified_download.__file__), json.dumps(asdict(job))
     try:
         said = run_fresh(program, argument, hidden=True, hub_cache=cache, timeout=RECEIVE_TIMEOUT)
     except RuntimeError as error:

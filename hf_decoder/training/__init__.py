@@ -1,0 +1,5 @@
+"""Optimizers, callbacks, throughput, stop conditions, checkpoints, many devices."""
+
+from hf_decoder.moved import names_went_to
+
+__getattr__ = names_went_to("hf_decoder.training.callbacks")

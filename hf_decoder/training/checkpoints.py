@@ -142,7 +142,7 @@ def describe_run(
     """What has to stay the same for a run to go on: the model's shape, the tokenizer, the data, its order, the recipe.
 
     `data` is `describe_data`'s or one's own; `trained_tokenizer` are the settings of a tokenizer trained for the run;
-    `args` say which rows make a step; `recipe` is `recipe.describe_recipe`'s.
+    `args` say which rows make a step; `recipe` is `optimizers.describe_recipe`'s.
     """
     model = {name: value for name, value in config.to_dict().items() if name not in _UNCOUNTED_FIELDS}
     described = {

@@ -102,7 +102,8 @@ def memory(job: Job) -> dict[str, int]:
     1 / n with FSDP2 and ZeRO-3 (Rajbhandari et al. 2020, arXiv 1910.02054, section 5). Copies: the bf16 weights that
     autocast keeps for the backward pass, and DDP's buckets of fp32 gradients; in shards, what is gathered at a time:
     two layers (one in use, one on its way), embedding and head, and a layer's gradient, in bf16. With accumulation,
-    shards wait with all of the gradients, gathered, for the last pass. Activations: `accounting.activation_bytes`.
+    shards wait with all of the gradients, gathered, for the last pass.
+    Activations: `costs.accounting.activation_bytes`.
     Loss: a chunk of logits and the fp32 gradient of the head; with ZeRO-3, all the logits.
 
     The sum is the peak of a pass that finds gradients of an earlier one. Without accumulation gradients come while
@@ -167,7 +168,7 @@ def communication(job: Job) -> dict[str, int]:
 def newton_schulz_flops(config: PretrainedConfig) -> int:
     """FLOPs of Muon's iteration over all matrices, once: a step for a matrix of r x c, r <= c, takes 4 r r c + 2 r^3.
 
-    Three products (`recipe.orthogonalise`): the Gram matrix of c columns, its square, and their sum with the matrix.
+    Three products (`optimizers.orthogonalise`): the Gram matrix of c columns, its square, their sum with the matrix.
     """
     model = accounting.meta_model(config)
     shapes = [
@@ -192,7 +193,7 @@ class Speed:
 def speed(job: Job, mfu: float) -> Speed:
     """The speed at a model FLOPs utilisation of `mfu`, which is an assumption and no result.
 
-    Compute: `accounting.flops_per_token` over the peak, a third more with checkpointing, which forms every layer
+    Compute: `costs.accounting.flops_per_token` over the peak, a third more with checkpointing, which forms every layer
     again. Communication goes on meanwhile; the longer of the two makes the step. Muon's iteration is shared by the
     shards, and repeated by every replica.
 

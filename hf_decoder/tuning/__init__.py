@@ -1,0 +1,1 @@
+"""Fine-tuning: the rows of each task, losses and measures, cross-validation."""

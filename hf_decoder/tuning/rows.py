@@ -52,7 +52,7 @@ class TaskData:
     overlap: int
     masked: tuple[int, int] = (0, 0)  # of either, how many have no token to learn within the block (`skip_masked`)
     unused: dict[str, dict[str, int]] = field(default_factory=dict)  # by file, columns and in how many rows
-    separator: str = ""  # what stands between a prompt of text and its answer (`examples.Selection`)
+    separator: str = ""  # what stands between a prompt of text and its answer (`records.Selection`)
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -110,7 +110,7 @@ def load_task(
     """Reads the rows of `task` and leaves out those that it cannot use.
 
     Args:
-        columns: role -> column, where the user named it (`examples.select_columns`).
+        columns: role -> column, where the user named it (`records.select_columns`).
         completion_files: for sft, files of completions that run in parallel with the lines of the two files.
         validation_fraction: share of the training rows to hold out where there is no validation file.
 

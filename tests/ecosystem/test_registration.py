@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import json
+import re
 import sys
 
 import pytest
@@ -22,7 +23,7 @@ from transformers import (
 from transformers.models.auto import modeling_auto
 
 import hf_decoder
-from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM
+from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM, moved
 from hf_decoder.registration import once_imported
 
 HEADS = {
@@ -309,3 +310,28 @@ def test_works_without_optional_packages(run_python):
         """,
         hide=("peft", "datasets", "matplotlib"),
     )
+
+
+OLD_PATHS = {
+    "import hf_decoder.recipe": "hf_decoder.recipe is now hf_decoder.training.optimizers",
+    "from hf_decoder.corpus import load_text": "hf_decoder.corpus is now hf_decoder.data.documents",
+    "from hf_decoder.training import plot_loss_curve": (
+        "hf_decoder.training.plot_loss_curve is now hf_decoder.training.callbacks.plot_loss_curve"
+    ),
+    "from hf_decoder.evaluation import perplexity": (
+        "hf_decoder.evaluation.perplexity is now hf_decoder.evaluation.metrics.perplexity"
+    ),
+}
+
+
+@pytest.mark.parametrize("statement", OLD_PATHS)
+def test_an_old_import_path_names_the_new_one(statement: str):
+    with pytest.raises(ImportError, match=re.escape(OLD_PATHS[statement])):
+        exec(statement)
+
+
+def test_every_moved_module_is_where_its_error_says():
+    for name, path in moved.MOVED.items():
+        assert importlib.util.find_spec(f"hf_decoder.{path}"), name
+    with pytest.raises(ImportError, match="cannot import name"):
+        exec("from hf_decoder.training import nothing_of_that_name")
