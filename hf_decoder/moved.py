@@ -37,7 +37,7 @@ MOVED = {
     "reading": "data.reading",
     "receiver": "publishing.verified_download",
     "recipe": "training.optimizers",
-    "results": "reporting.run_report",
+    "results": "training.run_report",
     "sizes": "interop.weight_sizes",
     "sources": "data.sources",
     "streamed_rows": "training.streamed_rows",
@@ -68,9 +68,9 @@ def names_went_to(module: str) -> Callable[[str], Any]:
     room = module.rpartition(".")[0]
 
     def explain(name: str) -> Any:
-        if not name.startswith("_") and find_spec(f"{room}.{name}") is None:
-            if hasattr(importlib.import_module(module), name):
-                raise ImportError(f"{room}.{name} is now {module}.{name}", name=room)
+        is_old = not name.startswith("_") and find_spec(f"{room}.{name}") is None
+        if is_old and hasattr(importlib.import_module(module), name):
+            raise ImportError(f"{room}.{name} is now {module}.{name}", name=room)
         raise AttributeError(f"module {room!r} has no attribute {name!r}")
 
     return explain

@@ -251,7 +251,7 @@ def _load(auto_class: Any, name: str, trust_remote_code: bool, adapter: str | No
 
 def _label_names(adapter: str, config: PretrainedConfig) -> dict[int, str]:
     """The names of the classes that an adapter tells apart, whose base has this config."""
-    from hf_decoder.evaluation.classification import LABELS_FILE, read_label_names
+    from hf_decoder.data.label_names import LABELS_FILE, read_label_names
 
     names = read_label_names(adapter)
     if names is not None:

@@ -17,13 +17,14 @@ from hf_decoder.cli.flags.crossvalidate import CrossvalidateArguments
 from hf_decoder.costs import accounting
 from hf_decoder.costs.presets import get_preset
 from hf_decoder.data import records
-from hf_decoder.evaluation.classification import check_against_chance, class_report, label_map, plot_confusion
+from hf_decoder.data.label_names import label_map
+from hf_decoder.evaluation.classification import check_against_chance, class_report, plot_confusion
 from hf_decoder.evaluation.metrics import accuracy
 from hf_decoder.reporting.loading_lines import classifier_load_lines
 from hf_decoder.reporting.model_card import write_finetuning_card
-from hf_decoder.reporting.run_report import example_of, print_load_lines
 from hf_decoder.safety.interrupts import going_on
 from hf_decoder.training import callbacks
+from hf_decoder.training.run_report import example_of, print_load_lines
 from hf_decoder.tuning import crossvalidation
 
 

@@ -30,12 +30,12 @@ from hf_decoder.cli.flags.eval import (
 from hf_decoder.costs import accounting
 from hf_decoder.data import documents as corpus
 from hf_decoder.data import records
+from hf_decoder.data.label_names import name_classes
 from hf_decoder.evaluation import metrics as evaluation
 from hf_decoder.evaluation.batch_generation import complete, encode_prompt
 from hf_decoder.evaluation.classification import (
     check_against_chance,
     class_report,
-    name_classes,
     plot_confusion,
     predict,
     share_padding,

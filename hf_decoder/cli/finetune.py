@@ -39,22 +39,16 @@ from hf_decoder.cli import (
 from hf_decoder.cli.flags.finetune import OUTPUT_DIR, TaskArguments
 from hf_decoder.costs import accounting
 from hf_decoder.costs.presets import get_preset
+from hf_decoder.data.label_names import label_map, read_label_names, save_label_names
 from hf_decoder.data.tokenization import check_tokenizer_fits
 from hf_decoder.engine.bitsandbytes import settle_layers
-from hf_decoder.evaluation.classification import (
-    KeepLabelNames,
-    class_loss,
-    label_map,
-    read_label_names,
-    save_label_names,
-    share_padding,
-)
+from hf_decoder.evaluation.classification import KeepLabelNames, class_loss, share_padding
 from hf_decoder.interop.adapters import ADAPTER_CONFIG, CLASSIFIER, LANGUAGE_MODEL, is_adapter, load_adapter, merge
-from hf_decoder.reporting.run_report import write_finetuning_outputs
 from hf_decoder.training import callbacks as training
 from hf_decoder.training.checkpoint_formats import save_in_full
 from hf_decoder.training.checkpoints import CheckpointKeeper, check_same_run, checkpoint_to_resume, describe_run
 from hf_decoder.training.optimizers import check_schedule, describe_recipe, muon_adamw, wsd_kwargs
+from hf_decoder.training.run_report import write_finetuning_outputs
 from hf_decoder.training.stop_conditions import StopOnSignal
 from hf_decoder.training.throughput import TimeLimit, parse_duration
 from hf_decoder.tuning import finetuning

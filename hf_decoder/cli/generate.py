@@ -33,8 +33,8 @@ from hf_decoder.evaluation.batch_generation import (
     end_ids,
     generate_settings,
 )
-from hf_decoder.reporting.run_report import is_of_pretraining
 from hf_decoder.safety.interrupts import going_on
+from hf_decoder.training.run_report import is_of_pretraining
 
 GENERATION_FLAGS = (
     "max_new_tokens",

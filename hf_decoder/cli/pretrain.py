@@ -42,7 +42,6 @@ from hf_decoder.data.streamed_text import StreamedText
 from hf_decoder.data.tokenization import check_tokenizer_fits, train_tokenizer
 from hf_decoder.evaluation.batch_generation import end_ids
 from hf_decoder.reporting.model_card import template_path
-from hf_decoder.reporting.run_report import procedure, score_held_out, sizes_and_machine, write_outputs
 from hf_decoder.training import callbacks as training
 from hf_decoder.training.checkpoint_formats import save_in_full, whole_model
 from hf_decoder.training.checkpoints import (
@@ -53,6 +52,7 @@ from hf_decoder.training.checkpoints import (
 )
 from hf_decoder.training.launch import check_launch
 from hf_decoder.training.optimizers import check_schedule, describe_recipe, grouped_optimizer, muon_adamw, wsd_kwargs
+from hf_decoder.training.run_report import procedure, score_held_out, sizes_and_machine, write_outputs
 from hf_decoder.training.run_rows import Rows, coverage, make_rows, make_streamed_rows, open_text, training_texts
 from hf_decoder.training.stop_conditions import StopOnNan, StopOnSignal, WarnOfSpikes, check_reporters
 from hf_decoder.training.streamed_rows import StreamedRows, StreamingTrainer

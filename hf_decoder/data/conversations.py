@@ -250,7 +250,7 @@ def weighted_rows(rows: Sequence[Mapping[str, Any]], tokenizer: Any, *, assistan
     import trl
     from datasets import Dataset
 
-    from hf_decoder.evaluation.metrics import IGNORE_INDEX
+    from hf_decoder.data.packing import IGNORE_INDEX
 
     template = trl.get_training_chat_template(tokenizer)  # None: its own tells the assistant's tokens
     encoded: list[dict[str, list[int]]] = []

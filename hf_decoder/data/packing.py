@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-IGNORE = -100
+IGNORE_INDEX = -100
 
 # Characters handed to the tokenizer at once, and tokens packed at once: some hundred MB of working memory.
 _ENCODE_CHARACTERS = 1 << 22
@@ -65,7 +65,7 @@ class CorpusReport:
         rows = max(1, _PACK_TOKENS // len(packed[0]["labels"])) if len(packed) else 1
         for batch in packed.with_format("arrow", columns=["labels"]).iter(rows):
             labels = _flatten(batch["labels"]).reshape(len(batch), -1)
-            scored += int(np.count_nonzero(labels[:, 1:] != IGNORE))
+            scored += int(np.count_nonzero(labels[:, 1:] != IGNORE_INDEX))
         return cls(
             documents=len(tokenized),
             bytes=int(np.sum(num_bytes)),
@@ -245,12 +245,12 @@ class _Layout:
             filling = (0, stop - self.total)
             tokens = np.pad(tokens, filling, constant_values=self.closing)
             positions = np.pad(positions, filling)
-            labels = np.pad(labels, filling, constant_values=IGNORE)
+            labels = np.pad(labels, filling, constant_values=IGNORE_INDEX)
         columns = np.arange(self.block_size, dtype=np.int32)
         labels = self._windows(labels)
-        labels[:, 0] = IGNORE
+        labels[:, 0] = IGNORE_INDEX
         repeated = slice(1 if first == 0 else 0, None), slice(0, self.block_size - self.stride)
-        labels[repeated] = IGNORE
+        labels[repeated] = IGNORE_INDEX
         return {
             "input_ids": self._windows(tokens),
             # A document that began before the block counts from the block's start.
@@ -279,7 +279,7 @@ class _Layout:
         positions = (stream - begins).astype(np.int32)
         labels = tokens.copy()
         if not self.shared:
-            labels[positions == 0] = IGNORE
+            labels[positions == 0] = IGNORE_INDEX
         return tokens, positions, labels
 
     def _windows(self, values: np.ndarray) -> np.ndarray:

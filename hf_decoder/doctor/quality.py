@@ -15,7 +15,7 @@ from hf_decoder.doctor.numerics import logits_of
 from hf_decoder.doctor.report import Check, Finding, failed, passed, skipped, warned
 from hf_decoder.doctor.subject import Subject, first_line, quiet
 from hf_decoder.interop.checkpoint import read_tensors
-from hf_decoder.reporting.run_report import is_of_pretraining
+from hf_decoder.training.run_report import is_of_pretraining
 
 TEXT_CHARACTERS = 60_000  # of a text that the model is tried on
 TEXT_TOKENS, BLOCK = 8192, 256

@@ -1,10 +1,11 @@
 """The fast classes: each takes a plain class of the model's and replaces the few methods that decide what runs.
 
 This is the one place that says what the engine replaces. A twin has its plain class's name and module and no state of
-its own, so that transformers saves, copies code and records outputs as for the plain class; a pickled twin is the
-plain class by reference. `attach` gives the modules of a live model their twins, `detach` takes them away.
+its own, so that transformers saves, copies code and records outputs as for the plain class. `attach` gives the modules
+of a live model their twins, `detach` takes them away.
 """
 
+import copyreg
 import sys
 from functools import cache, wraps
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers.dynamic_module_utils import custom_object_save
+from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 
@@ -33,15 +35,14 @@ TAKEN = {"labels", "use_cache", "logits_to_keep", "skip_logits", "return_dict", 
 FOR_LOSS = {"num_items_in_batch", "shift_labels", "ignore_index"}
 
 
-class _Twin:
-    """What every twin does: it is pickled as its plain class, by reference."""
-
-    def __reduce_ex__(self, protocol):
-        _, _, *rest = super().__reduce_ex__(protocol)
-        return _new_twin, (plain_of(type(self)),), *rest
+class _TwinClass(type):
+    """The type of twins: each is pickled by its plain class, whose name and module it has."""
 
 
-class _Layer(_Twin):
+copyreg.pickle(_TwinClass, lambda twin: (twin_of, (plain_of(twin),)))  # type: ignore[arg-type, return-value]
+
+
+class _Layer:
     """A decoder layer that goes by the operators of a route, where a call has one."""
 
     def forward(self, hidden_states, *args, route: Route | None = None, **kwargs):
@@ -51,7 +52,7 @@ class _Layer(_Twin):
         return route.run_layer(self, super().forward, hidden_states, *args, **kwargs)
 
 
-class _PreTrained(_Twin):
+class _PreTrained:
     """What every model does here: twins inside, checked sizes, quantized layers that train and save."""
 
     def __init__(self, config):
@@ -218,7 +219,10 @@ REPLACED = {
 def twin_of(plain_class: type) -> type:
     """Makes the fast class of a plain one, of this package or of a checkpoint's copy; the same one at every call."""
     names = {"__module__": plain_class.__module__, "__qualname__": plain_class.__qualname__}
-    twin = type(plain_class.__name__, (REPLACED[plain_class.__name__], plain_class), names)
+    bases = [REPLACED[plain_class.__name__], plain_class]
+    if GenerationMixin in plain_class.__bases__:  # where transformers looks for it
+        bases.append(GenerationMixin)
+    twin = _TwinClass(plain_class.__name__, tuple(bases), names)
     register(sys.modules[plain_class.__module__], twin)
     return twin
 
@@ -294,11 +298,6 @@ def _give_twins(model: nn.Module) -> None:
         kind = type(module)
         if kind.__name__ in REPLACED and kind.__module__ == type(model).__module__ and not is_twin(kind):
             module.__class__ = twin_of(kind)
-
-
-def _new_twin(plain_class: type) -> Any:
-    twin = twin_of(plain_class)
-    return twin.__new__(twin)
 
 
 for name in REPLACED:  # now, while nobody has put anything into the plain classes

@@ -21,12 +21,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel
 
-from hf_decoder.data.packing import CorpusReport, pack_for_evaluation, tokenize
+from hf_decoder.data.packing import IGNORE_INDEX, CorpusReport, pack_for_evaluation, tokenize
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-IGNORE_INDEX = -100
 
 
 def perplexity(loss: float) -> float:

@@ -8,7 +8,7 @@ import re
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
-from hf_decoder.evaluation.classification import LABELS_FILE
+from hf_decoder.data.label_names import LABELS_FILE
 from hf_decoder.interop.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_adapter
 from hf_decoder.interop.checkpoint import GENERATION_NAME, INDEX_NAME
 

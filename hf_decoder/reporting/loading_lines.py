@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_decoder.evaluation.classification import read_label_names
+from hf_decoder.data.label_names import read_label_names
 from hf_decoder.reporting.markup import quoted
 
 Prompt = str | Sequence[Mapping[str, Any]]  # text, or the messages of a chat

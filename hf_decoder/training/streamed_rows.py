@@ -23,7 +23,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
-from hf_decoder.data.packing import IGNORE, encode_texts, markers_of
+from hf_decoder.data.packing import IGNORE_INDEX, encode_texts, markers_of
 from hf_decoder.data.streaming import Mixture, Reader, Segment, Source
 from hf_decoder.data.tokenization import split_text
 from hf_decoder.training.throughput import MeasuringTrainer
@@ -91,8 +91,8 @@ class StreamPacker:
         ids, restarts, scored = windows
         columns = np.arange(self.block_size, dtype=np.int32)
         positions = columns - np.maximum.accumulate(np.where(restarts, columns, 0), axis=1)
-        labels = np.where(scored, ids, IGNORE).astype(np.int32)
-        labels[:, 0] = IGNORE
+        labels = np.where(scored, ids, IGNORE_INDEX).astype(np.int32)
+        labels[:, 0] = IGNORE_INDEX
         return np.array(ids), positions.astype(np.int32), labels
 
     def state(self) -> dict[str, Any]:

@@ -14,10 +14,11 @@ from transformers.trainer import SCHEDULER_NAME
 
 from hf_decoder import HfDecoderForCausalLM
 from hf_decoder.data.conversations import without_weights
+from hf_decoder.data.packing import IGNORE_INDEX
 from hf_decoder.data.records import Row
 from hf_decoder.evaluation.batch_generation import end_ids
 from hf_decoder.evaluation.classification import class_report
-from hf_decoder.evaluation.metrics import IGNORE_INDEX, Score, accuracy, macro_f1, perplexity
+from hf_decoder.evaluation.metrics import Score, accuracy, macro_f1, perplexity
 from hf_decoder.training.checkpoint_formats import form_of
 from hf_decoder.tuning.rows import MOST_CHATS, TaskData, example_prompt
 

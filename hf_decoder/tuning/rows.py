@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hf_decoder.data.conversations import Rendering, is_learned, weighted_rows, without_weights
+from hf_decoder.data.label_names import label_map
+from hf_decoder.data.packing import IGNORE_INDEX
 from hf_decoder.data.records import (
     TO_TEMPLATE,
     Row,
@@ -32,9 +34,8 @@ from hf_decoder.data.records import (
     separate,
 )
 from hf_decoder.evaluation.batch_generation import encode_prompt
-from hf_decoder.evaluation.classification import encode_texts, label_map
-from hf_decoder.evaluation.metrics import IGNORE_INDEX
-from hf_decoder.reporting.run_report import example_of, line_of
+from hf_decoder.evaluation.classification import encode_texts
+from hf_decoder.training.run_report import example_of, line_of
 
 if TYPE_CHECKING:
     from datasets import Dataset

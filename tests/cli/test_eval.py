@@ -18,7 +18,7 @@ from transformers import (
 
 from hf_decoder.cli import eval as eval_command
 from hf_decoder.cli.main import main
-from hf_decoder.evaluation.classification import name_classes
+from hf_decoder.data.label_names import name_classes
 
 BLEU = ["--metrics", "bleu", "--test_file"]
 PROMPTS = ["the cat", "the dog sees the", "the bird hears", "a"]

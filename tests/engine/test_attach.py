@@ -120,6 +120,7 @@ def test_copies_are_of_the_same_kind(name, attached):
         torch.load(buffer, weights_only=False),
     ):
         assert type(other) is type(model) and kinds(other) == {attached}
+        assert pickle.loads(pickle.dumps(type(model))) is type(model)  # as `spawn` sends classes
         with torch.no_grad():
             ours, theirs = model(IDS[:1]).to_tuple()[0], other(IDS[:1]).to_tuple()[0]
         assert torch.equal(ours, theirs)

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM
 from hf_decoder.cli import load_classifier, load_model
-from hf_decoder.evaluation.classification import save_label_names
+from hf_decoder.data.label_names import save_label_names
 from hf_decoder.interop.adapters import CLASSIFIER, LANGUAGE_MODEL, base_of, is_adapter, load_adapter, merge, task_of
 
 SHAPE = {
