@@ -82,7 +82,7 @@ def test_versions_with_known_holes_are_not_accepted(name, unsafe):
 
 
 def test_the_template_of_the_package_is_the_one_at_the_root():
-    assert (ROOT / "model_card.md").read_bytes() == (ROOT / "hf_decoder" / "model_card.md").read_bytes()
+    assert (ROOT / "model_card.md").read_bytes() == (ROOT / "hf_decoder/reporting/model_card.md").read_bytes()
 
 
 def test_what_is_built_holds_the_template_and_the_tests(tmp_path):

@@ -53,11 +53,28 @@ def test_every_flag_of_a_command_exists(command, capsys):
 def test_the_layout_map_is_the_layout():
     tree = next(block for block in re.findall(r"```\n(hf_decoder/\n.*?)```", README, flags=re.DOTALL))
     package, model = tree.split("scripts/ ")[0], re.findall(r"^    (\w+_hf_decoder\.py)", tree, flags=re.MULTILINE)
-    named = set(re.findall(r"^  (\w+(?:\.py|\.md|/))", package, flags=re.MULTILINE))
+    named = set(re.findall(r"^  (\w+(?:\.py|\.md|\.typed|/))", package, flags=re.MULTILINE))
     folder = ROOT / "hf_decoder"
     found = {path.name + ("/" if path.is_dir() else "") for path in folder.iterdir() if path.name != "__pycache__"}
     assert named == found
     assert set(model) == {path.name for path in (folder / "model").glob("*.py")} - {"__init__.py"}
+
+
+@pytest.mark.parametrize("room", sorted(path.parent.name for path in (ROOT / "hf_decoder").glob("*/__init__.py")))
+def test_the_readme_of_a_room_names_its_files(room: str):
+    folder = ROOT / "hf_decoder" / room
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    files = [path.name for path in folder.rglob("*") if path.suffix in (".py", ".cpp", ".h", ".yaml")]
+    assert not [name for name in files if name != "__init__.py" and name.removesuffix(".py") not in text]
+    assert len(text.splitlines()) <= 60
+    for link in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (folder / link).exists(), link
+
+
+def test_the_front_page_is_short_and_its_links_lead_somewhere():
+    assert len(README.splitlines()) <= 250
+    for link in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / link).exists(), link
 
 
 def test_ci_runs_the_readme_s_test_command():

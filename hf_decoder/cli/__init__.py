@@ -1,4 +1,4 @@
-"""What the commands share: checks of arguments, and loading a saved model with clear errors.
+"""Shared code of the commands: checks of arguments, and loading a saved model with clear errors.
 
 Nothing heavy is imported here: `hf-decoder --help` should not wait for torch.
 """

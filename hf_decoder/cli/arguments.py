@@ -1,4 +1,4 @@
-"""Reads a verb's arguments: fields of dataclasses are its flags, values come from the command line or a config file.
+"""Parses a verb's arguments. Dataclass fields are its flags; values come from the command line or a config file.
 
 A field's metadata may hold `help`, `choices`, `metavar`, `nargs` and `const` as in argparse, and `positional` for a
 value that is given without its name, `rare` for a flag that only `--help-all` lists. A group of flags is the class
@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import difflib
 import enum
+import functools
 import importlib.util
 import inspect
 import json
@@ -20,7 +21,7 @@ import shutil
 import sys
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -399,3 +400,27 @@ def _read_config_file(path: Path) -> dict[str, Any]:
     # A bare `no` is False in YAML; of eval_strategy and its like it is one of the words.
     named = ((str(key), value) for key, value in values.items())
     return {key: "no" if value is False and key.endswith("_strategy") else value for key, value in named}
+
+
+def parse_verb(verb: str, argv: Sequence[str]) -> tuple[Any, ...]:
+    """The parsed arguments of a verb, by the flags that its file in `cli/flags` declares."""
+    flags = importlib.import_module(f"hf_decoder.cli.flags.{verb}")
+    argv = list(argv) or list(getattr(flags, "WITHOUT_ARGUMENTS", ()))
+    if not getattr(flags, "PARTIAL", False):
+        return parse_arguments(verb, flags.ARGUMENTS, argv, flags.DESCRIPTION)
+    check_arguments(verb, flags.ARGUMENTS, argv, flags.DESCRIPTION)
+    module = importlib.import_module(f"hf_decoder.cli.{verb}")
+    return parse_arguments(verb, module.argument_types(argv), argv, flags.DESCRIPTION)
+
+
+def takes_argv(main: Callable[..., int]) -> Callable[..., int]:
+    """Lets a command's `main` be called with a list of words, as they stand on the command line, too."""
+    verb = main.__module__.rpartition(".")[2]
+
+    @functools.wraps(main)
+    def either(*arguments: Any) -> int:
+        if len(arguments) == 1 and isinstance(arguments[0], list | tuple):
+            arguments = parse_verb(verb, arguments[0])
+        return main(*arguments)
+
+    return either

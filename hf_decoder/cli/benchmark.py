@@ -1,4 +1,4 @@
-"""`hf-decoder benchmark`: our model against the stock class of the same shape and weights."""
+"""`hf-decoder benchmark`: compares our model's speed with the stock class of the same shape and weights."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from transformers import LlamaConfig
 from transformers.utils import logging
 
 from hf_decoder.cli import parse_overrides
+from hf_decoder.cli.arguments import takes_argv
 from hf_decoder.cli.flags.benchmark import BenchmarkArguments
 from hf_decoder.costs import accounting
 from hf_decoder.costs.presets import get_preset
@@ -19,6 +20,7 @@ from hf_decoder.evaluation.benchmarking import SUITES, Row, Setting
 from hf_decoder.training.callbacks import bf16_supported
 
 
+@takes_argv
 def main(args: BenchmarkArguments) -> int:
     """Prints one line a comparison as soon as it is measured."""
     setting = _setting(args)

@@ -23,6 +23,7 @@ from hf_decoder.cli import (
     select_device,
     show_progress,
 )
+from hf_decoder.cli.arguments import takes_argv
 from hf_decoder.cli.flags.compare import CompareArguments
 from hf_decoder.data.records import read_prompts, read_rows
 from hf_decoder.evaluation.batch_generation import Prompt, complete
@@ -34,6 +35,7 @@ KEYS = {"1": "left", "l": "left", "2": "right", "r": "right", "t": "tie", "0": "
 NARROWEST = 60
 
 
+@takes_argv
 def main(args: CompareArguments) -> int:
     """Has both models answer, and asks for judgments until there are no more pairs."""
     for name in ("batch_size", "max_new_tokens"):

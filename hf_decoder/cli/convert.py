@@ -1,4 +1,4 @@
-"""`hf-decoder convert SOURCE DEST`: other families' checkpoints in, ours out, GGUF either way, ONNX out."""
+"""`hf-decoder convert SOURCE DEST`: converts from and to other families and GGUF, and exports to ONNX."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from typing import Any
 
 from tqdm import tqdm
 
+from hf_decoder.cli.arguments import takes_argv
 from hf_decoder.cli.flags.convert import ConvertArguments
 from hf_decoder.interop.conversion import convert
 from hf_decoder.interop.verification import VerificationError
 
 
+@takes_argv
 def main(args: ConvertArguments) -> int:
     """Converts; exit code 1 when the result does not compute the same as its source."""
     try:

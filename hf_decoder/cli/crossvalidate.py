@@ -1,4 +1,4 @@
-"""`hf-decoder crossvalidate`: what a classifier from scratch is worth on rows it has not seen, fold by fold."""
+"""`hf-decoder crossvalidate`: measures a classifier from scratch on rows it has not seen, fold by fold."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from transformers.utils import logging
 
 from hf_decoder.cli import parse_overrides
+from hf_decoder.cli.arguments import takes_argv
 from hf_decoder.cli.flags.crossvalidate import CrossvalidateArguments
 from hf_decoder.costs import accounting
 from hf_decoder.costs.presets import get_preset
@@ -28,6 +29,7 @@ from hf_decoder.training.run_report import example_of, print_load_lines
 from hf_decoder.tuning import crossvalidation
 
 
+@takes_argv
 def main(args: CrossvalidateArguments) -> int:
     """Runs the folds."""
     crossvalidate(args)

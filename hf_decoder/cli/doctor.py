@@ -1,4 +1,4 @@
-"""`hf-decoder doctor CHECKPOINT ...`: proves checkpoints row by row; several of them side by side."""
+"""`hf-decoder doctor CHECKPOINT ...`: tests checkpoints row by row, several of them side by side."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hf_decoder.cli.arguments import takes_argv
 from hf_decoder.cli.flags.doctor import DoctorArguments
 from hf_decoder.doctor import FAIL, PASS, SKIP, WARN, DoctorReport, run_doctor
 from hf_decoder.safety.terminal import printable
@@ -21,6 +22,7 @@ STYLES = {PASS: "green", FAIL: "bold red", WARN: "yellow", SKIP: "dim"}
 WIDTH = 120
 
 
+@takes_argv
 def main(args: DoctorArguments) -> int:
     """Runs the rows and prints them; exit code 1 if a row of any checkpoint fails."""
     if args.quick and args.deep:

@@ -1,4 +1,4 @@
-"""`hf-decoder env`: what a bug report needs about the machine and what is installed on it."""
+"""`hf-decoder env`: prints what a bug report needs about the machine and the installed packages."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import shutil
 import subprocess
 
 from hf_decoder import __version__
+from hf_decoder.cli.arguments import takes_argv
 from hf_decoder.cli.flags.env import EnvArguments
 from hf_decoder.costs import accounting
 from hf_decoder.costs.devices import GIB, cpu_count, cpu_features, cpu_name, machine_memory
@@ -19,6 +20,7 @@ COMPILERS = ("g++", "clang++", "c++", "cl")
 VARIABLES = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "HF_DECODER_ENGINE")
 
 
+@takes_argv
 def main(args: EnvArguments) -> int:
     """Prints a line a fact."""
     import torch

@@ -19,6 +19,7 @@ from hf_decoder.cli import (
     select_device,
     show_progress,
 )
+from hf_decoder.cli.arguments import takes_argv
 from hf_decoder.cli.flags.eval import (
     ANSWER_METRICS,
     DEFAULT_BLOCK_SIZE,
@@ -43,6 +44,7 @@ from hf_decoder.evaluation.classification import (
 from hf_decoder.reporting.model_card import update_model_index
 
 
+@takes_argv
 def main(args: EvalArguments) -> int:
     """Measures and prints."""
     results = measure(args)

@@ -36,6 +36,7 @@ from hf_decoder.cli import (
     optimizer_name,
     parse_overrides,
 )
+from hf_decoder.cli.arguments import takes_argv
 from hf_decoder.cli.flags.finetune import OUTPUT_DIR, TaskArguments
 from hf_decoder.costs import accounting
 from hf_decoder.costs.presets import get_preset
@@ -165,6 +166,7 @@ def _model_arguments() -> type:
     return make_dataclass("ModelArguments", [name], bases=(_trl().ModelConfig,), namespace=namespace)
 
 
+@takes_argv
 def main(task_args: TaskArguments, model_args: Any, args: Any) -> int:
     """Runs `finetune`."""
     finetune(task_args, model_args, args)

@@ -23,6 +23,7 @@ from hf_decoder.cli import (
     select_device,
     show_progress,
 )
+from hf_decoder.cli.arguments import takes_argv
 from hf_decoder.cli.flags.generate import GenerateArguments
 from hf_decoder.data.records import Row, read_prompts
 from hf_decoder.evaluation.batch_generation import (
@@ -53,6 +54,7 @@ GENERATION_FLAGS = (
 )
 
 
+@takes_argv
 def main(args: GenerateArguments) -> int:
     """Loads the model, and continues, chats or answers a file."""
     talks = args.chat or (args.prompt is None and args.input_file is None and sys.stdin.isatty())

@@ -117,16 +117,10 @@ def _answer(arguments: list[str]) -> int:
 
 def _run(verb: str, argv: list[str]) -> int:
     """Parses the arguments of a verb, and only then imports what it runs, which takes seconds with torch."""
-    from hf_decoder.cli.arguments import check_arguments, parse_arguments
+    from hf_decoder.cli.arguments import parse_verb
 
-    flags = importlib.import_module(f"hf_decoder.cli.flags.{verb}")
-    argv = argv or list(getattr(flags, "WITHOUT_ARGUMENTS", ()))
-    if not getattr(flags, "PARTIAL", False):
-        parsed = parse_arguments(verb, flags.ARGUMENTS, argv, flags.DESCRIPTION)
-        return _module(verb).main(*parsed)
-    check_arguments(verb, flags.ARGUMENTS, argv, flags.DESCRIPTION)
-    module = _module(verb)
-    return module.main(*parse_arguments(verb, module.argument_types(argv), argv, flags.DESCRIPTION))
+    parsed = parse_verb(verb, argv)
+    return _module(verb).main(*parsed)
 
 
 def _module(verb: str) -> Any:

@@ -1,4 +1,4 @@
-"""`hf-decoder plan`: memory, speed and communication of a training on many devices, and the command to launch it."""
+"""`hf-decoder plan`: estimates memory, speed and communication of a training, and prints its launch command."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from hf_decoder import HfDecoderConfig
 from hf_decoder.cli import check_at_least, check_choice
+from hf_decoder.cli.arguments import takes_argv
 from hf_decoder.cli.flags.plan import LONGEST_ROW, PlanArguments
 from hf_decoder.costs import accounting
 from hf_decoder.costs.devices import DEVICES, DEVICES_PER_NODE, GIB, THIS_CPU, device
@@ -15,6 +16,7 @@ from hf_decoder.training import planning
 from hf_decoder.training.launch import configuration_file
 
 
+@takes_argv
 def main(args: PlanArguments) -> int:
     """Prints the plan."""
     job = plan(args)

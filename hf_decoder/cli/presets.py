@@ -1,12 +1,14 @@
-"""`hf-decoder presets`: the named model shapes, and what each costs to train and to serve."""
+"""`hf-decoder presets`: lists the named model shapes and what each costs to train and to serve."""
 
 from __future__ import annotations
 
+from hf_decoder.cli.arguments import takes_argv
 from hf_decoder.cli.flags.presets import PresetsArguments
 from hf_decoder.costs import accounting
 from hf_decoder.costs.presets import PRESETS, Shape
 
 
+@takes_argv
 def main(args: PresetsArguments) -> int:
     """Prints one line a preset."""
     for name in ("vocab_size", "per_device_train_batch_size", "block_size"):

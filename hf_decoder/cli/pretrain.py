@@ -1,4 +1,4 @@
-"""`hf-decoder pretrain`: from raw text to a tokenizer, a model, its measures, and a folder ready for the Hub."""
+"""`hf-decoder pretrain`: makes a tokenizer, a model, its measures and a folder ready for the Hub from raw text."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ from hf_decoder.cli import (
     optimizer_name,
     parse_overrides,
 )
+from hf_decoder.cli.arguments import takes_argv
 from hf_decoder.cli.flags.pretrain import DataArguments, ModelArguments, PretrainingDefaults
 from hf_decoder.costs.presets import get_preset
 from hf_decoder.data import documents as corpus
@@ -94,6 +95,7 @@ def argument_types(argv: Sequence[str]) -> tuple[type, ...]:
     return ModelArguments, DataArguments, PretrainingArguments
 
 
+@takes_argv
 def main(model_args: ModelArguments, data_args: DataArguments, args: PretrainingArguments) -> int:
     """Runs `pretrain`; of several processes, the first one speaks."""
     with training.quiet_but_for_main_process(args):

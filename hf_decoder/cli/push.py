@@ -5,10 +5,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from hf_decoder.cli.arguments import takes_argv
 from hf_decoder.cli.flags.push import PushArguments
 from hf_decoder.safety.interrupts import going_on
 
 
+@takes_argv
 def main(args: PushArguments) -> int:
     """Pushes; exit code 1 when what arrived is not what was sent."""
     from hf_decoder.publishing.push import push

@@ -1,4 +1,4 @@
-"""`hf-decoder quantize MODEL`: every installed method on a checkpoint, what it costs and gives; or one, saved."""
+"""`hf-decoder quantize MODEL`: measures every installed quantization method on a checkpoint, or saves one."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from hf_decoder.cli import load_model, load_tokenizer
+from hf_decoder.cli.arguments import takes_argv
 from hf_decoder.cli.flags.quantize import QuantizeArguments
 from hf_decoder.data.documents import load_text
 from hf_decoder.evaluation import metrics
@@ -18,6 +19,7 @@ from hf_decoder.reporting.model_card import write_conversion_card
 BLOCK_SIZE = 512
 
 
+@takes_argv
 def main(args: QuantizeArguments) -> int:
     """Prints one line a method as soon as it is measured."""
     methods = args.methods or [name for name in quantization.METHODS if quantization.installed(name)]

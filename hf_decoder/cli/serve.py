@@ -1,4 +1,4 @@
-"""`hf-decoder serve FOLDER`: the server of `transformers serve`, an OpenAI-compatible one, in a process that knows us.
+"""`hf-decoder serve FOLDER`: runs the OpenAI-compatible server of `transformers serve` with our classes registered.
 
 transformers' own command looks a checkpoint's class up in its own namespace and imports nothing besides, so that it
 serves no class of a plugin, and no adapter. Every flag is its own: `hf-decoder serve --help`.

@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+from hf_decoder.cli.arguments import takes_argv
 from hf_decoder.cli.flags.tokenizer import TokenizerArguments
 from hf_decoder.data.sources import TextArguments
 from hf_decoder.data.tokenization import train_tokenizer
@@ -14,6 +15,7 @@ from hf_decoder.training import callbacks
 from hf_decoder.training.run_rows import held_out_texts, open_text, training_texts
 
 
+@takes_argv
 def main(args: TokenizerArguments, text_args: TextArguments) -> int:
     """Trains, saves and reports."""
     callbacks.check_output_dir(args.output_dir, overwrite=args.overwrite_output_dir)

@@ -1,1 +1,1 @@
-"""What a model costs: presets, parameters, FLOPs, memory, devices."""
+"""Computes what a model costs (parameters, FLOPs, memory), and lists model presets and devices."""

@@ -1,4 +1,4 @@
-"""What a model costs: parameters, FLOPs, KV cache, memory, and how much of the hardware it uses.
+"""Computes what a model costs: parameters, FLOPs, KV cache, memory, and model FLOPs utilisation (MFU).
 
 Symbols: N parameters, L layers, H query heads, K key/value heads, Q head width, T tokens of context, V vocabulary.
 """

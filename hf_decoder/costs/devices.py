@@ -1,4 +1,4 @@
-"""Devices that train, GPUs, Macs and CPUs, this machine's own included: memory, peak, and what connects them."""
+"""Table of GPUs, Macs and CPUs (memory, peak FLOP/s, links), and the same facts about this machine's own CPU."""
 
 from __future__ import annotations
 

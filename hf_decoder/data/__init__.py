@@ -1,1 +1,1 @@
-"""From files and data sets to documents, tokens and packed rows; tokenizers; rows of conversations."""
+"""Turns files and data sets into documents, tokens and packed rows, trains tokenizers, and reads conversations."""

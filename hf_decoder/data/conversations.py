@@ -1,4 +1,4 @@
-"""Turns of conversations in the forms that public data sets have, as the messages that chat templates take.
+"""Converts conversations from the forms of public data sets to the messages that chat templates take.
 
 A turn is a mapping of `role` and `content` (OpenAI, TRL) or of `from` and `value` (ShareGPT, LLaMA-Factory, axolotl).
 It may have `tool_calls`, and a `weight` of 0 where nothing of an assistant's turn is to be learned. A conversation may
@@ -225,7 +225,7 @@ class Rendering:
         return None
 
     def row_fault(self, row: Mapping[str, Any]) -> str | None:
-        """Why the template does not render all of a row of `examples`, or None."""
+        """Why the template does not render all of a row of `records`, or None."""
         tools, options = row.get("tools"), row.get("chat_template_kwargs") or {}
         prompt = row.get("prompt")
         if isinstance(prompt, list) and (fault := self.fault(prompt, tools, options, prompt=True)):

@@ -1,4 +1,4 @@
-"""Text from files, folders and the Hub, as documents: `datasets` with the columns `text` and `source`.
+"""Loads text from files, folders and the Hub as documents: `datasets` with the columns `text` and `source`.
 
 What is one document: a text file, whole (`.txt`, `.md`, source code, anything without a table's suffix); a row of a
 table (`.jsonl`, `.json`, `.parquet`, `.csv`) or of a dataset of the Hub. Each file may be compressed (`.gz`, `.bz2`,

@@ -1,4 +1,4 @@
-"""The names of classes: collected from rows, kept beside an adapter, matched with the labels of other rows."""
+"""Names of classes: collects them from rows, keeps them beside an adapter, and matches labels with them."""
 
 from __future__ import annotations
 

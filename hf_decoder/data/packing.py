@@ -1,4 +1,4 @@
-"""Documents -> tokens -> blocks of one length, for training and for scoring.
+"""Tokenises documents and packs them into blocks of one length, for training and for scoring.
 
 One convention holds everywhere:
 

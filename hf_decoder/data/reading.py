@@ -1,4 +1,4 @@
-"""Files of text and tables, and data sets of the Hub: found, opened, and what is wrong with them said in one line."""
+"""Finds and opens text files, tables and data sets of the Hub, and says in one line what is wrong with them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows of prompts, answers, conversations, labels and preferences: read from files, recognised by their columns.
+"""Reads rows of prompts, answers, conversations, labels and preferences, and recognises them by their columns.
 
 A file is .jsonl, .ndjson, .json, .csv, .tsv or .parquet with named columns, or text of any other suffix with one row a
 line (column `text`); each but parquet also compressed. `KINDS` lists what a task may be given, in the order in which

@@ -1,4 +1,4 @@
-"""Where the text of a run comes from: flags that name files, folders or data sets, and mixtures of them by weight."""
+"""Loads the text that a run's flags name: files, folders, data sets, and mixtures of files by weight."""
 
 from __future__ import annotations
 

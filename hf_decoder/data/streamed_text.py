@@ -1,8 +1,8 @@
-"""Text larger than memory: which of it is training text, and which is held out.
+"""Splits text larger than memory into training text and held-out text.
 
-The same documents as in `corpus` are in training, and the same ones are not. Two things are other here: the held-out
-text is what is found first, `HELD_OUT_BYTES` of it, and not all of it; and gzipped or re-encoded files are unpacked
-into the disk cache of `datasets` first.
+Training has the same documents as with `documents`, and the same ones are left out of it. Two things differ. Only the
+first `HELD_OUT_BYTES` of the held-out text are kept. Files that are gzipped or need re-encoding are unpacked into the
+disk cache of `datasets` first.
 """
 
 from __future__ import annotations
@@ -217,7 +217,7 @@ def _identity(file: Path) -> str:
 def _tail(files: list[Path], fraction: float) -> tuple[int, int]:
     """Where the last `fraction` of all characters begins: number of the file, and the byte in it.
 
-    As `corpus` does it: at the last line border before, unless that more than doubles the share.
+    As `documents` does it: at the last line border before, unless that more than doubles the share.
     """
     lengths = [sum(map(len, decoded(file, text_start(file), file.stat().st_size))) for file in files]
     left = sum(lengths) - max(1, round(sum(lengths) * fraction))

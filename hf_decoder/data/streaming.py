@@ -1,4 +1,4 @@
-"""Documents from tables and text files one after the other, endlessly, from any place where a run stopped.
+"""Reads documents from tables and text files endlessly, and resumes at any place where a run stopped.
 
 A large text file comes in stretches, so that no document has to fit into memory. Reading goes through
 `datasets.IterableDataset`, one shard for each table and for each `RANGE_BYTES` of a text file. Its `state_dict` says

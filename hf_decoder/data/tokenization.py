@@ -1,4 +1,4 @@
-"""Train a tokenizer that the whole ecosystem loads without this package.
+"""Trains tokenizers that the whole ecosystem loads without this package.
 
 `train_tokenizer` returns a stock `PreTrainedTokenizerFast` of one of two types:
 

@@ -1,4 +1,4 @@
-"""How well a tokenizer fits a text: bytes per token against baselines, longest tokens, coverage."""
+"""Measures how well a tokenizer fits a text: bytes per token against baselines, coverage, longest tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`run_doctor`: proves a checkpoint row by row, for any causal language model, ours or a stock class.
+"""`run_doctor` examines a checkpoint row by row. It takes any causal language model, ours or a stock class.
 
 Every row states a claim, and a row that fails says what that means to a user and how to mend it. The checkpoint is
 only read.

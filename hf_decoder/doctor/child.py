@@ -1,4 +1,4 @@
-"""What runs in a fresh process: load a checkpoint, write its logits to a file.
+"""Loads a checkpoint in a fresh process, and writes its logits to a file.
 
 It is handed to a new interpreter as text, because it must also work where this package cannot be found.
 Argument: the path of a JSON file with `folder`, `ids`, `threads`, `attention`, `trust_remote_code`, `register`,

@@ -1,4 +1,4 @@
-"""Rows about one forward pass: what must not change the logits, and what must.
+"""Rows about one forward pass. Some changes must leave the logits as they are, and others must change them.
 
 The model runs in fp32. Two ways to compute the same logits differ by the order of additions; measured on shapes of 2M
 to 125M parameters that is at most 2e-6 of the largest logit, and a mask or a position that is wrong moves them by

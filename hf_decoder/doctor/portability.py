@@ -1,4 +1,4 @@
-"""Rows about the checkpoint elsewhere: another process, another machine, another class, another engine."""
+"""Rows about the checkpoint elsewhere: another process, no package, another class, another engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows about what the weights and settings are worth: better than chance, alive, and able to hold a chat."""
+"""Rows about quality: the model beats chance on text, no weights are dead, and the settings can hold a chat."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the doctor says: findings of single checks, rows, and the report that they make."""
+"""Defines the report. A check gives a finding, a finding becomes a row, and all rows make the report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The checkpoint under examination: its files, and its model and tokenizer once somebody asks for them.
+"""A `Subject` is the checkpoint under examination. It loads model and tokenizer when first asked for them.
 
 Nothing here writes into the checkpoint. Weights are read as safetensors only, and code of the folder is run only if
 the caller trusts it.

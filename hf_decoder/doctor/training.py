@@ -1,4 +1,4 @@
-"""Rows about training, run by `deep`: on copies in memory and in temporary folders."""
+"""Rows about training. Level `deep` runs them, on copies in memory and in temporary folders."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What makes the model fast: installed with the package, never copied to a checkpoint."""
+"""The engine makes the model fast. It is installed with the package and never copied to a checkpoint."""
 
 from typing import Any
 

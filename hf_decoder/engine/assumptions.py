@@ -1,4 +1,4 @@
-"""What the fast ways assume of a model: one list, looked at once a call. Whatever differs goes by the plain modules.
+"""What the fast paths assume of a model: one list, checked once per call. Any other model runs its plain modules.
 
 Everything that the `forward`s of the plain modules read is here in one of three ways: it is compared with what the
 fast ways were written for, it is part of the `state` by which a decoding step is known (so that a change makes a new

@@ -1,4 +1,4 @@
-"""bitsandbytes' layers, kept in a form that computes, trains and saves.
+"""Keeps the layers of bitsandbytes in a form that computes, trains and saves correctly.
 
 On a CPU with AVX512-BF16, bitsandbytes (0.50.2) packs the 4-bit weight of a layer in its first forward pass in eval
 mode. Products with packed weights are faster, but have no gradient, so that in a training that goes on after an

@@ -1,4 +1,4 @@
-"""The weights of torchao's int8 weight-only quantization: M outputs, N inputs."""
+"""Products with the weights of torchao's int8 weight-only quantization. Shapes: M outputs, N inputs."""
 
 from typing import Any, NamedTuple
 

@@ -1,4 +1,4 @@
-"""One decoder layer as a function of its parts: the fast ways of a call differ in what they hand to it.
+"""One decoder layer as a function of its parts. The fast paths differ in the parts that they pass to it.
 
 The parts are the layer's own modules, so that adapters and quantized layers are called as they are, or products with
 their weights. Shapes: any leading dimensions, then D hidden_size; H query heads, G key/value heads, E head_dim.

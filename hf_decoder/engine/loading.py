@@ -1,4 +1,4 @@
-"""Whether the weights of a checkpoint have the sizes that its config asks for."""
+"""Checks that the weights of a checkpoint have the sizes that its config asks for."""
 
 from transformers.modeling_utils import PreTrainedModel
 

@@ -1,4 +1,4 @@
-"""Operators of our own: functions that a compiled graph calls as they are, in place of tracing them."""
+"""Custom operators: functions that a compiled graph calls whole instead of tracing them."""
 
 import re
 from collections.abc import Callable

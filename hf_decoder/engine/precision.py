@@ -1,4 +1,4 @@
-"""A linear map part by part, in the precision that this machine multiplies matrices in.
+"""Linear maps computed part by part, in the precision in which this machine multiplies matrices.
 
 A part of the weight is cast or scaled, multiplied by while it lies in the caches, and forgotten: a whole copy would be
 written to the memory and read again, on pages that the system has to find.

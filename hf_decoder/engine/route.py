@@ -1,4 +1,4 @@
-"""The route of one call through the modules of the decoder: decided once, at its entry, for all layers.
+"""The route of one call through the decoder. It is decided once, at the entry, for all layers.
 
 A route says which masks the layers get and by which operators they compute what stands between their linear maps. Its
 layers ask nothing. What it assumes of modules and config stands in `assumptions`; what it needs to know of the call

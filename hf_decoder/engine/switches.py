@@ -1,4 +1,4 @@
-"""Switches of the engine, for whoever debugs: all of it, or one part, off.
+"""Debugging switches that turn off the whole engine or one part of it.
 
 `HF_DECODER_ENGINE=0` in the environment turns everything off; `settings.override(decoding=False)` turns one part
 off for a while.

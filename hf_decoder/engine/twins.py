@@ -1,4 +1,4 @@
-"""The fast classes: each takes a plain class of the model's and replaces the few methods that decide what runs.
+"""The fast classes. Each one extends a plain class of the model and replaces the few methods that decide what runs.
 
 This is the one place that says what the engine replaces. A twin has its plain class's name and module and no state of
 its own, so that transformers saves, copies code and records outputs as for the plain class. `attach` gives the modules

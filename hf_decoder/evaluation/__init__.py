@@ -1,4 +1,4 @@
-"""Measures, generation by the batch, blind comparison, benchmarks against peers."""
+"""Measures models: metrics, batch generation, blind comparison, and benchmarks against peers."""
 
 from hf_decoder.moved import names_went_to
 

@@ -1,4 +1,4 @@
-"""Completions of many prompts: batches padded on the left, so that an answer does not depend on its neighbours."""
+"""Completes many prompts in batches. These are padded on the left, so an answer does not depend on its neighbours."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ours against the stock class of the same shape: same weights, one process, alternating, medians.
+"""Times our class against the stock class: same shape and weights, one process, alternating calls, medians.
 
 Every measurement first checks that the two agree; what disagrees is not timed. The stock class is Llama, which has the
 same parameters under the same names.

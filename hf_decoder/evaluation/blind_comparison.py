@@ -1,4 +1,4 @@
-"""Blind comparison of two models' answers by a person: pairs, judgments that outlive an interrupt, what they prove.
+"""Blind comparison of two models by a person: makes the pairs, stores the judgments, and computes the win rate.
 
 A person sees two answers to a prompt, left and right, and never which model wrote which. The order of the pairs and
 the sides come from a seed, so an interrupted session goes on where it stopped.

@@ -1,4 +1,4 @@
-"""Sequence classification: label map, names of classes and their file, loss, likeliest classes, and their measures.
+"""Sequence classification: predicts classes, gives loss and measures, and keeps class names beside checkpoints.
 
 A whole classifier tells the names of its classes in config.json. An adapter has no such file, and one beside it would
 have transformers look for the base's weights there; so they go into `LABELS_FILE`, in the form of `id2label`.

@@ -1,4 +1,4 @@
-"""A local web page for blind judgments: one pair at a time, two answers side by side, nothing that names a model."""
+"""Serves a local web page for blind judgments: one pair at a time, side by side, with no model named."""
 
 from __future__ import annotations
 

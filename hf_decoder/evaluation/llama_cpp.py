@@ -1,4 +1,4 @@
-"""llama.cpp as a peer of the benchmark, in a process of its own: it dies with SIGSEGV on some processors.
+"""Runs llama.cpp as a peer of the benchmark in its own process, because it dies with SIGSEGV on some processors.
 
 The child decodes and measures its own time, so that nothing of the way between the processes is in it.
 """

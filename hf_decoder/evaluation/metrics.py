@@ -1,4 +1,4 @@
-"""Measures of a language model: likelihood of held-out text, and answers against references.
+"""Measures language models: likelihood of held-out text, and answers against references.
 
 BLEU and chrF are sacrebleu's, with its defaults (cased; 13a tokenisation, or that of Chinese, Japanese or Korean where
 the references are in one of them; Post 2018, "A Call for Clarity in Reporting BLEU Scores"; Popovic 2015, "chrF"),

@@ -1,1 +1,1 @@
-"""The door between model families: their checkpoints come in, ours leave, tensor by tensor and verified."""
+"""Converts checkpoints between model families, tensor by tensor, and verifies the result."""

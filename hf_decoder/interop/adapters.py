@@ -1,4 +1,4 @@
-"""PEFT adapters beside a base model: found, checked against the base, put on it, and merged into it."""
+"""PEFT adapters of a base model: finds them, checks them against the base, loads them and merges them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What vLLM and SGLang ask of a model before they run it themselves (their "transformers backend").
+"""Tests what vLLM and SGLang require of a model that they run by their "transformers backend".
 
 Both load the base model through `auto_map`, put an attention of their own in place of ours and keep keys and values
 outside of the model. The conditions are those of vLLM's page on custom models and of the two loaders

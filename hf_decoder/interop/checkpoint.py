@@ -1,4 +1,4 @@
-"""Checkpoints on disk, tensor by tensor: no more than one tensor is ever in memory.
+"""Reads and writes checkpoints on disk one tensor at a time. Memory never holds more than one.
 
 The format is safetensors: 8 bytes that hold the length of a JSON header, the header with type, shape and place of
 every tensor, and then their bytes.

@@ -1,4 +1,4 @@
-"""From a checkpoint of any held family to any other: read lazily under our names, written under theirs."""
+"""Converts a checkpoint of any supported family to any other. Tensors are read lazily, under our names."""
 
 from __future__ import annotations
 

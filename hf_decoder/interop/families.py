@@ -1,4 +1,4 @@
-"""The stock classes of transformers that share our architecture: which fields and weights they hold, as tables.
+"""Tables of the transformers classes that share our architecture: which config fields and weights each one holds.
 
 A table says which of our fields a class holds and which it fixes; from it follow the config in either direction, and
 the field that stands in the way where there is no exact counterpart. Weights have our names, because ours are Llama's,

@@ -1,4 +1,4 @@
-"""A GGUF file as it lies on disk: fields and tensors, with every count held against the bytes that are there.
+"""Parses a GGUF file into fields and tensors. Every count is checked against the bytes that are there.
 
 The format: a magic number, a version, two counts; then fields (a key, a type, a value), then names, sizes, types and
 places of the tensors, then their bytes. The reader of the package `gguf` believes the counts, and keeps an object for

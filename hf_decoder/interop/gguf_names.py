@@ -1,4 +1,4 @@
-"""What GGUF and we call the same things: architectures, tensors, pre-tokenizers; read in both directions."""
+"""Maps names between GGUF and our model, in both directions: architectures, tensors, pre-tokenizers."""
 
 from __future__ import annotations
 

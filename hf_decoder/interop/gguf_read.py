@@ -1,4 +1,4 @@
-"""GGUF in: a llama.cpp file of one of the graphs that we share, its tokenizer included."""
+"""Reads a GGUF file of a llama.cpp graph that our model covers, its tokenizer included."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GGUF out: one file that llama.cpp, Ollama and LM Studio run."""
+"""Writes a GGUF file that llama.cpp, Ollama and LM Studio run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ONNX: one graph for prefill and for every cached step after it, made by transformers' exporter, run by onnxruntime.
+"""Exports one ONNX graph for prefill and every cached step by transformers' exporter, and runs it in onnxruntime.
 
 Inputs of the graph: `input_ids` and `position_ids` (B, S), `attention_mask` (B, P + S) with 0 on padding, and the keys
 and values of the P tokens before, (B, G, P, E) each, where P is 0 at first. Outputs: the logits (B, S, V) and the keys

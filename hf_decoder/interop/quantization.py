@@ -1,4 +1,4 @@
-"""Quantization on load: the methods by name, and what each costs and gives on a checkpoint.
+"""Quantization on load: the methods by name, and the size and speed of a checkpoint under each.
 
 Each is a `quantization_config` of transformers, so that `from_pretrained(folder, quantization_config=...)` does the
 same. Only the matrices of the layers are quantized; embeddings and head stay in bfloat16, tied or not.

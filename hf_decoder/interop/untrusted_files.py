@@ -1,4 +1,4 @@
-"""A stranger's folder: what its small files say is looked into before anything of it is loaded.
+"""Checks the small files of an untrusted folder before anything of it is loaded.
 
 A library believes them: it nests as deep as they say, makes as many beams, imports what they name.
 """

@@ -1,4 +1,4 @@
-"""The proof after a conversion: both checkpoints are loaded, one after the other, and must compute the same."""
+"""Verifies a conversion. Both checkpoints are loaded, one after the other, and must compute the same logits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""vLLM's plugin: teaches it our architecture, as its own class of the same computation where it has one.
+"""The vLLM plugin. It registers our architecture, and uses vLLM's own class where that computes the same.
 
 vLLM finds `register` by the entry point `vllm.general_plugins` in every process that it starts, so a saved folder runs
 with `vllm serve FOLDER` and nothing else. Nothing here imports vLLM until vLLM calls it.

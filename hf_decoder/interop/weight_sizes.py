@@ -1,5 +1,5 @@
-"""Whether a config asks for a model of the size that its weights have: told from the files' headers, before memory is
-taken for it."""
+"""Checks that a config asks for a model of the size of its weights. Only the files' headers are read, before memory is
+taken for the model."""
 
 from __future__ import annotations
 

@@ -291,13 +291,14 @@ class HfDecoderAttention(nn.Module):
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
+        inputs = [query, key, value]
         if isinstance(attention_mask, LayerMask):
             attention = partial(attention_mask.attend, attention)
         else:
-            kwargs["attention_mask"] = attention_mask
+            inputs.append(attention_mask)  # by position, as transformers does: a function may name it otherwise
         dropout = self.attention_dropout if self.training else 0.0
         settings = {"dropout": dropout, "scaling": self.scaling, "sliding_window": self.sliding_window}
-        attn_output, attn_weights = attention(self, query, key, value, **settings, **kwargs)
+        attn_output, attn_weights = attention(self, *inputs, **settings, **kwargs)
         return attn_output.flatten(2).contiguous(), attn_weights
 
 

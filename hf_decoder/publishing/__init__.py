@@ -1,1 +1,1 @@
-"""Upload of what was examined, and the proof that it arrived."""
+"""Uploads a model that was examined, and proves that it arrived."""

@@ -1,4 +1,4 @@
-"""Which files of a folder belong on the Hub: those that make up a model or an adapter, by name, and no others."""
+"""Chooses by name the files that go to the Hub: those that make up a model or an adapter, and no others."""
 
 from __future__ import annotations
 
@@ -76,8 +76,11 @@ def left_out(folder: Path, sent: list[Path]) -> list[str]:
 
 def digest(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal."""
+    found = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(1 << 20):
+            found.update(block)
+    return found.hexdigest()
 
 
 def matches(name: str, patterns: tuple[str, ...]) -> bool:

@@ -1,4 +1,4 @@
-"""To the Hub and back: the upload of what was examined, and the proof that a stranger can load it."""
+"""Pushes a model to the Hub. The doctor examines it first, and a fresh process loads what arrived."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""What somebody who has only transformers does with a pushed model; run by `fresh_process`, with hf_decoder hidden.
+"""Loads a pushed model as somebody does who has only transformers. `fresh_process` runs it.
 
 Its argument is the JSON of a `Job`. It finds the repo in the cache that the environment names, whose files were
 compared with those that were sent; loads the model twice, as it was sent and by its name; and prints one line of JSON:
-the largest difference of their logits. It has no token, and it is offline.
+the largest difference of their logits. It has no token, it is offline, and hf_decoder is hidden from it.
 """
 
 import json

@@ -1,1 +1,1 @@
-"""The model card, and what a finished run says."""
+"""Model cards, and the lines of Python that load a model."""

@@ -1,4 +1,4 @@
-"""Lines of Python that load a model, classifier or adapter and use it, for cards and the end of a training."""
+"""Builds the lines of Python that load and use a model, classifier or adapter, for cards and for the end of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names and words of others in Markdown, metadata and code: shown as they are, never read as markup."""
+"""Escapes names and words of others for Markdown, metadata and code. They are shown and never read as markup."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fills model_card.md from what a run measured. What was not measured says so; nothing is made up."""
+"""Fills the template model_card.md with measured results. A missing result is written as not measured."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Limits on what strangers send: text on terminals, templates that never end, processes without a token."""
+"""Guards against text and code of strangers: terminal output, time and memory limits, processes without secrets."""

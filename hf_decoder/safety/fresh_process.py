@@ -1,4 +1,4 @@
-"""A program in a Python process of its own, with this package or where it cannot be found."""
+"""Runs a program in a new Python process without secrets, with this package or with the package hidden."""
 
 from __future__ import annotations
 

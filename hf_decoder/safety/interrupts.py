@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as one exception: what is half-written is removed, and one line says how to go on.
+"""Turns Ctrl-C and SIGTERM into one exception, removes an empty output folder, and says how to go on.
 
 Nothing heavy is imported here: the command line catches signals before it imports torch.
 """

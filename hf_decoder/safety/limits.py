@@ -1,4 +1,4 @@
-"""Limits of time and memory for what a stranger's text has Python do: a chat template, an expression that matches
+"""Limits the time and memory that text of strangers can take: chat templates, and regular expressions for module
 names."""
 
 from __future__ import annotations

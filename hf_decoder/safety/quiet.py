@@ -1,4 +1,4 @@
-"""Keeps quiet what libraries say on import about parts of theirs that nobody asked for.
+"""Silences what other libraries say on import about parts of theirs that nobody asked for.
 
 transformers imports torchao and PEFT imports bitsandbytes wherever they are installed, and these report every kernel
 that does not run on this machine. What a command prints to stderr is for its own errors.

@@ -1,4 +1,4 @@
-r"""Text of a stranger on a terminal: what would command the terminal, or deceive its reader, is spelt out as `\x1b`.
+r"""Makes text of strangers safe for a terminal. What would command it or deceive its reader is spelt out: `\x1b`.
 
 A model's output, a folder's name, a token or a quoted line of a file may hold such characters. Each is replaced by
 itself, whatever stands around it, so that a sequence in two pieces passes no more than one in one piece.

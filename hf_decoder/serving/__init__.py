@@ -1,4 +1,4 @@
-"""What is changed of `transformers serve`, and which requests are taken."""
+"""Serves models by `transformers serve`, and honours or refuses each parameter of a request."""
 
 from hf_decoder.moved import names_went_to
 

@@ -1,4 +1,4 @@
-"""What can be asked of the server: each parameter of a request, with the values that it honours."""
+"""Defines the requests that the server takes: their parameters, and the values that it honours."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What we change of the server of `transformers serve`: each parameter is honoured, or refused with a clear error.
+"""Changes the server of `transformers serve`. It honours each parameter, or refuses it with a clear error.
 
 transformers' handlers stay; each request gets a copy of its handler that checks the body first, and whose generation
 knows the context, the stop strings, the seed, the penalties and the log-probabilities that were asked for. Importing

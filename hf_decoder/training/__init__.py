@@ -1,4 +1,4 @@
-"""Optimizers, callbacks, throughput, stop conditions, checkpoints, many devices."""
+"""What a training needs beside the model: optimizers, rows, callbacks, checkpoints, launches on many devices."""
 
 from hf_decoder.moved import names_went_to
 

@@ -1,4 +1,4 @@
-"""What our commands add to `transformers.Trainer`: a progress bar with speed, a loss curve, sample text."""
+"""Callbacks and helpers for `transformers.Trainer`: a progress bar with speed, a loss curve, sample text."""
 
 from __future__ import annotations
 

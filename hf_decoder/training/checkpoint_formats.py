@@ -1,4 +1,4 @@
-"""Checkpoints that move between layouts: one process, DDP and FSDP2, with full or sharded state.
+"""Converts checkpoints between one process, DDP and FSDP2, with full or sharded state.
 
 Trainer writes what its layout has at hand, and reads nothing else: one process and DDP number the optimizer's states
 (`optimizer.pt`), FSDP2 names them, whole (`optimizer.bin`, `pytorch_model_fsdp.bin`) or in shards (two folders).
@@ -71,7 +71,7 @@ def whole_model(trainer: Trainer, folder: str | Path) -> Any:
 def resumable(checkpoint: str | Path, trainer: Trainer) -> Iterator[str]:
     """The folder to resume `trainer` from: the checkpoint, or a converted copy beside it, deleted afterwards.
 
-    The optimizer must be one of `hf_decoder.recipe`, and the model not yet wrapped. All processes must enter.
+    The optimizer must be one of `training.optimizers`, and the model not yet wrapped. All processes must enter.
 
     Raises:
         ValueError: if the checkpoint holds no state of an optimizer that Trainer wrote for one process, DDP or FSDP.

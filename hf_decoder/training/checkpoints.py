@@ -1,4 +1,4 @@
-"""Checkpoints that can be relied on: which of them are whole, which run they belong to, and which may be deleted.
+"""Marks checkpoints that are whole, checks which run they belong to, and deletes those that are superseded.
 
 `CheckpointKeeper` marks a checkpoint of Trainer as whole once all its files are on the disk, with their sizes and with
 a description of the run. What bears no mark, or lacks a byte of what the mark lists, is never resumed from. Older

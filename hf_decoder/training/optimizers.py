@@ -1,4 +1,4 @@
-"""How the weights are learned: which optimizer serves which parameter, and with what settings.
+"""The optimizer recipe: assigns each parameter to Muon or AdamW, and sets their options and the schedule.
 
 Hidden weight matrices take Muon (Jordan et al. 2024), everything else AdamW: embeddings, the head, norms and biases.
 One learning rate serves both, because Muon's updates are scaled to the size that AdamW's have (Liu et al. 2025, "Muon

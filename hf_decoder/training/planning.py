@@ -1,4 +1,4 @@
-"""What a training on many devices needs and how fast it goes, by formulas: memory, communication, tokens a second.
+"""Estimates a training on one device or many by formulas: memory, communication, tokens per second.
 
 Symbols: N parameters, n devices that share the work on different rows, t devices of tensor parallelism, T tokens of a
 device in one pass, D width, V vocabulary. Memory is that of bf16 autocast over fp32 weights, which is how our commands

@@ -1,4 +1,4 @@
-"""What a finished training says of itself: exact measures, sizes, machine, and the files and lines that show them."""
+"""Measures a finished model exactly, and writes its metrics, loss curve, samples, model card and last lines."""
 
 from __future__ import annotations
 

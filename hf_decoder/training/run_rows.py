@@ -1,4 +1,4 @@
-"""From text to the rows of a pretraining run, whole or streamed, with what there is to report before it begins."""
+"""Makes the rows of a pretraining run from text, whole or streamed, and the report before it begins."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ends a training early, or warns about it: signals, a loss that is no number, spikes."""
+"""Ends a training early on a signal or on a loss that is not finite, and warns of spikes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows of packed documents made while a training runs, from text that need not fit into memory.
+"""Packs rows of documents while a training runs, from text that need not fit into memory.
 
 Documents and rows have the layout that `packing` describes; without shuffling the rows of a first pass are those of
 `packing.pack`. Rows come in windows: text is tokenised and packed until there are `buffer_size` rows, these are drawn

@@ -1,4 +1,4 @@
-"""How fast a training goes, and how it ends in time: `--time_limit`, and speed, utilisation and waiting in the log."""
+"""Ends a training in time (`--time_limit`), and logs its speed, its utilisation and its wait for data."""
 
 from __future__ import annotations
 

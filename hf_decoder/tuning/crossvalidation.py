@@ -1,4 +1,4 @@
-"""k-fold cross-validation of a text classifier that sees nothing but the rows it is trained on.
+"""Cross-validates a text classifier in k folds. A fold's classifier sees nothing but the rows of the other folds.
 
 For every fold a tokenizer and a classifier are trained from scratch on the other folds, the classifier from a language
 model of their texts if wanted. It learns the labels and, beside them, to score a text after each of its words as a

@@ -1,4 +1,4 @@
-"""What fine-tuning adds to the trainers of TRL and transformers: losses, measures, rates, adapters, ends of turns."""
+"""Adds losses, metrics, learning rates, adapters and ends of turns to the trainers of TRL and transformers."""
 
 from __future__ import annotations
 

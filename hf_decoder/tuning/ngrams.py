@@ -1,4 +1,4 @@
-"""Logistic regression on words, pairs and triples of words: what a classifier that starts from scratch learns from.
+"""A logistic regression on n-grams of one to three words. It teaches the classifier that starts from scratch.
 
 The features are weighted by their Naive Bayes log-count ratios (Wang and Manning 2012, "Baselines and bigrams",
 section 2.3). Plain torch, so that it needs no further library.

@@ -1,4 +1,4 @@
-"""The rows of a fine-tuning task: read, rendered by the chat template, and counted where nothing of one is learned.
+"""Reads the rows of a fine-tuning task, renders chats by the template, and counts the rows that teach nothing.
 
 TRL's SFTTrainer puts the loss on completions when rows have a `completion`, and on the assistant's turns when asked by
 `assistant_only_loss`; which tokens those are, the chat template's generation block says.

@@ -363,3 +363,20 @@ def test_norms_in_few_calls_are_the_modules(dtype):
         for normed in found:
             assert normed.dtype == dtype
             torch.testing.assert_close(normed, norm(x), equal_nan=True)
+
+
+@pytest.mark.parametrize("search", [{}, {"num_beams": 2}, {"cache_implementation": "static"}], ids=str)
+@pytest.mark.parametrize("prompt", [5, 16, 20])
+def test_longrope_past_its_switch_gives_the_text_without_a_cache(prompt: int, search: dict):
+    """The keys of the first 16 tokens are turned anew once there are more."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 16}
+    rope |= {"short_factor": [1.0] * 4, "long_factor": [1.1, 9.0, 9.0, 9.0]}
+    model = tiny_model(rope_parameters=rope, max_position_embeddings=64, head_dim=8)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter *= 4 if parameter.ndim > 1 else 1
+    for seed in range(4):
+        ids = random_ids(1, prompt, seed=seed)
+        options = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None}
+        expected = model.generate(ids, use_cache=False, **{**options, "num_beams": search.get("num_beams", 1)})
+        assert model.generate(ids, **options, **search).equal(expected)

@@ -1,4 +1,4 @@
-"""The flags of the verbs, a module a verb: `ARGUMENTS` and `DESCRIPTION`, which help and complaints are made of.
+"""The flags of the verbs, one module per verb. Help and errors come from its `ARGUMENTS` and `DESCRIPTION`.
 
 They are apart from the verbs because these import torch, which nobody should wait for who asks for help. `PARTIAL`: a
 verb has the flags of transformers' dataclasses, too; `argument_types(argv)` of its module knows them all.

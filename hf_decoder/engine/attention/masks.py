@@ -1,4 +1,4 @@
-"""Masks that stand in for those of a call's layers where an attention of our own is faster, or needs no S x S mask."""
+"""Replacement masks for a call's layers, used where our own attention is faster or needs no S x S mask."""
 
 from collections.abc import Mapping
 from typing import Any

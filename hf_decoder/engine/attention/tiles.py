@@ -1,4 +1,4 @@
-"""Attention of whole sequences in tiles: causal, windowed or packed, without a mask of length squared.
+"""Tiled attention for whole sequences (causal, windowed or packed) without an S x S mask.
 
 On a CPU with products in half precision this beats the flash kernel of `scaled_dot_product_attention`: the matmuls of
 a tile run at full speed and the heads of a group share theirs, so keys and values are never repeated. Memory is linear

@@ -1,4 +1,4 @@
-"""Attention of packed, padded or windowed rows on a CUDA device, without a mask of length squared.
+"""Variable-length attention for packed, padded or windowed rows on a CUDA device, without an S x S mask.
 
 The kernel reads documents that lie one after the other in one long row, and nothing else: no padding, no other
 document, no token outside of a window. Its memory is linear in the length.

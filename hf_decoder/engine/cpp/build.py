@@ -1,4 +1,4 @@
-"""Builds the C++ of this folder with the compiler at hand, once a machine and user.
+"""Compiles the C++ code of this folder with the installed compiler, once per machine and user.
 
 Compiled code is loaded from a folder that belongs to the user and that nobody else may write to: code that another
 user planted in a shared folder would run as this one.

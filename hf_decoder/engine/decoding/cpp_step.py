@@ -1,7 +1,7 @@
-"""The decoding step of a few rows on a CPU, as one call of a function in C++.
+"""A decoding step for a few rows on a CPU, run as one call of a C++ function.
 
 Its weights, of fp32, bf16 or torchao's int8, are read where they lie. A graph of torch.compile spends about as long
-on its buffers and guards as a small model's step takes: see the README. Short prompts are taken too, where that is
+on its buffers and guards as a small model's step takes: see RESULTS.md. Short prompts are taken too, where that is
 sooner done than by the modules.
 """
 

@@ -1,4 +1,4 @@
-"""One call of `generate()`, or of the model alone: what of it goes past the modules, and in which way.
+"""Decides which part of a `generate()` or model call bypasses the modules, and by which path.
 
 A single token a row goes through the `DecodingStep`, if the model has one; with packed weights, compiled or by kernels
 of its own where that is faster and asked for, which may take a short prompt, too. Other tokens, prompts and candidates
@@ -153,6 +153,7 @@ class Decoding:
             # ids of the whole text, whatever of it is cached
             or (int(cache.get_seq_length()) > 0 if mask is None else mask.shape != input_ids.shape)
             or (mask is not None and first_seen(mask) is None)
+            or self._changes_angles(input_ids.shape[1], length)
         ):
             return go_on(input_ids, stopping_criteria=stopping_criteria)
         by_kernels = self._may_be_static(config, cache, length)
@@ -212,6 +213,11 @@ class Decoding:
             if ends and end_rows(text[:, place].tolist(), text, place, ends, ended, pad):
                 return text[:, : place + 1].contiguous()
         return text
+
+    def _changes_angles(self, cached: int, length: int) -> bool:
+        """Whether LongRoPE turns a text of that length by other angles than the tokens that the cache holds."""
+        rope = self.model.config.rope_parameters
+        return rope["rope_type"] == "longrope" and cached <= rope["original_max_position_embeddings"] < length
 
     def _may_be_static(self, config: Any, cache: Any, length: int) -> bool:
         """Whether kernels of their own may choose a text of that length."""
@@ -289,7 +295,9 @@ class Decoding:
     ) -> dict | None:
         """The inputs of what goes past the modules, without masks; None where transformers is to prepare them."""
         step, cache = self.step, kwargs.pop(CACHE_NAME, None)
-        if kwargs.keys() - {"use_cache", "logits_to_keep"}:
+        if kwargs.keys() - {"use_cache", "logits_to_keep"} or self._changes_angles(
+            0 if cache is None else int(cache.get_seq_length()), input_ids.shape[1]
+        ):
             return None
         if next_sequence_length is not None:
             input_ids = input_ids[:, -next_sequence_length:]

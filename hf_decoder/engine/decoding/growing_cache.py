@@ -1,4 +1,4 @@
-"""Keys and values of a growing cache, in buffers with room for tokens to come.
+"""A growing key/value cache in buffers that have room for tokens to come.
 
 `DynamicLayer` joins what it has and what is new into new tensors at every token, which reads and writes all of the
 cache where attention reads it once.

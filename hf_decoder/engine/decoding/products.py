@@ -1,4 +1,4 @@
-"""The matrix products of a decoding step: a few rows times a matrix, which is read at the rate of the memory.
+"""Matrix products of a decoding step: a few rows times a weight matrix, read at the rate of the memory.
 
 Shapes: M outputs, N inputs.
 """

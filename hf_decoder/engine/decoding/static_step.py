@@ -1,4 +1,4 @@
-"""A decoding step that goes past torch: a few rows on a static cache, by kernels that read from where tensors lie.
+"""A decoding step on a static cache that bypasses torch: its kernels read the tensors of a few rows in place.
 
 What the step on a CPU and the one on CUDA have in common: how texts are begun, and how greedy ones are written.
 

@@ -1,4 +1,4 @@
-"""The decoder past its modules: any number of tokens a row through one function of weights.
+"""The decoder as one function of its weights, without module calls, for any number of tokens per row.
 
 `generate()` spends most of a token on what surrounds the arithmetic. Here tokens meet weights directly: without the
 calls of a hundred modules, and for one token a row without masks where nothing is hidden, with the query heads of a

@@ -1,4 +1,4 @@
-"""Long tensors in blocks of rows that stay in a CPU's caches, or by the kernels of triton_hf_decoder.py on a GPU.
+"""Long tensors, computed in blocks of rows that fit a CPU's caches, or by the kernels of triton/training.py on a GPU.
 
 What stands between the matrix products of a training step (norms, rotations, gates, casts) is a dozen passes through
 the memory, and on a CPU fresh pages for each, when it is written tensor by tensor. Done block by block, each tensor is

@@ -1,4 +1,4 @@
-"""Products of matrices within a layer, where torch has no fast ones on a CPU.
+"""Matrix products within a layer, for types that torch multiplies slowly on this CPU.
 
 Without instructions for half precision, which came with AVX-512 and AMX and which most desktop CPUs lack, oneDNN
 leaves its products to a loop of torch's, which takes 5 to 70 times as long as fp32 does. Here their factors become

@@ -1,4 +1,4 @@
-"""Triton kernels of a decoding step on CUDA: one token through a layer in five of them.
+"""Triton kernels of a decoding step on CUDA. One token passes a layer in five kernels.
 
 What a small matrix-vector product costs on a GPU is mostly the wait for the first byte, so each kernel does as much as
 one wait allows: it asks for its weights before it looks at the token, norms the token itself, and finishes with the

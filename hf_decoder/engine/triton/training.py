@@ -1,4 +1,4 @@
-"""Triton kernels for what stands between the matrix products of training on CUDA: one pass over each tensor.
+"""Triton kernels for the operations between the matrix products of training on CUDA: one pass over each tensor.
 
 They compute in fp32 and round where the formulas beside their callers round. A program takes a tile of about 16
 numbers a thread, which keeps several of them on each multiprocessor; its sizes are fixed, for tuning takes minutes.

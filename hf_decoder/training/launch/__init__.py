@@ -1,6 +1,6 @@
-"""Configurations for `accelerate launch`, and what a training started in several processes must not silently do.
+"""Finds the configurations for `accelerate launch`, and refuses launches that would not do what they say.
 
-accelerate launch --config_file hf_decoder/launch/fsdp2.yaml --num_processes 8 scripts/pretrain.py ...
+accelerate launch --config_file hf_decoder/training/launch/fsdp2.yaml --num_processes 8 scripts/pretrain.py ...
 """
 
 from __future__ import annotations
