@@ -90,8 +90,8 @@ def test_code_that_computes_something_else(healthy, tmp_path):
     assert changed != source
     file.write_text(changed.replace("self.weight * 1.5", "1.5 * self.weight * hidden_states.to(input_dtype)"))
     report = run_doctor(folder, rows=("remote_code",), trust_remote_code=True)
-    (failed,) = (row for row in report.rows if row.status == "fail")
-    assert failed.name == "remote_code" and "logits differ" in failed.detail
+    failed = {row.name: row.detail for row in report.rows if row.status == "fail"}
+    assert failed.keys() == {"remote_code"} and "logits differ" in failed["remote_code"]
 
 
 def test_what_is_not_in_the_files_is_lost(llama, tmp_path, run_python):

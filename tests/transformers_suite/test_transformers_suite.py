@@ -48,14 +48,17 @@ from transformers import (  # noqa: E402
     PreTrainedTokenizerFast,
 )
 
-from hf_decoder import (  # noqa: E402
-    HfDecoderConfig,
-    HfDecoderForCausalLM,
-    HfDecoderForQuestionAnswering,
-    HfDecoderForSequenceClassification,
-    HfDecoderForTokenClassification,
-    HfDecoderModel,
-)
+if os.environ.get("HF_DECODER_ENGINE") == "0":  # the plain classes, as they travel
+    import hf_decoder.model.modeling_hf_decoder as room
+else:
+    import hf_decoder as room
+from hf_decoder import HfDecoderConfig  # noqa: E402
+
+HfDecoderForCausalLM = room.HfDecoderForCausalLM
+HfDecoderForQuestionAnswering = room.HfDecoderForQuestionAnswering
+HfDecoderForSequenceClassification = room.HfDecoderForSequenceClassification
+HfDecoderForTokenClassification = room.HfDecoderForTokenClassification
+HfDecoderModel = room.HfDecoderModel
 
 HEADS = (
     HfDecoderModel,
