@@ -144,7 +144,7 @@ class _ForCausalLM(_PreTrained):
         skips = wants_loss and (self.training if skip_logits is None else skip_logits)
         if skips or return_dict is False:
             return None
-        if wants_loss and (logits_to_keep != 0 or targets.shape != input_ids.shape):
+        if wants_loss and (type(logits_to_keep) is not int or logits_to_keep or targets.shape != input_ids.shape):
             return None
         cache = past_key_values if cache is None else cache
         use_cache = self.config.use_cache if use_cache is None else use_cache

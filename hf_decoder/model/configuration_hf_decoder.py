@@ -229,7 +229,9 @@ class HfDecoderConfig(PreTrainedConfig):
         if self.layer_types is None:
             kind = "full_attention" if self.sliding_window is None else "sliding_attention"
             self.layer_types = [kind] * self.num_hidden_layers
-        if self.pad_token_id is not None and not -1 <= self.pad_token_id < self.vocab_size:  # -1: none, once
+        if (
+            self.pad_token_id is not None and not -1 <= self.pad_token_id < self.vocab_size
+        ):  # older configs write -1 for none
             raise ValueError(
                 f"pad_token_id={self.pad_token_id} is outside the vocabulary; it must be below vocab_size="
                 f"{self.vocab_size}, or None"

@@ -57,8 +57,8 @@ def takes_either_cache_name(forward: Callable) -> Callable:
 
     @wraps(forward)
     def renamed(*args, **kwargs):
-        if "past_key_values" in kwargs:
-            kwargs["cache"] = kwargs.pop("past_key_values")
+        if (cache := kwargs.pop("past_key_values", None)) is not None:
+            kwargs["cache"] = cache
         return forward(*args, **kwargs)
 
     return renamed
@@ -215,12 +215,12 @@ class PackedDocuments(LayerMask):
 
 
 def hides_nothing(attention_mask: Any) -> bool:
-    """Whether a mask (B, K) has no padding: it must not keep packed documents from being told apart."""
+    """Whether a mask (B, K) has no padding; then it is dropped, as documents are looked for only without one."""
     return isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2 and bool(attention_mask.all())
 
 
 def document_lengths(position_ids: torch.Tensor) -> list[int]:
-    """Lengths of the documents in rows of positions (B, S): where positions do not go up by one, one starts."""
+    """Lengths of the documents in rows of positions (B, S): one starts where a position is not its predecessor + 1."""
     starts = torch.ones_like(position_ids, dtype=torch.bool)
     starts[:, 1:] = position_ids.diff(dim=-1) != 1
     bounds = nn.functional.pad(starts.flatten().nonzero().flatten(), (0, 1), value=starts.numel())
@@ -285,9 +285,9 @@ class HfDecoderAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Adds to the cache and attends, by the function the config names. Returns (B, S, H * E) and the weights."""
         if CACHE_NAME != "cache" and not isinstance(cache, (Cache, type(None))):
-            kwargs["cache"] = cache  # a paged one, which older transformers leaves to the attention function
+            kwargs["cache"] = cache  # a paged cache, which before 5.24 the attention function updates
         elif cache is not None:
-            key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
+            key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)  # a paged one changes kwargs
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -295,7 +295,7 @@ class HfDecoderAttention(nn.Module):
         if isinstance(attention_mask, LayerMask):
             attention = partial(attention_mask.attend, attention)
         else:
-            inputs.append(attention_mask)  # by position, as transformers does: a function may name it otherwise
+            inputs.append(attention_mask)  # by position: attention functions differ in the parameter's name
         dropout = self.attention_dropout if self.training else 0.0
         settings = {"dropout": dropout, "scaling": self.scaling, "sliding_window": self.sliding_window}
         attn_output, attn_weights = attention(self, *inputs, **settings, **kwargs)
@@ -429,7 +429,7 @@ class HfDecoderModel(HfDecoderPreTrainedModel):
         position_ids: torch.Tensor | None,
         cache: Cache | None,
     ) -> Mapping[str, torch.Tensor | LayerMask | None]:
-        """Returns one mask for each type of layer; arguments as those of the caller of `forward`."""
+        """Returns one mask for each type of layer; takes the arguments as passed to `forward`."""
         if isinstance(attention_mask, dict):  # prepared by `generate()`
             return attention_mask
         config = self.config
@@ -438,7 +438,7 @@ class HfDecoderModel(HfDecoderPreTrainedModel):
         may_be_packed = position_ids is not None and cache is None and not traced
         if may_be_packed and hides_nothing(attention_mask):
             attention_mask = None
-        has_documents = position_ids is not None and cache is attention_mask is None
+        has_documents = position_ids is not None and cache is None and attention_mask is None
         if has_documents and not traced and getattr(config, "is_causal", True):
             lengths = document_lengths(position_ids.expand(inputs_embeds.shape[0], -1))
             has_documents = len(lengths) > inputs_embeds.shape[0]
@@ -543,7 +543,8 @@ class HfDecoderForCausalLM(HfDecoderPreTrainedModel, GenerationMixin):
         )
         hidden_states = keep_positions(outputs.last_hidden_state, logits_to_keep)
         targets = labels if kwargs.get("shift_labels") is None else kwargs["shift_labels"]
-        if targets is not None and targets.shape != hidden_states.shape[:-1]:
+        is_shifted = targets is not labels or isinstance(logits_to_keep, int)  # positions of one's choice have no next
+        if targets is not None and (targets.shape != hidden_states.shape[:-1] or not is_shifted):
             raise ValueError(
                 f"labels of shape {list(targets.shape)} do not belong to logits of {list(hidden_states.shape[:-1])} "
                 "positions; leave logits_to_keep out, or give shift_labels of just these positions"
@@ -585,7 +586,7 @@ def keep_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tens
 
 
 def counts_labels(forward: Callable) -> Callable:
-    """Lets the mean loss of a head be the mean over all accumulated batches, where Trainer counts their labels."""
+    """Rescales a head's mean loss, so that accumulated batches add up to the mean over all their labels."""
 
     @wraps(forward)
     def counting(self, *args, num_items_in_batch: Any = None, **kwargs):
@@ -622,7 +623,8 @@ class HfDecoderForTokenClassification(GenericForTokenClassification, HfDecoderPr
         HfDecoderPreTrainedModel.__init__(self, config)
         self.num_labels = config.num_labels
         self.model = HfDecoderModel(config)
-        self.dropout = nn.Dropout(0.1)
+        dropouts = (getattr(config, "classifier_dropout", None), getattr(config, "hidden_dropout", None), 0.1)
+        self.dropout = nn.Dropout(next(p for p in dropouts if p is not None))
         self.score = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from hf_decoder import HfDecoderForCausalLM
+from hf_decoder import HfDecoderForCausalLM, HfDecoderForTokenClassification
 from hf_decoder.engine.training import loss as engine_loss
 from hf_decoder.model import loss_hf_decoder
 
@@ -386,3 +386,22 @@ def test_compiled_training_on_packed_documents_keeps_them_apart():
     ids = random_ids(1, 128)
     inputs = {"input_ids": ids, "labels": ids, "position_ids": torch.arange(128)[None] % 64, "use_cache": False}
     torch.testing.assert_close(torch.compile(model)(**inputs).loss, model(**inputs).loss)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_labels_of_chosen_positions_must_be_shifted_already(training: bool):
+    """Unshifted, each would be paired with the next chosen position, which is not the next token."""
+    model, ids = tiny_model().train(training), random_ids(2, 9)
+    kept = torch.tensor([0, 4, 7])
+    with pytest.raises(ValueError, match="give shift_labels"):
+        model(ids, labels=ids[:, kept], logits_to_keep=kept)
+    found = model(ids, shift_labels=ids[:, kept + 1], logits_to_keep=kept).loss
+    expected = functional.cross_entropy(
+        model(ids, skip_logits=False).logits[:, kept].flatten(0, 1), ids[:, kept + 1].flatten()
+    )
+    torch.testing.assert_close(found, expected)
+
+
+def test_the_dropout_of_token_classification_is_the_config_s():
+    for fields, expected in (({}, 0.1), ({"classifier_dropout": 0.0}, 0.0), ({"hidden_dropout": 0.3}, 0.3)):
+        assert HfDecoderForTokenClassification(tiny_config(**fields)).dropout.p == expected
