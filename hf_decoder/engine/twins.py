@@ -39,7 +39,12 @@ class _TwinClass(type):
     """The type of twins: each is pickled by its plain class, whose name and module it has."""
 
 
-copyreg.pickle(_TwinClass, lambda twin: (twin_of, (plain_of(twin),)))  # type: ignore[arg-type, return-value]
+def _reduce_class(kind: type) -> Any:
+    """How a class is pickled: a twin by its plain class, somebody's own class over a twin by its name, as ever."""
+    return (twin_of, (plain_of(kind),)) if is_twin(kind) else kind.__qualname__
+
+
+copyreg.pickle(_TwinClass, _reduce_class)  # type: ignore[arg-type]
 
 
 class _Layer:

@@ -126,6 +126,18 @@ def test_copies_are_of_the_same_kind(name, attached):
         assert torch.equal(ours, theirs)
 
 
+class Mine(hf_decoder.HfDecoderForCausalLM):
+    """Somebody's own class over a fast one."""
+
+
+def test_a_class_of_somebody_s_own_is_pickled_by_its_name():
+    model = tiny_model(Mine)
+    other = pickle.loads(pickle.dumps(model))
+    assert pickle.loads(pickle.dumps(Mine)) is Mine is type(other)
+    with torch.no_grad():
+        assert torch.equal(model(IDS[:1]).logits, other(IDS[:1]).logits)
+
+
 def test_hidden_states_and_attentions_are_recorded():
     for attention in ("eager", "sdpa"):
         model = tiny_model(attn_implementation=attention)
