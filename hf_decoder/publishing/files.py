@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from fnmatch import fnmatchcase
@@ -72,15 +71,6 @@ def left_out(folder: Path, sent: list[Path]) -> list[str]:
             found[first + slash] = found.get(first + slash, 0) + 1
     said = {name: f" ({count} file{'s' if count > 1 else ''})" for name, count in found.items() if name.endswith("/")}
     return [name + said.get(name, "") for name in found]
-
-
-def digest(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            found.update(block)
-    return found.hexdigest()
 
 
 def matches(name: str, patterns: tuple[str, ...]) -> bool:

@@ -20,9 +20,10 @@ from huggingface_hub.utils import validate_repo_id
 from hf_decoder.doctor.code import Code, Origin, code_of
 from hf_decoder.interop.adapters import ADAPTER_CONFIG, base_of, is_adapter
 from hf_decoder.publishing import verified_download
-from hf_decoder.publishing.files import CARD, STALE, digest, files_to_push, left_out, matches
+from hf_decoder.publishing.files import CARD, STALE, files_to_push, left_out, matches
 from hf_decoder.reporting.model_card import pin_load_lines, pinned_revision
 from hf_decoder.safety.fresh_process import run_fresh
+from hf_decoder.training.checkpoints import file_digest
 
 RECEIVE_TIMEOUT = 3600  # seconds
 LARGE_SUFFIXES = (".safetensors", ".gguf", ".onnx", ".data", ".onnx_data")  # linked where the rest is copied
@@ -88,7 +89,7 @@ def push(
     with tempfile.TemporaryDirectory() as scratch, _explained(repo_id):
         sent, cache = Path(scratch) / "sent", Path(scratch) / "cache"
         base = _stage(folder, files, sent, base_model)
-        digests = {name: digest(sent / name) for name in _names(sent)}
+        digests = {name: file_digest(sent / name) for name in _names(sent)}
         rewritten = _name_base(sent, base)
         own = _code(sent).origin is Origin.OWN
         job = verified_download.Job(str(sent), repo_id, "", base, trust_remote_code=own)
@@ -97,7 +98,7 @@ def push(
         api = HfApi()
         if base is not None:
             job.trust_remote_code = _pin_base(api, sent / ADAPTER_CONFIG, base, trust_remote_code, cache)
-        now = {name: digest(folder / name) if (folder / name).is_file() else None for name in digests}
+        now = {name: file_digest(folder / name) if (folder / name).is_file() else None for name in digests}
         changed = [name for name in digests if now[name] != digests[name]]
         if changed:
             raise ValueError(f"nothing was pushed: {folder / changed[0]} changed while the folder was examined")
@@ -110,7 +111,7 @@ def push(
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         pushed = _upload(api, sent, repo_id, revision, create_pr, commit_message or f"Upload {folder.name}")
         # what was written here, the card's commit among it, has digests of its own
-        digests |= {name: digest(sent / name) for name in (*rewritten, CARD) if (sent / name).is_file()}
+        digests |= {name: file_digest(sent / name) for name in (*rewritten, CARD) if (sent / name).is_file()}
         job.revision = pushed.commit
         _receive(api, job, digests, cache)
         there = api.list_repo_files(repo_id, revision=pushed.commit)
@@ -296,7 +297,7 @@ def _receive(api: HfApi, job: verified_download.Job, digests: dict[str, str], ca
         api.snapshot_download(job.repo_id, revision=job.revision, cache_dir=cache, allow_patterns=patterns)
     )
     for name, expected in digests.items():
-        if not (received / name).is_file() or digest(received / name) != expected:
+        if not (received / name).is_file() or file_digest(received / name) != expected:
             raise RuntimeError(f"{where} {name} is not the file that was sent")
     if job.base is not None:
         commit = json.loads((sent / ADAPTER_CONFIG).read_text(encoding="utf-8"))["revision"]

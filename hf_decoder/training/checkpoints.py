@@ -73,7 +73,7 @@ def check_content(checkpoint: str | Path) -> None:
     folder = Path(checkpoint)
     for name, digest in _mark(folder).get("sha256", {}).items():
         try:
-            same = _digest(folder / name) == digest
+            same = file_digest(folder / name) == digest
         except OSError:
             same = False
         if not same:
@@ -83,7 +83,8 @@ def check_content(checkpoint: str | Path) -> None:
             )
 
 
-def _digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -290,7 +291,7 @@ def mark_complete(checkpoint: Path, run: dict[str, Any]) -> None:
         with path.open("rb") as file:
             os.fsync(file.fileno())
         name = path.relative_to(checkpoint).as_posix()
-        files[name], digests[name] = path.stat().st_size, _digest(path)
+        files[name], digests[name] = path.stat().st_size, file_digest(path)
     part = checkpoint / f"{MARK}.part"
     with part.open("w", encoding="utf-8") as file:
         json.dump({"files": files, "sha256": digests, "run": run}, file, indent=1)
