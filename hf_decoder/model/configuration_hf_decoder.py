@@ -229,9 +229,8 @@ class HfDecoderConfig(PreTrainedConfig):
         if self.layer_types is None:
             kind = "full_attention" if self.sliding_window is None else "sliding_attention"
             self.layer_types = [kind] * self.num_hidden_layers
-        if (
-            self.pad_token_id is not None and not -1 <= self.pad_token_id < self.vocab_size
-        ):  # older configs write -1 for none
+        # older configs write -1 for none
+        if self.pad_token_id is not None and not -1 <= self.pad_token_id < self.vocab_size:
             raise ValueError(
                 f"pad_token_id={self.pad_token_id} is outside the vocabulary; it must be below vocab_size="
                 f"{self.vocab_size}, or None"
@@ -300,9 +299,7 @@ class HfDecoderConfig(PreTrainedConfig):
         for name in ("short_factor", "long_factor"):
             factors = self.rope_parameters.get(name)
             if factors is not None and len(factors) != rotary_dim // 2:
-                raise ValueError(
-                    f"rope_parameters[{name!r}] has {len(factors)} entries; {rotary_dim // 2} pairs are rotated"
-                )
+                raise ValueError(f"rope_parameters[{name!r}] has {len(factors)} entries for {rotary_dim // 2} pairs")
 
     @staticmethod
     def _check_rope_parameters(rope_parameters: dict[str, Any]):
@@ -312,9 +309,7 @@ class HfDecoderConfig(PreTrainedConfig):
             raise ValueError(f"rope_parameters has the key {unnamed[0]!r}; keys must be names of parameters")
         nested = [name for name, value in rope_parameters.items() if isinstance(value, dict)]
         if nested:
-            raise ValueError(
-                f"rope_parameters[{nested[0]!r}] is a dictionary; all layers share one set of RoPE parameters"
-            )
+            raise ValueError(f"rope_parameters[{nested[0]!r}] is a dictionary; all layers share the same parameters")
         rope_type = rope_parameters.get("rope_type", rope_parameters.get("type", "default"))
         if rope_type not in tuple(ROPE_TYPES):
             raise ValueError(f"rope_type={rope_type!r} is unknown; choose one of {', '.join(ROPE_TYPES)}")

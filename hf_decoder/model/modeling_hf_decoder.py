@@ -129,8 +129,7 @@ class HfDecoderRotaryEmbedding(nn.Module):
         # an outer product written as a multiplication: autocast leaves it in fp32
         angles = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
         angles = torch.cat((angles, angles), dim=-1)
-        cos = angles.cos() * self.attention_scaling
-        sin = angles.sin() * self.attention_scaling
+        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
         return cos.to(x.dtype), sin.to(x.dtype)
 
 
@@ -219,12 +218,15 @@ def hides_nothing(attention_mask: Any) -> bool:
     return isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2 and bool(attention_mask.all())
 
 
+def document_starts(position_ids: torch.Tensor) -> torch.Tensor:
+    """Marks in rows of positions (B, S) where a document starts: a position that is not its predecessor + 1."""
+    return nn.functional.pad(position_ids.diff(dim=-1) != 1, (1, 0), value=True)
+
+
 def document_lengths(position_ids: torch.Tensor) -> list[int]:
-    """Lengths of the documents in rows of positions (B, S): one starts where a position is not its predecessor + 1."""
-    starts = torch.ones_like(position_ids, dtype=torch.bool)
-    starts[:, 1:] = position_ids.diff(dim=-1) != 1
-    bounds = nn.functional.pad(starts.flatten().nonzero().flatten(), (0, 1), value=starts.numel())
-    return bounds.diff().tolist()
+    """Lengths of the documents in rows of positions (B, S)."""
+    starts = document_starts(position_ids).flatten()
+    return nn.functional.pad(starts.nonzero().flatten(), (0, 1), value=starts.numel()).diff().tolist()
 
 
 class HfDecoderAttention(nn.Module):
@@ -261,8 +263,7 @@ class HfDecoderAttention(nn.Module):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         cache: Cache | None = kwargs.pop(CACHE_NAME, None)
-        input_shape = hidden_states.shape[:-1]
-        head_shape = (*input_shape, -1, self.head_dim)
+        head_shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         query = self.q_proj(hidden_states).view(head_shape)  # (B, S, H, E)
         key = self.k_proj(hidden_states).view(head_shape)  # (B, S, G, E)
         value = self.v_proj(hidden_states).view(head_shape).transpose(1, 2)
@@ -435,10 +436,10 @@ class HfDecoderModel(HfDecoderPreTrainedModel):
         config = self.config
         windows = {kind: config.sliding_window if kind == "sliding_attention" else None for kind in config.layer_types}
         traced = is_traced(inputs_embeds)
-        may_be_packed = position_ids is not None and cache is None and not traced
-        if may_be_packed and hides_nothing(attention_mask):
+        may_be_packed = position_ids is not None and cache is None
+        if may_be_packed and not traced and hides_nothing(attention_mask):
             attention_mask = None
-        has_documents = position_ids is not None and cache is None and attention_mask is None
+        has_documents = may_be_packed and attention_mask is None
         if has_documents and not traced and getattr(config, "is_causal", True):
             lengths = document_lengths(position_ids.expand(inputs_embeds.shape[0], -1))
             has_documents = len(lengths) > inputs_embeds.shape[0]
@@ -448,6 +449,9 @@ class HfDecoderModel(HfDecoderPreTrainedModel):
         create = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
         inputs = {"config": config, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
         inputs |= {CACHE_NAME: cache, "position_ids": position_ids if has_documents else None}
+        if may_be_packed and traced and not has_documents:  # a mask whose values nobody can look at may be all ones
+            documents = document_starts(position_ids.expand(inputs_embeds.shape[0], -1)).cumsum(-1)
+            inputs["and_mask_function"] = lambda b, head, q, k: documents[b, q] == documents[b, k]
         return {kind: create[kind](**inputs) for kind in windows}
 
     def run_layers(

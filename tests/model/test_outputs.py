@@ -148,6 +148,16 @@ def test_forward_compiles_in_one_graph():
         torch.testing.assert_close(found[real], expected[real], rtol=0, atol=2e-5)
 
 
+@torch.no_grad()
+def test_a_compiled_forward_isolates_documents_under_a_mask_of_ones():
+    model = tiny_model(attn_implementation="sdpa", **MIXED)
+    ids = random_ids(2, 12)
+    inputs = {"position_ids": (torch.arange(12) % 5).expand(2, -1), "attention_mask": torch.ones_like(ids)}
+    expected = torch.cat([model(document).logits for document in ids.split([5, 5, 2], dim=1)], dim=1)
+    found = torch.compile(model, fullgraph=True, backend="aot_eager")(ids, **inputs).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+
+
 def test_training_loss_compiles_in_one_graph():
     """Packed rows and ignored labels: value and gradients."""
     model = tiny_model(attn_implementation="sdpa", z_loss_coef=1e-3, final_logit_softcapping=20.0).train()
