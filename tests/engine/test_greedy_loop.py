@@ -115,7 +115,7 @@ def test_what_others_hang_on_the_loop_is_called_for_every_token(change, cache, m
     "settings",
     [
         {"return_dict_in_generate": True},
-        {"stopping_criteria": StoppingCriteriaList([MaxTimeCriteria(1000)])},
+        {"stopping_criteria": StoppingCriteriaList([MaxTimeCriteria(1e9)])},
         {"logits_processor": LogitsProcessorList([lambda ids, scores: scores])},
         {"repetition_penalty": 1.5},
         {"num_beams": 2},
