@@ -47,12 +47,12 @@ def load_texts(args: TextArguments) -> DatasetDict:
     Raises:
         ValueError: for flags that contradict each other, and as `documents.load_text`.
     """
-    from hf_decoder.data import documents as corpus
+    from hf_decoder.data.documents import load_standard_library, load_text
 
     if not args.train_file and args.dataset_name is None:
         if args.validation_file is not None:
             raise ValueError(f"--validation_file {args.validation_file} needs a --train_file beside it")
-        return corpus.load_standard_library()
+        return load_standard_library()
     if not 0 < args.validation_split_percentage < 100:
         raise ValueError(
             f"--validation_split_percentage {args.validation_split_percentage} must lie between 0 and 100; "
@@ -69,7 +69,7 @@ def load_texts(args: TextArguments) -> DatasetDict:
         if args.dataset_name is not None:
             raise ValueError("give either --train_file or --dataset_name, one of the two")
         return _load_mixture(weighted, options)
-    return corpus.load_text(
+    return load_text(
         train_file=[path for path, _ in weighted] or None,
         dataset_name=args.dataset_name,
         dataset_config_name=args.dataset_config_name,
@@ -102,9 +102,9 @@ def weighted_files(names: str | Sequence[str]) -> list[tuple[str, float | None]]
 def _load_mixture(weighted: Sequence[tuple[str, float | None]], options: dict[str, Any]) -> DatasetDict:
     from datasets import DatasetDict, concatenate_datasets
 
-    from hf_decoder.data import documents as corpus
+    from hf_decoder.data.documents import load_text
 
-    loaded = [corpus.load_text(train_file=path, **options) for path, _ in weighted]
+    loaded = [load_text(train_file=path, **options) for path, _ in weighted]
     validation = [texts["validation"] for texts in loaded]
     return DatasetDict(
         train=mix([texts["train"] for texts in loaded], [weight or 0.0 for _, weight in weighted]),

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_decoder.data import documents as corpus
+from hf_decoder.data.documents import MIN_DOCUMENTS_TO_SPLIT, load_files
 from hf_decoder.data.reading import (
     bytes_of_text,
     check_encoding,
@@ -104,7 +104,7 @@ def open_stream(args: TextArguments) -> StreamedText:
     fraction = args.validation_split_percentage / 100
     given = None
     if args.validation_file is not None:
-        given = corpus.load_files(args.validation_file, "validation_file", args.text_column, args.encoding)
+        given = load_files(args.validation_file, "validation_file", args.text_column, args.encoding)
         fraction = 0.0
     if args.dataset_name is not None:
         return _open_hub(args, fraction, given)
@@ -139,7 +139,7 @@ def _open_files(
         sizes = [bytes_of_text(builder, file, args.text_column) for file in plain]
         size = None if size is None or None in sizes else size + sum(each or 0 for each in sizes)
     cut: tuple[int, int] | None = None
-    if fraction and files and not tables and len(files) < corpus.MIN_DOCUMENTS_TO_SPLIT:
+    if fraction and files and not tables and len(files) < MIN_DOCUMENTS_TO_SPLIT:
         cut = _tail(files, fraction)
     ends = [_end(number, file, cut) for number, file in enumerate(files)]
     ranges = [entry for file, end in zip(files, ends, strict=True) for entry in byte_ranges(file, 0, end)]
@@ -159,8 +159,8 @@ def _open_files(
         tail = [entry for file, end in rest for entry in byte_ranges(file, end, file.stat().st_size)]
         return part, list(_until(Reader([Source(stretches(tail), None, 0.0, name)]), held_out_bytes))
     documents = list(_until(Reader(_held_out(sources, ranges, fraction)), held_out_bytes))
-    if len(tables) and len(files) < corpus.MIN_DOCUMENTS_TO_SPLIT and _fewer(part, corpus.MIN_DOCUMENTS_TO_SPLIT):
-        raise ValueError(f"{name} has fewer than {corpus.MIN_DOCUMENTS_TO_SPLIT} documents; give a --validation_file")
+    if len(tables) and len(files) < MIN_DOCUMENTS_TO_SPLIT and _fewer(part, MIN_DOCUMENTS_TO_SPLIT):
+        raise ValueError(f"{name} has fewer than {MIN_DOCUMENTS_TO_SPLIT} documents; give a --validation_file")
     if not documents:
         raise ValueError(f"no document of {name} falls to the held-out side; give a --validation_file")
     return part, documents

@@ -13,7 +13,7 @@ from transformers.trainer_utils import SchedulerType
 
 from hf_decoder.costs import accounting
 from hf_decoder.data.packing import CorpusReport
-from hf_decoder.evaluation import metrics as evaluation
+from hf_decoder.evaluation import metrics
 from hf_decoder.evaluation.classification import check_against_chance, plot_confusion
 from hf_decoder.interop.adapters import ADAPTER_CONFIG
 from hf_decoder.reporting.loading_lines import DEFAULT_PROMPT, finetuned_load_lines, load_lines
@@ -31,7 +31,7 @@ def score_held_out(
     model: Any, args: TrainingArguments, rows: Dataset, report: CorpusReport, texts: Sequence[str]
 ) -> dict[str, Any]:
     """Metrics of the whole held-out text, exact: every token and every byte counts once."""
-    score = evaluation.score(
+    score = metrics.score(
         model,
         rows,
         batch_size=args.per_device_eval_batch_size,
@@ -39,9 +39,9 @@ def score_held_out(
     )
     return {
         "eval_loss": score.loss,
-        "perplexity": evaluation.perplexity(score.loss),
-        "eval_bits_per_byte": evaluation.bits_per_byte(score.nats, report.bytes),
-        "xz_bits_per_byte": evaluation.xz_bits_per_byte(texts),
+        "perplexity": metrics.perplexity(score.loss),
+        "eval_bits_per_byte": metrics.bits_per_byte(score.nats, report.bytes),
+        "xz_bits_per_byte": metrics.xz_bits_per_byte(texts),
         "eval_documents": report.documents,
         "eval_bytes": report.bytes,
         "eval_tokens": score.tokens,
@@ -169,7 +169,7 @@ SHOWN = {
 }
 
 
-def summary(metrics: Mapping[str, Any]) -> str:
+def summary(results: Mapping[str, Any]) -> str:
     """The measures in one line."""
-    shown = [form.format(metrics[key]) for key, form in SHOWN.items() if key in metrics]
+    shown = [form.format(results[key]) for key, form in SHOWN.items() if key in results]
     return f"held out: {', '.join(shown) or 'no rows, so nothing is measured'}"

@@ -18,8 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_decoder import HfDecoderForCausalLM
 from hf_decoder.engine import precision
+from hf_decoder.engine.int8 import int8_linear
 from hf_decoder.engine.precision import MIN_HALF_ROWS, fast_dtype, linear_in_parts
-from hf_decoder.engine.training import fast_products as room
+from hf_decoder.engine.switches import settings
 from hf_decoder.engine.training.fast_products import fast_products
 
 HALF = (torch.bfloat16, torch.float16)
@@ -334,8 +335,10 @@ def test_int8_weights_are_not_multiplied_out(way: str, rows: int, is_fast: bool,
     kind = type(model.model.layers[0].mlp.down_proj.weight)
     monkeypatch.setattr(kind, "dequantize", lambda *_: pytest.fail("the weight was multiplied out"))
     taken = []
-    int8_linear = room.int8_linear
-    monkeypatch.setattr(room, "int8_linear", lambda x, weights: taken.append(x.dtype) or int8_linear(x, weights))
+    monkeypatch.setattr(
+        "hf_decoder.engine.training.fast_products.int8_linear",
+        lambda x, weights: taken.append(x.dtype) or int8_linear(x, weights),
+    )
     ids = IDS[:1, :rows]
     with torch.no_grad():
         with torch.autocast("cpu", torch.bfloat16, enabled=way == "autocast"):
@@ -355,11 +358,8 @@ def test_int8_weights_under_an_adapter_that_trains():
     model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False))
     grads = []
     for active in (True, False):
-        patch = pytest.MonkeyPatch()
-        if not active:
-            patch.setattr(room, "int8_weights", lambda *_: None)
-        model(input_ids=IDS, labels=LABELS).loss.backward()
-        patch.undo()
+        with settings.override(training=active):
+            model(input_ids=IDS, labels=LABELS).loss.backward()
         grads.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
         model.zero_grad()
     assert len(grads[0]) == 2 * 2 * 2

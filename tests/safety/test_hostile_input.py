@@ -32,7 +32,7 @@ from hf_decoder.cli import load_model, load_tokenizer
 from hf_decoder.cli.main import main
 from hf_decoder.data.tokenization import IM_END, IM_START, SPECIAL_TOKENS
 from hf_decoder.doctor.subject import Subject, Unloadable
-from hf_decoder.safety import limits as bounds
+from hf_decoder.safety import limits
 
 IDS = torch.tensor([[5, 6, 7, 8]])
 
@@ -431,8 +431,8 @@ TEMPLATES = {
 
 @pytest.mark.parametrize(("template", "why"), TEMPLATES.values(), ids=TEMPLATES)
 def test_a_template_has_its_limits(copy, capsys, little_memory, monkeypatch, template, why):
-    monkeypatch.setattr(bounds, "SECONDS", 2.0)
-    monkeypatch.setattr(bounds, "MEMORY_BYTES", 128 << 20)
+    monkeypatch.setattr(limits, "SECONDS", 2.0)
+    monkeypatch.setattr(limits, "MEMORY_BYTES", 128 << 20)
     (copy / "chat_template.jinja").write_text(template, encoding="utf-8")
     start = time.monotonic()
     (copy.parent / "prompts.txt").write_text("hello\n", encoding="utf-8")
@@ -446,8 +446,8 @@ def test_the_limits_leave_others_their_own(monkeypatch):
     """A timer and a limit of memory that were there before are there afterwards."""
     handler, limits = signal.getsignal(signal.SIGALRM), resource.getrlimit(resource.RLIMIT_AS)
     before = signal.getitimer(signal.ITIMER_REAL)
-    monkeypatch.setattr(bounds, "SECONDS", 0.1)
-    with pytest.raises(ValueError, match="it takes more than"), bounds.bounded("it"):
+    monkeypatch.setattr(limits, "SECONDS", 0.1)
+    with pytest.raises(ValueError, match="it takes more than"), limits.bounded("it"):
         while True:
             pass
     assert signal.getsignal(signal.SIGALRM) is handler and resource.getrlimit(resource.RLIMIT_AS) == limits
@@ -487,7 +487,7 @@ ADAPTERS = {
 
 @pytest.mark.parametrize(("values", "why"), ADAPTERS.values(), ids=ADAPTERS)
 def test_an_adapter_takes_no_more_than_its_weights(saved, adapter, capsys, monkeypatch, little_memory, values, why):
-    monkeypatch.setattr(bounds, "SECONDS", 0.5)
+    monkeypatch.setattr(limits, "SECONDS", 0.5)
     (adapter.parent / "evil.py").write_text("raise SystemExit('was run')", encoding="utf-8")
     monkeypatch.syspath_prepend(adapter.parent)
     change(adapter / "adapter_config.json", **values)

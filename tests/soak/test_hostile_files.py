@@ -20,7 +20,7 @@ from hf_decoder.cli import load_model, load_tokenizer
 from hf_decoder.cli.main import main
 from hf_decoder.evaluation.batch_generation import encode_prompt
 from hf_decoder.interop.conversion import open_source
-from hf_decoder.safety import limits as bounds
+from hf_decoder.safety import limits
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
 MOST_SECONDS, MOST_BYTES = 5.0, 256 << 20
@@ -227,7 +227,7 @@ def test_json(cases, tmp_path, saved, memory, figures, capsys):
 def test_adapters(cases, tmp_path, saved, memory, figures, capsys, monkeypatch):
     from peft import LoraConfig, get_peft_model
 
-    monkeypatch.setattr(bounds, "SECONDS", 0.5)
+    monkeypatch.setattr(limits, "SECONDS", 0.5)
     choose, tally, folder = random.Random(cases), Tally(), tmp_path / "adapter"
     config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"])
     get_peft_model(load_model(str(saved)), config).save_pretrained(folder)
@@ -272,8 +272,8 @@ PIECES = [
 
 @pytest.mark.parametrize("cases", [20, pytest.param(200, marks=pytest.mark.soak)])
 def test_templates(cases, saved, memory, figures, monkeypatch):
-    monkeypatch.setattr(bounds, "SECONDS", 0.3)
-    monkeypatch.setattr(bounds, "MEMORY_BYTES", 64 << 20)
+    monkeypatch.setattr(limits, "SECONDS", 0.3)
+    monkeypatch.setattr(limits, "MEMORY_BYTES", 64 << 20)
     choose, tally, tokenizer = random.Random(cases), Tally(), load_tokenizer(str(saved))
     for _ in range(cases):
         template = "BODY"
