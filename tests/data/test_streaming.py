@@ -55,7 +55,7 @@ def write_corpus(tmp_path, kind):
     rng = random.Random(kind)
     if kind == "rows":
         return [write_rows(tmp_path / "a.jsonl", [made(rng, rng.randrange(60)) for _ in range(80)])]
-    if kind == "huge":  # rows of many stretches among short ones
+    if kind == "huge":  # rows of many segments among short ones
         return [write_rows(tmp_path / "a.jsonl", [made(rng, 900 if n % 9 == 4 else 5) for n in range(60)])]
     if kind == "parquet":
         path = tmp_path / "a.parquet"
@@ -211,21 +211,21 @@ def test_readers_share_the_text_without_overlap(tmp_path, small, kind, count):
     assert all(len(entries) >= len(alone) // count // 3 for entries in shared)
 
 
-def test_strange_stretches_of_a_document_do_not_see_each_other(tmp_path, tokenizer, small):
-    """Of two readers each has stretches with gaps between them: a gap is a border, and nothing is scored across it."""
+def test_foreign_segments_of_a_document_do_not_see_each_other(tmp_path, tokenizer, small):
+    """Of two readers each has segments with gaps between them: a gap is a border, and nothing is scored across it."""
     path = tmp_path / "a.txt"
     path.write_text("".join(f"line {number:04} of a text\n" for number in range(400)))
     args = TextArguments(train_file=[str(path)], validation_split_percentage=1.0)
     scored = []
     for index in range(2):
         (part,) = open_stream(args).parts
-        stretches = list(Reader(part.sources, index, 2, endless=False))
+        segments = list(Reader(part.sources, index, 2, endless=False))
         expected = []
         last = None
-        for stretch in stretches:
-            ids = tokenizer(stretch.text)["input_ids"]
-            expected += ids if stretch.begins or stretch.follows(last) else ids[1:]
-            last = stretch
+        for segment in segments:
+            ids = tokenizer(segment.text)["input_ids"]
+            expected += ids if segment.begins or segment.follows(last) else ids[1:]
+            last = segment
         rows = list(islice(rows_of(args, tokenizer, index=index, count=2), len(expected) // 31 - 2))
         labels = [label for row in rows for label in row["labels"].tolist() if label not in (-100, 0)]
         scored.append(len(labels))
