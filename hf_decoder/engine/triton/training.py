@@ -131,7 +131,7 @@ def _rms_norm_gradients_kernel(
 def rms_norm(
     x: torch.Tensor, weight: torch.Tensor, eps: float, dtype: torch.dtype | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The norm of x (..., D) in `dtype` (None: that of the product with the weight), and the fp32 factor of each row."""
+    """The norm of x (..., D) in `dtype` (None: that of the product with the weight), and the fp32 factors (N,)."""
     x, weight = x.contiguous(), weight.contiguous()
     width = weight.numel()
     count = x.numel() // width
@@ -332,7 +332,7 @@ def rotated(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotates query (B, H, S, E) and key (B, G, S, E) by cos, sin (B or 1, S, R), or rotates them back.
 
-    Into memory laid out as (B, S, heads, E), of a dtype for each.
+    The results have layout (B, S, heads, E) and these dtypes.
     """
     batch, heads, length, head_dim = query.shape
     groups, rotary_dim = key.shape[1], cos.shape[-1]
