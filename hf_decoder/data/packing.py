@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 IGNORE_INDEX = -100
 
 # Characters tokenised at once and tokens packed at once; either takes some hundred MB of memory.
-_ENCODE_CHARACTERS = 1 << 22
-_PACK_TOKENS = 1 << 20
+ENCODE_CHARACTERS = 1 << 22
+PACK_TOKENS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class CorpusReport:
         """Count `tokenized` (from `tokenize`) and what `pack` or `pack_for_evaluation` made of it."""
         num_bytes = tokenized.with_format("numpy", columns=["num_bytes"])["num_bytes"]
         scored = 0
-        rows = max(1, _PACK_TOKENS // len(packed[0]["labels"])) if len(packed) else 1
+        rows = max(1, PACK_TOKENS // len(packed[0]["labels"])) if len(packed) else 1
         for batch in packed.with_format("arrow", columns=["labels"]).iter(rows):
             labels = _flatten(batch["labels"]).reshape(len(batch), -1)
             scored += int(np.count_nonzero(labels[:, 1:] != IGNORE_INDEX))
@@ -183,7 +183,7 @@ def pack_for_evaluation(dataset: Dataset, block_size: int, stride: int | None = 
 def batch_rows(dataset: Dataset) -> int:
     """How many rows of `dataset` to hold at once: 1000, or fewer if rows are long."""
     row_bytes = dataset.data.nbytes / max(1, dataset.data.num_rows)
-    return int(min(1000, max(1, _ENCODE_CHARACTERS // max(1, row_bytes))))
+    return int(min(1000, max(1, ENCODE_CHARACTERS // max(1, row_bytes))))
 
 
 class _Layout:
@@ -223,7 +223,7 @@ class _Layout:
         packed = Dataset.from_dict({"block": np.arange(blocks)}).map(
             self._rows,
             batched=True,
-            batch_size=max(1, _PACK_TOKENS // self.block_size),
+            batch_size=max(1, PACK_TOKENS // self.block_size),
             fn_kwargs={"documents": dataset.select_columns("input_ids").with_format("arrow")},
             remove_columns=["block"],
             features=Features({"input_ids": column, "position_ids": column, "labels": column}),
@@ -333,7 +333,7 @@ def _groups(texts: list[str]) -> Iterator[tuple[list[int], list[str]]]:
             owners.append(owner)
             pieces.append(piece)
             characters += len(piece)
-            if characters >= _ENCODE_CHARACTERS:
+            if characters >= ENCODE_CHARACTERS:
                 yield owners, pieces
                 owners, pieces, characters = [], [], 0
     if pieces:

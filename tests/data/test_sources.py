@@ -6,16 +6,10 @@ import gzip
 import json
 import lzma
 
-import datasets
 import pytest
 from datasets import Dataset
 
 from hf_decoder.data.sources import TextArguments, load_texts, mix, names_of, weighted_files
-
-
-@pytest.fixture(autouse=True)
-def private_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets-cache"))
 
 
 def documents(name: str, count: int, size: int) -> Dataset:

@@ -23,11 +23,6 @@ from hf_decoder.training.streamed_rows import PLACE, StreamedRows
 WORDS = ["alpha", "beta ", "größe", "東京", "12", "\n", "\n\n", "  ", "x=1;", "don't", "\r\n"]
 
 
-@pytest.fixture(autouse=True)
-def private_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets-cache"))
-
-
 @pytest.fixture(scope="module")
 def tokenizer():
     return train_tokenizer(["".join(WORDS) * 3], vocab_size=290)

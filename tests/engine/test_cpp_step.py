@@ -62,11 +62,11 @@ def test_threads_share_a_step(threads):
         torch.set_num_threads(before)
 
 
-def test_room_is_in_fp32_whatever_the_default_is():
+def test_working_memory_is_in_fp32_whatever_the_default_is():
     model = tiny_model(NATIVE, torch.bfloat16)
     torch.set_default_dtype(torch.bfloat16)
     try:
-        assert CppStep(DecodingStep(model))._room.dtype == torch.float32
+        check_steps(NATIVE, model, length=5, hidden=0)
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -127,7 +127,7 @@ def prompts(monkeypatch) -> list[tuple[int, int]]:
         return logits
 
     monkeypatch.setattr(CppStep, "prompt", recorded)
-    monkeypatch.setattr(cpp_step, "_prompt_lines", lambda step: 512)
+    monkeypatch.setattr(CppStep, "takes_prompts", lambda self, rows, tokens: rows == self.rows)
     return taken
 
 
@@ -398,7 +398,7 @@ def test_prompts_that_are_left_to_the_modules(prompts, monkeypatch):
     jumps = torch.arange(12)[None] + 3 * (torch.arange(12) > 6)
     check(taken=False, position_ids=jumps)
     check(taken=True, position_ids=jumps[:, 7:8] + torch.arange(12))
-    monkeypatch.setattr(cpp_step, "_prompt_lines", lambda step: 11)
+    monkeypatch.setattr(CppStep, "takes_prompts", lambda self, rows, tokens: False)
     check(taken=False)
 
 

@@ -26,18 +26,20 @@ WAYS = {
 
 
 @pytest.fixture
-def in_place(monkeypatch) -> list[int]:
-    """Tiny caches are extended in place as well; collects how many bytes of room each buffer was made with."""
-    made: list[int] = []
-    with_room = growing_cache._with_room
+def in_place(monkeypatch) -> dict[int, torch.UntypedStorage]:
+    """Tiny caches are extended in place as well; collects the buffers, each half as large again as what it holds."""
+    made: dict[int, torch.UntypedStorage] = {}
+    update = GrowingCache.update
 
-    def recorded(filled: torch.Tensor) -> torch.Tensor:
-        buffer = with_room(filled)
-        made.append(buffer.nbytes - filled.nbytes)
-        return buffer
+    def recorded(self, *inputs):
+        now = update(self, *inputs)
+        for storage in (x.untyped_storage() for x in now if x.untyped_storage().nbytes() > x.nbytes):
+            made.setdefault(storage.data_ptr(), storage)
+        return now
 
     monkeypatch.setattr(growing_cache, "LEAST_BYTES", 0)
-    monkeypatch.setattr(growing_cache, "_with_room", recorded)
+    monkeypatch.setattr(growing_cache, "ROOM_SHARE", 2)
+    monkeypatch.setattr(GrowingCache, "update", recorded)
     return made
 
 
@@ -114,7 +116,8 @@ def test_what_others_hold_stays_as_it_was(in_place):
 
 
 @torch.no_grad()
-def test_room_grows_with_the_text_and_goes_at_the_end(in_place):
+def test_room_grows_with_the_text_and_goes_at_the_end(in_place, monkeypatch):
+    monkeypatch.setattr(growing_cache, "ROOM_SHARE", 8)
     cache, room = filled(40), GrowingCache()
     for _ in range(80):
         room.update(cache, torch.randn(2, 3, 1, 4), torch.randn(2, 3, 1, 4), 0)

@@ -290,7 +290,7 @@ def test_what_looks_inside_finds_the_plain_modules(fused):
 def test_no_compiler_is_led_into_the_question_for_kernels(monkeypatch):
     """Which asks the device and launches one: a graph would end there."""
     model = tiny_model().train()
-    monkeypatch.setattr(blocks, "_kernels_run_on", lambda device: pytest.fail("asked within a graph"))
+    monkeypatch.setattr(blocks, "kernels_run_on", lambda device: pytest.fail("asked within a graph"))
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     with torch.autocast("cpu", torch.bfloat16):
         assert compiled(IDS, use_cache=False).logits.isfinite().all()

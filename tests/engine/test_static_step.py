@@ -140,15 +140,17 @@ def test_weights_of_other_types_are_left_to_the_modules(kind):
 
 @pytest.fixture
 def runs(kind, monkeypatch) -> list[bool]:
-    """Records of each step by kernels whether it chose a token. Without CUDA Triton's are made to be taken."""
+    """Records of each token by kernels whether they chose it. Without CUDA Triton's are made to be taken."""
     taken: list[bool] = []
-    run = kind.step._run
+    logits, greedy = kind.step.logits, kind.step.greedy
 
-    def recorded(self, chooses: bool) -> None:
-        taken.append(chooses)
-        run(self, chooses)
+    def recorded_greedy(self, ids, *rest):
+        text = greedy(self, ids, *rest)
+        taken.extend([True] * (0 if text is None else text.shape[1] - ids.shape[1]))
+        return text
 
-    monkeypatch.setattr(kind.step, "_run", recorded)
+    monkeypatch.setattr(kind.step, "logits", lambda self, ids: taken.append(False) or logits(self, ids))
+    monkeypatch.setattr(kind.step, "greedy", recorded_greedy)
     if kind is TRITON and not CUDA:
         monkeypatch.setattr(step, "has_kernels", lambda x: True)
 

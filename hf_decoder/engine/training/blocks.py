@@ -21,7 +21,7 @@ MIN_KERNEL_ELEMENTS = 2**14  # with fewer, launches take longer than the work
 
 def has_kernels(x: torch.Tensor) -> bool:
     """Whether the kernels take this tensor."""
-    return type(x) in PLAIN and x.dtype in DTYPES and _kernels_run_on(x.device)
+    return type(x) in PLAIN and x.dtype in DTYPES and kernels_run_on(x.device)
 
 
 def is_nvidia_with_bf16(device: torch.device) -> bool:
@@ -30,7 +30,7 @@ def is_nvidia_with_bf16(device: torch.device) -> bool:
 
 
 @cache
-def _kernels_run_on(device: torch.device) -> bool:
+def kernels_run_on(device: torch.device) -> bool:
     """Whether this is such a GPU and Triton works, which needs a C compiler."""
     if not is_nvidia_with_bf16(device):
         return False
@@ -67,10 +67,4 @@ def gradients_of_formula(
     return [next(found) if is_needed else None for is_needed in needs]
 
 
-__all__ = [
-    "as_rows",
-    "blocks",
-    "gradients_of_formula",
-    "has_kernels",
-    "is_nvidia_with_bf16",
-]
+__all__ = ["as_rows", "blocks", "gradients_of_formula", "has_kernels", "is_nvidia_with_bf16", "kernels_run_on"]

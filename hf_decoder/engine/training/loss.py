@@ -161,7 +161,7 @@ def _loss_and_gradients(
     grad_weight = _WeightGradient(rows, weight, has_kernel) if needs_weight else None
     grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and needs_bias else None
     total = torch.zeros((), dtype=torch.float32, device=rows.device)
-    chunk_rows = _chunk_rows(rows.shape[0], vocab_size, has_kernel)
+    chunk_rows = chunk_rows_of(rows.shape[0], vocab_size, has_kernel)
     block_rows = min(chunk_rows, max(1, BLOCK_ELEMENTS // vocab_size)) if on_cpu else chunk_rows
     # all chunks share this memory: fresh pages would cost as much as the arithmetic
     all_logits = rows.new_empty(chunk_rows, vocab_size)
@@ -224,7 +224,7 @@ class _WeightGradient:
                 part += product if self.upcast is None else self.upcast[: len(part)].copy_(product)
 
 
-def _chunk_rows(rows: int, vocab_size: int, has_kernel: bool) -> int:
+def chunk_rows_of(rows: int, vocab_size: int, has_kernel: bool) -> int:
     """The rows of all chunks but the last."""
     limit = max(MIN_CHUNK_ROWS, (KERNEL_CHUNK_ELEMENTS if has_kernel else CHUNK_ELEMENTS) // vocab_size)
     if has_kernel and rows > limit:  # chunks of about equal size, in whole tiles of a product
@@ -385,4 +385,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return *map(scaled, gradients, ctx.dtypes), None, None, None, None
 
 
-__all__ = ["linear_causal_lm_loss", "linear_cross_entropy"]
+__all__ = ["chunk_rows_of", "linear_causal_lm_loss", "linear_cross_entropy"]
