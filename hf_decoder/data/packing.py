@@ -237,27 +237,17 @@ class _Layout:
         first, last = batch["block"][0], batch["block"][-1]
         start = first * self.stride
         stop = last * self.stride + self.block_size
-        tokens, positions, labels = self._span(documents, start, min(stop, self.total))
+        stream = self._span(documents, start, min(stop, self.total))
         if stop > self.total:
             # Under causal attention no scored token sees the filling.
-            filling = (0, stop - self.total)
-            tokens = np.pad(tokens, filling, constant_values=self.closing)
-            positions = np.pad(positions, filling)
-            labels = np.pad(labels, filling, constant_values=IGNORE_INDEX)
-        columns = np.arange(self.block_size, dtype=np.int32)
-        labels = self._windows(labels)
-        labels[:, 0] = IGNORE_INDEX
-        repeated = slice(1 if first == 0 else 0, None), slice(0, self.block_size - self.stride)
-        labels[repeated] = IGNORE_INDEX
-        return {
-            "input_ids": self._windows(tokens),
-            # A document that began before the block counts from the block's start.
-            "position_ids": np.minimum(self._windows(positions), columns),
-            "labels": labels,
-        }
+            filling = np.tile(np.array([[self.closing], [1], [0]], np.int32), stop - self.total)
+            stream = np.concatenate([stream, filling], axis=1)
+        ids, positions, labels = cut_blocks(stream, self.block_size, self.stride)
+        labels[1 if first == 0 else 0 :, : self.block_size - self.stride] = IGNORE_INDEX  # scored in the block before
+        return {"input_ids": ids, "position_ids": positions, "labels": labels}
 
-    def _span(self, documents: Dataset, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Tokens, positions within documents, and labels of the stream from `start` to `stop`, each int32."""
+    def _span(self, documents: Dataset, start: int, stop: int) -> np.ndarray:
+        """The stream from `start` to `stop`, as `cut_blocks` takes it."""
         first = int(np.searchsorted(self.starts, start, side="right")) - 1
         # The last marker of the stream is in the last document's row.
         first = min(first, len(documents) - 1)
@@ -272,17 +262,23 @@ class _Layout:
         tokens = rows[low:high]
         if self.shared:
             tokens = np.delete(tokens, ends[ends >= low] - low)
-        stream = np.arange(start, stop)
-        begins = self.starts[np.searchsorted(self.starts, stream, side="right") - 1]
-        positions = (stream - begins).astype(np.int32)
-        labels = tokens.copy()
-        if not self.shared:
-            labels[positions == 0] = IGNORE_INDEX
-        return tokens, positions, labels
+        restarts = np.zeros(stop - start, np.int32)
+        restarts[self.starts[slice(*np.searchsorted(self.starts, [start, stop]))] - start] = 1
+        return np.stack([tokens, restarts, np.ones_like(restarts) if self.shared else 1 - restarts])
 
-    def _windows(self, values: np.ndarray) -> np.ndarray:
-        windows = np.lib.stride_tricks.sliding_window_view(values, self.block_size)[:: self.stride]
-        return np.array(windows)
+
+def cut_blocks(stream: np.ndarray, block_size: int, stride: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Cuts a stream into blocks that begin `stride` tokens apart.
+
+    `stream` is (3, tokens) int32: ids, whether a document starts there, whether the token is scored. Returns ids,
+    positions and labels, each (blocks, block_size). A document that began before the block counts from its start.
+    """
+    ids, restarts, scored = np.lib.stride_tricks.sliding_window_view(stream, block_size, axis=1)[:, ::stride]
+    columns = np.arange(block_size, dtype=np.int32)
+    positions = columns - np.maximum.accumulate(np.where(restarts, columns, 0), axis=1)
+    labels = np.where(scored, ids, IGNORE_INDEX)
+    labels[:, 0] = IGNORE_INDEX
+    return np.array(ids), positions, labels
 
 
 def markers_of(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:

@@ -22,6 +22,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_decoder.data.packing import IGNORE_INDEX, CorpusReport, pack_for_evaluation, tokenize
+from hf_decoder.evaluation.classification import class_report
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -286,13 +287,8 @@ def accuracy(predictions: Sequence[Any], labels: Sequence[Any]) -> float:
 def macro_f1(predictions: Sequence[Any], labels: Sequence[Any]) -> float:
     """Mean F1 = 2 TP / (2 TP + FP + FN) over all classes that occur; every class counts the same."""
     _check_lengths(predictions, labels)
-    pairs = list(zip(predictions, labels, strict=True))
-    scores = []
-    for kind in sorted({*predictions, *labels}, key=str):
-        hits = sum(p == label == kind for p, label in pairs)
-        wrong = sum((p == kind) != (label == kind) for p, label in pairs)
-        scores.append(2 * hits / (2 * hits + wrong))
-    return sum(scores) / len(scores)
+    report = class_report(predictions, labels, {*predictions, *labels})
+    return report["classification_report"]["macro avg"]["f1-score"]
 
 
 def _check_lengths(predictions: Sequence[Any], references: Sequence[Any]) -> None:

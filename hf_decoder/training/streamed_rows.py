@@ -22,7 +22,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
-from hf_decoder.data.packing import IGNORE_INDEX, encode_texts, markers_of
+from hf_decoder.data.packing import cut_blocks, encode_texts, markers_of
 from hf_decoder.data.streaming import Mixture, Reader, Segment, Source
 from hf_decoder.data.tokenization import split_text
 from hf_decoder.training.throughput import MeasuringTrainer
@@ -79,20 +79,14 @@ class StreamPacker:
         return max(0, (self._length - 1) // (self.block_size - 1))
 
     def take(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The complete blocks: ids, positions and labels, each (blocks, block_size) int32."""
+        """The complete blocks: ids, positions and labels, each (blocks, block_size)."""
         waiting = np.concatenate(self._waiting, axis=1)
         stride, blocks = self.block_size - 1, self.blocks
         self._waiting = [waiting[:, blocks * stride :]]
         self._length -= blocks * stride
         if blocks == 0:
             return tuple(np.zeros((3, 0, self.block_size), np.int32))  # type: ignore[return-value]
-        windows = np.lib.stride_tricks.sliding_window_view(waiting, self.block_size, axis=1)[:, ::stride][:, :blocks]
-        ids, restarts, scored = windows
-        columns = np.arange(self.block_size, dtype=np.int32)
-        positions = columns - np.maximum.accumulate(np.where(restarts, columns, 0), axis=1)
-        labels = np.where(scored, ids, IGNORE_INDEX).astype(np.int32)
-        labels[:, 0] = IGNORE_INDEX
-        return np.array(ids), positions.astype(np.int32), labels
+        return cut_blocks(waiting[:, : blocks * stride + 1], self.block_size, stride)
 
     def state(self) -> dict[str, Any]:
         """The waiting tokens, as JSON values."""

@@ -142,7 +142,7 @@ def test_many_documents_are_split_by_their_hash(tmp_path):
     assert not held_out & set(texts(split["train"]))
     assert len(split["train"]) + len(split["validation"]) == 800
     assert 4 <= len(held_out) <= 50
-    # The order and the company of documents do not move them.
+    # Neither order nor other documents change the side of a document.
     again = load_text(write(tmp_path, "b.jsonl", documents[100:]))
     assert set(texts(again["validation"])) == held_out & set(documents[100:])
 

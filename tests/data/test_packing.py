@@ -209,7 +209,7 @@ def test_packed_loss_equals_one_document_at_a_time(model, markers):
 
 @pytest.mark.parametrize("stride", [11, 4])
 def test_loss_of_cut_documents_sees_its_block_and_nothing_else(model, stride):
-    """Each token is charged given what stands before it in its own document and in its own block."""
+    """Each token sees the tokens before it in its own document and its own block."""
     documents = random_documents(random.Random(8), 9, 0, 0, longest=30)
     expected, position = 0.0, 0
     for row in documents:
@@ -243,7 +243,7 @@ def test_from_text_to_blocks(tmp_path, tokenizer):
 
 @pytest.fixture
 def tokenized(monkeypatch):
-    """How many texts were tokenised since it was last emptied."""
+    """The texts that were tokenised since it was last emptied."""
     calls = []
     encode = packing.encode_texts
     monkeypatch.setattr(packing, "encode_texts", lambda tokenizer, texts: (calls.extend(texts), encode(tokenizer, texts))[1])  # fmt: skip # noqa: E501
@@ -275,7 +275,7 @@ def test_the_same_text_is_not_tokenised_again(tmp_path, tokenizer, tokenized):
     assert rows(write(tmp_path, "a.jsonl", lines), renamed)["input_ids"][0][0] == 2 and tokenized
     rows(tmp_path / "a.jsonl")
     assert not tokenized
-    # a text whose end is held out lives in memory, its tokens do not
+    # a text whose end is held out is in memory, but its tokens are on disk
     text = write(tmp_path, "a.txt", lines)
     rows(text)
     assert tokenized

@@ -1,4 +1,4 @@
-"""Streamed text against the same text read whole, and readers that go on where others stopped."""
+"""Streamed text against the same text read whole, and readers that resume where others stopped."""
 
 import json
 import random
@@ -30,7 +30,7 @@ def tokenizer():
 
 @pytest.fixture
 def small(monkeypatch):
-    """Stretches and ranges of a few hundred bytes, so that short files have many."""
+    """Segments and ranges of a few hundred bytes, so that short files have many."""
     monkeypatch.setattr(streaming, "RANGE_BYTES", 700)
     monkeypatch.setattr(streaming, "PIECE_CHARACTERS", 120)
     monkeypatch.setattr(streaming, "LONGEST_PIECE", 250)
@@ -141,7 +141,7 @@ def test_shuffled_windows_hold_the_same_rows_and_each_pass_has_its_own_order(tmp
     assert rows[:one_pass] != rows[one_pass:]
     text = "".join(tokenizer.decode([token for row in rows for token in row[1:]]))
     missing = [name for name in "abcdef" for number in range(30) if f"{name}{number:03}" not in text]
-    assert len(missing) <= 20  # what was cut by a row's end, and the last window
+    assert len(missing) <= 20  # texts cut by the end of a row, and the last window
     starts = [tokenizer.decode(row).count("a0") > 0 for row in rows[:20]]
     assert not all(starts)  # the files come in another order
 
@@ -207,7 +207,7 @@ def test_readers_share_the_text_without_overlap(tmp_path, small, kind, count):
 
 
 def test_foreign_segments_of_a_document_do_not_see_each_other(tmp_path, tokenizer, small):
-    """Of two readers each has segments with gaps between them: a gap is a border, and nothing is scored across it."""
+    """Each of two readers has segments with gaps between them; nothing is scored across a gap."""
     path = tmp_path / "a.txt"
     path.write_text("".join(f"line {number:04} of a text\n" for number in range(400)))
     args = TextArguments(train_file=[str(path)], validation_split_percentage=1.0)

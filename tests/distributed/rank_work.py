@@ -1,4 +1,4 @@
-"""What the ranks of the distributed tests do: small trainings through Trainer, laid out over the processes."""
+"""The work of the ranks in the distributed tests: small trainings with Trainer, in several layouts."""
 
 import os
 import signal
@@ -165,7 +165,7 @@ def count_held_logits() -> list[int]:
 
 
 def train(runs: list[Run]) -> list[dict[str, Any]]:
-    """The runs, one after the other: losses, gradient norms, whole weights and how the first matrix is laid out."""
+    """Trains the runs in turn; returns losses, gradient norms, whole weights and the layout of the first matrix."""
     results = []
     for run in runs:
         trainer = trainer_for(run)
@@ -192,7 +192,7 @@ def train(runs: list[Run]) -> list[dict[str, Any]]:
 
 
 def orthogonalise_in_layouts(names: list[str]) -> dict[str, list[torch.Tensor]]:
-    """Five sharded matrices through `orthogonalise_any`; the whole results, and the layout that they came in."""
+    """Orthogonalises five sharded matrices; returns the whole results and their layout."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -272,7 +272,7 @@ def _signal_after_a_save(folder: str) -> None:
 
 
 def train_loaded_in_parts(folder: str, tp_size: int, fsdp_size: int, run: Run) -> dict[str, Any]:
-    """A model that transformers itself cut into parts while loading, trained, and saved beside `folder`."""
+    """Trains a model that transformers sharded on loading, and saves it beside `folder`."""
     from transformers import AutoModelForCausalLM
     from transformers.distributed import DistributedConfig
 

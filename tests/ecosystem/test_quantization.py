@@ -287,5 +287,5 @@ def test_layers_that_no_packed_block_divides(tmp_path):
 
 
 def _values(weight: torch.Tensor) -> torch.Tensor:
-    """What a quantized weight stores, or stands for."""
+    """The stored values of a quantized weight, or the dequantized ones."""
     return weight.detach() if isinstance(weight, nn.Parameter) and weight.dtype.itemsize == 1 else weight.dequantize()

@@ -1,6 +1,6 @@
-"""Products in half precision on a CPU that has none: against fp64, and that none is left to torch's slow loop.
+"""Products in half precision on a CPU without them, against fp64; none is left to torch's slow loop.
 
-Which CPU runs the tests is no matter: each sets what this one is taken for.
+Every test sets what this CPU is taken for, so the tests run on any CPU.
 """
 
 from collections.abc import Callable, Iterator
@@ -39,7 +39,7 @@ def slow_cpu(monkeypatch: pytest.MonkeyPatch):
 
 @contextmanager
 def products_of_torch() -> Iterator[None]:
-    """As on a CPU that multiplies half precision."""
+    """Takes this CPU for one that multiplies half precision."""
     patch = pytest.MonkeyPatch()
     for dtype in HALF:
         patch.setitem(precision.FAST_HALF_PRECISION, dtype, True)
@@ -351,7 +351,7 @@ def test_int8_weights_are_not_multiplied_out(way: str, rows: int, is_fast: bool,
 
 
 def test_int8_weights_under_an_adapter_that_trains():
-    """The way of torchao, through which there are gradients."""
+    """torchao's own product is used, which has gradients."""
     torchao = pytest.importorskip("torchao.quantization")
     model = tiny_model(**SHAPE)
     torchao.quantize_(model, torchao.Int8WeightOnlyConfig())

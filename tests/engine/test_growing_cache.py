@@ -1,4 +1,4 @@
-"""Extending keys and values in place gives what joining them gives, and leaves others what they hold."""
+"""Extending keys and values in place equals joining them, and earlier states stay as they were."""
 
 import copy
 
@@ -65,7 +65,7 @@ def test_texts_are_those_of_joined_caches(kind: str, rows: int, way: str, in_pla
     ids, mask = padded(rows, 9)
     settings = {"attention_mask": mask, **WAYS[way]}
     out = written(model, ids, **settings)
-    assert bool(in_place) != (way == "beams")  # which chooses anew among rows after each step
+    assert bool(in_place) != (way == "beams")  # beam search reorders the rows after each step
     monkeypatch.setattr(growing_cache, "LEAST_BYTES", 2**40)
     expected = written(model, ids, **settings)
     assert torch.equal(out.sequences, expected.sequences)
@@ -96,11 +96,11 @@ def test_what_others_hold_stays_as_it_was(in_place):
     cache, joined, room = filled(4), filled(4), GrowingCache()
     held = []
     for step in range(40):
-        if step in (10, 11, 25):  # as speculative decoding takes tokens back
+        if step in (10, 11, 25):  # speculative decoding crops tokens
             held.append((cache.layers[0].keys, cache.layers[0].keys.clone()))
             cache.crop(-2)
             joined.crop(-2)
-        if step == 18:  # as a second text that begins alike
+        if step == 18:  # a second text with the same beginning
             aside, aside_room = copy.copy(cache), GrowingCache()
             aside.layers = [copy.copy(cache.layers[0])]
             for _ in range(5):

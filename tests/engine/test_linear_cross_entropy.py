@@ -153,7 +153,7 @@ def test_under_autocast_gradients_of_fp32_tensors_are_not_rounded(
 
 
 def test_a_scaled_loss_keeps_small_gradients_in_fp16(small_chunks):
-    """What GradScaler does: multiply the loss, divide the gradients."""
+    """As GradScaler does: multiplies the loss, divides the gradients."""
     torch.manual_seed(0)
     rows = torch.randn(64, 32, dtype=torch.float16)
     weight = torch.randn(VOCAB, 32).mul(0.5).half()
@@ -171,7 +171,7 @@ def test_a_scaled_loss_keeps_small_gradients_in_fp16(small_chunks):
 
 
 def test_a_small_factor_is_applied_in_fp32():
-    """1e-7 has no bits left in fp16, though what it multiplies is large enough for the product to have all."""
+    """1e-7 vanishes in fp16, but its product with a large gradient does not."""
     rows, weight = torch.full((4096, 8), 4.0, dtype=torch.float16), torch.zeros(VOCAB, 8, dtype=torch.float16)
     weight.requires_grad_()
     (linear_cross_entropy(rows, weight, torch.zeros(4096, dtype=torch.long)) * 1e-7).backward()
@@ -181,7 +181,7 @@ def test_a_small_factor_is_applied_in_fp32():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_graph_that_is_kept_can_be_walked_again(dtype: torch.dtype, small_chunks):
-    """The first pass gives away what the forward pass has formed; whatever becomes of that, the second has its own."""
+    """The first backward pass consumes the gradients of the forward pass; a second one forms its own."""
     torch.manual_seed(0)
     targets = torch.randint(0, VOCAB, (23,))
     shapes = ((23, 32), (VOCAB, 32), (VOCAB,))

@@ -1,4 +1,4 @@
-"""The steps by kernels of their own, in Triton and in C++, give what the modules give.
+"""The decode steps with kernels of their own, in Triton and in C++, give what the modules give.
 
 Without CUDA Triton's kernels are interpreted, on a CPU.
 """
@@ -214,7 +214,7 @@ def test_a_text_goes_on_from_a_cache_by_all_its_ids_or_the_new_ones(kind, runs, 
 
 
 class NoMoreThan(StoppingCriteria):
-    """Ends a text at this many tokens, in a way of its own."""
+    """A stopping criterion of a user: ends a text at this many tokens."""
 
     def __init__(self, length: int):
         self.length = length

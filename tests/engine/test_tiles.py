@@ -1,4 +1,4 @@
-"""Attention in tiles equals attention with the whole mask, and is taken where it is faster; compiled training too."""
+"""Attention in tiles equals attention with the whole mask, is used where it is faster, and compiles."""
 
 import copy
 
@@ -22,13 +22,6 @@ from hf_decoder.model.modeling_hf_decoder import eager_attention_forward
 FEW_TOKENS_TOO = pytest.mark.usefixtures("tiles_of_few_tokens")
 
 
-@pytest.fixture
-def tiles_of_few_tokens(monkeypatch: pytest.MonkeyPatch):
-    """Without gradients and in fp32, too, tiles are for rows of `MIN_TILED_TOKENS`."""
-    monkeypatch.setattr(tiles, "MIN_TILED_TOKENS_IN_INFERENCE", 0)
-    monkeypatch.setattr(tiles, "MIN_TILED_TOKENS_IN_FP32", 0)
-
-
 class Groups(nn.Module):
     def __init__(self, groups: int):
         super().__init__()
@@ -47,7 +40,7 @@ def documents(kind: str, length: int) -> torch.Tensor:
         return torch.stack([columns % 64, columns % 128])
     if kind == "single-tokens":
         return torch.stack([columns % 2, torch.zeros_like(columns)])
-    return torch.stack([columns + 1000, columns * 3])  # later positions, and gaps, which part documents as well
+    return torch.stack([columns + 1000, columns * 3])  # later positions, and gaps, which separate documents too
 
 
 @pytest.mark.parametrize("window", [None, 2, 7, 64, 100, 1000])
@@ -286,7 +279,7 @@ def test_tiles_sum_their_weights_in_fp32(dtype: torch.dtype, length: int):
     value = torch.ones(1, 1, length, 8, dtype=dtype)
     plan = plan_tiles(torch.arange(length)[None], dtype)
     found, _ = tiled_attention_forward(Groups(2), query, key, value, plan, 1.0)
-    # every weight may be rounded once, and the roundings of equal weights add up to one unit at most
+    # each weight is rounded once; roundings of equal weights add up to one unit at most
     torch.testing.assert_close(found, torch.ones_like(found), rtol=0, atol=torch.finfo(dtype).eps)
 
 

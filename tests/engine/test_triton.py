@@ -32,7 +32,7 @@ def is_long(x: torch.Tensor) -> bool:
 
 
 class Norm(HfDecoderRMSNorm):
-    """By the kernel, or as it is written for what is short."""
+    """Uses the kernel for long tensors, and the plain formula for short ones."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if is_long(hidden_states):
@@ -75,7 +75,7 @@ def results(function: Callable, leaves: list[torch.Tensor], kind: torch.dtype | 
 def check(
     function: Callable, leaves: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch, exact: Callable | None = None
 ) -> None:
-    """Dtypes, shapes and layout as written out whole, and no further from fp64 than that."""
+    """Checks dtypes and shapes against the plain formula, and that errors to fp64 are no larger."""
     calls = counted(monkeypatch)
     mine = results(function, leaves)
     assert len(calls) >= 2
@@ -207,7 +207,7 @@ def test_a_reader_of_the_gate_has_the_same_gradients(kind, autocast, monkeypatch
         for tensor in (*leaves, *weights):
             tensor.grad = None
     assert all(map(torch.equal, *found))
-    # once more in the backward pass, but not for whom it is of no use, and not what was written into or cast anew
+    # recomputed in the backward pass, unless a reader does not need it, or has changed or cast it
     is_made_again = kind in ("plain", "with a bias") or (kind == "lora" and not autocast)
     assert len(calls) == 1 + is_made_again
 
@@ -336,7 +336,7 @@ def test_shared_input_of_which_a_part_is_used():
 
 
 class Reader(torch.nn.Module):
-    """Two or three maps, side by side, of an input for each."""
+    """Two or three linear maps, each with its own input."""
 
     def __init__(self, count: int, width: int = 24):
         super().__init__()
@@ -351,7 +351,7 @@ class Reader(torch.nn.Module):
 @pytest.mark.parametrize("count", [2, 3])
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
 def test_norm_for_linear_maps(count, dtype, weight_dtype, monkeypatch):
-    """The output as without kernels to the bit, and gradients that are added up in fp32."""
+    """Bit-equal output to that without kernels; gradients are added up in fp32."""
     reader, norm = Reader(count).to(DEVICE), Norm(24)
     torch.nn.init.normal_(norm.weight)
     norm = norm.to(DEVICE, weight_dtype)

@@ -25,7 +25,7 @@ def copy(saved, tmp_path) -> Path:
 
 @pytest.fixture
 def alone(monkeypatch, tmp_path):
-    """Nothing may be fetched; and code of the folder, if it is run, leaves a trace."""
+    """Refuses every connection, and notices whether code of the folder was run."""
 
     def refuse(*args, **kwargs):
         raise AssertionError("went to the network")

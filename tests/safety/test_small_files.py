@@ -21,7 +21,7 @@ from hf_decoder.safety import limits
 
 @pytest.fixture
 def little_memory():
-    """What the test may take beyond what is taken already; past it, a MemoryError ends it."""
+    """Limits the test to 512 MiB more than the process holds; beyond it, a MemoryError ends the test."""
     taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     before = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (taken + (512 << 20), before[1]))
@@ -30,7 +30,7 @@ def little_memory():
 
 
 def refused(capsys, *argv: object) -> str:
-    """The one line that a command says, with exit code 2."""
+    """Runs a command that must fail with exit code 2; returns its one line."""
     assert main([str(word) for word in argv]) == 2
     said = capsys.readouterr().err
     assert "Traceback" not in said
@@ -157,7 +157,7 @@ def test_a_template_has_its_limits(copy, capsys, little_memory, monkeypatch, tem
 
 
 def test_the_limits_leave_others_their_own(monkeypatch):
-    """A timer and a limit of memory that were there before are there afterwards."""
+    """An earlier timer and memory limit are restored."""
     handler, limits = signal.getsignal(signal.SIGALRM), resource.getrlimit(resource.RLIMIT_AS)
     before = signal.getitimer(signal.ITIMER_REAL)
     monkeypatch.setattr(limits, "SECONDS", 0.1)

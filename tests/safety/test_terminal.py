@@ -1,4 +1,4 @@
-"""What a stranger wrote reaches a terminal as text: no command to the terminal, nothing unseen, nothing reordered."""
+"""A stranger's text reaches a terminal as text: it commands, hides and reorders nothing."""
 
 import io
 import json
@@ -61,7 +61,7 @@ def test_text_stays_as_it_is(text):
 
 
 def on_a_terminal(argv: list[str]) -> tuple[int, str]:
-    """The exit code of a command whose streams are a terminal, and what it wrote there."""
+    """Runs a command on a terminal; returns its exit code and output."""
     leader, follower = os.openpty()
     chunks: list[bytes] = []
 
@@ -83,7 +83,7 @@ def on_a_terminal(argv: list[str]) -> tuple[int, str]:
     return code, b"".join(chunks).decode("utf-8").replace("\r\n", "\n")
 
 
-SPOKEN = ATTACK.replace("\ud800", "")  # no text that a tokenizer reads or a file name has
+SPOKEN = ATTACK.replace("\ud800", "")  # neither tokenizers nor file names can hold it
 
 
 @pytest.mark.parametrize("stream", [True, False])

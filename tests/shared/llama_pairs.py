@@ -29,7 +29,7 @@ def new_model(cls: type = HfDecoderForCausalLM, seed: int = 0, **overrides: Any)
 
 
 def stock_model(model: Any) -> LlamaForCausalLM:
-    """Llama with the weights of a model that has nothing but what Llama has."""
+    """Llama with the weights of a model that uses only what Llama has."""
     names = (*SHAPE, "head_dim", "tie_word_embeddings", "attention_dropout")
     config = LlamaConfig(**{name: getattr(model.config, name) for name in names})
     config._attn_implementation = model.config._attn_implementation

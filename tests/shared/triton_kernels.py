@@ -21,11 +21,11 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, *HALF])
 
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch: pytest.MonkeyPatch):
-    """For tensors however short, on a CPU too."""
+    """Uses the kernels for short tensors too, and on a CPU."""
     if DEVICE == "cpu":
         monkeypatch.setattr(blocks, "kernels_run_on", lambda device: device.type == "cpu")
         monkeypatch.setattr(interpreter, "_convert_float", as_devices_round(interpreter._convert_float))
-    assert has_kernels(torch.ones(1, device=DEVICE))  # a GPU's answer is found by a launch, once: not to be counted
+    assert has_kernels(torch.ones(1, device=DEVICE))  # now, because a GPU launches a kernel to find out
     take_from(monkeypatch, 1)
 
 

@@ -76,7 +76,7 @@ def resident_bytes() -> int:
 
 @torch.inference_mode()
 def soak(models, calls: int, seed: int, check_every: int, warm_up: int) -> dict[str, float]:
-    """Makes the calls, compares each `check_every`-th; the figures."""
+    """Makes the calls and compares every `check_every`-th; returns the figures."""
     ours, stock = models
     choose = random.Random(seed)
     checked = tokens = 0

@@ -1,4 +1,4 @@
-"""The plan against sums over real parameters, counted arithmetic, measured memory, and figures that were published."""
+"""The plan against real parameters, counted arithmetic, measured memory, and published figures."""
 
 import math
 import re
