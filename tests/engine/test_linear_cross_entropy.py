@@ -219,14 +219,14 @@ class LargeTensors(TorchDispatchMode):
 
     def __init__(self, weight: torch.Tensor):
         super().__init__()
-        self.weight, self.storages, self.kept = weight, set(), []
+        self.weight, self.storages = weight, {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         made = func(*args, **(kwargs or {}))
         if isinstance(made, torch.Tensor) and made.dtype == torch.float32 and made.numel() == self.weight.numel():
-            self.kept.append(made)  # so that no two have the same address
-            self.storages.add(made.untyped_storage().data_ptr())
-        self.storages.discard(self.weight.untyped_storage().data_ptr())
+            storage = made.untyped_storage()  # kept alive, so that no two have the same address
+            self.storages[storage.data_ptr()] = storage
+        self.storages.pop(self.weight.untyped_storage().data_ptr(), None)
         return made
 
 
@@ -237,7 +237,7 @@ def test_the_weights_gradient_is_not_copied(monkeypatch):
     rows = torch.randn(9, 32).bfloat16().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16), LargeTensors(weight) as made:
         linear_cross_entropy(rows, weight, torch.arange(9)).backward()
-    assert made.storages == {weight.grad.untyped_storage().data_ptr()}
+    assert made.storages.keys() == {weight.grad.untyped_storage().data_ptr()}
 
 
 def test_many_chunks_add_up_in_fp32(monkeypatch):
