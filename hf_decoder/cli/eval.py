@@ -29,10 +29,10 @@ from hf_decoder.cli.flags.eval import (
     EvalArguments,
 )
 from hf_decoder.costs import accounting
-from hf_decoder.data import documents as corpus
 from hf_decoder.data import records
+from hf_decoder.data.documents import load_text
 from hf_decoder.data.label_names import name_classes
-from hf_decoder.evaluation import metrics as evaluation
+from hf_decoder.evaluation import metrics
 from hf_decoder.evaluation.batch_generation import complete, encode_prompt
 from hf_decoder.evaluation.classification import (
     check_against_chance,
@@ -69,8 +69,8 @@ def measure(args: EvalArguments) -> dict[str, Any]:
     documents = _documents(args) if wanted & set(TEXT_METRICS) else None
     pairs = _pairs(args) if wanted & set(ANSWER_METRICS) else []
     references = [_references(row["reference"]) for row in pairs]
-    metrics: dict[str, Any] = {
-        name: evaluation.text_metric(name, references, args.tokenize) for name in ("bleu", "chrf") if name in wanted
+    scorers: dict[str, Any] = {
+        name: metrics.text_metric(name, references, args.tokenize) for name in ("bleu", "chrf") if name in wanted
     }
     labelled = _labelled(args) if wanted & set(LABEL_METRICS) else []
     options: dict[str, Any] = {"adapter": args.adapter_name_or_path, "trust_remote_code": args.trust_remote_code}
@@ -90,7 +90,7 @@ def measure(args: EvalArguments) -> dict[str, Any]:
     if documents is not None:
         results |= _measure_text(args, model, tokenizer, documents)
     if pairs:
-        results |= _measure_answers(args, model, tokenizer, pairs, metrics, predictions)
+        results |= _measure_answers(args, model, tokenizer, pairs, scorers, predictions)
     if labelled:
         measure_labels = _classify if classifier else _choose_labels
         results |= measure_labels(args, model, tokenizer, labelled, predictions)
@@ -106,8 +106,8 @@ def _check(args: EvalArguments) -> None:
         check_at_least(f"--{name}", getattr(args, name), 1)
     if "{prompt}" not in (args.prompt_template or "{prompt}"):
         raise ValueError(f"--prompt_template {args.prompt_template!r} must hold {{prompt}}")
-    for metrics, flag in ((TEXT_METRICS, "validation_file"), ((*ANSWER_METRICS, *LABEL_METRICS), "test_file")):
-        asked = [metric for metric in args.metrics if metric in metrics]
+    for kind, flag in ((TEXT_METRICS, "validation_file"), ((*ANSWER_METRICS, *LABEL_METRICS), "test_file")):
+        asked = [metric for metric in args.metrics if metric in kind]
         if asked and getattr(args, flag) is None:
             raise ValueError(f"--metrics {asked[0]} needs --{flag}")
     if args.tokenize is not None and "bleu" not in args.metrics:
@@ -119,7 +119,7 @@ def _check(args: EvalArguments) -> None:
 def _documents(args: EvalArguments) -> Any:
     column = args.text_column or "text"
     options: dict[str, Any] = {"text_column": column, "encoding": args.encoding}
-    return corpus.load_text(str(args.validation_file), validation_fraction=0, **options)["train"]
+    return load_text(str(args.validation_file), validation_fraction=0, **options)["train"]
 
 
 def _template(args: EvalArguments, prompt: records.Row | Any) -> Any:
@@ -180,13 +180,13 @@ def _measure_text(args: EvalArguments, model: Any, tokenizer: Any, documents: An
     if not 2 <= block_size <= limit:
         raise ValueError(f"--block_size {block_size} must lie between 2 and the model's context, {limit}")
     stride = block_size // 2 if args.stride is None else args.stride
-    score, report = evaluation.score_text(
+    score, report = metrics.score_text(
         model, tokenizer, documents, block_size=block_size, stride=stride, batch_size=args.batch_size
     )
     return {
         "loss": score.loss,
-        "perplexity": evaluation.perplexity(score.loss),
-        "bits_per_byte": evaluation.bits_per_byte(score.nats, report.bytes),
+        "perplexity": metrics.perplexity(score.loss),
+        "bits_per_byte": metrics.bits_per_byte(score.nats, report.bytes),
         "text_bytes": report.bytes,
         "text_tokens": score.tokens,
         "block_size": block_size,
@@ -199,7 +199,7 @@ def _measure_answers(
     model: Any,
     tokenizer: Any,
     rows: list[records.Row],
-    metrics: Mapping[str, Any],
+    scorers: Mapping[str, Any],
     predictions: list[dict[str, Any]],
 ) -> dict[str, Any]:
     names = ("max_new_tokens", "num_beams", "length_penalty", "do_sample", "stop_strings")
@@ -211,11 +211,11 @@ def _measure_answers(
     for prompt, answer, options in zip(prompts, answers, references, strict=True):
         predictions.append({"prompt": prompt, "prediction": answer, "references": options})
     results: dict[str, Any] = {"answers": len(rows)}
-    for name, metric in metrics.items():
-        results[name] = evaluation.corpus_score(metric, answers, references)
-        results[f"{name}_signature"] = metric.get_signature().format()
+    for name, scorer in scorers.items():
+        results[name] = metrics.corpus_score(scorer, answers, references)
+        results[f"{name}_signature"] = scorer.get_signature().format()
     if "exact_match" in args.metrics:
-        results["exact_match"] = evaluation.exact_match(answers, references)
+        results["exact_match"] = metrics.exact_match(answers, references)
     return results
 
 
@@ -246,7 +246,7 @@ def _choose_labels(
     options = sorted(set(labels))
     tokens = [tokenizer(option, add_special_tokens=False)["input_ids"] for option in options]
     prompts = [encode_prompt(tokenizer, text) for text in texts]
-    nats = evaluation.option_nats(model, prompts, tokens, batch_size=args.batch_size)
+    nats = metrics.option_nats(model, prompts, tokens, batch_size=args.batch_size)
     guesses = [options[min(range(len(options)), key=row.__getitem__)] for row in nats]
     return _compare_labels(texts, guesses, labels, options, predictions)
 
@@ -258,8 +258,8 @@ def _compare_labels(
         predictions.append({"prompt": text, "prediction": guess, "label": label})
     return {
         "labelled": len(labels),
-        "accuracy": evaluation.accuracy(guesses, labels),
-        "f1": evaluation.macro_f1(guesses, labels),
+        "accuracy": metrics.accuracy(guesses, labels),
+        "f1": metrics.macro_f1(guesses, labels),
         **class_report(guesses, labels, names),
     }
 
@@ -276,24 +276,24 @@ def _write(args: EvalArguments, results: Mapping[str, Any], predictions: list[di
         plot_confusion(results, folder / "confusion_matrix.png", str(results["model"]))
     plot_metrics({name: results[name] for name in args.metrics}, folder / "eval_results.png", str(results["model"]))
     if args.update_card:
-        for metrics, file in (
+        for kind, file in (
             (TEXT_METRICS, args.validation_file),
             ((*ANSWER_METRICS, *LABEL_METRICS), args.test_file),
         ):
-            names = {name for metric in metrics if metric in args.metrics for name in (metric, f"{metric}_signature")}
+            names = {name for metric in kind if metric in args.metrics for name in (metric, f"{metric}_signature")}
             if found := {name: results[name] for name in names & results.keys()}:
                 update_model_index(args.model_name_or_path, found, dataset=Path(str(file)).name)
 
 
-def plot_metrics(metrics: Mapping[str, float], path: Path, title: str) -> None:
+def plot_metrics(values: Mapping[str, float], path: Path, title: str) -> None:
     """One bar a metric, each on its own scale: they have different units."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(1.2 + 1.6 * len(metrics), 3.6), layout="constrained")
+    figure = Figure(figsize=(1.2 + 1.6 * len(values), 3.6), layout="constrained")
     FigureCanvasAgg(figure)
-    for number, (name, value) in enumerate(metrics.items(), 1):
-        axes = figure.add_subplot(1, len(metrics), number)
+    for number, (name, value) in enumerate(values.items(), 1):
+        axes = figure.add_subplot(1, len(values), number)
         shown = value if value < float("inf") else 0.0
         axes.bar([name], [shown], color=f"C{number - 1}", width=0.5)
         top = 100.0 if name in ("bleu", "chrf") else 1.0 if name in (*LABEL_METRICS, "exact_match") else 1.2 * shown

@@ -45,15 +45,14 @@ from hf_decoder.data.tokenization import check_tokenizer_fits
 from hf_decoder.engine.bitsandbytes import settle_layers
 from hf_decoder.evaluation.classification import KeepLabelNames, class_loss, share_padding
 from hf_decoder.interop.adapters import ADAPTER_CONFIG, CLASSIFIER, LANGUAGE_MODEL, is_adapter, load_adapter, merge
-from hf_decoder.training import callbacks as training
+from hf_decoder.training import callbacks
 from hf_decoder.training.checkpoint_formats import save_in_full
 from hf_decoder.training.checkpoints import CheckpointKeeper, check_same_run, checkpoint_to_resume, describe_run
 from hf_decoder.training.optimizers import check_schedule, describe_recipe, muon_adamw, wsd_kwargs
 from hf_decoder.training.run_report import write_finetuning_outputs
 from hf_decoder.training.stop_conditions import StopOnSignal
 from hf_decoder.training.throughput import TimeLimit, parse_duration
-from hf_decoder.tuning import finetuning
-from hf_decoder.tuning import rows as task_rows
+from hf_decoder.tuning import finetuning, rows
 
 COLUMNS = ("text", "prompt", "completion", "messages", "label", "chosen", "rejected")
 
@@ -125,9 +124,9 @@ def training_arguments(task: str) -> type:
     def prepare(self: Any) -> None:
         if not torch.accelerator.is_available():
             self.use_cpu = True
-        training.choose_bf16(self)
+        callbacks.choose_bf16(self)
         self.fits_logging_steps = self.logging_steps is None
-        self.logging_steps = training.LOGGING_STEPS if self.fits_logging_steps else self.logging_steps
+        self.logging_steps = callbacks.LOGGING_STEPS if self.fits_logging_steps else self.logging_steps
         self.chooses_rate = self.learning_rate is None
         self.learning_rate = 1.0 if self.chooses_rate else self.learning_rate
         self.uses_muon = self.optim == MUON_ADAMW
@@ -190,10 +189,10 @@ def finetune(task_args: TaskArguments, model_args: Any, args: Any) -> None:
     if checkpoint is not None and not args.deepspeed:
         finetuning.check_resumable(checkpoint)
     resumes_here = checkpoint is not None and Path(checkpoint).resolve().parent == Path(args.output_dir).resolve()
-    training.check_output_dir(args.output_dir, overwrite=args.overwrite_output_dir, resume=resumes_here)
+    callbacks.check_output_dir(args.output_dir, overwrite=args.overwrite_output_dir, resume=resumes_here)
     tokenizer = load_tokenizer(str(model_args.model_name_or_path or task_args.tokenizer_name))
     config = _config(task_args, model_args, tokenizer)
-    data = task_rows.load_task(
+    data = rows.load_task(
         task_args.task,
         str(task_args.train_file),
         task_args.validation_file,
@@ -203,8 +202,8 @@ def finetune(task_args: TaskArguments, model_args: Any, args: Any) -> None:
         seed=args.seed,
     )
     lines, template = data.warnings(), _template(task_args)
-    if task_rows.is_conversational(data.train):
-        lines += task_rows.skip_unrendered(data, tokenizer, template)
+    if rows.is_conversational(data.train):
+        lines += rows.skip_unrendered(data, tokenizer, template)
     for line in lines:
         print(f"warning: {line}")
     print(f"{len(data.train):,} rows to train on, {len(data.validation):,} held out")
@@ -233,28 +232,28 @@ def finetune(task_args: TaskArguments, model_args: Any, args: Any) -> None:
     with keeper.explain_stop(args):
         trainer = _trainer(task_args, model_args, args, data, tokenizer)
         if task_args.task != "classification":
-            for line in task_rows.skip_masked(trainer, data, template):
+            for line in rows.skip_masked(trainer, data, template):
                 print(f"warning: {line}")
         steps = finetuning.count_steps(trainer)
-        training.add_callbacks(trainer, keeper, stop)
+        callbacks.add_callbacks(trainer, keeper, stop)
         if args.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY and not args.lr_scheduler_kwargs:
             args.lr_scheduler_kwargs = wsd_kwargs(steps)
         if args.fits_logging_steps:
-            args.logging_steps = training.logging_steps(steps)
+            args.logging_steps = callbacks.logging_steps(steps)
         if time_limit is not None:
             trainer.add_callback(TimeLimit(time_limit, started))
         sizes = finetuning.count_parameters(trainer.model)
         print(f"{sizes['trainable_parameters']:,} of {sizes['parameters']:,} parameters are trained")
         if checkpoint is not None:
             flag = "max_steps" if args.max_steps > 0 else "num_train_epochs"
-            training.check_steps_left(checkpoint, steps, f"--{flag} {getattr(args, flag):g}")
-        finished = checkpoint is not None and training.is_finished(checkpoint, steps)
+            callbacks.check_steps_left(checkpoint, steps, f"--{flag} {getattr(args, flag):g}")
+        finished = checkpoint is not None and callbacks.is_finished(checkpoint, steps)
         if finished:
             trainer._load_from_checkpoint(checkpoint)
         elif checkpoint is None and trainer.is_world_process_zero():
-            training.clear_earlier_run(args.output_dir)
+            callbacks.clear_earlier_run(args.output_dir)
         with keeper.explain_failed_save(args.output_dir), stop:
-            metrics = training.train(trainer, checkpoint, steps, finished=finished)
+            metrics = callbacks.train(trainer, checkpoint, steps, finished=finished)
             stop.check()
             _save(trainer, tokenizer, task_args, model_args, data)
         stop.check()
@@ -317,14 +316,14 @@ def _check_new_model(task_args: TaskArguments, model_args: Any) -> None:
         raise ValueError("an adapter needs a trained model, and --preset starts a new one; leave one of them out")
 
 
-def _trainer(task_args: TaskArguments, model_args: Any, args: Any, data: task_rows.TaskData, tokenizer: Any) -> Any:
+def _trainer(task_args: TaskArguments, model_args: Any, args: Any, data: rows.TaskData, tokenizer: Any) -> Any:
     """The trainer of the task, with model, adapter and rows."""
     if task_args.task == "classification":
         return _classification_trainer(task_args, model_args, args, data, tokenizer)
     model = _load(load_model, task_args, model_args, tokenizer)
-    train, validation = task_rows.trainer_rows(data, tokenizer, args, _template(task_args))
+    train, validation = rows.trainer_rows(data, tokenizer, args, _template(task_args))
     peft_config = _peft_config(task_args, model_args, LANGUAGE_MODEL)
-    if peft_config is not None and task_rows.is_conversational(data.train):
+    if peft_config is not None and rows.is_conversational(data.train):
         tokens = finetuning.train_template_tokens(peft_config, data.train, tokenizer, model)
         if tokens:
             print(f"the embeddings of the chat template's special tokens are trained too: {', '.join(tokens)}")
@@ -352,7 +351,7 @@ def _template(task_args: TaskArguments) -> str | None:
 
 
 def _classification_trainer(
-    task_args: TaskArguments, model_args: Any, args: Any, data: task_rows.TaskData, tokenizer: Any
+    task_args: TaskArguments, model_args: Any, args: Any, data: rows.TaskData, tokenizer: Any
 ) -> Trainer:
     known = read_label_names(task_args.adapter_name_or_path) if task_args.adapter_name_or_path else None
     names = task_args.class_names or (list(known.values()) if known else None)
@@ -367,13 +366,11 @@ def _classification_trainer(
         from peft import get_peft_model
 
         model = get_peft_model(model, peft_config)
-    validation = (
-        task_rows.class_rows(data.validation, tokenizer, label2id, args.max_length) if data.validation else None
-    )
+    validation = rows.class_rows(data.validation, tokenizer, label2id, args.max_length) if data.validation else None
     return Trainer(
         model=model,
         args=args,
-        train_dataset=task_rows.class_rows(data.train, tokenizer, label2id, args.max_length),
+        train_dataset=rows.class_rows(data.train, tokenizer, label2id, args.max_length),
         eval_dataset=validation,
         processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer),
@@ -418,11 +415,11 @@ def _peft_config(task_args: TaskArguments, model_args: Any, task_type: str) -> A
     return get_peft_config(model_args)
 
 
-def _save(trainer: Any, tokenizer: Any, task_args: TaskArguments, model_args: Any, data: task_rows.TaskData) -> None:
+def _save(trainer: Any, tokenizer: Any, task_args: TaskArguments, model_args: Any, data: rows.TaskData) -> None:
     """Model or adapter into the output folder, ready to load."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     classifies = task_args.task == "classification"
-    if not classifies and task_rows.is_conversational(data.train):
+    if not classifies and rows.is_conversational(data.train):
         finetuning.end_turns(model, tokenizer)
     # Of a quantized base the adapter goes into the weights as they were before: nothing is rounded twice.
     reloads = task_args.merge and (model_args.load_in_4bit or model_args.load_in_8bit)

@@ -32,16 +32,16 @@ def meta_model(config: PretrainedConfig) -> nn.Module:
 
 
 def num_parameters(config: Config) -> int:
-    """Parameters of the causal language model of `config`; a tied table counts once."""
+    """Parameters of the causal language model of `config`; tied embeddings count once."""
     if isinstance(config, Shape):
         return config.num_parameters
     return sum(parameter.numel() for parameter in meta_model(config).parameters())
 
 
 def matmul_parameters(config: Config) -> int:
-    """Parameters that every token is multiplied by: the weights of linear layers, the LM head included.
+    """Weights of linear layers, the LM head included: every token is multiplied by them.
 
-    The embedding table is looked up, not multiplied, unless it is tied and so serves as the head too.
+    Embeddings are looked up, so they count only if they are tied and serve as the head.
     """
     if isinstance(config, Shape):
         return config.matmul_parameters
@@ -58,10 +58,9 @@ def head_dim(config: Config) -> int:
 def flops_per_token(config: Config, context_length: int, *, training: bool = True) -> int:
     """Floating-point operations for one token of a sequence of `context_length` tokens.
 
-    6 N + 12 L H Q T for training (forward and backward), a third of it forward only: PaLM (arXiv 2204.02311),
-    appendix B, with N the parameters that are multiplied (`matmul_parameters`). A multiply-add counts as two; the
-    causal half of attention that need not be computed is counted, as is the custom; recomputation is not. Layers with
-    a sliding window attend to at most that window.
+    6 N + 12 L H Q T for training, a third of it for the forward pass alone (PaLM, arXiv 2204.02311, appendix B). N is
+    `matmul_parameters`. A multiply-add counts as two. By convention the causal half of attention that need not be
+    computed counts, and recomputation does not. Layers with a sliding window attend to at most that window.
     """
     width = config.num_attention_heads * head_dim(config)
     attention = sum(12 * width * span for span in _attention_spans(config, context_length))
@@ -70,7 +69,7 @@ def flops_per_token(config: Config, context_length: int, *, training: bool = Tru
 
 
 def _attention_spans(config: Config, context_length: int) -> list[int]:
-    """Tokens that each layer attends to at most."""
+    """The most tokens that each layer attends to."""
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     return [
@@ -81,7 +80,7 @@ def _attention_spans(config: Config, context_length: int) -> list[int]:
 def kv_bytes_per_token(config: Config, dtype: torch.dtype | None = None) -> int:
     """Bytes that one more token adds to the KV cache: 2 L K Q times the size of `dtype`, bf16 by default.
 
-    A layer with a sliding window stops growing at its window; `kv_cache_bytes` counts that.
+    A layer with a sliding window stops growing at its window; `kv_cache_bytes` takes that into account.
     """
     return config.num_hidden_layers * _kv_bytes_per_token_and_layer(config, dtype)
 
@@ -96,24 +95,23 @@ def _kv_bytes_per_token_and_layer(config: Config, dtype: torch.dtype | None) -> 
 
 
 def _bytes(dtype: torch.dtype | None) -> int:
-    """Bytes of a number; of bf16 if nothing is said."""
+    """Bytes of one number, bf16 by default."""
     return BF16_BYTES if dtype is None else dtype.itemsize
 
 
 def serving_bytes(config: Config, context_length: int, dtype: torch.dtype | None = None) -> int:
-    """Weights and the KV cache of one sequence of `context_length` tokens; run-time buffers come on top."""
+    """Bytes of the weights and of the KV cache of one sequence; run-time buffers come on top."""
     return num_parameters(config) * _bytes(dtype) + kv_cache_bytes(config, context_length, dtype)
 
 
 def activation_bytes(config: Config, tokens: int, *, shards: int = 1, checkpointing: bool = False) -> int:
-    """An estimate of what the backward pass of `tokens` tokens keeps, under bf16 autocast and without the head.
+    """Estimates the activations that `tokens` tokens keep for the backward pass under bf16 autocast, without the head.
 
-    Per token and layer, in 2-byte numbers: four times the width for the norms' inputs and outputs, the projected
-    queries, keys, values and attention output, and three times the MLP's width; residuals in 4 bytes (after
-    Korthikanti et al. 2022, arXiv 2205.05198, section 4.1, for this layer, and attention that keeps no scores). Of
-    these, `shards` devices of tensor parallelism share the projections and the MLP. With checkpointing, a layer keeps
-    its input alone, and one layer at a time has all of it again. Uncompiled training with our kernels needs less than
-    this, twice the MLP's width: it makes the product of the gate again.
+    Per token and layer, in 2 bytes: inputs and outputs of the norms (four times the width), queries, keys, values and
+    attention output, and three times the MLP's width; in 4 bytes, the residuals. This follows Korthikanti et al. 2022
+    (arXiv 2205.05198, section 4.1) for attention that keeps no scores. `shards` devices of tensor parallelism divide
+    the projections and the MLP. With checkpointing, a layer keeps only its input, and one layer at a time has all of
+    it. Uncompiled training with our kernels keeps only twice the MLP's width: it recomputes the product of the gate.
     """
     width = config.hidden_size
     heads = head_dim(config) * (2 * config.num_attention_heads + 2 * config.num_key_value_heads)
@@ -125,17 +123,16 @@ def activation_bytes(config: Config, tokens: int, *, shards: int = 1, checkpoint
 
 
 def training_bytes(config: Config, batch_size: int, block_size: int) -> int:
-    """An estimate of what mixed-precision AdamW training of `batch_size` x `block_size` tokens needs at its peak.
+    """Estimates the peak bytes of mixed-precision AdamW training with `batch_size` x `block_size` tokens.
 
-    16 bytes a parameter (fp32 weight, gradient and two moments: ZeRO, arXiv 1910.02054, section 3.1, there with the
-    fp16 copies that autocast makes layer by layer), and `activation_bytes`. Logits come on top where a loss needs them
-    whole.
+    16 bytes per parameter (fp32 weight, gradient and two moments; ZeRO, arXiv 1910.02054, section 3.1) plus
+    `activation_bytes`. A loss that holds all logits needs more.
     """
     return 16 * num_parameters(config) + activation_bytes(config, batch_size * block_size)
 
 
 def mfu(tokens_per_second: float, flops_per_token: float, peak_flops_per_second: float) -> float:
-    """Model FLOPs utilisation (PaLM, appendix B): the share of the hardware's peak that the model's own FLOPs use.
+    """Model FLOPs utilisation (PaLM, appendix B): the model's FLOP/s as a share of the hardware's peak.
 
     Raises:
         ValueError: if the peak is not positive.
@@ -146,7 +143,7 @@ def mfu(tokens_per_second: float, flops_per_token: float, peak_flops_per_second:
 
 
 def peak_memory_bytes() -> int | None:
-    """The most memory this process has held so far (resident set), or None where the system does not say."""
+    """The peak resident memory of this process so far, or None if the system does not tell."""
     try:
         import resource
     except ImportError:  # Windows
@@ -156,7 +153,7 @@ def peak_memory_bytes() -> int | None:
 
 
 def hardware() -> dict[str, Any]:
-    """The machine and the versions a measurement was made with, in words and numbers."""
+    """The machine and the versions, to write beside a measurement."""
     import torch
     import transformers
 

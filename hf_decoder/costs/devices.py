@@ -1,4 +1,4 @@
-"""Table of GPUs, Macs and CPUs (memory, peak FLOP/s, links), and the same facts about this machine's own CPU."""
+"""Lists memory, peak FLOP/s and links of GPUs, Macs and CPUs, and finds out the same of this machine's CPU."""
 
 from __future__ import annotations
 
@@ -18,17 +18,16 @@ THIS_CPU = "cpu"
 
 @dataclass(frozen=True)
 class Device:
-    """Memory in bytes, dense bf16 FLOP/s, and bytes a second that it sends to a neighbour; 0: it works alone."""
+    """Memory in bytes, dense bf16 FLOP/s, and bytes per second that it sends to a neighbour (0: it works alone)."""
 
     memory: int
     flops: float
     link: float = 0.0
 
 
-# NVIDIA's and AMD's data sheets: dense bf16 with fp32 accumulation (half of the figure with sparsity), NVLink or
-# Infinity Fabric in one direction, PCIe where there is neither. Apple's press releases of the chips: fp32, which their
-# GPUs multiply as fast as bf16; the memory that most of them are sold with. CPUs: cores x base clock x the bf16
-# FLOPs of a clock in `CPU_FLOPS`, memory of a usual machine.
+# NVIDIA and AMD, by data sheets: dense bf16 with fp32 accumulation (half of the figure with sparsity); NVLink or
+# Infinity Fabric in one direction, else PCIe. Apple, by press releases: fp32, which their GPUs multiply as fast as
+# bf16, and the most common memory. CPUs: cores x base clock x `CPU_FLOPS`, and memory of a typical machine.
 DEVICES = {
     "a100": Device(80 * GB, 312e12, 300 * GB),
     "a100-40gb": Device(40 * GB, 312e12, 300 * GB),
@@ -49,14 +48,14 @@ DEVICES = {
     "xeon-8480+": Device(256 * GIB, 56 * 2.0e9 * 1024),
     "epyc-9654": Device(384 * GIB, 96 * 2.4e9 * 64),
 }
-# bf16 FLOPs of a core in a clock by instruction set, the fastest first: a tile product of AMX takes 16 clocks for
-# 16 x 16 x 32 products; VDPBF16PS makes 32 a clock; without bf16, fp32 with two units of 16, 8 or 4 lanes.
+# bf16 FLOPs per core and clock by instruction set, the fastest first. AMX computes 16 x 16 x 32 products in 16 clocks,
+# VDPBF16PS 32 per clock. Without bf16: fp32 with two units of 16, 8 or 4 lanes.
 CPU_FLOPS = {"amx_bf16": 1024, "avx512_bf16": 64, "avx512f": 64, "avx2": 32, "bf16": 64, "asimd": 16}
-CLOCK = 2.5e9  # where the system does not tell
+CLOCK = 2.5e9  # if the system does not tell
 
 
 def device(kind: str) -> Device:
-    """The device of that kind, a key of `DEVICES` or `THIS_CPU`."""
+    """The device named by a key of `DEVICES`, or this machine's CPU (`THIS_CPU`)."""
     if kind != THIS_CPU:
         return DEVICES[kind]
     found = cpu_features()
@@ -65,19 +64,19 @@ def device(kind: str) -> Device:
 
 
 def cpu_count() -> int:
-    """Logical processors that this process may use."""
+    """The number of logical processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cpu_name() -> str:
-    """What the system calls the processor."""
+    """The system's name of the processor."""
     if sys.platform == "darwin":
         return _sysctl("machdep.cpu.brand_string") or platform.machine()
     return _cpuinfo("model name") or platform.processor() or platform.machine()
 
 
 def cpu_features() -> list[str]:
-    """The instruction sets that matter to matrix products, out of `CPU_FLOPS` and `amx_int8`."""
+    """The instruction sets of this CPU among `CPU_FLOPS` and `amx_int8`."""
     flags = set((_cpuinfo("flags") or _cpuinfo("Features")).split())
     if sys.platform == "darwin":
         flags |= {"asimd"} if platform.machine() == "arm64" else set()
@@ -96,7 +95,7 @@ def machine_memory() -> int:
 
 
 def _clock() -> float:
-    """Clocks a second of the processor, in its name or as it is now."""
+    """Clocks per second of the processor: the one in its name, or the current one."""
     named = re.search(r"@ ([\d.]+)GHz", cpu_name())
     if named:
         return float(named[1]) * 1e9
@@ -107,7 +106,7 @@ def _clock() -> float:
 
 
 def _cpuinfo(key: str) -> str:
-    """The first value of a key of /proc/cpuinfo; empty where there is none."""
+    """The first value of a key in /proc/cpuinfo; empty if there is none."""
     path = Path("/proc/cpuinfo")
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     found = re.search(rf"^{key}\s*:\s*(.*)$", text, flags=re.MULTILINE)

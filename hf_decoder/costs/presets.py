@@ -1,9 +1,8 @@
-"""Named model shapes: data, not branches.
+"""Named model shapes.
 
 Each entry holds the keyword arguments of `HfDecoderConfig` that fix the shape; the vocabulary size comes from the
-tokenizer. Width grows about 64 times as fast as depth and heads are 64 to 128 wide, the ratio that public families
-of these sizes share. Below 300M parameters the embeddings are tied: there the table would otherwise be a large part
-of the model.
+tokenizer. Width grows about 64 times as fast as depth, and heads are 64 to 128 wide, as in public families of these
+sizes. Below 300M parameters the embeddings are tied, because they would be a large part of the model.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ def get_preset(name: str) -> dict[str, Any]:
     """Returns a copy of the `HfDecoderConfig` keyword arguments of preset `name`.
 
     Raises:
-        ValueError: if there is no such preset; the message lists those there are.
+        ValueError: if there is no such preset; lists the presets.
     """
     if name not in PRESETS:
         raise ValueError(f"preset {name!r} is unknown; choose one of: {', '.join(PRESETS)}")
@@ -59,7 +58,7 @@ def get_preset(name: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Shape:
-    """The fields of a preset's config that its costs follow from, without transformers."""
+    """The fields of a preset's config that determine its costs; needs no transformers."""
 
     vocab_size: int
     hidden_size: int
@@ -78,7 +77,7 @@ class Shape:
         if not shape.pop("qk_norm"):
             raise NotImplementedError("the sum of parameters counts the norms of queries and keys")
         width = shape["hidden_size"]
-        # As the config has it: 8/3 of the width, in whole 64s.
+        # The config's default: 8/3 of the width, rounded up to a multiple of 64.
         shape["intermediate_size"] = shape["intermediate_size"] or -(-8 * width // (3 * 64)) * 64
         return cls(vocab_size=vocab_size, head_dim=width // shape["num_attention_heads"], **shape)
 

@@ -1,1 +1,1 @@
-"""Turns files and data sets into documents, tokens and packed rows, trains tokenizers, and reads conversations."""
+"""Turns files and data sets into documents, tokens and packed rows; trains tokenizers; reads conversations."""

@@ -1,8 +1,7 @@
 """Converts conversations from the forms of public data sets to the messages that chat templates take.
 
-A turn is a mapping of `role` and `content` (OpenAI, TRL) or of `from` and `value` (ShareGPT, LLaMA-Factory, axolotl).
-It may have `tool_calls`, and a `weight` of 0 where nothing of an assistant's turn is to be learned. A conversation may
-stand as JSON text in its column.
+A turn is a mapping with `role` and `content` (OpenAI, TRL) or with `from` and `value` (ShareGPT, LLaMA-Factory,
+axolotl). It may have `tool_calls`. An assistant's turn of `weight` 0 is not learned. A conversation may be JSON text.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 
 Turn = dict[str, Any]
 
-# names of ShareGPT and its followers -> roles of chat templates
+# roles of ShareGPT and similar formats -> roles of chat templates
 ROLES = {
     "human": "user",
     "gpt": "assistant",
@@ -29,22 +28,22 @@ ROLES = {
     "function_response": "tool",
     "function": "tool",
 }
-# Under these names a turn says whether it is learned: OpenAI and Mistral, axolotl.
+# Keys that say whether a turn is learned: of OpenAI and Mistral, and of axolotl.
 WEIGHTS = ("weight", "train", "training")
 
 
 class Unusable(str):
-    """Stands in a row for a value that cannot be used, and says why."""
+    """Replaces a value that cannot be used; its text says why."""
 
 
 def read_turns(value: Any) -> Any:
-    """The messages that `value` stands for; what is no conversation comes back as it is.
+    """Reads the messages in `value`; returns it unchanged if it is no conversation.
 
-    One turn alone is a conversation, too. Keys without a value are left out: tables fill them in.
+    A single turn is a conversation too. Keys without a value are dropped, because tables add them.
     """
     if isinstance(value, str) and value.lstrip().startswith("[") and ("role" in value or "from" in value):
         parsed = parse(value)
-        # An answer may be JSON itself; only what has the roles of a chat is one.
+        # An answer may be JSON itself; only a list of turns with the roles of a chat is a conversation.
         is_chat = isinstance(parsed, list) and parsed and all(map(_is_turn, parsed))
         value = (
             parsed
@@ -59,7 +58,7 @@ def read_turns(value: Any) -> Any:
 
 
 def parse(text: str) -> Any:
-    """What JSON, or the same written by Python, stands for; None for any other text."""
+    """Parses JSON or a Python literal; None for any other text."""
     for read in (json.loads, ast.literal_eval):
         try:
             return read(text)
@@ -85,20 +84,20 @@ def _read_turn(turn: Mapping[str, Any]) -> Turn:
     calls = found.pop("function_call", None)
     if role == "function_call":
         calls, content = parse(content) if isinstance(content, str) else content, None
-        calls = [None] if calls is None else calls  # no call, and said to be none by `turns_fault`
+        calls = [None] if calls is None else calls  # `turns_fault` reports it
     if calls is not None:
         found["tool_calls"] = calls if isinstance(calls, list) else [calls]
     if isinstance(calls := found.get("tool_calls"), list):
         found["tool_calls"] = [_read_call(call) for call in calls]
     read = {} if role is None else {"role": ROLES.get(role, role) if isinstance(role, str) else role}
-    # Only a turn that calls a tool may say nothing else.
+    # Only a turn that calls a tool may have no content.
     if content is not None or "tool_calls" in found or {"content", "value"} & turn.keys():
         read["content"] = content
     return {**read, **found}
 
 
 def join_parts(content: Any) -> Any:
-    """Parts of a content as one text, where all of them are text; any other content as it is."""
+    """Joins the parts of a content if all of them are text; returns any other content unchanged."""
     if not isinstance(content, list) or not content:
         return content
     texts = [part.get("text") if isinstance(part, Mapping) else part for part in content]
@@ -106,7 +105,7 @@ def join_parts(content: Any) -> Any:
 
 
 def _read_call(call: Any) -> Any:
-    """A call as templates take it: a function's name, and its arguments as a mapping."""
+    """Converts a call to what templates take: a function's name, and its arguments as a mapping."""
     if not isinstance(call, Mapping):
         return call
     inner = call.get("function")
@@ -119,7 +118,7 @@ def _read_call(call: Any) -> Any:
 
 
 def read_tools(value: Any) -> Any:
-    """Tool schemas as templates take them, or None where there are none; text that is no JSON is `Unusable`."""
+    """Reads tool schemas as templates take them; None if there are none; text that is no JSON is `Unusable`."""
     if isinstance(value, str) and value.strip() and (value := parse(text := value)) is None:
         return Unusable(f"its tools are no JSON: {text[:40]!r}")
     tools = [value] if isinstance(value, Mapping) else value or []
@@ -129,7 +128,7 @@ def read_tools(value: Any) -> Any:
 
 
 def turns_fault(role: str, turns: Sequence[Any]) -> str | None:
-    """Why a conversation in the column of this role cannot be rendered or learned from, or None."""
+    """Why the conversation of this role cannot be rendered or learned from, or None."""
     if not all(isinstance(turn, Mapping) and {"role", "content"} <= turn.keys() for turn in turns):
         return f"{role} has a turn without role or content"
     for turn in turns:
@@ -151,42 +150,42 @@ def _is_call(call: Any) -> bool:
 
 
 def says_something(turn: Mapping[str, Any]) -> bool:
-    """Whether a turn has text, or calls a tool."""
+    """Whether a turn has text or calls a tool."""
     content = turn["content"]
     return bool(turn.get("tool_calls")) or (isinstance(content, str) and bool(content.strip()))
 
 
 def is_learned(turn: Mapping[str, Any]) -> bool:
-    """Whether the loss is on this turn, if it is the assistant's."""
+    """Whether an assistant's turn counts in the loss."""
     return all(turn.get(key, 1) for key in WEIGHTS)
 
 
 def without_weights(turns: Sequence[Mapping[str, Any]]) -> list[Turn]:
-    """The turns as a chat template takes them."""
+    """The turns without the keys that only we read."""
     return [{key: value for key, value in turn.items() if key not in WEIGHTS} for turn in turns]
 
 
 def start_in_common(one: Sequence[Turn], other: Sequence[Turn]) -> int:
-    """How many turns two conversations begin with that are the same."""
+    """How many turns at the start of two conversations are equal."""
     pairs = zip(one, other, strict=False)
     return next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
 class Rendering:
-    """What a chat template makes of conversations, and what of them it leaves out.
+    """Renders conversations with a chat template to find out what it leaves out.
 
-    `unused` counts the keys of turns that it does not read, by conversations.
+    `unused`: key of turns that the template does not read -> number of conversations with it.
     """
 
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
         self.unused: dict[str, int] = {}
-        self._held: set[str] = set()  # roles whose content was seen to make a difference
+        self._held: set[str] = set()  # roles whose content changed the result
 
     def fault(
         self, turns: Sequence[Turn], tools: Any, options: Mapping[str, Any], *, prompt: bool = False
     ) -> str | None:
-        """Why the template does not render all that these turns say, or None; `prompt`: the assistant answers next."""
+        """Why the template does not render all of these turns, or None; `prompt`: the assistant answers next."""
 
         def render(turns: Sequence[Turn], tools: Any) -> str:
             return self.tokenizer.apply_chat_template(
@@ -194,7 +193,7 @@ class Rendering:
             )
 
         def differs(turns: Sequence[Turn], tools: Any) -> bool:
-            """Whether something else is rendered, or nothing at all."""
+            """Whether these turns give another result, or an error."""
             try:
                 return render(turns, tools) != text
             except Exception:  # as below
@@ -203,7 +202,7 @@ class Rendering:
         turns = without_weights(turns)
         try:
             text = render(turns, tools)
-        except Exception as error:  # templates are programs of strangers: jinja2's errors, and any of Python
+        except Exception as error:  # a template is a stranger's program, so any error of jinja2 or Python
             return f"the chat template refuses it: {' '.join(str(error).split())[:100] or type(error).__name__}"
         if tools and not differs(turns, None):
             return "the chat template does not hold tools"
@@ -240,19 +239,19 @@ class Rendering:
 
 
 def weighted_rows(rows: Sequence[Mapping[str, Any]], tokenizer: Any, *, assistant_only: bool) -> Dataset:
-    """Conversations as `input_ids` and `labels`, which are -100 in the assistant's turns of weight 0.
+    """Encodes conversations as `input_ids` and `labels`, which are -100 in the assistant's turns of weight 0.
 
-    `assistant_only` says that they are -100 outside the assistant's turns, too.
+    With `assistant_only` they are -100 outside the assistant's turns too.
 
     Raises:
-        ValueError: if the template does not tell which tokens are of which turn.
+        ValueError: if the template does not tell which tokens belong to which turn.
     """
     import trl
     from datasets import Dataset
 
     from hf_decoder.data.packing import IGNORE_INDEX
 
-    template = trl.get_training_chat_template(tokenizer)  # None: its own tells the assistant's tokens
+    template = trl.get_training_chat_template(tokenizer)  # None: the tokenizer's own marks the assistant's tokens
     encoded: list[dict[str, list[int]]] = []
     for row in rows:
         out = tokenizer.apply_chat_template(
@@ -264,7 +263,7 @@ def weighted_rows(rows: Sequence[Mapping[str, Any]], tokenizer: Any, *, assistan
             **(row.get("chat_template_kwargs") or {}),
         )
         said = np.array(out["assistant_masks"]) == 1
-        answer = np.cumsum(said & ~np.roll(said, 1))  # the number of the turn that each token is of, or comes after
+        answer = np.cumsum(said & ~np.roll(said, 1))  # per token, the number of the last assistant's turn begun
         learned = np.array([True, *(is_learned(turn) for turn in row["messages"] if turn["role"] == "assistant")])
         if answer[-1] != len(learned) - 1:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Names of classes: collects them from rows, keeps them beside an adapter, and matches labels with them."""
+"""Collects class names from rows, saves them beside an adapter, and matches labels with them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ LABELS_FILE = "id2label.json"
 
 
 def label_map(labels: Sequence[Any], names: Sequence[str] | None = None) -> dict[str, int]:
-    """Label name -> class id: `names` in their order, or the distinct labels, numbers before words, sorted.
+    """Label name -> class id: `names` in their order, or the distinct labels, sorted (as numbers if all are numbers).
 
     Raises:
-        ValueError: for fewer than two classes, a name that comes twice, or a label outside `names`; tells how many.
+        ValueError: for fewer than two classes, a name that comes twice, or labels outside `names`.
     """
     found = {str(label) for label in labels}
     if names is None:
@@ -36,7 +36,7 @@ def label_map(labels: Sequence[Any], names: Sequence[str] | None = None) -> dict
 
 
 def name_classes(labels: Iterable[str], names: Mapping[int, str], source: str) -> list[str]:
-    """Each of `labels` as the name of a class: one of `names`, or a class id where no name is itself a number.
+    """Maps each label to a class name. A label is a name, or a class id if no name is a number.
 
     Raises:
         ValueError: for a label that is neither, naming it, the rows' `source` and the names.
@@ -68,7 +68,7 @@ def save_label_names(folder: str | Path, names: Mapping[int, str]) -> None:
 
 
 def read_label_names(adapter: str | Path) -> dict[int, str] | None:
-    """Class id -> name, from beside an adapter in a folder or on the Hub; None where it has no such file.
+    """Reads class id -> name from beside an adapter in a folder or on the Hub; None if it has no such file.
 
     Raises:
         ValueError: if the file is damaged.

@@ -1,23 +1,22 @@
 """Tokenises documents and packs them into blocks of one length, for training and for scoring.
 
-One convention holds everywhere:
+The layout:
 
-- A tokenised document is `<|endoftext|> t1 ... tn <|endoftext|>`. The first marker is context, so that t1 is predicted
-  too; the last is the end, which the model must predict as well. n + 1 predictions cover every byte of the text.
-- Documents are laid end to end, and the closing marker of one is the opening marker of the next: GPT-2's stream. The
-  shared marker is scored (label) on the logits of the old document's last token and read (input) by the new document
-  alone, because `position_ids` restart at 0 there. So documents stay isolated and nothing is scored twice. A tokenizer
-  whose bos differs from its eos shares nothing: `bos t1 ... tn eos`, and bos carries label -100.
-- A block starts with the last token of the block before it, as context (label -100, position 0). So the blocks of a
-  text together score each of its tokens exactly once.
+- A tokenised document is `<|endoftext|> t1 ... tn <|endoftext|>`. The first marker is context for t1. The last marker
+  is the end, which the model must predict too. So n + 1 predictions cover every byte of the text.
+- Documents lie end to end, and the closing marker of one is the opening marker of the next (GPT-2's stream). The old
+  document predicts the shared marker. Only the new document reads it, because `position_ids` restart at 0 there. So
+  documents stay isolated and nothing is scored twice. If bos differs from eos, nothing is shared: documents are
+  `bos t1 ... tn eos`, and bos has label -100.
+- A block starts with the last token of the previous block as context (label -100, position 0). So the blocks of a text
+  score each of its tokens exactly once.
 
-Labels are aligned with `input_ids`, as everywhere in transformers: the model shifts. Rows carry no `attention_mask`,
-and none must be added on the way (by a padding collator, say): models tell packed documents apart by `position_ids`
-only when there is no mask, and transformers' own models only when there is no cache either (`use_cache=False`).
-`transformers.default_data_collator` is the collator for them.
+Labels are aligned with `input_ids`: the model shifts them. Rows carry no `attention_mask`, and no collator may add
+one: models tell packed documents apart by `position_ids` only when there is no mask, and transformers' own models only
+with `use_cache=False`. Use `transformers.default_data_collator`.
 
-Bits per byte = summed loss in nats / ln 2 / `CorpusReport.bytes`, with every scored token of `pack_for_evaluation` in
-the sum. A mean over batches is not that sum: the last block is shorter than the others.
+Bits per byte = summed loss in nats / ln 2 / `CorpusReport.bytes`, over every scored token of `pack_for_evaluation`.
+A mean over batches is another number, because the last block is shorter.
 """
 
 from __future__ import annotations
@@ -38,17 +37,17 @@ if TYPE_CHECKING:
 
 IGNORE_INDEX = -100
 
-# Characters handed to the tokenizer at once, and tokens packed at once: some hundred MB of working memory.
-_ENCODE_CHARACTERS = 1 << 22
-_PACK_TOKENS = 1 << 20
+# Characters tokenised at once and tokens packed at once; either takes some hundred MB of memory.
+ENCODE_CHARACTERS = 1 << 22
+PACK_TOKENS = 1 << 20
 
 
 @dataclass(frozen=True)
 class CorpusReport:
-    """How much text became how many tokens and blocks.
+    """Counts documents, bytes, tokens and blocks of a text.
 
-    `bytes`: UTF-8 bytes of the documents. `tokens`: predictions these documents hold (their tokens and one end marker
-    each). `scored_tokens`: the predictions that the blocks really score, all of them when packed for evaluation.
+    `bytes`: UTF-8 bytes of the documents. `tokens`: tokens of the documents plus one end marker each. `scored_tokens`:
+    the tokens that the blocks score; all of them when packed for evaluation.
     """
 
     documents: int
@@ -62,7 +61,7 @@ class CorpusReport:
         """Count `tokenized` (from `tokenize`) and what `pack` or `pack_for_evaluation` made of it."""
         num_bytes = tokenized.with_format("numpy", columns=["num_bytes"])["num_bytes"]
         scored = 0
-        rows = max(1, _PACK_TOKENS // len(packed[0]["labels"])) if len(packed) else 1
+        rows = max(1, PACK_TOKENS // len(packed[0]["labels"])) if len(packed) else 1
         for batch in packed.with_format("arrow", columns=["labels"]).iter(rows):
             labels = _flatten(batch["labels"]).reshape(len(batch), -1)
             scored += int(np.count_nonzero(labels[:, 1:] != IGNORE_INDEX))
@@ -93,10 +92,9 @@ class CorpusReport:
 def tokenize(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, num_proc: int | None = None) -> Dataset:
     """Encode the `text` column: one row per document, columns `input_ids` (int32) and `num_bytes` (UTF-8, int64).
 
-    A row is the opening marker (bos, or eos where there is no bos), the tokens of the text, and eos. Special tokens
-    written out in a text are text here. A fast tokenizer uses all cores by itself; `num_proc` starts processes.
-    The rows are kept in the disk cache of `datasets`, by a hash of the texts and of the tokenizer: the same texts are
-    not tokenised again, wherever they come from.
+    A row is the opening marker (bos, or eos if there is no bos), the tokens of the text, and eos. Special tokens
+    written in a text are plain text. A fast tokenizer uses all cores by itself; `num_proc` starts processes. The disk
+    cache of `datasets` keeps the rows under a hash of texts and tokenizer, so the same texts are tokenised once.
 
     Raises ValueError for a tokenizer without eos token, and for one that produces ids outside its own vocabulary.
     """
@@ -133,7 +131,7 @@ def _digest(documents: Dataset) -> str:
 
 
 def _cache_file(name: str) -> str | None:
-    """A file in the disk cache of `datasets`; None, which means memory, where nothing can be written there."""
+    """A file in the disk cache of `datasets`; None, which means memory, if the cache cannot be written to."""
     from datasets import config
 
     folder = os.path.join(config.HF_DATASETS_CACHE, "hf_decoder")
@@ -168,9 +166,9 @@ def check_one_block(tokens: int, block_size: int) -> None:
 def pack_for_evaluation(dataset: Dataset, block_size: int, stride: int | None = None) -> Dataset:
     """Pack the rows of `tokenize` into blocks that score every token of every document exactly once.
 
-    Columns as in `pack`. The last block is filled up with end markers that carry label -100. `stride` is how many
-    tokens a block advances, and scores: `block_size - 1` by default; a smaller one gives each scored token at least
-    `block_size - stride` tokens of context (less only where the text began), at `block_size / stride` times the work.
+    Columns as in `pack`. End markers with label -100 fill the last block. A block advances by `stride` tokens and
+    scores as many: `block_size - 1` by default. A smaller stride gives each scored token at least
+    `block_size - stride` tokens of context (fewer at the start of the text), at `block_size / stride` times the work.
 
     Raises ValueError when there is no document, for a block size under 2, and for a stride outside 1..block_size - 1.
     """
@@ -183,15 +181,15 @@ def pack_for_evaluation(dataset: Dataset, block_size: int, stride: int | None = 
 
 
 def batch_rows(dataset: Dataset) -> int:
-    """How many rows of `dataset` to hold at once: 1000, and fewer where rows are long."""
+    """How many rows of `dataset` to hold at once: 1000, or fewer if rows are long."""
     row_bytes = dataset.data.nbytes / max(1, dataset.data.num_rows)
-    return int(min(1000, max(1, _ENCODE_CHARACTERS // max(1, row_bytes))))
+    return int(min(1000, max(1, ENCODE_CHARACTERS // max(1, row_bytes))))
 
 
 class _Layout:
-    """Where documents and blocks lie in the stream of all documents laid end to end.
+    """Positions of documents and blocks in the stream of all documents laid end to end.
 
-    `starts[d]` is the stream position of document d's opening marker; one more entry stands behind the last document.
+    `starts[d]` is the position of document d's opening marker; a last entry marks the end.
     """
 
     def __init__(self, dataset: Dataset, block_size: int, stride: int):
@@ -216,7 +214,7 @@ class _Layout:
         from datasets.fingerprint import Hasher
 
         fingerprint = Hasher.hash([dataset._fingerprint, self.block_size, self.stride, blocks])
-        # Packed rows go where the documents are: to the disk cache beside them, or to memory.
+        # Packed rows go where the documents are: beside them in the disk cache, or to memory.
         cache = None
         if dataset.cache_files:
             folder = os.path.dirname(dataset.cache_files[0]["filename"])
@@ -225,7 +223,7 @@ class _Layout:
         packed = Dataset.from_dict({"block": np.arange(blocks)}).map(
             self._rows,
             batched=True,
-            batch_size=max(1, _PACK_TOKENS // self.block_size),
+            batch_size=max(1, PACK_TOKENS // self.block_size),
             fn_kwargs={"documents": dataset.select_columns("input_ids").with_format("arrow")},
             remove_columns=["block"],
             features=Features({"input_ids": column, "position_ids": column, "labels": column}),
@@ -239,29 +237,19 @@ class _Layout:
         first, last = batch["block"][0], batch["block"][-1]
         start = first * self.stride
         stop = last * self.stride + self.block_size
-        tokens, positions, labels = self._span(documents, start, min(stop, self.total))
+        stream = self._span(documents, start, min(stop, self.total))
         if stop > self.total:
-            # Causal attention keeps the filling out of sight of every token that is scored.
-            filling = (0, stop - self.total)
-            tokens = np.pad(tokens, filling, constant_values=self.closing)
-            positions = np.pad(positions, filling)
-            labels = np.pad(labels, filling, constant_values=IGNORE_INDEX)
-        columns = np.arange(self.block_size, dtype=np.int32)
-        labels = self._windows(labels)
-        labels[:, 0] = IGNORE_INDEX
-        repeated = slice(1 if first == 0 else 0, None), slice(0, self.block_size - self.stride)
-        labels[repeated] = IGNORE_INDEX
-        return {
-            "input_ids": self._windows(tokens),
-            # A document that began before the block counts from the block's start.
-            "position_ids": np.minimum(self._windows(positions), columns),
-            "labels": labels,
-        }
+            # Under causal attention no scored token sees the filling.
+            filling = np.tile(np.array([[self.closing], [1], [0]], np.int32), stop - self.total)
+            stream = np.concatenate([stream, filling], axis=1)
+        ids, positions, labels = cut_blocks(stream, self.block_size, self.stride)
+        labels[1 if first == 0 else 0 :, : self.block_size - self.stride] = IGNORE_INDEX  # scored in the block before
+        return {"input_ids": ids, "position_ids": positions, "labels": labels}
 
-    def _span(self, documents: Dataset, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Tokens, positions in their documents and labels of the stream from `start` up to `stop`, each int32."""
+    def _span(self, documents: Dataset, start: int, stop: int) -> np.ndarray:
+        """The stream from `start` to `stop`, as `cut_blocks` takes it."""
         first = int(np.searchsorted(self.starts, start, side="right")) - 1
-        # The marker behind the last document belongs to that document's row.
+        # The last marker of the stream is in the last document's row.
         first = min(first, len(documents) - 1)
         last = min(int(np.searchsorted(self.starts, stop - 1, side="right")) - 1, len(documents) - 1)
         rows = _flatten(documents[first : last + 1]["input_ids"])
@@ -274,17 +262,23 @@ class _Layout:
         tokens = rows[low:high]
         if self.shared:
             tokens = np.delete(tokens, ends[ends >= low] - low)
-        stream = np.arange(start, stop)
-        begins = self.starts[np.searchsorted(self.starts, stream, side="right") - 1]
-        positions = (stream - begins).astype(np.int32)
-        labels = tokens.copy()
-        if not self.shared:
-            labels[positions == 0] = IGNORE_INDEX
-        return tokens, positions, labels
+        restarts = np.zeros(stop - start, np.int32)
+        restarts[self.starts[slice(*np.searchsorted(self.starts, [start, stop]))] - start] = 1
+        return np.stack([tokens, restarts, np.ones_like(restarts) if self.shared else 1 - restarts])
 
-    def _windows(self, values: np.ndarray) -> np.ndarray:
-        windows = np.lib.stride_tricks.sliding_window_view(values, self.block_size)[:: self.stride]
-        return np.array(windows)
+
+def cut_blocks(stream: np.ndarray, block_size: int, stride: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Cuts a stream into blocks that begin `stride` tokens apart.
+
+    `stream` is (3, tokens) int32: ids, whether a document starts there, whether the token is scored. Returns ids,
+    positions and labels, each (blocks, block_size). A document that began before the block counts from its start.
+    """
+    ids, restarts, scored = np.lib.stride_tricks.sliding_window_view(stream, block_size, axis=1)[:, ::stride]
+    columns = np.arange(block_size, dtype=np.int32)
+    positions = columns - np.maximum.accumulate(np.where(restarts, columns, 0), axis=1)
+    labels = np.where(scored, ids, IGNORE_INDEX)
+    labels[:, 0] = IGNORE_INDEX
+    return np.array(ids), positions, labels
 
 
 def markers_of(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
@@ -296,7 +290,7 @@ def markers_of(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
 
 
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[np.ndarray]:
-    """The ids of each text (int32), without markers. Special tokens written out in a text are text here.
+    """The ids of each text (int32), without markers. Special tokens written in a text are plain text.
 
     Raises ValueError for ids outside the tokenizer's own vocabulary.
     """
@@ -326,7 +320,7 @@ def _encode(batch: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def _groups(texts: list[str]) -> Iterator[tuple[list[int], list[str]]]:
-    """Pieces of the texts and the texts they belong to, grouped to what a tokenizer should get at once."""
+    """Groups pieces of texts, each with the number of its text, to what a tokenizer should get at once."""
     owners: list[int] = []
     pieces: list[str] = []
     characters = 0
@@ -335,7 +329,7 @@ def _groups(texts: list[str]) -> Iterator[tuple[list[int], list[str]]]:
             owners.append(owner)
             pieces.append(piece)
             characters += len(piece)
-            if characters >= _ENCODE_CHARACTERS:
+            if characters >= ENCODE_CHARACTERS:
                 yield owners, pieces
                 owners, pieces, characters = [], [], 0
     if pieces:

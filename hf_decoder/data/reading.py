@@ -1,4 +1,4 @@
-"""Finds and opens text files, tables and data sets of the Hub, and says in one line what is wrong with them."""
+"""Finds and opens text files, tables and data sets of the Hub; errors are one line each."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from typing import Any, BinaryIO, cast
 
 PathLike = str | os.PathLike[str]
 
-# Text is packed to a third or a tenth, a file of one line over and over to a hundredth; up to so much it is no matter.
+# A compressed file may unpack to `MOST_GROWTH` times its size, or to `FREE_BYTES`. Text shrinks to a third or a tenth,
+# one line repeated to a hundredth.
 MOST_GROWTH, FREE_BYTES = 200, 16 << 20
-MOST_ROWS_A_BYTE = 64  # of a parquet file: as many rows as it likes may be the same one, told once
-
+MOST_ROWS_A_BYTE = 64  # in a parquet file, which may store any number of equal rows once
 
 # Suffix -> builder of `datasets`.
 TABLE_SUFFIXES = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -60,7 +60,7 @@ NAMES = {"gz": "gzip", "bz2": "bzip2"}
 def find_files(
     paths: PathLike | Sequence[PathLike], argument: str
 ) -> tuple[list[tuple[Path, str]], dict[str, list[Path]], str]:
-    """The text files below `paths`, each with its `source`; the tables by their builder; and the paths in words."""
+    """The text files below `paths`, each with its `source`; the tables by builder; and a name for all of them."""
     given = [Path(path) for path in ([paths] if isinstance(paths, (str, os.PathLike)) else paths)]
     if not given:
         raise ValueError(f"{argument} is an empty list; name at least one file or folder")
@@ -77,7 +77,7 @@ def find_files(
 
 
 def _walk(path: Path, argument: str) -> Iterator[tuple[Path, str]]:
-    """The files that `path` stands for, each with its `source`: the name of a file, the path inside a folder."""
+    """The files of `path`, each with its `source`: its name, or its path inside a folder."""
     if path.is_file():
         yield path, path.name
         return
@@ -101,14 +101,14 @@ def plain_name(path: Path) -> str:
 
 
 def _suffix(path: Path) -> str:
-    """The suffix that tells the format: that of a compression is looked through."""
+    """The suffix that tells the format, without the suffix of a compression."""
     return Path(plain_name(path)).suffix
 
 
 def read_text(path: Path, encoding: str | None = None) -> str:
-    """The text of a UTF-8 file, unpacked if its name says so; ValueError for anything that is not such a file.
+    """Reads a UTF-8 file, unpacked if its name says so, without a byte order mark.
 
-    What is not UTF-8 is read in `encoding`, if there is one. A byte order mark is no text.
+    `encoding` is for a file that is not UTF-8. Raises ValueError for a file that is no text.
     """
     with _open(path) as file:
         data = file.read()
@@ -129,14 +129,14 @@ def read_text(path: Path, encoding: str | None = None) -> str:
 
 
 def text_start(path: PathLike) -> int:
-    """The byte of a plain UTF-8 file where its text begins: behind the byte order mark, if there is one."""
+    """The byte at which the text of a plain UTF-8 file begins: after a byte order mark, or 0."""
     mark = codecs.BOM_UTF8
     with open(path, "rb") as file:
         return len(mark) if file.read(len(mark)) == mark else 0
 
 
 def not_utf8(path: Path, byte: int, offset: int) -> ValueError:
-    """What there is to say of a file with such a byte."""
+    """The error for a file with a byte that is not UTF-8."""
     return ValueError(
         f"{path} is not UTF-8 (byte 0x{byte:02x} at offset {offset}); convert it with iconv -f cp1252 -t UTF-8, or "
         "give pretrain its encoding: --encoding cp1252"
@@ -160,7 +160,7 @@ def _is_utf8(data: bytes) -> bool:
 
 
 def find_invalid_byte(path: Path) -> tuple[int, int] | None:
-    """Value and offset of the first byte of a file that is not UTF-8, read piece by piece; None if it is all UTF-8."""
+    """Value and offset of the first byte of a file that is not UTF-8; None if all are. Reads a megabyte at a time."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     done = 0
     with _open(path) as file:
@@ -187,14 +187,14 @@ def _open(path: Path) -> Iterator[BinaryIO]:
         with unpack(path) as unpacked:
             yield cast(BinaryIO, _Unpacked(unpacked, path))
     except (gzip.BadGzipFile, lzma.LZMAError, EOFError, zlib.error, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # bz2 says by one without a number that it is none
+        if isinstance(error, OSError) and error.errno is not None:  # without a number: bz2's error for other files
             raise
         kind = path.suffix[1:].lower()
         raise ValueError(f"{path} is not a whole {NAMES.get(kind, kind)} file ({error}); compress it again") from None
 
 
 class _Unpacked(io.RawIOBase):
-    """What a packed file holds, as long as that is not `MOST_GROWTH` times what the file takes."""
+    """A reader of a compressed file that stops at `MOST_GROWTH` times the file's size."""
 
     def __init__(self, unpacked: Any, path: Path):
         self._unpacked, self._path, self._read = unpacked, path, 0
@@ -209,16 +209,13 @@ class _Unpacked(io.RawIOBase):
         if self._read > self._most:
             raise ValueError(
                 f"{self._path} unpacks to more than {MOST_GROWTH} times its {self._path.stat().st_size:,} bytes, "
-                "as no text does; unpack it yourself if it is to be trusted"
+                "as no text does; unpack it yourself if you trust it"
             )
         return count
 
 
 def plain_file(path: Path, encoding: str | None = None) -> Path:
-    """`path` if it is plain UTF-8; for one that is compressed or in `encoding`, a copy in the cache of `datasets`.
-
-    Whether a file is UTF-8 is looked into only where there is an encoding to take instead.
-    """
+    """`path`, or an unpacked UTF-8 copy in the cache of `datasets` if it is compressed or in `encoding`."""
     from datasets import config
 
     foreign = encoding is not None and find_invalid_byte(path) is not None
@@ -253,10 +250,10 @@ def load_table(
     text_column: str | None = None,
     streaming: bool = False,
 ) -> tuple[Any, str]:
-    """The rows of tables of one kind, as `datasets` reads them, and the name to give the table in messages.
+    """The rows of tables of one kind, as `datasets` reads them, and a name for messages.
 
-    A column of JSON lines may hold values of several types, or begin late in the file, which `datasets` does not read.
-    Where `text_column` is another one, it is read alone.
+    `datasets` cannot read JSON lines with a column of several types, or one that begins late in the file. Then
+    `text_column` is read alone.
     """
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
@@ -264,7 +261,7 @@ def load_table(
     from transformers.utils import logging as transformers_logging
 
     name = str(paths[0]) if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
-    # Escaped, because the builders take names for patterns.
+    # Escaped, because the builders take names as patterns.
     plain = [plain_file(path, None if builder == "parquet" else encoding) for path in paths]
     for path, file in zip(paths, plain, strict=True):
         if file.stat().st_size == 0:
@@ -273,7 +270,7 @@ def load_table(
             _check_rows(file, path)
     files = [glob.escape(str(file)) for file in plain]
     verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)  # what it logs on the way to an error, the error says
+    logging.set_verbosity(logging.CRITICAL)  # the error repeats what it logs
     try:
         return load_dataset(builder, data_files=files, split="train", streaming=streaming), name
     except (DatasetsError, ValueError, OSError) as error:
@@ -289,7 +286,7 @@ def load_table(
 
 
 def _column_alone(files: Sequence[Path], column: str | None) -> Any:
-    """The texts of one column of JSON lines, as a table; None where they are not texts, or the lines not JSON."""
+    """The texts of one column of JSON lines as a table; None if they are not texts, or the lines are not JSON."""
     from datasets import Dataset, Features, Value
 
     texts: list[Any] = []
@@ -305,7 +302,7 @@ def _column_alone(files: Sequence[Path], column: str | None) -> Any:
 
 
 def _check_rows(file: Path, path: Path) -> None:
-    """Raises ValueError for a parquet file of more rows, or larger ones, than its bytes can hold."""
+    """Raises ValueError for a parquet file that claims more rows or bytes than a file of its size can hold."""
     from pyarrow import ArrowException
     from pyarrow.parquet import read_metadata
 
@@ -325,7 +322,7 @@ def _check_rows(file: Path, path: Path) -> None:
 
 
 def explain_table(builder: str, paths: list[Path], name: str, error: BaseException) -> ValueError:
-    """What to say of tables that cannot be read: bytes that are not UTF-8, or the reader's own words."""
+    """The error for tables that cannot be read: the byte that is not UTF-8, or the reader's own message."""
     for path in paths if builder != "parquet" else []:
         found = find_invalid_byte(path)
         if found is not None:
@@ -334,7 +331,7 @@ def explain_table(builder: str, paths: list[Path], name: str, error: BaseExcepti
 
 
 def bytes_of_text(builder: str, path: Path, text_column: str) -> int | None:
-    """About how many bytes of text a table holds, without reading it; None where nothing tells."""
+    """Estimates how many bytes of text a table holds without reading it; None if that cannot be told."""
     if builder == "parquet":
         from pyarrow.parquet import read_metadata
 
@@ -353,7 +350,7 @@ def bytes_of_text(builder: str, path: Path, text_column: str) -> int | None:
 
 
 def load_hub(dataset_name: str, dataset_config_name: str | None, *, streaming: bool = False) -> tuple[Any, str]:
-    """The splits of a data set of the Hub or of a folder that looks like one, and the name it has in messages."""
+    """The splits of a data set of the Hub, or of a folder laid out like one, and a name for messages."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
@@ -370,7 +367,7 @@ def load_hub(dataset_name: str, dataset_config_name: str | None, *, streaming: b
 
 
 def check_text_column(columns: Sequence[str], kind: str, text_column: str, name: str) -> None:
-    """Raises ValueError where a table has no such column, or one that holds a `kind` that is not text."""
+    """Raises ValueError if a table has no such column, or its `kind` is not text."""
     if text_column not in columns:
         raise ValueError(
             f"{name} has no column {text_column!r}; its columns are {', '.join(columns)}: name one as text_column"

@@ -1,10 +1,9 @@
 """Reads rows of prompts, answers, conversations, labels and preferences, and recognises them by their columns.
 
-A file is .jsonl, .ndjson, .json, .csv, .tsv or .parquet with named columns, or text of any other suffix with one row a
-line (column `text`); each but parquet also compressed. `KINDS` lists what a task may be given, in the order in which
-it is looked for. Rows as Alpaca and Dolly have them (Taori et al. 2023; Conover et al. 2023), an `instruction` and
-the `input` or `context` it is about, have both in their prompt. A `system` text, a `history` and `tools` beside a
-prompt make messages of it.
+A file is .jsonl, .ndjson, .json, .csv, .tsv or .parquet with named columns. Any other suffix is text with one row per
+line (column `text`). All but parquet may be compressed. `KINDS` lists the columns that a task accepts, the preferred
+ones first. In rows of Alpaca and Dolly (Taori et al. 2023; Conover et al. 2023), the prompt is the `instruction`
+followed by its `input` or `context`. A `system` text, a `history` or `tools` beside a prompt turn it into messages.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from hf_decoder.data.reading import plain_name, read_text
 
 Row = dict[str, Any]
 
-# role -> names under which public data sets hold it, in lower case; the role's own name first
+# role -> column names in public data sets, in lower case; the role's own name first
 ALIASES = {
     "text": ("text", "sentence", "review", "content"),
     "prompt": ("prompt", "instruction", "question", "input", "source", "conversations", "conversation"),
@@ -48,13 +47,13 @@ ALIASES = {
     "tools": ("tools", "functions"),
     "chat_template_kwargs": ("chat_template_kwargs",),
 }
-# what a recognised prompt is about, and follows it after a blank line
+# prompt column -> columns that are appended to it after a blank line
 COMPANIONS = {"instruction": ("input", "context"), "question": ("context",)}
-# what surrounds a conversation: the first two become turns of it, the others go to the chat template
+# columns beside a conversation: the first two become turns, the others go to the chat template
 SURROUNDINGS = ("system", "history", "tools", "chat_template_kwargs")
 TO_TEMPLATE = ("tools", "chat_template_kwargs")
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
-BETWEEN = "\n\n"  # a recognised prompt and its answer, or the parts of a prompt
+BETWEEN = "\n\n"  # between a recognised prompt and its answer, and between the parts of a prompt
 KINDS = {
     "sft": (("messages",), ("prompt", "completion"), ("text",)),
     "classification": (("text", "label"),),
@@ -65,10 +64,10 @@ KINDS = {
 
 
 def read_rows(path: str | Path) -> list[Row]:
-    """The rows of a file, each a mapping of column names to values.
+    """Reads the rows of a file, each a mapping of column names to values.
 
     Raises:
-        ValueError: for a file that is missing, empty, or not what its suffix says; names the line.
+        ValueError: for a file that is missing, empty, or not in the format of its suffix; names the line.
     """
     path = Path(path)
     if not path.is_file():
@@ -96,7 +95,7 @@ def read_rows(path: str | Path) -> list[Row]:
 
 
 def read_lines(path: str | Path) -> list[str]:
-    """The lines of a text file without their ends: split at line feeds only, so that parallel files stay parallel."""
+    """Reads the lines of a text file, split at line feeds only, so that parallel files stay parallel."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"file {path} does not exist")
@@ -155,11 +154,10 @@ def _parquet_rows(path: Path) -> list[Row]:
 
 
 class Selection(list[Row]):
-    """Rows of one kind, by their roles.
+    """Rows of one kind, by role.
 
-    `unused` has the columns that are in none of them, and how many rows have a value there. `separator` is what stands
-    between a prompt and its answer that do not meet in a space: nothing where they are named as TRL names them, which
-    joins the two as they are.
+    `unused`: column that no role uses -> how many rows have a value there. `separator`: goes between prompt and answer
+    where no space does. It is empty for TRL's column names, because TRL joins the two as they are.
     """
 
     unused: dict[str, int]
@@ -169,18 +167,18 @@ class Selection(list[Row]):
 def select_columns(
     rows: Sequence[Mapping[str, Any]], kind: str, named: Mapping[str, str | None], source: str
 ) -> Selection:
-    """`rows` with the columns of `kind` alone, renamed to their roles.
+    """Keeps the columns of `kind`, renamed to their roles.
 
-    Conversations come in the form of `conversations.read_turns`. Where a row has a `system` text, a `history` or
-    `tools` beside a prompt of text, all rows become conversations. What cannot be had of a row is `Unusable`.
+    Conversations have the form of `conversations.read_turns`. If any row has a `system` text, a `history` or `tools`
+    beside a text prompt, all rows become conversations. A value that cannot be used is `Unusable`.
 
     Args:
-        named: role -> column name, where the user named it; the others are recognised by `ALIASES`, and `COMPANIONS`
-            of a recognised prompt follow it, after a blank line.
-        source: what the error message calls the rows.
+        named: role -> column, where the user named it. Others are recognised by `ALIASES`; `COMPANIONS` of a
+            recognised prompt are appended to it.
+        source: name of the rows in error messages.
 
     Raises:
-        ValueError: listing the columns there are, where those that `kind` needs are missing or not recognised.
+        ValueError: if columns that `kind` needs are missing; lists the columns.
     """
     columns = list(dict.fromkeys(column for row in rows for column in row))
     wanted = {role: column for role, column in named.items() if column is not None}
@@ -189,7 +187,7 @@ def select_columns(
             raise ValueError(f"{source} has no column {column!r} for --{role}_column; it has: {', '.join(columns)}")
     by_name = {column.lower(): column for column in reversed(columns)}
     for roles in KINDS[kind]:
-        # A role that the user named decides for the kind that has it.
+        # Columns that the user named decide which set of roles it is.
         if set(wanted) - set(roles):
             continue
         found = {
@@ -208,7 +206,7 @@ def select_columns(
 def _select(
     rows: Sequence[Mapping[str, Any]], kind: str, found: dict[str, str], by_name: dict[str, str], named: set[str]
 ) -> Selection:
-    """`select_columns`, with the column of each role `found`; `by_name` has all columns, by lower-case names."""
+    """Does `select_columns` with the column `found` for each role; `by_name` maps lower-case names to columns."""
     free = {name: column for name, column in by_name.items() if column not in found.values()}
     about = COMPANIONS.get(found.get("prompt", "").lower(), ()) if "prompt" not in named else ()
     companions = [free[name] for name in about if name in free]
@@ -253,31 +251,31 @@ def _select(
 
 
 def describe_unused(counts: Mapping[str, int]) -> str:
-    """The columns of `Selection.unused` in words."""
+    """A line about the columns of `Selection.unused`."""
     return "columns that are not used: " + ", ".join(f"{name} ({count:,} rows)" for name, count in counts.items())
 
 
 def separate(row: Row, separator: str) -> Row:
-    """The row with `separator` behind its prompt, if that is text and does not end in a space."""
+    """The row with `separator` after its prompt, if that is text and does not end in a space."""
     prompt = row.get("prompt")
     return {**row, "prompt": prompt + separator} if isinstance(prompt, str) and not prompt[-1:].isspace() else row
 
 
 def _joined(parts: Sequence[Any]) -> Any:
-    """An instruction and, after a blank line, what it is about, where the row has that."""
+    """Joins an instruction and its companions by blank lines; empty ones are left out."""
     if not isinstance(parts[0], str) or not parts[0].strip():
         return parts[0]
     return BETWEEN.join(part for part in parts if isinstance(part, str) and part.strip())
 
 
 def _meets(values: Row) -> bool:
-    """Whether a prompt and the answers to it meet in a space."""
+    """Whether a space separates a prompt from each of its answers."""
     texts = [value for value in values.values() if isinstance(value, str) and not isinstance(value, Unusable)]
     return len(texts) < 2 or texts[0][-1:].isspace() or all(text[:1].isspace() for text in texts[1:])
 
 
 def _surrounding(role: str, value: Any) -> Any:
-    """Turns, tools or options of the template that a column beside the conversation stands for; None for nothing."""
+    """Reads a column beside a conversation: turns, tools or options of the template; None if it is empty."""
     if role == "system":
         value = [{"role": "system", "content": value}] if isinstance(value, str) and value.strip() else value or None
         return value if value is None or isinstance(value, list) else Unusable("its system is not text")
@@ -299,7 +297,7 @@ def _surrounding(role: str, value: Any) -> Any:
 
 
 def _surround(values: Row, beside: Row) -> Row:
-    """A row as a conversation, with what its other columns say before it."""
+    """Turns a row into a conversation that begins with its system and history columns."""
     first = next(iter(values))
     start, answer = values[first], values.get("completion")
     before = [*(beside.get("system") or []), *(beside.get("history") or [])]
@@ -320,7 +318,7 @@ def _surround(values: Row, beside: Row) -> Row:
 
 
 def _pair(values: Row, beside: Row, talks: bool) -> Row:
-    """A preference as TRL takes it: all text; or turns, those that both chats begin with in the prompt alone."""
+    """Turns a row into a preference for TRL: all text, or turns with the common start of both chats as prompt."""
     prompt, answers = values.get("prompt"), [values["chosen"], values["rejected"]]
     if answers[0] == answers[1]:
         return {**values, "chosen": Unusable("chosen and rejected are the same")}
@@ -351,7 +349,7 @@ def _pair(values: Row, beside: Row, talks: bool) -> Row:
 
 @dataclass
 class Skipped:
-    """Rows that were left out, by reason, and the first of each, counted from 1."""
+    """Counts the rows that were left out by reason, with the first row of each, counted from 1."""
 
     rows: int
     reasons: Counter[str] = field(default_factory=Counter)
@@ -366,10 +364,10 @@ class Skipped:
 
 
 def drop_unusable(rows: Sequence[Row]) -> tuple[list[Row], Skipped]:
-    """The rows that a task can learn from, and how many it cannot and why.
+    """Separates the rows that a task can learn from; counts the others by reason.
 
-    Unusable are an empty prompt, completion, text or answer, and a conversation that is malformed or in which the
-    assistant says nothing.
+    A row is unusable if its prompt, completion, text or answer is empty, or if its conversation is malformed or the
+    assistant says nothing in it.
     """
     kept, skipped = [], Skipped(len(rows))
     for number, row in enumerate(rows, 1):
@@ -411,15 +409,13 @@ def _fault(role: str, value: Any) -> str | None:
 
 
 def first_answer(turns: Sequence[Mapping[str, Any]]) -> str | None:
-    """What the assistant says first in a conversation, or None."""
+    """The assistant's first text in a conversation, or None."""
     said = (turn["content"] for turn in turns if turn["role"] == "assistant")
     return next((content for content in said if isinstance(content, str) and content.strip()), None)
 
 
 def check_alike(rows: Sequence[Row], source: str, *, across_roles: bool = False) -> None:
-    """Refuses rows of which some hold text and others messages where a trainer takes only one of them.
-
-    `across_roles` says that this holds for all roles of a row together, too.
+    """Refuses rows that mix text and messages, in one role or, with `across_roles`, in all of them together.
 
     Raises:
         ValueError: naming the `source` and a row of each.
@@ -438,7 +434,7 @@ def check_alike(rows: Sequence[Row], source: str, *, across_roles: bool = False)
 
 
 def count_overlap(train: Sequence[Row], held_out: Sequence[Row]) -> int:
-    """How many rows of `held_out` also stand in `train`; labels and answers count, spaces at the ends do not."""
+    """How many rows of `held_out` are also in `train`; spaces at the ends do not count."""
     seen = {_key(row) for row in train}
     return sum(_key(row) in seen for row in held_out)
 
@@ -452,7 +448,7 @@ def _key(row: Row) -> str:
 
 
 def pair_lines(prompt_file: str | Path, reference_file: str | Path) -> list[Row]:
-    """Rows of two text files that run in parallel, columns `prompt` and `reference`.
+    """Reads two parallel text files as rows with columns `prompt` and `reference`.
 
     Raises:
         ValueError: if they differ in length.
@@ -468,7 +464,7 @@ def pair_lines(prompt_file: str | Path, reference_file: str | Path) -> list[Row]
 
 
 def read_prompts(path: str | Path, prompt_column: str | None = None) -> list[Row]:
-    """The rows of a file with their prompt under `prompt`, and all their other columns as they are.
+    """Reads the rows of a file with their prompt as `prompt`; all other columns stay as they are.
 
     Raises:
         ValueError: as `read_rows` and `select_columns`; and for a prompt that cannot be rendered, naming its row.

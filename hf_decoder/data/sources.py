@@ -1,4 +1,4 @@
-"""Loads the text that a run's flags name: files, folders, data sets, and mixtures of files by weight."""
+"""Loads the text that the flags name: files, folders, data sets, and mixtures of files by weight."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class TextArguments:
-    """Which text it is trained and measured on."""
+    """Which text the model is trained and measured on."""
 
     train_file: list[str] | None = field(
         default=None,
         metadata={
             "help": "Text to train on: .txt, .md, .jsonl, .csv, .parquet, each also .gz, .bz2, .xz; or a folder. "
-            "Several are laid together; with weights, a.txt:0.7 b.jsonl:0.3, they are mixed in these shares of bytes."
+            "Several are joined; with weights, a.txt:0.7 b.jsonl:0.3, they are mixed in these shares of bytes."
         },
     )
     validation_file: str | None = field(default=None, metadata={"help": "Held-out text, of the same kinds."})
@@ -33,7 +33,7 @@ class TextArguments:
         metadata={"help": "Encoding of the text files that are not UTF-8, for example cp1252.", "rare": True},
     )
     streaming: bool = field(
-        default=False, metadata={"help": "Read the text bit by bit as it is needed: for text larger than memory."}
+        default=False, metadata={"help": "Read the text while training, for text larger than memory."}
     )
     validation_split_percentage: float = field(
         default=5.0,
@@ -42,17 +42,17 @@ class TextArguments:
 
 
 def load_texts(args: TextArguments) -> DatasetDict:
-    """The documents: `train` and `validation`, columns `text` and `source`.
+    """Loads the documents: `train` and `validation`, columns `text` and `source`.
 
     Raises:
         ValueError: for flags that contradict each other, and as `documents.load_text`.
     """
-    from hf_decoder.data import documents as corpus
+    from hf_decoder.data.documents import load_standard_library, load_text
 
     if not args.train_file and args.dataset_name is None:
         if args.validation_file is not None:
             raise ValueError(f"--validation_file {args.validation_file} needs a --train_file beside it")
-        return corpus.load_standard_library()
+        return load_standard_library()
     if not 0 < args.validation_split_percentage < 100:
         raise ValueError(
             f"--validation_split_percentage {args.validation_split_percentage} must lie between 0 and 100; "
@@ -69,7 +69,7 @@ def load_texts(args: TextArguments) -> DatasetDict:
         if args.dataset_name is not None:
             raise ValueError("give either --train_file or --dataset_name, one of the two")
         return _load_mixture(weighted, options)
-    return corpus.load_text(
+    return load_text(
         train_file=[path for path, _ in weighted] or None,
         dataset_name=args.dataset_name,
         dataset_config_name=args.dataset_config_name,
@@ -78,10 +78,10 @@ def load_texts(args: TextArguments) -> DatasetDict:
 
 
 def weighted_files(names: str | Sequence[str]) -> list[tuple[str, float | None]]:
-    """`path` or `path:weight`, taken apart. A path that exists as it stands has no weight.
+    """Splits `path:weight`; a bare path, or one that exists with its colon, has no weight.
 
     Raises:
-        ValueError: for a weight that is not positive, and for weights of some files only.
+        ValueError: for a weight that is not positive, and if only some files have weights.
     """
     found: list[tuple[str, float | None]] = []
     for name in [names] if isinstance(names, str) else names:
@@ -102,9 +102,9 @@ def weighted_files(names: str | Sequence[str]) -> list[tuple[str, float | None]]
 def _load_mixture(weighted: Sequence[tuple[str, float | None]], options: dict[str, Any]) -> DatasetDict:
     from datasets import DatasetDict, concatenate_datasets
 
-    from hf_decoder.data import documents as corpus
+    from hf_decoder.data.documents import load_text
 
-    loaded = [corpus.load_text(train_file=path, **options) for path, _ in weighted]
+    loaded = [load_text(train_file=path, **options) for path, _ in weighted]
     validation = [texts["validation"] for texts in loaded]
     return DatasetDict(
         train=mix([texts["train"] for texts in loaded], [weight or 0.0 for _, weight in weighted]),
@@ -113,10 +113,10 @@ def _load_mixture(weighted: Sequence[tuple[str, float | None]], options: dict[st
 
 
 def mix(parts: Sequence[Dataset], weights: Sequence[float]) -> Dataset:
-    """The documents of all parts, in shares of UTF-8 bytes as the weights say, to a document.
+    """Mixes the documents of all parts so that their shares of UTF-8 bytes follow the weights, to a document.
 
-    Every document is there; of a part that is too small for its share, documents come again from its beginning. Parts
-    are spread evenly over the whole.
+    Every document is used. A part that is too small for its share starts again from its beginning. Parts are spread
+    evenly over the whole.
     """
     import numpy as np
     from datasets import concatenate_datasets
@@ -149,7 +149,7 @@ def _document_bytes(documents: Dataset) -> np.ndarray:
 
 
 def names_of(args: TextArguments) -> list[str]:
-    """The file or data set names of a run, without folders and weights; none for the standard library."""
+    """The names of the files or data set, without folders and weights; none for the standard library."""
     if args.train_file:
         return [Path(path).name for path, _ in weighted_files(args.train_file)]
     return [Path(args.dataset_name).name] if args.dataset_name else []

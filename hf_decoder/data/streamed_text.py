@@ -1,8 +1,7 @@
 """Splits text larger than memory into training text and held-out text.
 
-Training has the same documents as with `documents`, and the same ones are left out of it. Two things differ. Only the
-first `HELD_OUT_BYTES` of the held-out text are kept. Files that are gzipped or need re-encoding are unpacked into the
-disk cache of `datasets` first.
+The split is that of `documents`. Two things differ: only the first `HELD_OUT_BYTES` of the held-out text are kept, and
+files that are compressed or not UTF-8 are first unpacked into the disk cache of `datasets`.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_decoder.data import documents as corpus
+from hf_decoder.data.documents import MIN_DOCUMENTS_TO_SPLIT, load_files
 from hf_decoder.data.reading import (
     bytes_of_text,
     check_encoding,
@@ -33,7 +32,7 @@ from hf_decoder.data.streaming import (
     byte_ranges,
     check_column,
     decoded,
-    stretches,
+    file_segments,
 )
 
 if TYPE_CHECKING:
@@ -44,7 +43,7 @@ HELD_OUT_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Part:
-    """What is read through from the first source to the last, over and over; `weight` is its share of the bytes."""
+    """Sources that are read in turn, over and over; `weight` is their share of the bytes in a mixture."""
 
     sources: tuple[Source, ...]
     weight: float = 1.0
@@ -53,7 +52,7 @@ class Part:
 
 @dataclass(frozen=True)
 class StreamedText:
-    """The training text, part by part, and the held-out documents; `identity` tells one text from another."""
+    """The training text in parts, and the held-out documents; `identity` tells this text from others."""
 
     parts: tuple[Part, ...]
     validation: Dataset
@@ -61,12 +60,12 @@ class StreamedText:
 
     @property
     def num_bytes(self) -> int | None:
-        """Bytes of the training text, about; None where that cannot be known before it is read."""
+        """About how many bytes the training text has; None if only reading it would tell."""
         sizes = [part.num_bytes for part in self.parts]
         return None if None in sizes else sum(size or 0 for size in sizes)
 
     def once(self) -> Iterator[Segment]:
-        """The training text once, in shares of bytes as the weights say while all parts last."""
+        """Reads the training text once, mixed by weight while all parts last."""
         mixture = Mixture([Reader(part.sources, endless=False) for part in self.parts], self.weights)
         while (chosen := mixture.next_group()) is not None:
             yield from chosen[1]
@@ -85,11 +84,11 @@ class StreamedText:
 
 
 def open_stream(args: TextArguments) -> StreamedText:
-    """The text that the flags name, ready to be read.
+    """Opens the text that the flags name for reading.
 
     Raises:
         FileNotFoundError: for a path or data set that does not exist.
-        ValueError: as `sources.load_texts`; and where nothing can be held out.
+        ValueError: as `sources.load_texts`; and if nothing can be held out.
     """
     if not args.train_file and args.dataset_name is None:
         raise ValueError("--streaming needs a --train_file or --dataset_name; the standard library fits into memory")
@@ -104,7 +103,7 @@ def open_stream(args: TextArguments) -> StreamedText:
     fraction = args.validation_split_percentage / 100
     given = None
     if args.validation_file is not None:
-        given = corpus.load_files(args.validation_file, "validation_file", args.text_column, args.encoding)
+        given = load_files(args.validation_file, "validation_file", args.text_column, args.encoding)
         fraction = 0.0
     if args.dataset_name is not None:
         return _open_hub(args, fraction, given)
@@ -125,7 +124,7 @@ def open_stream(args: TextArguments) -> StreamedText:
 def _open_files(
     paths: Sequence[str], weight: float, fraction: float, args: TextArguments, held_out_bytes: int
 ) -> tuple[Part, list[dict[str, str]]]:
-    """A part of the training text, and the documents held out of it."""
+    """One part of the training text, and the documents held out of it."""
     texts, tables, name = find_files(paths, "train_file")
     files = [plain_file(file, args.encoding) for file, _ in texts]
     files = [file for file in files if file.stat().st_size > text_start(file)]
@@ -139,12 +138,12 @@ def _open_files(
         sizes = [bytes_of_text(builder, file, args.text_column) for file in plain]
         size = None if size is None or None in sizes else size + sum(each or 0 for each in sizes)
     cut: tuple[int, int] | None = None
-    if fraction and files and not tables and len(files) < corpus.MIN_DOCUMENTS_TO_SPLIT:
+    if fraction and files and not tables and len(files) < MIN_DOCUMENTS_TO_SPLIT:
         cut = _tail(files, fraction)
     ends = [_end(number, file, cut) for number, file in enumerate(files)]
     ranges = [entry for file, end in zip(files, ends, strict=True) for entry in byte_ranges(file, 0, end)]
     if ranges:
-        data = stretches(ranges, 0.0 if cut else fraction)
+        data = file_segments(ranges, 0.0 if cut else fraction)
         sources.insert(0, Source(data, None, 0.0, name, files=tuple(files)))
     if not sources:
         raise ValueError(f"train_file {name} is empty; it needs at least one character of text")
@@ -157,10 +156,10 @@ def _open_files(
     if cut is not None:
         rest = [(file, end) for file, end in zip(files, ends, strict=True) if end < file.stat().st_size]
         tail = [entry for file, end in rest for entry in byte_ranges(file, end, file.stat().st_size)]
-        return part, list(_until(Reader([Source(stretches(tail), None, 0.0, name)]), held_out_bytes))
+        return part, list(_until(Reader([Source(file_segments(tail), None, 0.0, name)]), held_out_bytes))
     documents = list(_until(Reader(_held_out(sources, ranges, fraction)), held_out_bytes))
-    if len(tables) and len(files) < corpus.MIN_DOCUMENTS_TO_SPLIT and _fewer(part, corpus.MIN_DOCUMENTS_TO_SPLIT):
-        raise ValueError(f"{name} has fewer than {corpus.MIN_DOCUMENTS_TO_SPLIT} documents; give a --validation_file")
+    if len(tables) and len(files) < MIN_DOCUMENTS_TO_SPLIT and _fewer(part, MIN_DOCUMENTS_TO_SPLIT):
+        raise ValueError(f"{name} has fewer than {MIN_DOCUMENTS_TO_SPLIT} documents; give a --validation_file")
     if not documents:
         raise ValueError(f"no document of {name} falls to the held-out side; give a --validation_file")
     return part, documents
@@ -196,7 +195,7 @@ def _dataset(documents: list[dict[str, str]]) -> Dataset:
 
 
 def _files_of(dataset_name: str, dataset_config_name: str | None) -> list[str]:
-    """The files of a data set: those of the Hub by their names, which hold the commit."""
+    """Identifies the files of a data set; files of the Hub by their names, which contain the commit."""
     from datasets import load_dataset_builder
 
     files = load_dataset_builder(dataset_name, dataset_config_name).config.data_files or {}
@@ -205,7 +204,7 @@ def _files_of(dataset_name: str, dataset_config_name: str | None) -> list[str]:
 
 
 def _identity(file: Path) -> str:
-    """Size and both ends of a file: enough to tell it from another one without reading all of it."""
+    """Identifies a file by its size and a hash of both ends, without reading all of it."""
     size = file.stat().st_size
     with file.open("rb") as opened:
         digest = hashlib.md5(opened.read(LOOK_BYTES), usedforsecurity=False)
@@ -215,9 +214,9 @@ def _identity(file: Path) -> str:
 
 
 def _tail(files: list[Path], fraction: float) -> tuple[int, int]:
-    """Where the last `fraction` of all characters begins: number of the file, and the byte in it.
+    """Where the last `fraction` of all characters begins: number of the file, and byte in it.
 
-    As `documents` does it: at the last line border before, unless that more than doubles the share.
+    As in `documents`, the cut moves back to a line border unless that more than doubles the share.
     """
     lengths = [sum(map(len, decoded(file, text_start(file), file.stat().st_size))) for file in files]
     left = sum(lengths) - max(1, round(sum(lengths) * fraction))
@@ -247,21 +246,21 @@ def _tail(files: list[Path], fraction: float) -> tuple[int, int]:
 
 
 def _end(number: int, file: Path, cut: tuple[int, int] | None) -> int:
-    """Where the training text of a file ends."""
+    """The byte at which the training text of a file ends."""
     if cut is None or number < cut[0]:
         return file.stat().st_size
     return cut[1] if number == cut[0] else 0
 
 
 def _held_out(sources: Sequence[Source], ranges: list[tuple[str, int, int, int]], fraction: float) -> list[Source]:
-    """Sources of what training leaves out."""
+    """Sources that read the held-out documents."""
     tables = [replace(source, held_out=True) for source in sources if source.column is not None]
-    texts = [Source(stretches(ranges, fraction, held_out=True), None, 0.0, sources[0].name)] if ranges else []
+    texts = [Source(file_segments(ranges, fraction, held_out=True), None, 0.0, sources[0].name)] if ranges else []
     return texts + tables
 
 
 def _until(reader: Reader, num_bytes: int) -> Iterator[dict[str, str]]:
-    """Documents until they have `num_bytes` bytes; the one that goes beyond is cut there."""
+    """The first `num_bytes` bytes of documents; the last one is cut."""
     text = ""
     reader.endless = False
     for segment in reader:

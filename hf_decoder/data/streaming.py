@@ -1,8 +1,8 @@
-"""Reads documents from tables and text files endlessly, and resumes at any place where a run stopped.
+"""Reads documents from tables and text files endlessly, and resumes anywhere.
 
-A large text file comes in stretches, so that no document has to fit into memory. Reading goes through
-`datasets.IterableDataset`, one shard for each table and for each `RANGE_BYTES` of a text file. Its `state_dict` says
-where a reader stands: a resumed run reads again from the beginning of the shard that was open, and nothing before it.
+A large text file comes in segments, so that no document has to fit into memory. `datasets.IterableDataset` does the
+reading, with one shard per table and per `RANGE_BYTES` of a text file. Its `state_dict` holds the reader's place. A
+resumed run reads again from the start of the open shard, and nothing before it.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ RANGE_BYTES = 64 << 20
 PIECE_CHARACTERS = 1 << 18
 LOOK_BYTES = 1 << 20
 
-# Where a file may be cut without changing its tokens: before a line that begins with a visible ASCII character.
+# A file may be cut before a line that begins with a visible ASCII character; its tokens do not change.
 _VISIBLE = range(0x21, 0x7F)
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of one document: bytes `start` to `stop` of the file `path`, or characters of a table's row."""
+    """A part of one document: bytes `start` to `stop` of the file `path`, or characters of a table's row."""
 
     text: str
     begins: bool = True
@@ -43,15 +43,15 @@ class Segment:
     stop: int = 0
 
     def follows(self, other: Segment | None) -> bool:
-        """Whether this stretch goes on in the same document where `other` stopped."""
+        """Whether this segment continues the same document where `other` stopped."""
         return other is not None and not self.begins and self.path == other.path and self.start == other.stop
 
 
 @dataclass(frozen=True)
 class Source:
-    """One data set of `datasets`: rows of a table, or stretches of text files where `column` is None.
+    """One data set of `datasets`: rows of a table, or segments of text files if `column` is None.
 
-    Of its documents the hash leaves `fraction` out; with `held_out` these are the ones to read.
+    A hash leaves out the `fraction` of its documents that is held out; with `held_out` it leaves out the others.
     """
 
     data: IterableDataset
@@ -66,7 +66,7 @@ class Source:
 # ---------------------------------------------------------------------------------------------------- text files
 
 
-def stretches(
+def file_segments(
     ranges: list[tuple[str, int, int, int]], fraction: float = 0.0, held_out: bool = False
 ) -> IterableDataset:
     from datasets import IterableDataset
@@ -76,10 +76,7 @@ def stretches(
 
 
 def byte_ranges(file: Path, first: int, last: int) -> Iterator[tuple[str, int, int, int]]:
-    """Cuts bytes `first` to `last` of a file into ranges, each with the end of the whole: path, start, stop, last.
-
-    A byte order mark at the beginning of the file is in none of them.
-    """
+    """Cuts bytes `first` to `last` of a file, without a byte order mark, into ranges (path, start, stop, last)."""
     start = max(first, text_start(file))
     with file.open("rb") as opened:
         while last - start > RANGE_BYTES:
@@ -91,7 +88,7 @@ def byte_ranges(file: Path, first: int, last: int) -> Iterator[tuple[str, int, i
 
 
 def _line_start(opened: Any, position: int, last: int) -> int:
-    """The first place at or behind `position` where a line begins with a visible ASCII character; else `last`."""
+    """The first position from `position` on where a line begins with a visible ASCII character; else `last`."""
     opened.seek(position)
     before = b""
     while position < last:
@@ -121,7 +118,7 @@ def _read_ranges(ranges: list[tuple[str, int, int, int]], fraction: float, held_
 
 
 def _pieces(texts: Iterable[str]) -> Iterator[str]:
-    """The texts laid together and cut again, as `split_text` would cut the whole."""
+    """Joins the texts and cuts them again, as `split_text` would cut the whole."""
     waiting = ""
     for text in texts:
         waiting += text
@@ -134,7 +131,7 @@ def _pieces(texts: Iterable[str]) -> Iterator[str]:
 
 
 def decoded(path: str | Path, start: int, stop: int) -> Iterator[str]:
-    """Bytes `start` to `stop` of a file as text, a megabyte at a time."""
+    """Decodes bytes `start` to `stop` of a file, a megabyte at a time."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     with Path(path).open("rb") as file:
         file.seek(start)
@@ -177,9 +174,9 @@ def check_column(source: Source) -> None:
 
 
 def _rows(data: IterableDataset, source: Source) -> Iterator[dict[str, Any]]:
-    """The rows of a data set one by one; what is wrong with its files is a ValueError of one line.
+    """The rows of a data set one by one; a file that cannot be read is a ValueError of one line.
 
-    Not `iter(data)`: in a worker of a DataLoader that would hand out shards once more.
+    Not `iter(data)`, which would split the shards again in a worker of a DataLoader.
     """
     from datasets.exceptions import DatasetsError
     from pyarrow import ArrowException
@@ -192,13 +189,13 @@ def _rows(data: IterableDataset, source: Source) -> Iterator[dict[str, Any]]:
 
 
 class Reader:
-    """Reads sources through, over and over, as the `index`-th of `count` readers that share them.
+    """Reads sources over and over, as the `index`-th of `count` readers that share them.
 
-    Readers share the shards where their number allows it, else each takes every `count`-th row or stretch. With a
-    `seed` the shards come in another order in every pass.
+    Readers divide the shards if `count` divides their number; else each takes every `count`-th row or segment. With a
+    `seed`, every pass has another order of shards.
 
     Raises:
-        ValueError: from the iteration, where a whole pass gives this reader nothing.
+        ValueError: from the iteration, if a whole pass has no text for this reader.
     """
 
     def __init__(
@@ -217,7 +214,7 @@ class Reader:
         self._given = 0
 
     def state(self) -> dict[str, Any]:
-        """Where the reader stands, in what JSON can hold: the state before a row, and the stretches of it given."""
+        """The reader's place as JSON values: the state before the current row, and its segments given so far."""
         return {"pass": self._pass, "source": self._source, "data": self._before, "given": self._given}
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -255,14 +252,14 @@ class Reader:
             after = data.state_dict()
             for number, (segment, is_last) in enumerate(_segments(row, source)):
                 if number >= given:
-                    # A row that has been given in full is behind us.
+                    # After the last segment of a row, the place is after the row.
                     self._before, self._given = (after, 0) if is_last else (self._before, number + 1)
                     yield segment
             self._before, self._given, given = after, 0, 0
 
 
 def _segments(row: dict[str, Any], source: Source) -> Iterator[tuple[Segment, bool]]:
-    """The stretches of a row, each with whether it is the last one; none where the row has no text for this source."""
+    """The segments of a row, each with whether it is the last; none if the row has no text for this source."""
     if source.column is None:
         begins, ends = row["begins"], row["ends"]
         yield Segment(row["text"], begins, ends, row["path"], start=row["start"], stop=row["stop"]), True
@@ -285,9 +282,9 @@ def _is_wanted(text: str, source: Source) -> bool:
 
 
 class Mixture:
-    """Takes turns between readers so that each gives the share of UTF-8 bytes that its weight says.
+    """Takes turns between readers so that their shares of UTF-8 bytes follow the weights.
 
-    A turn is a group of stretches of at least `PIECE_CHARACTERS` characters. A reader that comes to its end drops out.
+    A turn is a group of segments of at least `PIECE_CHARACTERS` characters. A reader that ends drops out.
     """
 
     def __init__(self, readers: Sequence[Reader], weights: Sequence[float]):
@@ -298,7 +295,7 @@ class Mixture:
         self._ended: set[int] = set()
 
     def next_group(self) -> tuple[int, list[Segment]] | None:
-        """The number of the reader whose turn it is and what it reads; None at the end of all of them."""
+        """The number of the next reader and its segments; None when all have ended."""
         while len(self._ended) < len(self._readers):
             left = [number for number in range(len(self._readers)) if number not in self._ended]
             chosen = min(left, key=lambda number: self.given[number] / self._weights[number])
@@ -322,7 +319,7 @@ class Mixture:
         return group
 
     def state(self) -> dict[str, Any]:
-        """Where all readers stand and what they gave, in what JSON can hold."""
+        """The places of all readers and the bytes that each has given, as JSON values."""
         return json.loads(json.dumps({"given": self.given, "readers": [reader.state() for reader in self._readers]}))
 
     def load_state(self, state: dict[str, Any]) -> None:

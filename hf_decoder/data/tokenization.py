@@ -16,13 +16,12 @@ The special tokens hold the first ids, which never move and are counted in the v
 | 3  | `<|im_end|>`    | closes a chat turn                                                  |
 | 4  | `<|unk|>`       | `unk_token`, in the `char` type only                                |
 
-`padding_side` is saved as "left": `generate` continues a row at its last column, so a decoder needs its padding in
-front. Training does not mind, because padding carries label -100 and attention mask 0 on either side.
+`padding_side` is "left", because `generate` continues a row at its last column. Training works with either side:
+padding has label -100 and attention mask 0.
 
-Special tokens written out inside text: `tokenizer(text)` and `apply_chat_template` read the string `<|im_end|>` as the
-special token, wherever it stands, as all of transformers does. A service that passes on what strangers write must
-refuse or rewrite such content first. Documents of a corpus are encoded with `split_special_tokens=True`, which reads
-it as plain text.
+`tokenizer(text)` and `apply_chat_template` read `<|im_end|>` in a text as the special token, as everywhere in
+transformers. A service must refuse or rewrite it in what strangers send. Documents are encoded with
+`split_special_tokens=True`, which reads it as plain text.
 """
 
 from __future__ import annotations
@@ -95,9 +94,8 @@ def train_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """Train a tokenizer on `texts`; the same texts in the same order give the same `tokenizer.json`, byte for byte.
 
-    `vocab_size` counts the special tokens. It is an upper bound for `bpe` (a short text runs out of pairs to merge)
-    and unused for `char`, where the text decides. `model_max_length`, in tokens, is what callers truncate to when
-    they ask.
+    `vocab_size` includes the special tokens. It is an upper bound for `bpe`, because a short text runs out of pairs to
+    merge. `char` ignores it. `model_max_length` is the number of tokens that `truncation=True` keeps.
 
     Raises ValueError for an unknown type, a vocabulary without room for the 256 bytes and the special tokens, texts
     that are empty, and texts that are not UTF-8 encodable.
@@ -119,10 +117,10 @@ def train_tokenizer(
 
 
 def train_word_tokenizer(texts: Iterable[str], vocab_size: int, min_frequency: int = 2) -> PreTrainedTokenizerFast:
-    """One token for each word of `texts`, words being what stands between blanks; for classifiers of short texts.
+    """Trains a tokenizer with one token per whitespace-separated word, for classifiers of short texts.
 
-    Words seen fewer than `min_frequency` times are `<|unk|>`, and blanks are lost, so that such a tokenizer does not
-    give its text back. `vocab_size` is an upper bound and counts the special tokens.
+    Words seen fewer than `min_frequency` times are `<|unk|>`. Decoding does not give the text back, because whitespace
+    is lost. `vocab_size` is an upper bound and includes the special tokens.
 
     Raises ValueError for a vocabulary without room for a word, and texts that are empty or not UTF-8 encodable.
     """
@@ -156,7 +154,7 @@ def _wrap(backend: Tokenizer, **settings) -> PreTrainedTokenizerFast:
 
 
 def check_tokenizer_fits(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
-    """Raise ValueError when `tokenizer` can produce ids that the embedding of `config` does not have."""
+    """Raises ValueError if `tokenizer` has ids that the embeddings of `config` lack."""
     needed, held = len(tokenizer), config.vocab_size
     if needed > held:
         raise ValueError(
@@ -166,20 +164,19 @@ def check_tokenizer_fits(tokenizer: PreTrainedTokenizerBase, config: PreTrainedC
 
 
 def digest_of(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of what a tokenizer does: all of a fast one's file, the vocabulary of a slow one."""
+    """A hash of a fast tokenizer's file, or of a slow one's vocabulary."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     written = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     return hashlib.sha256(written.encode()).hexdigest()[:16]
 
 
 def split_text(text: str, size: int = _PIECE_CHARACTERS) -> Iterator[str]:
-    """Cut `text` into pieces of about `size` characters whose tokens, joined, are the tokens of the whole text.
+    """Cuts `text` into pieces of about `size` characters whose tokens together are the tokens of the whole text.
 
-    A tokenizer holds some hundred bytes per token while it works, so a text of many megabytes is better fed in
-    pieces. The cuts fall at line starts or before a space; where a text has neither, behind a digit; and where it has
-    none of them for two million characters, there: the one place where tokens may differ from those of the whole text.
-    Exact for the types of `train_tokenizer`; a tokenizer that marks the start of every text it is given
-    (SentencePiece's leading space) marks each piece.
+    Pieces save memory: a tokenizer holds some hundred bytes per token while it works. Cuts are at line starts or
+    before a space; where there is neither, after a digit; after two million characters without any of these, right
+    there, and only there tokens may differ. This is exact for the types of `train_tokenizer`. A tokenizer that marks
+    the start of a text (SentencePiece's leading space) marks each piece.
     """
     start = 0
     while len(text) - start > size:
@@ -192,10 +189,10 @@ def split_text(text: str, size: int = _PIECE_CHARACTERS) -> Iterator[str]:
 
 
 def place_to_cut(text: str, start: int, size: int) -> int | None:
-    """Where to cut the piece that begins at `start`, `size` characters on or later; None: it is whole as it is."""
+    """Where to cut the piece that begins at `start`, at least `size` characters later; None: nowhere."""
     first, last = start + size, min(start + max(size, LONGEST_PIECE), len(text))
-    # No match of QWEN2_SPLIT reaches across a place between a line's end and what is no space, or before the first
-    # space behind something else: a text cut there keeps its tokens.
+    # No match of QWEN2_SPLIT crosses a line end followed by a non-space, or the start of a run of spaces. So a cut
+    # there does not change tokens.
     places = []
     space = text.find(" ", first, last)
     while space >= 0 and text[space - 1].isspace():
@@ -209,7 +206,7 @@ def place_to_cut(text: str, start: int, size: int) -> int | None:
         places.append(line)
     if places:
         return min(places)
-    # Behind a digit is as safe for that rule, not for those that keep digits together.
+    # After a digit is as safe for that rule, but not for rules that keep digits together.
     digit = _DIGIT.search(text, first - 1, last - 1)
     if digit is not None:
         return digit.end()
@@ -217,7 +214,7 @@ def place_to_cut(text: str, start: int, size: int) -> int | None:
 
 
 def _pieces(texts: Iterable[str]) -> Iterator[str]:
-    """The non-empty texts in pieces; ValueError when nothing comes, or when a text cannot be written as UTF-8."""
+    """Cuts the non-empty texts into pieces; ValueError if there are none, or one cannot be written as UTF-8."""
     empty = True
     for index, text in enumerate(texts):
         try:
@@ -243,12 +240,12 @@ def _train_bpe(pieces: Iterator[str], vocab_size: int, show_progress: bool) -> T
         ]
     )
     backend.decoder = decoders.ByteLevel()
-    # Adds no tokens; leaves offsets that cover a token's leading space.
+    # Adds no tokens. A token's offsets include its leading space.
     backend.post_processor = processors.ByteLevel(trim_offsets=False)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=_special(SPECIAL_TOKENS),
-        # Sorted, because the set that the library hands over would give the bytes a new order in every process.
+        # Sorted, because the order of the library's set changes from process to process.
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=show_progress,
     )
@@ -262,7 +259,7 @@ def _train_char(pieces: Iterator[str]) -> Tokenizer:
         characters.update(piece)
     specials = (*SPECIAL_TOKENS, UNKNOWN)
     vocabulary = {token: index for index, token in enumerate((*specials, *sorted(characters)))}
-    # A BPE without merges leaves single characters, and needs no pre-tokenizer to take the text apart.
+    # A BPE without merges leaves single characters, and needs no pre-tokenizer.
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=UNKNOWN))
     backend.decoder = decoders.Fuse()
     backend.post_processor = processors.ByteLevel(trim_offsets=False)

@@ -14,12 +14,12 @@ from hf_decoder.data.tokenization import SPECIAL_TOKENS, split_text
 
 @dataclass(frozen=True)
 class TokenizerReport:
-    """What one tokenizer makes of held-out text.
+    """Figures of one tokenizer on held-out text.
 
-    `bytes_per_token`: UTF-8 bytes of the text over its tokens. `gpt2_bytes_per_token`: the same for a byte-level BPE
-    of the same size with GPT-2's split, trained on the same text. `coverage`: share of the characters that are not
-    read as unknown. `vocabulary_used`: share of the tokens, specials aside, that the text makes use of. `exact`:
-    whether decoding gives the text back, byte for byte.
+    `bytes_per_token`: UTF-8 bytes over tokens. `gpt2_bytes_per_token`: the same for a byte-level BPE of the same size
+    with GPT-2's split, trained on the same text. `coverage`: share of the characters that are not unknown.
+    `vocabulary_used`: share of the tokens, specials aside, that occur. `exact`: whether decoding gives the text back,
+    byte for byte.
     """
 
     tokens: int
@@ -81,7 +81,7 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def longest_tokens(tokenizer: PreTrainedTokenizerBase, count: int) -> list[str]:
-    """The texts of the tokens with most characters, longest first; runs of one character aside."""
+    """The longest tokens as text, longest first, without runs of one character."""
     special = set(tokenizer.all_special_ids)
     texts = [str(tokenizer.decode([token])) for token in range(len(tokenizer)) if token not in special]
     texts = [text for text in texts if len(set(text.strip())) > 1]
@@ -89,7 +89,7 @@ def longest_tokens(tokenizer: PreTrainedTokenizerBase, count: int) -> list[str]:
 
 
 def train_gpt2_baseline(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE with the split of GPT-2 (Radford et al. 2019), as `tokenizers` has it."""
+    """Trains a byte-level BPE with the split of GPT-2 (Radford et al. 2019)."""
     baseline = Tokenizer(models.BPE())
     baseline.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     baseline.decoder = decoders.ByteLevel()

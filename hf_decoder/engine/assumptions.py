@@ -1,8 +1,8 @@
 """What the fast paths assume of a model: one list, checked once per call. Any other model runs its plain modules.
 
-Everything that the `forward`s of the plain modules read is here in one of three ways: it is compared with what the
-fast ways were written for, it is part of the `state` by which a decoding step is known (so that a change makes a new
-step), or fast ways read it from the live module as the plain ones do.
+Everything that the `forward` methods of the plain modules read is handled in one of three ways. It is compared with
+what the fast paths were written for; it is part of the state that identifies a decode step, so that a change makes a
+new step; or the fast paths read it from the live module as the plain ones do.
 """
 
 from collections.abc import Iterable
@@ -20,17 +20,17 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_decoder.model import modeling_hf_decoder
 
-PLAIN = (torch.Tensor, nn.Parameter)  # tensors that are no more than their numbers
+PLAIN = (torch.Tensor, nn.Parameter)  # tensors without behaviour of their own
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SILU = (type(ACT2FN["silu"]), nn.SiLU)
 METHODS = ("forward", "attend", "layer_masks", "run_layers", "compute_logits", "linear_loss")
-# What stands among a module's own attributes where somebody has put a function in place of its class's.
+# Names in a module's own attributes if somebody has replaced a method of its class.
 OWN = {*METHODS, "_compiled_call_impl"}
-# Hooks that change nothing: transformers' recorders act on calls that ask for outputs, which go by the modules.
+# Hooks that change nothing: transformers' recorders act only on calls that ask for outputs, which run the modules.
 HARMLESS_HOOKS = "transformers.utils.output_capturing"
 FSDP_HOOKS = "torch.distributed.fsdp"
 
-# What decides a decoding step besides weights: attributes of each kind of module, and fields of the config.
+# What identifies a decode step besides weights: attributes of each kind of module, and fields of the config.
 ATTENTION = ("layer_idx", "head_dim", "num_key_value_groups", "scaling", "is_causal", "use_rope", "use_qk_norm")
 ROTARY = ("attention_scaling", "rope_type", "max_seq_len_cached", "original_max_seq_len")
 CONFIG = ("num_hidden_layers", "layer_types", "sliding_window", "final_logit_softcapping", "rope_parameters")
@@ -42,7 +42,7 @@ _as_written: dict[type, tuple] = {}
 
 
 def register(room: ModuleType, *twins: type) -> None:
-    """Takes the classes of a module of model code, and their twins, as they are now for the ones that are meant."""
+    """Remembers the methods of the classes of a module of model code, and of their twins, as the original ones."""
     classes = [kind for kind in vars(room).values() if isinstance(kind, type) and kind.__module__ == room.__name__]
     for kind in (*classes, *twins):
         if issubclass(kind, nn.Module):
@@ -54,25 +54,24 @@ def _methods(kind: type) -> tuple:
 
 
 def is_as_written(kind: type) -> bool:
-    """Whether this is a class that the fast ways know, and nobody has put a function of their own into it."""
-    if issubclass(kind, FSDPModule):  # a class of torch's making, over the one that was sharded
+    """Whether the fast paths know this class and nobody has replaced its methods."""
+    if issubclass(kind, FSDPModule):  # FSDP2 makes a class over the one that it shards
         kind = kind.__bases__[1]
     return _as_written.get(kind) == _methods(kind)
 
 
 class Structure(NamedTuple):
-    """What the layers of a decoder have in common, for the operators between their linear maps."""
+    """Properties that all layers of a decoder share, for the operators between their linear maps."""
 
-    plain_attention_inputs: bool  # the maps that read an input are torch's own, which only multiply by it
+    plain_attention_inputs: bool  # query, key and value maps are torch's own, which only multiply their input
     plain_mlp_inputs: bool
     has_silu: bool
 
 
 def structure_of(decoder: Any) -> Structure | None:
-    """The structure of a decoder; None where its layers must be called as modules.
+    """The structure of a decoder; None if its layers must be called as modules.
 
-    They need not be if they, their norms, attention and MLP are as they were written and nothing hangs on them. Their
-    linear maps may be of any kind.
+    Layers, norms, attention and MLP must be unchanged and without hooks. The linear maps may be of any kind.
     """
     implementation = decoder.config._attn_implementation
     if implementation != "sdpa" and not implementation.startswith("flash"):  # others can return attention weights
@@ -81,7 +80,7 @@ def structure_of(decoder: Any) -> Structure | None:
         return None
     modules, norms, inputs_of_attention, inputs_of_mlp, activations = [], [decoder.norm], [], [], []
     for layer in decoder.layers[: decoder.config.num_hidden_layers]:
-        if not is_as_written(type(layer)):  # before its parts are asked for
+        if not is_as_written(type(layer)):  # else it may lack the parts below
             return None
         attention, mlp = layer.self_attn, layer.mlp
         modules += [layer, attention, mlp, mlp.act_fn]
@@ -95,7 +94,7 @@ def structure_of(decoder: Any) -> Structure | None:
     if not all(map(is_as_written, kinds)) or any(map(is_hooked, (*modules, *norms))):
         return None
     device = decoder.norm.weight.device
-    is_sharded = any(isinstance(module, FSDPModule) for module in modules)  # its hooks gather what a layer needs
+    is_sharded = any(isinstance(module, FSDPModule) for module in modules)  # hooks gather the weights of a layer
     for norm in norms:
         if norm.weight.device != device or not (is_sharded or type(norm.weight) in PLAIN):
             return None
@@ -107,16 +106,16 @@ def structure_of(decoder: Any) -> Structure | None:
 
 
 def _are_torchs_own(maps: Iterable[nn.Module]) -> bool:
-    """An adapter or a quantizer casts in its own way, and a hook may write into what it is given."""
+    """Whether all are torch's own: an adapter or a quantizer casts by itself, and a hook may change its input."""
     return all(type(module) is nn.Linear and not module._forward_pre_hooks for module in maps)
 
 
 def attends_as_stock(decoder: Any) -> bool:
-    """Whether attention is causal and torch's, so that another kernel gives the same."""
+    """Whether attention is causal and torch's own, so that another kernel gives the same result."""
     config = decoder.config
     if config._attn_implementation != "sdpa" or ALL_ATTENTION_FUNCTIONS["sdpa"] is not sdpa_attention_forward:
         return False
-    if "sliding_attention" in config.layer_types and config.sliding_window is None:  # the plain masks say it in words
+    if "sliding_attention" in config.layer_types and config.sliding_window is None:  # the plain masks raise the error
         return False
     attentions: list[Any] = [getattr(layer, "self_attn", None) for layer in decoder.layers[: config.num_hidden_layers]]
     return getattr(config, "is_causal", True) is True and all(
@@ -128,18 +127,18 @@ def attends_as_stock(decoder: Any) -> bool:
 
 
 def _heads_fit(attention: Any) -> bool:
-    """Whether there are as many query heads as the module repeats keys for."""
+    """Whether the number of query heads is that of the repeated keys."""
     queries, keys = (getattr(of, "out_features", -1) for of in (attention.q_proj, attention.k_proj))
     return queries == keys * attention.num_key_value_groups
 
 
 def state_of(model: Any) -> tuple[list[int], list[Any]] | None:
-    """What a decoding step of an `HfDecoderForCausalLM` is known by; None where the modules must be called.
+    """The state that identifies a decode step of an `HfDecoderForCausalLM`; None if the modules must be called.
 
-    That is all modules and tensors by identity, and all values that their `forward`s read. Modules need not be called
-    if they are as written, plain, without hooks, on one device, in evaluation mode.
+    It holds all modules and tensors by identity, and all values that their `forward` methods read. Modules must be
+    unchanged, plain, without hooks, on one device, in evaluation mode.
     """
-    # Asked at each call of `generate()`, of every module: in few calls that go through all of them
+    # Every call of `generate()` asks for every module, so this makes few calls over all of them.
     config, decoder, head = model.config, model.model, model.lm_head
     if model.training or torch.nn.modules.module._has_any_global_hook() or not attends_as_stock(decoder):
         return None
@@ -150,7 +149,7 @@ def state_of(model: Any) -> tuple[list[int], list[Any]] | None:
     modules = modules_below(decoder, head)
     layers = decoder.layers[: config.num_hidden_layers]
     activations = {id(layer.mlp.act_fn) for layer in layers if hasattr(layer, "mlp")}
-    kinds = set(map(type, modules)) - {nn.ModuleList}  # which is never called
+    kinds = set(map(type, modules)) - {nn.ModuleList}  # a ModuleList is never called
     strange = {kind for kind in kinds if issubclass(kind, FSDPModule) or not is_as_written(kind)}
     if strange and any(type(module) in strange and id(module) not in activations for module in modules):
         return None
@@ -173,14 +172,14 @@ def state_of(model: Any) -> tuple[list[int], list[Any]] | None:
 
 
 def _numbers(inv_freq: torch.Tensor) -> Any:
-    """What changes with the frequencies, also where they are written into; reading a GPU's would wait for it."""
+    """A value that changes whenever the frequencies change; it reads no numbers of a GPU, which would have to wait."""
     if inv_freq.is_cpu:
         return inv_freq.tolist()
     return id(inv_freq), 0 if inv_freq.is_inference() else inv_freq._version
 
 
 def _fit_together(layers: Iterable[Any]) -> bool:
-    """Whether all layers have heads of one shape and scale, and each stands in its place."""
+    """Whether all layers have heads of one shape and scale, and `layer_idx` is right."""
     shapes = set()
     for index, layer in enumerate(layers):
         attention = layer.self_attn
@@ -193,7 +192,7 @@ def _fit_together(layers: Iterable[Any]) -> bool:
 
 
 def modules_below(*roots: nn.Module) -> list[nn.Module]:
-    """These and all below them, one that two share twice: a tenth of the time that `modules()` takes."""
+    """These modules and all below them, shared ones twice; takes a tenth of the time of `modules()`."""
     modules = [*roots]
     for module in modules:
         if children := module.__dict__["_modules"]:
@@ -202,7 +201,7 @@ def modules_below(*roots: nn.Module) -> list[nn.Module]:
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether a call of this module does more, or something else, than its class says."""
+    """Whether hooks or replaced methods change what a call of this module does."""
     if not OWN.isdisjoint(module.__dict__) and any(module.__dict__.get(name) is not None for name in OWN):
         return True
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]

@@ -1,4 +1,4 @@
-"""Products with the weights of torchao's int8 weight-only quantization. Shapes: M outputs, N inputs."""
+"""Multiplies by the weights of torchao's int8 weight-only quantization. Shapes: M outputs, N inputs."""
 
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ MAX_KERNEL_ROWS = 16
 
 
 class Int8Weights(NamedTuple):
-    """What a linear map multiplies with, one scale a row."""
+    """The tensors of a quantized linear layer, with one scale per row."""
 
     values: torch.Tensor  # (M, N), int8
     scales: torch.Tensor  # (M, 1)
@@ -20,13 +20,13 @@ class Int8Weights(NamedTuple):
 
 
 def int8_weights(weight: Any, bias: torch.Tensor | None) -> Int8Weights | None:
-    """The tensors that such a weight is made of, the same objects at every call; None of another, or not on a CPU."""
+    """The tensors of a quantized weight, the same objects at every call; None for other weights or off the CPU."""
     kind = type(weight)
     if (
         kind.__name__ == "Int8Tensor"
         and kind.__module__.partition(".")[0] == "torchao"
         and weight.device.type == "cpu"
-        and weight.act_quant_kwargs is None  # activations are not quantized too
+        and weight.act_quant_kwargs is None  # activations are not quantized
         and weight.act_pre_scale is None
         and list(weight.block_size) == [1, weight.shape[1]]
         and tuple(weight.scale.shape) == (weight.shape[0], 1)
@@ -38,15 +38,15 @@ def int8_weights(weight: Any, bias: torch.Tensor | None) -> Int8Weights | None:
 def int8_linear(x: torch.Tensor, weights: Int8Weights) -> torch.Tensor:
     """x (..., N) -> (..., M), on a CPU.
 
-    Of a few rows in half precision by torch's own kernel, which reads the weights as they are: 1.5 ms of eight rows on
-    two AVX2 cores, 4,864 x 896, against 3.5 in parts; 32 rows take 5.4 and 5. In fp32 it takes 4 ms a row.
+    A few rows in half precision use torch's own kernel, which reads the weights as they are: 1.5 ms for eight rows on
+    two AVX2 cores, 4,864 x 896, against 3.5 in parts; 32 rows take 5.4 against 5. In fp32 it takes 4 ms per row.
     """
     values, scales, bias = weights
     is_compiling, rows = torch.compiler.is_compiling(), x.shape[:-1].numel()
     if not is_compiling and (x.dtype == torch.float32 or rows > MAX_KERNEL_ROWS):
         return linear_in_parts(x, values, bias, scales)
     scales = scales.to(x.dtype).view(-1)
-    if x.shape[-1] % KERNEL_MULTIPLE:  # in bf16 torch's kernel reads past the ends of such rows (2.13)
+    if x.shape[-1] % KERNEL_MULTIPLE:  # torch's bf16 kernel reads past the end of such rows (2.13)
         product = linear(x, values.to(x.dtype)) * scales
     else:
         product = torch._weight_int8pack_mm(x.reshape(rows, -1), values, scales).view(*x.shape[:-1], -1)

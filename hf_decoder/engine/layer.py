@@ -1,7 +1,7 @@
-"""One decoder layer as a function of its parts. The fast paths differ in the parts that they pass to it.
+"""One decoder layer as a function of its parts. The fast paths pass different parts to it.
 
-The parts are the layer's own modules, so that adapters and quantized layers are called as they are, or products with
-their weights. Shapes: any leading dimensions, then D hidden_size; H query heads, G key/value heads, E head_dim.
+A part is a module of the layer, called as it is (adapters and quantized layers too), or a product with its weight.
+Shapes: any leading dimensions, then D hidden_size; H query heads, G key/value heads, E head_dim.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,11 +15,11 @@ Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class LayerParts(NamedTuple):
-    """What one layer computes with: linear maps as callables, all else as modules."""
+    """The parts of one layer: linear maps as callables, everything else as modules."""
 
     attention: Any
     input_norm: nn.Module
-    heads: Callable[[tuple[torch.Tensor, ...]], Sequence[torch.Tensor]]  # query, key and value of an input for each
+    heads: Callable[[tuple[torch.Tensor, ...]], Sequence[torch.Tensor]]  # one input each -> query, key and value
     output: Map
     mlp_norm: nn.Module
     gate: Map
@@ -41,13 +41,13 @@ class LayerParts(NamedTuple):
 
 
 class Operators:
-    """What stands between the linear maps of a layer, as the modules compute it."""
+    """The operators between the linear maps of a layer, computed by its modules."""
 
     def norm(self, norm: Any, x: torch.Tensor) -> torch.Tensor:
         return norm(x)
 
     def norm_for(self, norm: Any, x: torch.Tensor, readers: int) -> tuple[torch.Tensor, ...]:
-        """The normed x for each of the linear maps that read it."""
+        """The normed x, once for each linear map that reads it."""
         return (self.norm(norm, x),) * readers
 
     def gated(self, down: Map, gate: torch.Tensor, up: torch.Tensor, activation: nn.Module) -> torch.Tensor:
@@ -55,9 +55,10 @@ class Operators:
 
 
 def run_layer(parts: LayerParts, x: torch.Tensor, operators: Operators, attend: Attend) -> torch.Tensor:
-    """x (..., D) through one layer; `attend` takes query (..., H, E), key and value (..., G, E) to (..., H * E).
+    """Runs x (..., D) through one layer.
 
-    It rotates them, unless the layer has no RoPE, and puts them into the cache.
+    `attend` maps query (..., H, E), key and value (..., G, E) to (..., H * E). It applies RoPE, if the layer has it,
+    and updates the cache.
     """
     attention = parts.attention
     shape = (*x.shape[:-1], -1, attention.head_dim)

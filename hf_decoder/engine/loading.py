@@ -2,16 +2,16 @@
 
 from transformers.modeling_utils import PreTrainedModel
 
-# What is lacking is filled with random numbers up to this many, whatever is there: a new head, say. 1/4 GB in fp32.
+# Up to this many missing parameters, such as a new head, are always filled with random numbers. 1/4 GB in fp32.
 MAX_NEW_PARAMETERS = 1 << 26
 
 
 class HfDecoderSizeError(ValueError, RuntimeError):
-    """Weights that are not of the sizes in the config; transformers' own error of this kind is a RuntimeError."""
+    """Raised for weights of other sizes than in the config; a RuntimeError too, like that of transformers."""
 
 
 def fields_of(config, sizes: set[int]) -> str:
-    """The fields of a config that are, alone or as heads times their width, one of `sizes`."""
+    """The fields of a config that equal one of `sizes`, alone or as heads times head_dim."""
     values = {field: value for field, value in config.to_dict().items() if type(value) is int and value > 1}
     width = values.get("head_dim", 1)
     named = [f"{field}={value}" for field, value in values.items() if value in sizes]
@@ -22,7 +22,7 @@ def fields_of(config, sizes: set[int]) -> str:
 
 
 def check_loaded_sizes(model: PreTrainedModel, info, where: str, ignore_mismatched: bool) -> None:
-    """Raises HfDecoderSizeError for a tensor of another shape, or where more is lacking than there is."""
+    """Raises HfDecoderSizeError for a tensor of another shape, or if more parameters are missing than present."""
     for name, stored, asked in sorted(info.mismatched_keys):
         if not ignore_mismatched:
             named = fields_of(model.config, {size for size in asked if size not in stored})

@@ -1,4 +1,4 @@
-"""Custom operators: functions that a compiled graph calls whole instead of tracing them."""
+"""Custom operators: functions that a compiled graph calls as a whole instead of tracing them."""
 
 import re
 from collections.abc import Callable
@@ -12,10 +12,10 @@ def operator(schema: str, compute: Callable, shapes: Callable) -> Any:
 
     Args:
         schema: as `torch.library` takes it, `name(Tensor x, ...) -> Tensor`.
-        compute: what it does; new tensors out, none of the inputs and no view of one.
-        shapes: of the same inputs, empty tensors with the outputs' shapes, dtypes and strides.
+        compute: computes new tensors, never an input or a view of one.
+        shapes: takes the same inputs; returns empty tensors with the outputs' shapes, dtypes and strides.
     """
-    # a namespace a module: a process may hold several of these (the package, and copies from the Hub)
+    # one namespace per module, because a process may hold several copies of this code (the package, and from the Hub)
     namespace, name = re.sub(r"\W", "_", compute.__module__), schema.partition("(")[0]
     if not hasattr(getattr(torch.ops, namespace), name):
         library = torch.library.Library(namespace, "FRAGMENT")
@@ -27,14 +27,14 @@ def operator(schema: str, compute: Callable, shapes: Callable) -> Any:
 
 
 def may_call_operators() -> bool:
-    """Whether torch.compile is at work, and not torch.export, whose graphs are for those who lack our operators."""
-    # the flag itself, because torch 2.11 compiles a call of is_exporting() into True
+    """Whether torch.compile is tracing; not torch.export, whose graphs must run without our operators."""
+    # reads the flag, because torch 2.11 compiles a call of is_exporting() into True
     return torch.compiler.is_compiling() and not getattr(torch.compiler, "_is_exporting_flag", False)
 
 
 def runs_as_written() -> bool:
-    """Whether nothing looks inside a function: no compiler, no tracer, no transform of `torch.func`."""
-    # asked a dozen times a layer: `torch.jit.is_tracing`, without its two calls of Python
+    """Whether no compiler, tracer or transform of `torch.func` looks inside a function."""
+    # `torch.jit.is_tracing` without its two Python calls, because each layer asks a dozen times
     return not (torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._are_functorch_transforms_active())
 
 

@@ -1,7 +1,7 @@
-"""Linear maps computed part by part, in the precision in which this machine multiplies matrices.
+"""Linear maps computed part by part, in the precision that this machine multiplies fast.
 
-A part of the weight is cast or scaled, multiplied by while it lies in the caches, and forgotten: a whole copy would be
-written to the memory and read again, on pages that the system has to find.
+A part of the weight is cast or scaled and multiplied while it is in the caches. A whole copy would go to memory and
+back, on fresh pages.
 Shapes: R rows, N inputs, M outputs.
 """
 
@@ -11,35 +11,35 @@ import torch
 
 from hf_decoder.engine.training.blocks import as_rows
 
-# what this CPU multiplies in half precision faster than number by number; elsewhere oneDNN has no products of it
+# whether oneDNN has half-precision products for this CPU; else torch multiplies number by number
 FAST_HALF_PRECISION = {
     torch.bfloat16: torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported(),
     torch.float16: torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_fp16_supported(),
 }
-MIN_HALF_ROWS = 8  # of fewer in half precision, that loop is as fast, which reads the weights as they are
-MAX_TRANSPOSED_ROWS = 128  # up to so many, MKL multiplies the weight by the rows faster than the rows by the weight
+MIN_HALF_ROWS = 8  # with fewer rows that loop is as fast, because it reads the weights as they are
+MAX_TRANSPOSED_ROWS = 128  # up to here MKL multiplies weight by rows faster than rows by weight
 PART_ELEMENTS = 2**20  # of a weight: 4 MiB of fp32
 PART_ROWS = 512
 
 
 def cpu_has(*instructions: str) -> bool:
-    """Whether this CPU has any of these, in the names of `torch.cpu.get_capabilities`; not where torch cannot tell."""
+    """Whether this CPU has any of these `torch.cpu.get_capabilities`; False if torch cannot tell."""
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return any(capabilities.get(name, False) for name in instructions)
 
 
 def fast_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """In which a device multiplies matrices of `dtype`: fp32 in place of what a CPU multiplies number by number."""
+    """The dtype to multiply matrices of `dtype` in: fp32 instead of half precision on a CPU that lacks it."""
     return torch.float32 if device.type == "cpu" and not FAST_HALF_PRECISION.get(dtype, True) else dtype
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """What autocast casts to there, None where it is off."""
+    """The dtype that autocast casts to on this device; None if it is off."""
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
 def product_dtype(x: torch.Tensor) -> torch.dtype:
-    """The type that a product with x has: autocast's, where it is on and does not leave x, in fp64, alone."""
+    """The dtype of a product with x: autocast's if it is on, except for fp64."""
     dtype = autocast_dtype(x.device)
     return x.dtype if dtype is None or x.dtype == torch.float64 else dtype
 
@@ -50,10 +50,10 @@ def linear_in_parts(
     """x (..., N) times weight (M, N) -> (..., M), in x's dtype, on a CPU.
 
     Args:
-        x: of a floating-point dtype.
-        weight: of a floating-point dtype, rounded to x's, or int8.
+        x: floating point.
+        weight: floating point, which is rounded to x's dtype, or int8.
         bias: (M,).
-        scales: (M, 1), which the outputs are multiplied by before the bias is added.
+        scales: (M, 1), multiplied with the outputs before the bias is added.
     """
     rows = as_rows(x)
     count, inputs = rows.shape
@@ -86,7 +86,7 @@ def linear_in_parts(
 
 
 def row_parts(rows: torch.Tensor) -> list[slice]:
-    """Of (R, N)."""
+    """Slices of `PART_ROWS` rows of (R, N)."""
     return [slice(start, start + PART_ROWS) for start in range(0, len(rows), PART_ROWS)]
 
 

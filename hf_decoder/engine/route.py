@@ -1,8 +1,7 @@
 """The route of one call through the decoder. It is decided once, at the entry, for all layers.
 
-A route says which masks the layers get and by which operators they compute what stands between their linear maps. Its
-layers ask nothing. What it assumes of modules and config stands in `assumptions`; what it needs to know of the call
-(device, dtype, autocast, sizes, a compiler at work) is looked at here.
+A route holds the masks of the layers and the operators between their linear maps. `assumptions` lists what it assumes
+of modules and config. This module looks at the call: device, dtype, autocast, sizes, a compiler.
 """
 
 from collections.abc import Callable
@@ -33,14 +32,14 @@ class Route(Operators):
     """Masks and operators of one call."""
 
     def __init__(self, x: torch.Tensor, structure: Structure | None, masks: Any = None):
-        """x: the embeddings (B, S, D); structure: of the decoder's layers, None where they are called as modules."""
+        """x: the embeddings (B, S, D); structure: of the layers, None if they are called as modules."""
         self.masks = masks
         self.products: Callable[[], AbstractContextManager] = nullcontext
         self.structure = structure
         self.least = blocks.MIN_BLOCKED_ELEMENTS if x.is_cpu else blocks.MIN_KERNEL_ELEMENTS
         self.has_kernels = structure is not None and has_kernels(x)
         self.attention_dtype = autocast_dtype(x.device)
-        # what autocast would cast for each of so many linear maps by itself is cast once
+        # numbers of linear maps whose common input is cast once; autocast would cast it for each of them
         self.casts: set[int] = set()
         if structure is not None and self.attention_dtype is not None and x.dtype == torch.float32:
             self.casts = {
@@ -56,7 +55,7 @@ class Route(Operators):
         position_ids: torch.Tensor | None,
         cache: Any,
     ) -> "Route | None":
-        """The route of a call of the decoder with these embeddings (B, S, D); None where it goes by its modules."""
+        """The route of a call of the decoder with these embeddings (B, S, D); None if the call runs its modules."""
         compiling = may_call_operators()
         if not compiling and not runs_as_written():
             return None
@@ -87,7 +86,7 @@ class Route(Operators):
         position_embeddings: Any = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """What the layer's `forward` gives."""
+        """Computes the layer's `forward`."""
         with self.products():
             if self.structure is None:
                 inputs = {"attention_mask": attention_mask, "position_embeddings": position_embeddings}
@@ -137,7 +136,7 @@ class Route(Operators):
         self, query: torch.Tensor, key: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor], for_cache: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if self._is_long(query) and not rotation[0].requires_grad:
-            # what goes into no cache is rounded at once to what autocast gives to attention
+            # without a cache, the result is rounded at once to the dtype that autocast gives to attention
             return fused_rotation(query, key, *rotation, None if for_cache else self.attention_dtype)
         return apply_rotary_pos_emb(query, *rotation), apply_rotary_pos_emb(key, *rotation)
 

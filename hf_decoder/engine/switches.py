@@ -1,7 +1,7 @@
 """Debugging switches that turn off the whole engine or one part of it.
 
-`HF_DECODER_ENGINE=0` in the environment turns everything off; `settings.override(decoding=False)` turns one part
-off for a while.
+`HF_DECODER_ENGINE=0` in the environment turns everything off. `settings.override(decoding=False)` turns one part off
+within a `with` block.
 """
 
 import os
@@ -12,19 +12,19 @@ from dataclasses import dataclass, replace
 
 @dataclass
 class Settings:
-    """Which parts of the engine are used; whatever is off goes by the plain modules."""
+    """Which parts of the engine are on; the plain modules run instead of a part that is off."""
 
     training: bool = True  # fused operators between the matrix products of layers, and the loss
-    attention: bool = True  # attention in tiles, or within documents, in place of torch's kernels with a mask
-    decoding: bool = True  # calls without gradients and `generate()` past the modules
-    kernels: bool = True  # decoding steps in C++ and as CUDA graphs, which are compiled at first use
+    attention: bool = True  # tiled or variable-length attention instead of torch's kernels with a mask
+    decoding: bool = True  # prefill and decode steps without the modules, in `generate()` and `forward()`
+    kernels: bool = True  # decode steps in C++ and as CUDA graphs, which are compiled at first use
 
     @contextmanager
     def override(self, **parts: bool) -> Iterator[None]:
-        """Sets parts by name while the context lasts; `all=False` sets them all.
+        """Sets parts by name within the block; `all=False` sets all of them.
 
         Raises:
-            TypeError: for a part that is not known.
+            TypeError: for an unknown part.
         """
         if "all" in parts:
             parts = dict.fromkeys(vars(self), parts.pop("all")) | parts

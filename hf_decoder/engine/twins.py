@@ -1,8 +1,8 @@
 """The fast classes. Each one extends a plain class of the model and replaces the few methods that decide what runs.
 
-This is the one place that says what the engine replaces. A twin has its plain class's name and module and no state of
-its own, so that transformers saves, copies code and records outputs as for the plain class. `attach` gives the modules
-of a live model their twins, `detach` takes them away.
+This module alone says what the engine replaces. A twin has the name and module of its plain class and no state of its
+own, so that transformers saves, copies code and records outputs as for the plain class. `attach` gives the modules of
+a live model their twins; `detach` takes them away.
 """
 
 import copyreg
@@ -30,17 +30,17 @@ from hf_decoder.engine.training.loss import linear_causal_lm_loss
 from hf_decoder.model import modeling_hf_decoder as plain
 from hf_decoder.model.modeling_hf_decoder import CACHE_NAME
 
-# Arguments of a call that goes past the modules; any other one goes to the plain class.
+# Arguments that a decode step or prefill without the modules supports; a call with any other runs the plain class.
 TAKEN = {"labels", "use_cache", "logits_to_keep", "skip_logits", "return_dict", "cache", "past_key_values"}
 FOR_LOSS = {"num_items_in_batch", "shift_labels", "ignore_index"}
 
 
 class _TwinClass(type):
-    """The type of twins: each is pickled by its plain class, whose name and module it has."""
+    """The type of twins, which are pickled by their plain class."""
 
 
 def _reduce_class(kind: type) -> Any:
-    """How a class is pickled: a twin by its plain class, somebody's own class over a twin by its name, as ever."""
+    """Pickles a twin by its plain class, and a user's class over a twin by its name, as usual."""
     return (twin_of, (plain_of(kind),)) if is_twin(kind) else kind.__qualname__
 
 
@@ -48,7 +48,7 @@ copyreg.pickle(_TwinClass, _reduce_class)  # type: ignore[arg-type]
 
 
 class _Layer:
-    """A decoder layer that goes by the operators of a route, where a call has one."""
+    """A decoder layer that computes with the operators of the call's route, if there is one."""
 
     def forward(self, hidden_states, *args, route: Route | None = None, **kwargs):
         if route is None:
@@ -58,7 +58,7 @@ class _Layer:
 
 
 class _PreTrained:
-    """What every model does here: twins inside, checked sizes, quantized layers that train and save."""
+    """The base of all twins of models: twins inside, checked sizes, quantized layers that train and save."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -66,12 +66,12 @@ class _PreTrained:
 
     @classmethod
     def is_remote_code(cls) -> bool:
-        # FSDP2 gives a sharded model a class of torch's making: transformers would save torch's files as the model's
+        # FSDP2 puts a class of torch over a sharded model, and transformers would save torch's files as its code
         return super().is_remote_code() and not cls.__module__.startswith("torch.")
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
-        """Refuses sizes that the weights do not have before transformers makes room for them, and then says so."""
+        """Loads the weights, and refuses them if their sizes do not fit the config."""
         loaded = PreTrainedModel._load_pretrained_model(
             model, state_dict, checkpoint_files, load_config, *args, **kwargs
         )
@@ -81,18 +81,18 @@ class _PreTrained:
         return loaded
 
     def train(self, mode: bool = True):
-        """As in torch; the layers of bitsandbytes are made fit for either mode. `from_pretrained` ends with it too."""
+        """As in torch; also prepares the layers of bitsandbytes for the mode. `from_pretrained` calls it last."""
         settle_tied_head(self)
         settle_layers(self, training=mode)
         return super().train(mode)
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        """As in transformers; leaves no file of an older version's code in the folder."""
+        """As in transformers; also removes code files of older versions from the folder."""
         unpack_layers(self)
         if not self.is_remote_code():
             Path(save_directory).mkdir(parents=True, exist_ok=True)
             custom_object_save(plain.HfDecoderPreTrainedModel, save_directory)
-        if kwargs.get("state_dict") is not None:  # gathered from shards, tied weights are copies of each other
+        if kwargs.get("state_dict") is not None:  # tied weights that were gathered from shards are copies
             tied, state = self.all_tied_weights_keys, kwargs["state_dict"]
             kwargs["state_dict"] = {name: value for name, value in state.items() if tied.get(name) not in state}
         super().save_pretrained(save_directory, *args, **kwargs)
@@ -100,13 +100,13 @@ class _PreTrained:
 
 
 class _Model(_PreTrained):
-    """The decoder, whose calls get a route."""
+    """The decoder, which chooses a route for each call."""
 
     def layer_masks(self, inputs_embeds, attention_mask, position_ids, cache):
         route = Route.of(self, inputs_embeds, attention_mask, position_ids, cache)
         if route is None:
             return super().layer_masks(inputs_embeds, attention_mask, position_ids, cache)
-        if route.masks is None:  # no attention of its own
+        if route.masks is None:  # the route leaves attention to the plain masks
             route.masks = super().layer_masks(inputs_embeds, attention_mask, position_ids, cache)
         return route
 
@@ -120,7 +120,7 @@ class _Model(_PreTrained):
 
 
 class _ForCausalLM(_PreTrained):
-    """The language model, whose tokens go past the modules where a call allows it."""
+    """The language model, which runs prefill and decode steps without the modules where a call allows it."""
 
     @wraps(plain.HfDecoderForCausalLM.forward)
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, *args, **kwargs):
@@ -130,37 +130,25 @@ class _ForCausalLM(_PreTrained):
                 return outputs
         return super().forward(input_ids, attention_mask, position_ids, *args, **kwargs)
 
-    def _past_the_modules(
-        self,
-        input_ids,
-        attention_mask,
-        position_ids,
-        labels=None,
-        use_cache=None,
-        logits_to_keep=0,
-        skip_logits=None,
-        return_dict=None,
-        cache=None,
-        past_key_values=None,
-        **kwargs,
-    ):
-        targets = labels if kwargs.get("shift_labels") is None else kwargs["shift_labels"]
+    def _past_the_modules(self, input_ids, attention_mask, position_ids, labels=None, logits_to_keep=0, **kwargs):
+        """The outputs of a call, computed without the modules; None if they must run."""
+        for_loss = {name: kwargs.pop(name) for name in FOR_LOSS & kwargs.keys()}
+        given = {name: value for name, value in kwargs.items() if value is not None}
+        targets = labels if for_loss.get("shift_labels") is None else for_loss["shift_labels"]
         wants_loss = targets is not None
-        skips = wants_loss and (self.training if skip_logits is None else skip_logits)
-        if skips or return_dict is False:
+        if given.get("return_dict") is False or (wants_loss and given.get("skip_logits", self.training)):
             return None
         if wants_loss and (type(logits_to_keep) is not int or logits_to_keep or targets.shape != input_ids.shape):
             return None
-        cache = past_key_values if cache is None else cache
-        use_cache = self.config.use_cache if use_cache is None else use_cache
-        inputs = input_ids, attention_mask, position_ids, cache, use_cache, logits_to_keep
-        found = Decoding.of_call(self, *inputs)
+        cache = given.get("cache", given.get("past_key_values"))
+        inputs = input_ids, attention_mask, position_ids, cache, given.get("use_cache", self.config.use_cache)
+        found = Decoding.of_call(self, *inputs, logits_to_keep)
         if found is None:
             return None
         logits, cache = found
         loss = None
         if wants_loss:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **for_loss)
         return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE_NAME: cache})
 
     def linear_loss(self, hidden_states, labels, **kwargs):
@@ -186,7 +174,7 @@ class _ForCausalLM(_PreTrained):
             inputs = decoding.prepare_inputs(input_ids, **kwargs)
         if inputs is None:
             inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
-        # PEFT puts its own method in place of this one, and, to 0.21, looks for the cache by the older name alone
+        # PEFT replaces this method by its own, which, up to 0.21, knows only the cache's older name
         if "prepare_inputs_for_generation" in self.__dict__ and CACHE_NAME in inputs:
             inputs["past_key_values"] = inputs.pop(CACHE_NAME)
         return inputs
@@ -203,7 +191,7 @@ class _ForCausalLM(_PreTrained):
             if whole_model:
                 if not generation_config.compile_config and decoding.has_static_step(model_kwargs.get(CACHE_NAME)):
                     return False
-                decoding.step = None  # transformers compiles the call of the modules, for which it prepares the masks
+                decoding.step = None  # transformers compiles the modules and prepares their masks
             elif self.device.type == "cpu" and not generation_config.disable_compile:  # our step compiles itself
                 decoding.compiles = True
                 decoding.has_static_step(model_kwargs.get(CACHE_NAME))
@@ -222,7 +210,7 @@ REPLACED = {
 
 @cache
 def twin_of(plain_class: type) -> type:
-    """Makes the fast class of a plain one, of this package or of a checkpoint's copy; the same one at every call."""
+    """The fast class of a plain one, of this package or of a checkpoint's copy."""
     names = {"__module__": plain_class.__module__, "__qualname__": plain_class.__qualname__}
     bases = [REPLACED[plain_class.__name__], plain_class]
     if GenerationMixin in plain_class.__bases__:  # where transformers looks for it
@@ -233,11 +221,11 @@ def twin_of(plain_class: type) -> type:
 
 
 def attach(model: PreTrainedModel) -> PreTrainedModel:
-    """Gives the modules of a live model their fast classes, in place, and returns it. `detach` is its inverse.
+    """Gives the modules of a live model their fast classes in place, and returns the model. `detach` is the inverse.
 
     Raises:
-        ValueError: for a model of another class or of another version of its code, one that is sharded, and one with
-            an adapter.
+        ValueError: for a model of another class or another version of its code, and for one that is sharded or has an
+            adapter.
     """
     name = type(model).__name__
     inside = list(model.modules())
@@ -251,15 +239,15 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
         raise ValueError(f"{name} is no model of this package; load an hf_decoder checkpoint, or convert one")
     if not is_plain_code(sys.modules[type(model).__module__]):
         raise ValueError(
-            f"the code that came with this {name} is another version of this package's; import hf_decoder and load "
-            "the checkpoint again, which takes the installed classes"
+            f"this {name} came with another version of this package's code; import hf_decoder and load the checkpoint "
+            "again, which takes the installed classes"
         )
     _give_twins(model)
     return model
 
 
 def detach(model: nn.Module) -> nn.Module:
-    """Gives the modules of a model their plain classes back, in place, and returns it."""
+    """Gives the modules of a model their plain classes back in place, and returns the model."""
     for module in model.modules():
         if is_twin(type(module)):
             module.__class__ = plain_of(type(module))
@@ -267,7 +255,7 @@ def detach(model: nn.Module) -> nn.Module:
 
 
 def is_twin(kind: type) -> bool:
-    """Whether this is a fast class, and not a plain one or a class of somebody's over either."""
+    """Whether this is a fast class itself, not a subclass of one."""
     return kind.__bases__[0] in REPLACED.values()
 
 
@@ -277,7 +265,7 @@ def plain_of(twin: type) -> type:
 
 
 def is_plain_code(module: Any) -> bool:
-    """Whether a module of model code, and what it imports of its folder, is this package's, to the letter."""
+    """Whether the files of a module of model code equal this package's."""
     theirs = Path(module.__file__).parent
     return all(
         (theirs / file.name).is_file() and (theirs / file.name).read_text("utf-8") == file.read_text("utf-8")
@@ -286,12 +274,12 @@ def is_plain_code(module: Any) -> bool:
 
 
 def code_files() -> list[Path]:
-    """The manifest: the files that travel with a checkpoint."""
+    """The files that travel with a checkpoint."""
     return sorted(Path(plain.__file__).parent.glob("*_hf_decoder.py"))
 
 
 def remove_former_code(folder: Path) -> None:
-    """Removes what older versions of this package left beside a checkpoint: files of its names that travel no more."""
+    """Removes code files beside a checkpoint that older versions of this package left there."""
     names = {file.name for file in code_files()}
     for file in folder.glob("*_hf_decoder.py"):
         if file.name not in names:
@@ -305,7 +293,7 @@ def _give_twins(model: nn.Module) -> None:
             module.__class__ = twin_of(kind)
 
 
-for name in REPLACED:  # now, while nobody has put anything into the plain classes
+for name in REPLACED:  # now, before anybody can replace methods of the plain classes
     twin_of(getattr(plain, name))
 
 

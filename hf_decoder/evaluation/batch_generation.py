@@ -1,4 +1,4 @@
-"""Completes many prompts in batches. These are padded on the left, so an answer does not depend on its neighbours."""
+"""Completes many prompts in batches, padded on the left so that an answer does not depend on its neighbours."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Prompt = str | list[dict[str, str]]
 
 
 def end_ids(model: Any, tokenizer: Any, *, chat: bool = False) -> list[int]:
-    """What ends an answer: the model's own end tokens, and in a chat ChatML's end of a turn where there is one."""
+    """Ids that end an answer: the model's end tokens, and in a chat the end of a ChatML turn if there is one."""
     ends = model.generation_config.eos_token_id
     ids = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
     if tokenizer.eos_token_id is not None:
@@ -26,14 +26,14 @@ def end_ids(model: Any, tokenizer: Any, *, chat: bool = False) -> list[int]:
 
 
 def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
-    """Token ids of a prompt; of a conversation, by the chat template, up to where the assistant answers.
+    """Encodes a prompt, or renders a conversation with the chat template up to the assistant's answer.
 
     Raises:
-        ValueError: for an empty prompt, and for a conversation without a chat template or that it does not take.
+        ValueError: for an empty prompt, and for a conversation that the chat template rejects, or without a template.
     """
     if isinstance(prompt, str):
         ids = tokenizer(prompt)["input_ids"]
-        # A tokenizer that ends texts by itself would have the model start a new one.
+        # After an end token, which some tokenizers append, the model would start a new text.
         if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(str(tokenizer.eos_token)):
             ids = ids[:-1]
     else:
@@ -41,7 +41,7 @@ def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
             raise ValueError("the tokenizer has no chat template, so prompts must be text, not messages")
         try:
             ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
-        except TemplateError as error:  # one that wants no system message, or the user's turn first
+        except TemplateError as error:  # for example one without system messages
             raise ValueError(f"the chat template does not take this conversation: {error}") from None
     if not ids:
         raise ValueError("the prompt is empty; give at least one character")
@@ -49,7 +49,7 @@ def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
 
 
 def check_ids(model: Any, ids: Sequence[int]) -> None:
-    """Raises ValueError where the tokenizer gives ids that the model has no embedding for, or too many of them."""
+    """Raises ValueError if there are too many ids, or ids without an embedding."""
     rows = model.get_input_embeddings().num_embeddings
     if max(ids) >= rows:
         raise ValueError(
@@ -64,10 +64,10 @@ def check_ids(model: Any, ids: Sequence[int]) -> None:
 
 
 def generate_settings(model: Any, tokenizer: Any, length: int, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Keyword arguments of `generate` for a prompt of `length` tokens: `given`, and what the model leaves open.
+    """Keyword arguments of `generate` for a prompt of `length` tokens.
 
-    Whatever is not in `given` is the model's own `generation_config`. A setting of the draw implies `do_sample`; a
-    temperature of 0 is greedy decoding, whatever else is set of the draw.
+    They are `given` plus what the model's `generation_config` leaves open. A sampling setting implies `do_sample`. A
+    temperature of 0 means greedy decoding, whatever the other sampling settings are.
     """
     settings = {name: value for name, value in given.items() if value is not None}
     if settings.get("temperature") == 0:
@@ -94,10 +94,10 @@ def complete(
     """Yields the completion of each prompt, in order, without the prompt and without a stop string at its end.
 
     Args:
-        prompts: texts, or lists of chat messages; of a chat the answer also ends with the turn.
+        prompts: texts, or lists of chat messages. The end of the turn ends an answer in a chat.
         given: settings of `generate` that differ from the model's generation_config.
-        batch_size: prompts that run together. Greedy and beam search give each prompt the answer it gets alone, up
-            to rounding; draws depend on the batch.
+        batch_size: prompts per batch. Greedy and beam search answer each prompt as if it were alone, up to rounding;
+            sampling depends on the batch.
 
     Raises:
         ValueError: for a prompt that is empty, too long, or outside the model's vocabulary; names its number.

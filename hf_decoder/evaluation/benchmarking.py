@@ -1,7 +1,7 @@
 """Times our class against the stock class: same shape and weights, one process, alternating calls, medians.
 
-Every measurement first checks that the two agree; what disagrees is not timed. The stock class is Llama, which has the
-same parameters under the same names.
+Every measurement first checks that the two agree. The stock class is Llama, which has the same parameters under the
+same names.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM
 from hf_decoder.costs.accounting import flops_per_token
+from hf_decoder.data.packing import IGNORE_INDEX
 from hf_decoder.data.tokenization import train_tokenizer
 from hf_decoder.engine.precision import fast_dtype
 from hf_decoder.engine.training.loss import linear_causal_lm_loss
@@ -35,7 +36,7 @@ from hf_decoder.interop.conversion import convert
 
 @dataclass(frozen=True)
 class Setting:
-    """Where and on what is measured."""
+    """Shape, device, dtype and repeats of a measurement."""
 
     shape: dict[str, Any]  # keyword arguments of either config
     device: str = "cpu"
@@ -46,18 +47,18 @@ class Setting:
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison. `ours` and `stock` are seconds; `share` is ours of `limit`, measured in the same run."""
+    """One comparison. `ours` and `stock` are seconds; `share` is ours of the machine's `limit` in the same run."""
 
     suite: str
     case: str
     ours: float
     stock: float
     share: float | None = None
-    limit: str = "matmul"  # or "read": the rate at which weights can be read from memory
-    ours_bytes: int | None = None  # peak of memory above what was held before, where it is counted
+    limit: str = "matmul"  # or "read": bytes per second that can be read from memory
+    ours_bytes: int | None = None  # peak memory of a call, where the system counts it
     stock_bytes: int | None = None
     llama_cpp: float | None = None  # seconds, where llama-cpp-python is installed
-    text: str = field(default="", kw_only=True)  # what happened to llama.cpp where it has no time
+    text: str = field(default="", kw_only=True)  # why llama.cpp has no time
 
     @property
     def ratio(self) -> float:
@@ -65,7 +66,7 @@ class Row:
 
 
 class Disagreement(RuntimeError):
-    """The two gave different results, so that their times mean nothing."""
+    """Raised when the two classes give different results, so that their times mean nothing."""
 
 
 def _synchronise(device: str) -> None:
@@ -74,7 +75,7 @@ def _synchronise(device: str) -> None:
 
 
 def seconds(function: Callable[[], Any], device: str) -> float:
-    """The time of a call; a call that measures itself returns it as `Seconds`."""
+    """The time of a call; a call that measures itself returns `Seconds`."""
     _synchronise(device)
     start = time.perf_counter()
     result = function()
@@ -83,9 +84,9 @@ def seconds(function: Callable[[], Any], device: str) -> float:
 
 
 def alternate(setting: Setting, *functions: Callable[[], Any]) -> tuple[float, ...]:
-    """Median seconds of each, measured in turn after one warm-up call of each; every round begins with another one.
+    """Median seconds of each function, called in turn after one warm-up call of each.
 
-    What a call leaves behind (caches, threads that wait for more) is then nobody's alone to bear.
+    Every round starts with another function, so that what a call leaves behind (caches, waiting threads) affects all.
     """
     times: tuple[list[float], ...] = tuple([] for _ in functions)
     for function in functions:
@@ -98,7 +99,7 @@ def alternate(setting: Setting, *functions: Callable[[], Any]) -> tuple[float, .
 
 
 def peak_bytes(function: Callable[[], Any], device: str) -> int | None:
-    """Peak memory of one call above what was held before; None where neither CUDA nor Linux counts it."""
+    """Peak memory that one call adds; None where neither CUDA nor Linux counts it."""
     if device.startswith("cuda"):
         _synchronise(device)
         torch.cuda.reset_peak_memory_stats()
@@ -109,8 +110,8 @@ def peak_bytes(function: Callable[[], Any], device: str) -> int | None:
     if device != "cpu" or not Path("/proc/self/clear_refs").exists():
         return None
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # freed memory that the allocator keeps would hide what the call takes
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # proc(5): the peak starts anew from here
+    ctypes.CDLL(None).malloc_trim(0)  # the call would reuse freed memory that the allocator keeps
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # proc(5): resets the peak
     before = _status_bytes("VmRSS")
     function()
     return _status_bytes("VmHWM") - before
@@ -122,7 +123,7 @@ def _status_bytes(field: str) -> int:
 
 
 def matmul_rate(setting: Setting, size: int = 2048) -> float:
-    """FLOP/s of a square matrix product in the setting's dtype: the limit that arithmetic runs into."""
+    """FLOP/s of a square matrix product in the setting's dtype, the limit of training."""
     dtype = fast_dtype(torch.device(setting.device), setting.dtype)
     a, b = (torch.randn(size, size, device=setting.device, dtype=dtype) for _ in range(2))
     torch.mm(a, b)
@@ -131,7 +132,7 @@ def matmul_rate(setting: Setting, size: int = 2048) -> float:
 
 
 def read_rate(setting: Setting, num_bytes: int = 2**29) -> float:
-    """Bytes a second at which a large buffer is read and added up: the limit that decoding runs into."""
+    """Bytes per second at which a large buffer is read and summed, the limit of decoding."""
     buffer = torch.ones(num_bytes // 8, dtype=torch.int64, device=setting.device)
     buffer.sum()
     times = [seconds(lambda: buffer.sum(), setting.device) for _ in range(max(setting.repeats, 5))]
@@ -142,7 +143,7 @@ def twins(setting: Setting, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTra
     """Our model and the stock one with the same random weights."""
     torch.manual_seed(0)
     config = HfDecoderConfig(**setting.shape)
-    with torch.device(setting.device):  # a GPU draws random weights at once
+    with torch.device(setting.device):  # a GPU draws random weights much faster
         ours = HfDecoderForCausalLM(config)
         stock = LlamaForCausalLM(LlamaConfig(**{**setting.shape, "intermediate_size": config.intermediate_size}))
     stock.load_state_dict(ours.state_dict())
@@ -152,7 +153,7 @@ def twins(setting: Setting, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTra
 
 
 def check(ours: torch.Tensor, stock: torch.Tensor, tolerance: float, what: str) -> None:
-    """Raises `Disagreement` where the two differ by more than `tolerance` times the stock result's norm."""
+    """Raises `Disagreement` if the two differ by more than `tolerance` times the norm of the stock result."""
     ours, stock = ours.detach().float(), stock.detach().float()
     difference = ((ours - stock).norm() / stock.norm().clamp(min=1e-12)).item()
     if not difference <= tolerance:
@@ -160,7 +161,7 @@ def check(ours: torch.Tensor, stock: torch.Tensor, tolerance: float, what: str) 
 
 
 def measure_loss(setting: Setting, tokens: int = 4096, width: int = 512) -> Iterator[Row]:
-    """Head and cross-entropy, forward and backward."""
+    """Times head and cross-entropy, forward and backward."""
     rate = matmul_rate(setting)
     for vocab_size in (4096, 32000, 131072):
         torch.manual_seed(0)
@@ -195,7 +196,7 @@ def measure_loss(setting: Setting, tokens: int = 4096, width: int = 512) -> Iter
 def _loss_and_gradient(
     model: PreTrainedModel, setting: Setting, inputs: dict[str, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss of one forward and backward pass, and the gradient of the first layer's matrices, the furthest from it."""
+    """Loss of one forward and backward pass, and the gradient of the first layer, the furthest from the loss."""
     with torch.autocast(setting.device, setting.dtype, enabled=setting.dtype != torch.float32):
         loss = model(**inputs, use_cache=False).loss
     loss.backward()
@@ -233,37 +234,37 @@ def _measure_training(
     ours, stock = (_training_step(model, setting, inputs) for model in models)
     before = matmul_rate(setting)
     fast, slow = alternate(setting, ours, stock)
-    rate = max(before, matmul_rate(setting))  # a shared machine's rate is another from minute to minute
+    rate = max(before, matmul_rate(setting))  # the rate of a shared machine changes from minute to minute
     memory = (peak_bytes(ours, setting.device), peak_bytes(stock, setting.device))
     return Row(suite, case, fast, slow, training_flops(setting, inputs) / fast / rate, "matmul", *memory)
 
 
 def training_flops(setting: Setting, inputs: dict[str, torch.Tensor]) -> int:
-    """FLOPs of a step that need be done: attention within documents, and the head where there is a label."""
+    """FLOPs that a step needs: attention within documents only, and the head only where there is a label."""
     config, length = HfDecoderConfig(**setting.shape), inputs["input_ids"].shape[1]
     if "position_ids" in inputs:
         length = int(inputs["position_ids"].max()) + 1
-    without_label = int((inputs["labels"][:, 1:] == -100).sum())
+    without_label = int((inputs["labels"][:, 1:] == IGNORE_INDEX).sum())
     per_token = flops_per_token(config, length)
     return per_token * inputs["input_ids"].numel() - 6 * config.vocab_size * config.hidden_size * without_label
 
 
 def measure_train(setting: Setting, batch_size: int = 8, length: int = 512) -> Iterator[Row]:
-    """A training step under autocast: three numbers of rows, 70% of the labels masked, and both models compiled."""
+    """Times a training step under autocast: three batch sizes, 70% of the labels masked, and both models compiled."""
     torch.manual_seed(0)
     ids = torch.randint(setting.shape["vocab_size"], (batch_size, length), device=setting.device)
     for rows in (batch_size // 4, batch_size // 2, batch_size):
         inputs = {"input_ids": ids[:rows], "labels": ids[:rows]}
         yield _measure_training("train", f"{rows} x {length}", setting, inputs)
     masked = ids.clone()
-    masked[:, : int(0.7 * length)] = -100
+    masked[:, : int(0.7 * length)] = IGNORE_INDEX
     yield _measure_training("train", "70% of labels masked", setting, {"input_ids": ids, "labels": masked})
     whole = {"input_ids": ids, "labels": ids}
     yield _measure_training("train", f"{batch_size} x {length}, compiled", setting, whole, compiled=True)
 
 
 def measure_packed(setting: Setting, documents: int = 8, length: int = 4096) -> Iterator[Row]:
-    """A training step on one row of several documents that do not see each other."""
+    """Times a training step on one row of several packed documents."""
     torch.manual_seed(0)
     ids = torch.randint(setting.shape["vocab_size"], (1, length), device=setting.device)
     positions = torch.arange(length, device=setting.device) % (length // documents)
@@ -273,7 +274,7 @@ def measure_packed(setting: Setting, documents: int = 8, length: int = 4096) -> 
 
 @torch.no_grad()
 def measure_prefill(setting: Setting) -> Iterator[Row]:
-    """The prompt's forward pass, filling a cache; and a first token, by `generate` as it is."""
+    """Times the prefill of a prompt, and the first token of `generate`."""
     ours, stock = (model.eval() for model in twins(setting, setting.dtype))
 
     def prompt(length: int) -> torch.Tensor:
@@ -297,7 +298,7 @@ def measure_prefill(setting: Setting) -> Iterator[Row]:
 
 
 def _greedily(mask: torch.Tensor, new_tokens: int) -> dict[str, Any]:
-    """Settings of a text of that length."""
+    """Settings of greedy `generate` for exactly so many tokens."""
     settings = {"max_new_tokens": new_tokens, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     return {"attention_mask": mask, **settings}
 
@@ -305,10 +306,10 @@ def _greedily(mask: torch.Tensor, new_tokens: int) -> dict[str, Any]:
 def check_greedy(
     stock: PreTrainedModel, tokens: torch.Tensor, mask: torch.Tensor, what: str, exact: PreTrainedModel | None = None
 ) -> None:
-    """Raises `Disagreement` unless the stock model's logits have every token after the prompt at their top.
+    """Raises `Disagreement` unless every generated token has the highest logit of the stock model, or nearly so.
 
-    Half precision breaks near-ties either way: a tenth of the logits' standard deviation below the top is a tie, and,
-    if `exact` is the stock model in fp32, so is twice the most that the stock model itself is off in that place.
+    Half precision breaks near-ties either way. A tenth of the logits' standard deviation is a tie. If `exact` is the
+    stock model in fp32, so is twice the stock model's largest error at that position.
     """
     prompt = mask.shape[1]
     mask = torch.cat((mask, mask.new_ones(mask.shape[0], tokens.shape[1] - prompt)), 1)
@@ -352,7 +353,7 @@ def _measure_decoding(
         for new_tokens in lengths:
             fixed = _greedily(mask, new_tokens)
             ways: list[tuple[str, str | None, str | None]] = [("", None, None), (", compiled", "static", None)]
-            if setting.device != "cpu":  # on a CPU transformers compiles nothing
+            if setting.device != "cpu":  # transformers compiles nothing on a CPU
                 ways.append((", both compiled", "static", "static"))
             for name, our_cache, their_cache in ways:
                 case = f"{batch_size} x {new_tokens} tokens" + (", int8" if int8 else "") + name
@@ -364,7 +365,7 @@ def _measure_decoding(
                     calls.append(partial(peer, ids[0].tolist(), new_tokens))
                 times = alternate(setting, *calls)
                 failure = failure if peer is None else peer.failure or ""
-                # every step reads every weight: a bound from below, because the prompt is in the time too
+                # every step reads every weight; a lower bound, because the time includes the prefill
                 share = weights * new_tokens / times[0] / rate
                 third = times[2] if len(times) > 2 and not failure else None
                 text = f"llama.cpp: {failure}" if failure else ""
@@ -372,7 +373,7 @@ def _measure_decoding(
 
 
 def _quantize_int8(model: PreTrainedModel) -> None:
-    """As transformers does it on load: all linear layers but the head."""
+    """Quantizes all linear layers but the head, as transformers does on load."""
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     quantize_(model.get_decoder(), Int8WeightOnlyConfig())
@@ -384,10 +385,10 @@ def _nbytes(parameter: torch.Tensor) -> int:
 
 
 def measure_generate(setting: Setting, prompt: int = 32, lengths: Sequence[int] = (64, 256, 1024)) -> Iterator[Row]:
-    """Greedy `generate` of one row: as it is, and compiled with `cache_implementation="static"`; three lengths.
+    """Times greedy `generate` of one row at three lengths, ours with and without `cache_implementation="static"`.
 
-    The stock class as it is; where transformers compiles it with a static cache, that way too.
-    Where torchao is installed, the shortest also with weights in int8, beside llama.cpp's q8_0.
+    The stock class runs uncompiled, and compiled too where transformers compiles it. With torchao, the shortest length
+    also runs with int8 weights, beside llama.cpp's q8_0.
     """
     yield from _measure_decoding("generate", setting, 1, prompt, lengths)
     if importlib.util.find_spec("torchao") is not None:
@@ -395,21 +396,21 @@ def measure_generate(setting: Setting, prompt: int = 32, lengths: Sequence[int] 
 
 
 def measure_batch(setting: Setting, prompt: int = 32, new_tokens: int = 64) -> Iterator[Row]:
-    """Greedy `generate` of eight rows with left padding."""
+    """Times greedy `generate` of eight rows with left padding."""
     yield from _measure_decoding("batch", setting, 8, prompt, (new_tokens,))
 
 
 @contextlib.contextmanager
 def _llama_cpp(model: PreTrainedModel, setting: Setting, outtype: str | None = None) -> Iterator[LlamaCppPeer]:
-    """llama.cpp with the same weights, in the setting's dtype or as `outtype`.
+    """Starts llama.cpp with the same weights, in the setting's dtype or in `outtype`.
 
     Raises:
-        ValueError: if these weights have no such form.
+        ValueError: if the weights cannot be converted.
     """
     outtype = outtype or {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}[setting.dtype]
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(f"{folder}/model")
-        # the text does not matter, only that the file has a tokenizer
+        # any tokenizer will do, but llama.cpp needs one
         train_tokenizer(["llama.cpp reads no file without a tokenizer"], vocab_size=300).save_pretrained(
             f"{folder}/model"
         )
@@ -420,7 +421,7 @@ def _llama_cpp(model: PreTrainedModel, setting: Setting, outtype: str | None = N
 
 
 def measure_load(setting: Setting) -> Iterator[Row]:
-    """`from_pretrained` of a saved folder, files in the page cache."""
+    """Times `from_pretrained` of a saved folder whose files are in the page cache."""
     ours, stock = twins(setting, setting.dtype)
     with tempfile.TemporaryDirectory() as folder:
         for model, name in ((ours, "ours"), (stock, "stock")):

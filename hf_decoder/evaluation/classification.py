@@ -1,7 +1,7 @@
-"""Sequence classification: predicts classes, gives loss and measures, and keeps class names beside checkpoints.
+"""Sequence classification: predictions, loss, report, and class names beside the checkpoints of adapters.
 
-A whole classifier tells the names of its classes in config.json. An adapter has no such file, and one beside it would
-have transformers look for the base's weights there; so they go into `LABELS_FILE`, in the form of `id2label`.
+A whole classifier has its class names in config.json. An adapter has no such file, and must not have one, because
+transformers would look for the base's weights there. Its class names are in `LABELS_FILE`, in the form of `id2label`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from hf_decoder.data.label_names import save_label_names
 
 
 class KeepLabelNames(TrainerCallback):
-    """Puts the names of the classes beside the adapter of every checkpoint, so that it can be measured alone."""
+    """Saves the class names beside the adapter of every checkpoint, so that each can be evaluated alone."""
 
     def __init__(self, names: Mapping[int, str]):
         self.names = names
@@ -31,14 +31,14 @@ class KeepLabelNames(TrainerCallback):
 
 
 def share_padding(model: Any, tokenizer: Any) -> None:
-    """Has tokenizer and classifier pad with one token: a batch is read at the last token that is not padding."""
+    """Makes tokenizer and classifier use one pad token, because the classifier reads the last token before padding."""
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
 
 
 def encode_texts(tokenizer: Any, texts: Sequence[str], max_length: int | None) -> list[list[int]]:
-    """Token ids of each text, its last `max_length` at most: the classifier reads from the last token."""
+    """Token ids of each text, at most the last `max_length`, because the classifier reads the last token."""
     rows = tokenizer(list(texts))["input_ids"]
     return [row[-max_length:] if max_length else row for row in rows]
 
@@ -67,7 +67,7 @@ def class_loss(
 ) -> torch.Tensor:
     """Mean cross-entropy over the rows of a whole step, for `Trainer(compute_loss_func=...)`.
 
-    The loss of transformers' classifiers is the mean of one batch, which gradient accumulation adds up.
+    The loss of transformers' classifiers is the mean of one batch, and gradient accumulation would add up the means.
     """
     total = torch.nn.functional.cross_entropy(
         outputs["logits"].float(), labels, reduction="sum", label_smoothing=smoothing
@@ -76,9 +76,9 @@ def class_loss(
 
 
 def class_report(guesses: Sequence[str], labels: Sequence[str], names: Iterable[str]) -> dict[str, Any]:
-    """What scikit-learn's `confusion_matrix` and `classification_report(output_dict=True)` tell, under its names.
+    """The results of scikit-learn's `confusion_matrix` and `classification_report(output_dict=True)`.
 
-    `labels` of the result are those of `names` that occur; a row of the matrix is a label, a column a guess.
+    `labels` of the result are the `names` that occur. Rows of the matrix are labels, columns are guesses.
     """
     names = [name for name in names if name in {*guesses, *labels}]
     place = {name: index for index, name in enumerate(names)}
@@ -102,9 +102,9 @@ def class_report(guesses: Sequence[str], labels: Sequence[str], names: Iterable[
 
 
 def check_against_chance(report: Mapping[str, Any]) -> str | None:
-    """A line about a `class_report` whose accuracy may be that of naming the most frequent class each time, or None.
+    """A warning if the accuracy of a `class_report` is no better than always naming the most frequent class, or None.
 
-    "May be": it lies less than 1.64 standard errors above, which one such model in twenty exceeds by chance.
+    It must be 1.64 standard errors higher, which one chance model in twenty exceeds.
     """
     support = Counter({name: report["classification_report"][name]["support"] for name in report["labels"]})
     (name, most), count = support.most_common(1)[0], support.total()
@@ -118,7 +118,7 @@ def check_against_chance(report: Mapping[str, Any]) -> str | None:
 
 
 def plot_confusion(report: Mapping[str, Any], path: str | Path, title: str) -> None:
-    """Draws the confusion matrix of a `class_report`: how often each label was taken for which class."""
+    """Draws the confusion matrix of a `class_report`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,6 +1,6 @@
 """Runs llama.cpp as a peer of the benchmark in its own process, because it dies with SIGSEGV on some processors.
 
-The child decodes and measures its own time, so that nothing of the way between the processes is in it.
+The child measures its own time, so that communication between the processes does not count.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class LlamaCppPeer:
         threads: threads of llama.cpp.
         timeout: seconds that loading, or decoding one text, may take.
 
-    `failure` says what became of a process that crashed, raised or took too long; None while it is well.
+    `failure` says why the process crashed, raised or took too long; None while it works.
     """
 
     def __init__(self, model: Path, threads: int, timeout: float):
@@ -44,10 +44,10 @@ class LlamaCppPeer:
         self._receive("loading")
 
     def __call__(self, prompt: list[int], new_tokens: int) -> Seconds:
-        """Decodes once; not a number once the peer has failed."""
+        """Decodes once; NaN after a failure."""
         if self.failure is not None:
             return Seconds("nan")
-        with contextlib.suppress(OSError):  # it died between two texts, which the end of the pipe tells
+        with contextlib.suppress(OSError):  # if it died between two texts, `_receive` reads the end of the pipe
             self._connection.send((prompt, new_tokens))
         return self._receive("decoding")
 
@@ -73,7 +73,7 @@ class LlamaCppPeer:
         return ""
 
     def close(self) -> None:
-        """Ends the process, in whatever it is."""
+        """Kills the process, whatever it is doing."""
         self._process.kill()
         self._process.join()
 
@@ -99,7 +99,7 @@ def _decode(connection: Connection, model: str, log: str, threads: int) -> None:
     """The child: loads the model, and answers each (prompt, new_tokens) with seconds, or with what went wrong."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    for stream in (1, 2):  # what llama.cpp writes does not belong into the table
+    for stream in (1, 2):  # llama.cpp must not write into the table
         os.dup2(file, stream)
     try:
         for answer in _answers(connection, model, threads):

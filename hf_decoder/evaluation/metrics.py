@@ -1,8 +1,8 @@
 """Measures language models: likelihood of held-out text, and answers against references.
 
-BLEU and chrF are sacrebleu's, with its defaults (cased; 13a tokenisation, or that of Chinese, Japanese or Korean where
-the references are in one of them; Post 2018, "A Call for Clarity in Reporting BLEU Scores"; Popovic 2015, "chrF"),
-on its scale of 0 to 100. Accuracy, F1 and exact match lie between 0 and 1.
+sacrebleu computes BLEU (Post 2018, "A Call for Clarity in Reporting BLEU Scores") and chrF (Popovic 2015), from 0 to
+100, with its defaults: cased, 13a tokenisation, or its tokenizer of Chinese, Japanese or Korean if the references are
+in one of these. Accuracy, F1 and exact match lie between 0 and 1.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_decoder.data.packing import IGNORE_INDEX, CorpusReport, pack_for_evaluation, tokenize
+from hf_decoder.evaluation.classification import class_report
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 
 def perplexity(loss: float) -> float:
-    """exp of the mean negative log-likelihood `loss` (nats per token); infinite where that overflows."""
+    """exp of the mean negative log-likelihood `loss` (nats per token); infinite if that overflows."""
     try:
         return math.exp(loss)
     except OverflowError:
@@ -36,10 +37,10 @@ def perplexity(loss: float) -> float:
 
 
 def bits_per_byte(total_nats: float, num_bytes: int) -> float:
-    """Bits the model needs for one byte of text: `total_nats` / ln 2 / `num_bytes`.
+    """Bits that the model needs for one byte of text: `total_nats` / ln 2 / `num_bytes`.
 
-    Unlike perplexity it does not depend on the tokenizer, so models with different vocabularies, and general
-    compressors, can be compared on the same text.
+    Unlike perplexity it does not depend on the tokenizer, so it compares models with different vocabularies, and
+    compressors, on the same text.
 
     Raises:
         ValueError: if `num_bytes` is not positive.
@@ -82,17 +83,16 @@ def score(
     batch_size: int = 8,
     autocast_dtype: torch.dtype | None = None,
 ) -> Score:
-    """Sums -ln p(label) over every label of `rows` that the model predicts, exactly, whatever the batch size.
+    """Sums -ln p(label) over every label of `rows`; the batch size does not change the result.
 
     Args:
-        model: a causal language model that returns the mean loss over the labels it is given (any `...ForCausalLM`).
-        rows: mappings with `input_ids` and `labels` (both `[block]`, of one length), and `position_ids` where the
-            row is packed. Labels are aligned with `input_ids`: the model shifts them. Labels of -100 are not scored,
-            and neither is the first of a row, which nothing predicts.
+        model: any `...ForCausalLM` that returns the mean loss over the labels. It is put into evaluation mode and
+            back.
+        rows: mappings with `input_ids` and `labels` (both `[block]`, of one length), and `position_ids` if the row is
+            packed. Labels are aligned with `input_ids`: the model shifts them. Labels of -100 are not scored, and
+            neither is the first label of a row, which nothing predicts.
         batch_size: rows per forward pass.
-        autocast_dtype: runs the model under autocast in this type; None leaves the model's own.
-
-    Model and tensors are on the model's device; the model is put into evaluation mode and back.
+        autocast_dtype: runs the model under autocast in this type; None: no autocast.
     """
     device = next(model.parameters()).device
     autocast = torch.autocast(device.type, autocast_dtype) if autocast_dtype else contextlib.nullcontext()
@@ -107,7 +107,7 @@ def score(
     try:
         for batch in _batches(rows, batch_size):
             inputs = {name: column.to(device) for name, column in batch.items()}
-            # The mean times the count of its own batch: a mean of batch means would weigh tokens unequally.
+            # A mean of batch means would weigh tokens unequally, so each is multiplied by its count.
             count = int((inputs["labels"][:, 1:] != IGNORE_INDEX).sum())
             if count == 0:
                 continue
@@ -121,7 +121,7 @@ def score(
 
 
 def _batches(rows: Iterable[Mapping[str, Any]], batch_size: int) -> Iterable[dict[str, torch.Tensor]]:
-    """Stacks `batch_size` rows at a time into tensors `[batch, block]` of the columns a causal model takes."""
+    """Stacks `batch_size` rows at a time into tensors `[batch, block]`."""
     batch: list[Mapping[str, Any]] = []
     for row in rows:
         batch.append(row)
@@ -146,12 +146,12 @@ def score_text(
     stride: int | None = None,
     batch_size: int = 8,
 ) -> tuple[Score, CorpusReport]:
-    """Scores every token of every document (column `text`) once, under a window that slides.
+    """Scores every token of every document (column `text`) once, with a sliding window.
 
-    A window holds `block_size` tokens and advances by `stride`, half of it if None. A window scores only what the one
-    before it did not reach, so every token is predicted from at least `block_size - stride` tokens before it, less
-    only where its document began less far back. A smaller stride is fairer and costs `block_size / stride` times the
-    work. The windows do not depend on `batch_size`, nor does the result.
+    A window holds `block_size` tokens and advances by `stride`, half of it if None. It scores only the tokens that the
+    previous window did not reach. So every token has at least `block_size - stride` tokens of context, or all of its
+    document. A smaller stride gives more context and costs `block_size / stride` times the work. `batch_size` does
+    not change the result.
 
     Raises:
         ValueError: if the stride is outside 1..block_size - 1, or there is no text.
@@ -160,7 +160,7 @@ def score_text(
     tokens = tokenize(documents, tokenizer)
     if "position_ids" in inspect.signature(type(model).forward).parameters:
         parts = [tokens]
-    else:  # nothing would keep documents of one window apart
+    else:  # documents of one window would see each other
         parts = [tokens.select([index]) for index in range(len(tokens))]
     nats, count, blocks = 0.0, 0, 0
     for part in parts:
@@ -174,9 +174,9 @@ def score_text(
 def option_nats(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], options: Sequence[Sequence[int]], *, batch_size: int = 8
 ) -> list[list[float]]:
-    """-ln p(option | prompt), summed over the option's tokens: one row a prompt, one number an option.
+    """-ln p(option | prompt), summed over the option's tokens: one row per prompt, one number per option.
 
-    Prompts and options are token ids; a prompt has at least one. A prompt that leaves no room is cut at its start.
+    Prompts and options are token ids; a prompt has at least one. A prompt that is too long is cut at its start.
     """
     device = next(model.parameters()).device
     limit = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
@@ -189,7 +189,7 @@ def option_nats(
         for start in range(0, len(pairs), batch_size):
             batch = pairs[start : start + batch_size]
             length = max(len(prompt) + len(option) for prompt, option in batch)
-            # Padding stands behind: causal attention keeps it out of sight.
+            # Padding is on the right, where causal attention does not see it.
             ids = torch.tensor([p + o + [0] * (length - len(p) - len(o)) for p, o in batch], device=device)
             logits = model(input_ids=ids, use_cache=False).logits
             for row, (prompt, option) in enumerate(batch):
@@ -203,12 +203,12 @@ def option_nats(
 
 
 def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]], tokenize: str | None = None) -> float:
-    """Corpus BLEU of sacrebleu; each prediction has one reference or more, not always equally many.
+    """Corpus BLEU of sacrebleu; each prediction has one reference or more.
 
-    `tokenize` is sacrebleu's name of a tokenizer; None: the one that it takes for the language of the references.
+    `tokenize` is sacrebleu's name of a tokenizer; None: its default for the language of the references.
 
     Raises:
-        ValueError: if the two differ in length, or sacrebleu or what the tokenizer needs is not installed.
+        ValueError: if the two differ in length, or if sacrebleu or a package of its tokenizer is not installed.
     """
     return corpus_score(text_metric("bleu", references, tokenize), predictions, references)
 
@@ -219,7 +219,7 @@ def chrf(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> flo
 
 
 def corpus_score(metric: Any, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """The score that a `metric` of sacrebleu gives; its `get_signature()` says then how it was measured.
+    """The corpus score of a `metric` of sacrebleu; afterwards its `get_signature()` says how it was computed.
 
     Raises:
         ValueError: if the two differ in length.
@@ -228,36 +228,36 @@ def corpus_score(metric: Any, predictions: Sequence[str], references: Sequence[S
 
 
 def text_metric(name: str, references: Sequence[Sequence[str]], tokenize: str | None = None) -> Any:
-    """sacrebleu's `chrf` or `bleu`, the latter with the tokenizer `tokenize` or that of the references' language.
+    """sacrebleu's metric `chrf` or `bleu`; BLEU with the tokenizer `tokenize` or that of the references' language.
 
     Raises:
-        ValueError: for an unknown name, or a tokenizer that needs what is not there.
+        ValueError: for an unknown tokenizer, or one that needs a package that is not installed.
     """
-    if name == "chrf":  # of characters, whatever the language
+    if name == "chrf":  # counts characters, so it needs no tokenizer
         return _sacrebleu().CHRF()
     kind = _sacrebleu().BLEU
     if tokenize is not None and tokenize not in kind.TOKENIZERS:
         raise ValueError(f"--tokenize {tokenize!r} is unknown; choose one of: {', '.join(kind.TOKENIZERS)}")
     language = _language(references)
     try:
-        # of a language alone sacrebleu makes its own default; of both, a warning
+        # sacrebleu picks its tokenizer by language; given both, it would warn
         return kind(trg_lang=language) if tokenize is None else kind(tokenize=tokenize)
     except (ImportError, RuntimeError, OSError) as error:
         asked = f"--tokenize {tokenize}" if tokenize else f"BLEU of text in {LANGUAGES[language]}"
         package = f"pip install 'sacrebleu[{language}]', or " if language in ("ja", "ko") and not tokenize else ""
         reason = " ".join(str(error).split())
-        raise ValueError(f"{asked} needs what is not there: {package}give --tokenize char ({reason})") from None
+        raise ValueError(f"{asked} needs a missing package: {package}give --tokenize char ({reason})") from None
 
 
-# the languages for which sacrebleu has a tokenizer of its own, and the names of their letters in Unicode
+# languages with a tokenizer of their own in sacrebleu, and the Unicode names of their scripts
 LANGUAGES = {"zh": "Chinese", "ja": "Japanese", "ko": "Korean"}
 SCRIPTS = {"CJK": "zh", "HIRAGANA": "ja", "KATAKANA": "ja", "HANGUL": "ko"}
 
 
 def _language(references: Sequence[Sequence[str]]) -> str:
-    """`zh`, `ja` or `ko` where most letters of the references are of their scripts, else an empty string.
+    """`zh`, `ja` or `ko` if most letters of the references are in their scripts, else an empty string.
 
-    Japanese has kana among its Chinese characters, a third of the letters or more; a name in a Chinese text has less.
+    At least a third of the letters of Japanese text are kana. A name in a Chinese text adds less than a tenth.
     """
     letters = Counter(letter for options in references for text in options for letter in text if letter.isalpha())
     counts: Counter[str] = Counter()
@@ -272,7 +272,7 @@ def _language(references: Sequence[Sequence[str]]) -> str:
 
 
 def exact_match(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Share of the predictions that equal one of their references, spaces at the ends aside."""
+    """Share of the predictions that equal one of their references, ignoring spaces at the ends."""
     _check_lengths(predictions, references)
     hits = [p.strip() in {r.strip() for r in options} for p, options in zip(predictions, references, strict=True)]
     return sum(hits) / len(hits)
@@ -285,15 +285,10 @@ def accuracy(predictions: Sequence[Any], labels: Sequence[Any]) -> float:
 
 
 def macro_f1(predictions: Sequence[Any], labels: Sequence[Any]) -> float:
-    """Mean over all classes that occur of F1 = 2 TP / (2 TP + FP + FN): every class counts the same."""
+    """Mean F1 = 2 TP / (2 TP + FP + FN) over all classes that occur; every class counts the same."""
     _check_lengths(predictions, labels)
-    pairs = list(zip(predictions, labels, strict=True))
-    scores = []
-    for kind in sorted({*predictions, *labels}, key=str):
-        hits = sum(p == label == kind for p, label in pairs)
-        wrong = sum((p == kind) != (label == kind) for p, label in pairs)
-        scores.append(2 * hits / (2 * hits + wrong))
-    return sum(scores) / len(scores)
+    report = class_report(predictions, labels, {*predictions, *labels})
+    return report["classification_report"]["macro avg"]["f1-score"]
 
 
 def _check_lengths(predictions: Sequence[Any], references: Sequence[Any]) -> None:
@@ -304,7 +299,7 @@ def _check_lengths(predictions: Sequence[Any], references: Sequence[Any]) -> Non
 
 
 def _streams(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[list[str | None]]:
-    """References as sacrebleu takes them: first references together, then second ones, None where there is none."""
+    """Transposes references for sacrebleu: all first references, all second ones; None where one is missing."""
     _check_lengths(predictions, references)
     count = max(map(len, references))
     return [[options[i] if i < len(options) else None for options in references] for i in range(count)]

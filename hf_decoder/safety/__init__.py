@@ -1,1 +1,1 @@
-"""Guards against text and code of strangers: terminal output, time and memory limits, processes without secrets."""
+"""Guards against strangers' text and code: printable output, limits of time and memory, processes without secrets."""

@@ -1,4 +1,4 @@
-"""Runs a program in a new Python process without secrets, with this package or with the package hidden."""
+"""Runs a program in a new Python process without secrets, with or without this package."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 PACKAGE = "hf_decoder"
-# Environment variables that computing needs.
+# Environment variables that a computation needs.
 KEPT = re.compile(
     r"PATH|HOME|USER|LOGNAME|LANG|LC_\w+|TZ|TMPDIR|TEMP|TMP|USERPROFILE|SYSTEMROOT|APPDATA|LOCALAPPDATA|XDG_CACHE_HOME"
     r"|PYTHON\w*|VIRTUAL_ENV|CONDA_PREFIX|LD_\w+|DYLD_\w+|CC|CXX|CPATH|LIBRARY_PATH"
@@ -21,9 +21,9 @@ SECRET = re.compile("TOKEN|SECRET|PASS|KEY|CREDENTIAL|AUTH", re.IGNORECASE)
 
 
 def hide_package(package: str) -> None:
-    """Makes a package look as if it were not installed: no finder finds it, an editable install's own included.
+    """Hides a package from every finder, an editable install's own included, as if it were not installed.
 
-    Its text goes before that of a program, so it imports what it needs.
+    The source of this function is put in front of a program, so it imports what it needs.
     """
     import sys
     from importlib.machinery import PathFinder
@@ -44,11 +44,10 @@ def hide_package(package: str) -> None:
 
 
 def child_environment(*, hidden: bool, home: Path, hub_cache: Path) -> dict[str, str]:
-    """The environment of a process that may run somebody's code: what computing needs, and no secret.
+    """The environment of a process that may run a stranger's code, without secrets.
 
-    Python, compilers, devices and threads keep their settings. Whatever else the parent has stays behind, tokens,
-    keys and proxies' passwords among it. With `home` as HF_HOME no saved token is found either, and offline nothing
-    is asked of anybody.
+    Settings of Python, compilers, devices and threads are kept. All other variables are dropped, tokens, keys and
+    proxies' passwords included. `home` becomes HF_HOME, so that no saved token is found. The Hub is offline.
     """
     kept = {name: value for name, value in os.environ.items() if KEPT.fullmatch(name) and not SECRET.search(name)}
     root = str(Path(__file__).resolve().parents[2])
@@ -62,14 +61,13 @@ def child_environment(*, hidden: bool, home: Path, hub_cache: Path) -> dict[str,
 def run_fresh(program: Path, argument: str, *, hidden: bool, hub_cache: Path, timeout: float) -> str:
     """Runs the file `program` with one argument in an empty folder, offline, and returns what it prints.
 
-    The file goes to the interpreter as text, because it must also run where this package cannot be found: with
-    `hidden` that is so wherever it is installed.
+    The interpreter gets the file as text, because it must also run without this package, which `hidden` hides.
 
     Args:
-        hub_cache: what the Hub's files are taken from.
+        hub_cache: folder with the Hub's files.
 
     Raises:
-        RuntimeError: if the process fails, with the last line of what it said.
+        RuntimeError: if the process fails, with the last line of its standard error.
     """
     source = program.read_text(encoding="utf-8")
     if hidden:

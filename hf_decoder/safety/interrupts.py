@@ -1,6 +1,6 @@
-"""Turns Ctrl-C and SIGTERM into one exception, removes an empty output folder, and says how to go on.
+"""Turns Ctrl-C and SIGTERM into one exception, removes an empty output folder, and says how to continue.
 
-Nothing heavy is imported here: the command line catches signals before it imports torch.
+Nothing heavy is imported here, because the command line catches signals before it imports torch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(KeyboardInterrupt):
-    """The signal `number` asked the program to end."""
+    """Raised when the signal `number` asks the program to end."""
 
     def __init__(self, number: signal.Signals):
         super().__init__(number.name)
@@ -30,9 +30,9 @@ def interrupt(number: signal.Signals) -> None:
 
 @contextlib.contextmanager
 def on_signal(handle: Callable[[signal.Signals], None]) -> Iterator[None]:
-    """Calls `handle` for Ctrl-C and SIGTERM within the block, where it runs in the main thread.
+    """Calls `handle` for Ctrl-C and SIGTERM within the block, if it runs in the main thread.
 
-    Forked processes, such as a DataLoader's workers, inherit the handler; the signal ends them as if there were none.
+    A signal ends forked processes, such as a DataLoader's workers, as if there were no handler.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -56,10 +56,10 @@ def on_signal(handle: Callable[[signal.Signals], None]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def going_on(words: Callable[[], str | None], folder: str | Path | None = None) -> Iterator[None]:
-    """Adds to an interrupt what the command line says of it; removes `folder` where the block leaves it empty.
+    """Adds the message of the command line to an interrupt; removes `folder` if the block leaves it empty.
 
     Args:
-        words: follows "stopped by SIGINT"; None: nothing is to be said.
+        words: gives the text after "stopped by SIGINT", or None for no message.
     """
     try:
         yield
@@ -72,7 +72,7 @@ def going_on(words: Callable[[], str | None], folder: str | Path | None = None) 
 
 
 def describe(stop: KeyboardInterrupt) -> tuple[int, str | None]:
-    """The exit code of a program that an interrupt ends, and the line about it."""
+    """The exit code and the message of a program that an interrupt ends."""
     number = getattr(stop, "number", signal.SIGINT)
     words = getattr(stop, "go_on", "; the same command starts from the beginning")
     return 128 + number, None if words is None else f"stopped by {number.name}{words}"

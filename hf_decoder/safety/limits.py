@@ -1,5 +1,4 @@
-"""Limits the time and memory that text of strangers can take: chat templates, and regular expressions for module
-names."""
+"""Limits the time and memory of strangers' chat templates, and of regular expressions for module names."""
 
 from __future__ import annotations
 
@@ -13,19 +12,19 @@ from typing import Any
 
 SECONDS = 10.0
 MEMORY_BYTES = 256 << 20
-# A rendered conversation is this much longer than its messages, tools and documents together, at most.
+# The most that a rendered conversation may be longer than its messages, tools and documents.
 MOST_FACTOR, MOST_CHARACTERS = 8, 1 << 20
 
 
 class _TooLongError(BaseException):
-    """No Exception: jinja goes on after any of those where it works out what is constant."""
+    """Not an Exception, because jinja catches every Exception while it evaluates constants."""
 
 
 @contextmanager
 def bounded(what: str) -> Iterator[None]:
-    """Ends the block once it takes more than `SECONDS`, or than `MEMORY_BYTES` beyond what is taken already.
+    """Ends the block once it takes more than `SECONDS`, or `MEMORY_BYTES` more than the process holds already.
 
-    Only in the main thread, and where the system can: not on Windows, and memory on Linux alone.
+    Works in the main thread only, and not on Windows. The limit of memory needs Linux.
 
     Raises:
         ValueError: naming `what`.
@@ -58,7 +57,7 @@ def bounded(what: str) -> Iterator[None]:
 
 
 def bound_templates() -> None:
-    """From here on every chat template of a tokenizer is rendered within the limits, whoever asks for it."""
+    """Makes transformers render every chat template within the limits from now on."""
     from transformers import tokenization_utils_base
 
     render: Callable[..., Any] = tokenization_utils_base.render_jinja_template
@@ -70,14 +69,14 @@ def _bounded(render: Callable[..., Any]) -> Callable[..., Any]:
     from jinja2 import TemplateError
 
     class ChatTemplateError(ValueError, TemplateError):
-        """A template that cannot be rendered; TRL looks out for jinja's own error."""
+        """Raised for a template that cannot be rendered; a TemplateError too, which TRL expects."""
 
     @functools.wraps(render)
     def bounded_render(*args: Any, **kwargs: Any) -> Any:
         try:
             with bounded("it"):
                 rendered, indices = render(*args, **kwargs)
-        except Exception as error:  # whatever its expressions come to
+        except Exception as error:  # a template may raise anything
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ChatTemplateError(f"the chat template cannot be rendered: {reason[:300]}") from error
         length = sum(map(len, rendered))

@@ -1,7 +1,7 @@
-"""Silences what other libraries say on import about parts of theirs that nobody asked for.
+"""Silences messages that other libraries log on import.
 
-transformers imports torchao and PEFT imports bitsandbytes wherever they are installed, and these report every kernel
-that does not run on this machine. What a command prints to stderr is for its own errors.
+transformers imports torchao and PEFT imports bitsandbytes if they are installed, and these report every kernel that
+does not run on this machine. A command's stderr is for its own errors.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# What turns the progress bars of datasets and huggingface_hub off, read when these are imported.
+# Variables that turn off the progress bars of datasets and huggingface_hub, which read them on import.
 BARS = ("HF_DATASETS_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_PROGRESS_BARS")
-# The loggers of torchao and bitsandbytes, and torch's on how torchao registers its types.
+# The loggers of torchao and bitsandbytes, and the one of torch that comments on torchao's types.
 LOGGERS = ("torchao", "bitsandbytes", "torch.utils._pytree")
 
 
 def silence() -> None:
-    """Only errors from these libraries, until the process ends, and no progress bars into a file."""
+    """Lets these libraries log errors only, until the process ends; turns off progress bars unless on a terminal."""
     for name in LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
     if not on_terminal():
@@ -28,13 +28,13 @@ def silence() -> None:
 
 
 def on_terminal() -> bool:
-    """Whether somebody watches: what goes to a file or a pipe gets lines in place of progress bars."""
+    """Whether output goes to a terminal; files and pipes get lines instead of progress bars."""
     return sys.stdout.isatty() and sys.stderr.isatty()
 
 
 @contextmanager
 def quiet_imports() -> Iterator[None]:
-    """The same for a while; the levels are put back as they were."""
+    """Silences the libraries within the block, and restores their levels."""
     levels = {name: logging.getLogger(name).level for name in LOGGERS}
     silence()
     try:

@@ -1,4 +1,4 @@
-"""What a training needs beside the model: optimizers, rows, callbacks, checkpoints, launches on many devices."""
+"""Trains models: optimizers, rows, callbacks, checkpoints, and launches on many devices."""
 
 from hf_decoder.moved import names_went_to
 

@@ -1,4 +1,4 @@
-"""Callbacks and helpers for `transformers.Trainer`: a progress bar with speed, a loss curve, sample text."""
+"""Callbacks and helpers for `transformers.Trainer`: progress bar with throughput, loss curve, sample text."""
 
 from __future__ import annotations
 
@@ -34,34 +34,34 @@ from hf_decoder.training.checkpoint_formats import is_sharded, resumable
 from hf_decoder.training.checkpoints import checkpoints
 from hf_decoder.training.throughput import steps_planned
 
-# Steps between two points of the loss curve; fewer in a run too short for so many points.
+# Steps between two points of the loss curve. A shorter run still gets `LEAST_POINTS` points.
 LOGGING_STEPS = 10
 LEAST_POINTS = 20
 
 
 def bf16_supported() -> bool:
-    """Whether this machine multiplies bf16 in hardware: then autocast pays; elsewhere fp32 is as fast."""
+    """Whether this machine multiplies bf16 in hardware, so that autocast is faster than fp32."""
     if torch.accelerator.is_available():
         return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     return cpu_has("avx512_bf16", "amx_bf16")
 
 
 def choose_bf16(args: TrainingArguments) -> None:
-    """Turns bf16 autocast on where the hardware has it, unless the flags said something of bf16 or ask for fp16."""
+    """Turns on bf16 autocast where the hardware supports it, unless the flags set bf16 or fp16."""
     if args.bf16 is None:
         args.bf16 = bf16_supported() and not args.fp16
 
 
 def logging_steps(steps: int) -> int:
-    """Steps between two points of the loss curve of a run of `steps`: fewer in a short run, so that it is a curve."""
+    """Steps between two points of the loss curve of a run of `steps`."""
     return max(1, min(LOGGING_STEPS, steps // LEAST_POINTS))
 
 
 def keep_freed_memory() -> None:
-    """Tells glibc to keep large freed blocks for the next step, instead of giving their pages back at once.
+    """Makes glibc keep large freed blocks for the next step.
 
-    A training step on a CPU frees and asks for the same large tensors again and again; getting fresh pages from the
-    system each time took a fifth of the step (measured on two cores). Elsewhere than on glibc this does nothing.
+    A training step on a CPU allocates the same large tensors again and again. Fresh pages from the system took a
+    fifth of each step (two cores). Without glibc this does nothing.
     """
     if platform.libc_ver()[0] != "glibc":
         return
@@ -72,10 +72,9 @@ def keep_freed_memory() -> None:
 
 
 class TrimMemory(TrainerCallback):
-    """Gives pages that hold nothing back to the system now and then, for a run with `keep_freed_memory`.
+    """Returns unused pages to the system every `STEPS` steps of a run with `keep_freed_memory`.
 
-    Where every step has tensors of other sizes, the blocks that were kept fit badly and new ones are asked for: the
-    process grew without end. One step after a trim gets its pages anew.
+    Where tensor sizes change from step to step, the kept blocks do not fit and the process would grow without end.
     """
 
     STEPS = 50
@@ -89,7 +88,7 @@ class TrimMemory(TrainerCallback):
 
 
 def add_callbacks(trainer: Trainer, *callbacks: TrainerCallback) -> None:
-    """Adds `callbacks`, and what every fine-tuning has: our progress bar, and on a CPU the care for memory."""
+    """Adds `callbacks`, our progress bar, and on a CPU the memory settings."""
     for callback in callbacks:
         trainer.add_callback(callback)
     if trainer.args.use_cpu:
@@ -101,7 +100,7 @@ def add_callbacks(trainer: Trainer, *callbacks: TrainerCallback) -> None:
 
 
 def collate_rows(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """A batch of packed rows whose loss alone is wanted: the logits of all its tokens are never formed."""
+    """Collates packed rows into a batch that asks only for the loss, so that no logits are held."""
     return {**default_data_collator(rows), "skip_logits": True}
 
 
@@ -158,7 +157,7 @@ def stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
 
 @contextmanager
 def quiet_but_for_main_process(args: TrainingArguments) -> Iterator[None]:
-    """Of several processes that train together, lets only the first one print and draw progress bars."""
+    """Lets only the main process print and draw progress bars."""
     if args.process_index == 0:
         yield
         return
@@ -175,13 +174,13 @@ def is_checkpoint(folder: str | Path) -> bool:
 
 
 def is_finished(checkpoint: str | Path, steps: int) -> bool:
-    """Whether a checkpoint is that of the last step, of `steps` or of those that its time limit left."""
+    """Whether a checkpoint was written at the last step: `steps`, or the one at which its time limit ends."""
     state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
     return state.global_step >= steps_planned(state.stateful_callbacks, steps)
 
 
 def check_steps_left(checkpoint: str | Path, steps: int, flag: str) -> None:
-    """Refuses to go on from a checkpoint that is past the last of `steps`, which `flag` asked for.
+    """Refuses a checkpoint that has taken more than the `steps` that `flag` asks for.
 
     Raises:
         ValueError: with both numbers.
@@ -195,10 +194,10 @@ def check_steps_left(checkpoint: str | Path, steps: int, flag: str) -> None:
 
 
 def train(trainer: Trainer, checkpoint: str | None, steps: int, *, finished: bool = False) -> dict[str, Any]:
-    """Trains, from `checkpoint` if there is one, and returns Trainer's metrics with tokens and steps beside them.
+    """Trains, from `checkpoint` if there is one, and returns Trainer's metrics plus tokens and steps.
 
-    `steps` are those of the whole schedule, which a time limit may cut. `finished` says that the model is that of a
-    checkpoint of the last step, when only the words about it are left to write: Trainer would take one more step.
+    `steps` is the length of the whole schedule; a time limit may cut it. `finished` says that `checkpoint` is of the
+    last step. Nothing is trained then, because Trainer would take one more step.
     """
     before = 0
     if checkpoint is not None:
@@ -214,7 +213,7 @@ def train(trainer: Trainer, checkpoint: str | None, steps: int, *, finished: boo
     except BaseException:
         for bar in trainer.callback_handler.callbacks:
             if isinstance(bar, SpeedBar):
-                bar.close()  # so that what is said of the error stands on a line of its own
+                bar.close()  # so that the error message starts on a line of its own
         raise
     seen = trainer.state.num_input_tokens_seen
     metrics["num_input_tokens_seen"] = seen
@@ -223,21 +222,19 @@ def train(trainer: Trainer, checkpoint: str | None, steps: int, *, finished: boo
 
 
 def clear_earlier_run(output_dir: str | Path) -> None:
-    """Deletes what would mix with a new run: the old run's checkpoints and metrics. Other files are overwritten."""
+    """Deletes the checkpoints and metrics of an earlier run. The new run overwrites all other files."""
     for checkpoint in checkpoints(output_dir):
         shutil.rmtree(checkpoint)
     (Path(output_dir) / "all_results.json").unlink(missing_ok=True)
 
 
 def check_output_dir(output_dir: str | Path, *, overwrite: bool, resume: bool | None = None) -> None:
-    """Refuses a folder that already holds something, unless the user asks to overwrite it or to resume in it.
+    """Refuses an output folder that is not empty, unless the user asks to overwrite it or to resume in it.
 
-    What is made beside a new folder, to find out whether it can be made, is gone at once.
-
-    `resume` is None for what cannot be resumed.
+    `resume` is None for commands that cannot resume.
 
     Raises:
-        ValueError: naming the folder and the ways out; for one, too, that cannot be made or written to.
+        ValueError: naming the folder and the way out; also for a folder that cannot be made or written to.
     """
     folder = Path(output_dir)
     if folder.exists() and not folder.is_dir():
@@ -273,8 +270,8 @@ def plot_loss_curve(
 ) -> None:
     """Draws training and held-out loss, in `unit`, over steps into a PNG file.
 
-    With `bytes_per_token` of the held-out text a second axis reads the same curves in bits per byte, and
-    `xz_bits_per_byte` is drawn there as a level to get below.
+    With `bytes_per_token` of the held-out text, a second axis shows bits per byte. `xz_bits_per_byte` is drawn there
+    as a dashed line.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -307,14 +304,14 @@ def plot_loss_curve(
 
 
 def held_out_prompts(texts: Sequence[str], count: int = 4, max_chars: int = 240) -> list[str]:
-    """The beginnings of up to `count` texts, spread over all of them, cut at a line's end where there is one."""
+    """The beginnings of up to `count` texts spread over all of them, cut at the end of a line where possible."""
     texts = [text for text in texts if text.strip()]
     chosen = [texts[i * len(texts) // count] for i in range(min(count, len(texts)))] if texts else []
     return [_beginning(text, max_chars) for text in chosen]
 
 
 def _beginning(text: str, max_chars: int) -> str:
-    # No more than half of a short text: the rest is for the model to write.
+    # At most half of a short text, so that the model has something left to write.
     head = text.lstrip()[: min(max_chars, max(1, len(text) // 2))]
     cut = head.rfind("\n")
     return head[:cut] if cut > len(head) // 2 else head
@@ -377,7 +374,7 @@ class SampleText(TrainerCallback):
 
 
 class CurveAtSave(TrainerCallback):
-    """Draws the loss curve so far at every save. What it draws with is `plot_loss_curve`'s."""
+    """Draws the loss curve so far at every save, with the options of `plot_loss_curve`."""
 
     def __init__(self, **drawing: Any):
         self._drawing = drawing

@@ -1,8 +1,8 @@
 """Converts checkpoints between one process, DDP and FSDP2, with full or sharded state.
 
-Trainer writes what its layout has at hand, and reads nothing else: one process and DDP number the optimizer's states
-(`optimizer.pt`), FSDP2 names them, whole (`optimizer.bin`, `pytorch_model_fsdp.bin`) or in shards (two folders).
-`resumable` gives a training the checkpoint in the form it reads. The checkpoint itself is left as it is.
+Trainer reads only the form that it writes itself. One process and DDP number the optimizer's states (`optimizer.pt`).
+FSDP2 names them, either in full (`optimizer.bin`, `pytorch_model_fsdp.bin`) or in shards (two folders). `resumable`
+converts a checkpoint to the form that the training reads, and leaves the checkpoint itself as it is.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 
 from hf_decoder.training.optimizers import parameter_groups
 
-# What a checkpoint of each form holds besides the files that all forms share: of the weights, of the optimizer.
+# form -> files of weights and optimizer; all other files are the same in every form
 FORMS = {
     "plain": ("model.safetensors", "optimizer.pt"),
     "full": ("pytorch_model_fsdp.bin", "optimizer.bin"),
@@ -32,7 +32,7 @@ FORMS = {
 
 
 def form_of(checkpoint: str | Path) -> str | None:
-    """The form of a checkpoint of Trainer by its files: plain, full, sharded; None for another (DeepSpeed's, say)."""
+    """The form of a checkpoint by its files: plain, full or sharded; None for any other, such as DeepSpeed's."""
     return next((form for form, (_, state) in FORMS.items() if (Path(checkpoint) / state).exists()), None)
 
 
@@ -45,21 +45,21 @@ def form_read_by(trainer: Trainer) -> str:
 
 
 def save_in_full(trainer: Trainer, folder: str | Path) -> None:
-    """`trainer.save_model(folder)`, also where FSDP2 keeps its checkpoints in shards: a plain model folder."""
+    """Saves a plain model folder, also where FSDP2 writes its checkpoints in shards."""
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
     if plugin is not None:
         plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(str(folder))
-    (Path(folder) / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle, which no receiver should have to trust
+    (Path(folder) / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle, which nobody should have to trust
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether no process has all of the model, so that all have to call it together."""
+    """Whether the model is split over processes, so that all of them have to call it together."""
     return any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 def whole_model(trainer: Trainer, folder: str | Path) -> Any:
-    """The trained model in one piece, in this process alone: read from `folder` where the trainer's is sharded."""
+    """The whole trained model in this process; loaded from `folder` if the trainer's is sharded."""
     model: Any = trainer.model
     if is_sharded(model):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -74,7 +74,7 @@ def resumable(checkpoint: str | Path, trainer: Trainer) -> Iterator[str]:
     The optimizer must be one of `training.optimizers`, and the model not yet wrapped. All processes must enter.
 
     Raises:
-        ValueError: if the checkpoint holds no state of an optimizer that Trainer wrote for one process, DDP or FSDP.
+        ValueError: if the checkpoint has no optimizer state of one process, DDP or FSDP.
     """
     form, wanted = form_of(checkpoint), form_read_by(trainer)
     if form == wanted or trainer.is_deepspeed_enabled:
@@ -99,7 +99,7 @@ def resumable(checkpoint: str | Path, trainer: Trainer) -> Iterator[str]:
 
 
 def convert_checkpoint(source: Path, folder: Path, model: PreTrainedModel, wanted: str) -> None:
-    """Writes the checkpoint `source` to `folder` in the form `wanted`; `model` has its shape, in one piece."""
+    """Writes the checkpoint `source` to `folder` in the form `wanted`; `model` has its shape and is not sharded."""
     form = form_of(source)
     if form is None:
         raise ValueError(f"{source} is no checkpoint of one process, DDP or FSDP")
@@ -132,7 +132,7 @@ def _read_weights(source: Path, form: str, scratch: Path) -> dict[str, torch.Ten
 
 
 def _read(path: Path, part: str, scratch: Path) -> Any:
-    """What FSDP2 saved in a file, or in a folder of shards under the name `part`."""
+    """Reads what FSDP2 saved in a file, or in a folder of shards under the name `part`."""
     if path.is_file():
         return torch.load(path, map_location="cpu", weights_only=True)
     joined = scratch / "joined.bin"
@@ -143,7 +143,7 @@ def _read(path: Path, part: str, scratch: Path) -> Any:
 
 
 def _write(values: Any, path: Path, part: str) -> None:
-    """The counterpart of `_read`: a folder of shards where the name has no suffix."""
+    """Writes a file, or a folder of shards where the name has no suffix."""
     if path.suffix:
         torch.save(values, path)
         return
@@ -154,7 +154,7 @@ def _write(values: Any, path: Path, part: str) -> None:
 
 
 def _with_tied_names(weights: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
-    """All names of a model's weights, those that share a tensor too, which are saved once."""
+    """Weights under all their names: tied weights are saved under one of them."""
     names: dict[int, list[str]] = {}
     for name, value in model.state_dict(keep_vars=True).items():
         names.setdefault(id(value), []).append(name)

@@ -1,7 +1,7 @@
 """Marks checkpoints that are whole, checks which run they belong to, and deletes those that are superseded.
 
-`CheckpointKeeper` marks a checkpoint of Trainer as whole once all its files are on the disk, with their sizes and with
-a description of the run. What bears no mark, or lacks a byte of what the mark lists, is never resumed from. Older
+`CheckpointKeeper` marks a checkpoint once all its files are on the disk. The mark lists their sizes and digests and
+describes the run. A checkpoint without a mark, or with a file of another size, is never resumed from. Older
 checkpoints are deleted only after the newer one is marked.
 """
 
@@ -30,14 +30,14 @@ if TYPE_CHECKING:
 CHECKPOINT_FOLDER = re.compile(r"checkpoint-(\d+)")
 MARK = "complete.json"
 
-# Fields of a config that say nothing about what the model computes.
+# Fields of a config that do not change what the model computes.
 _UNCOUNTED_FIELDS = ("transformers_version", "dtype", "_name_or_path", "architectures", "auto_map", "use_cache")
-# Parts of a run's description that earlier checkpoints did not tell.
+# Parts of a run's description that older checkpoints lack.
 _LATER_PARTS = ("training", "recipe")
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
-    """The checkpoint folders of a run, whole or not, by step."""
+    """The checkpoint folders of a run, whole or not, in order of their steps."""
     found = [path for path in Path(output_dir).glob("checkpoint-*") if CHECKPOINT_FOLDER.fullmatch(path.name)]
     return sorted((path for path in found if path.is_dir()), key=step_of)
 
@@ -47,7 +47,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def is_complete(checkpoint: str | Path) -> bool:
-    """Whether the checkpoint is marked as whole and every file that the mark lists has the size it had then."""
+    """Whether the checkpoint is marked as whole and every file has the size that the mark lists."""
     files = _mark(checkpoint).get("files", {})
     folder = Path(checkpoint)
     try:
@@ -62,10 +62,10 @@ def last_complete(output_dir: str | Path) -> Path | None:
 
 
 def check_content(checkpoint: str | Path) -> None:
-    """Reads every file that the mark lists and compares it with the digest it had when it was written.
+    """Reads every file that the mark lists and compares its digest.
 
-    A safetensors file has no checksum of its own, so nothing else would notice a bit that the disk lost. A folder
-    without a mark, or with one that lists no digests, is taken as it is. Reads about 2 GB a second from memory.
+    A safetensors file has no checksum, so nothing else would notice a flipped bit. A folder without digests passes.
+    Reads about 2 GB/s from memory.
 
     Raises:
         ValueError: naming the first file that is not what was written.
@@ -96,7 +96,7 @@ def checkpoint_to_resume(wanted: str | None, output_dir: str | Path) -> str | No
     """The checkpoint folder that `--resume_from_checkpoint` asks for: a path, or `true` for the last whole one.
 
     Raises:
-        ValueError: if there is none, or if the one that is named is not whole or not as it was written.
+        ValueError: if there is none, or if it is not whole or was changed.
     """
     if wanted is None or wanted.lower() == "false":
         return None
@@ -140,10 +140,13 @@ def describe_run(
     args: TrainingArguments | None = None,
     recipe: dict[str, Any] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """What has to stay the same for a run to go on: the model's shape, the tokenizer, the data, its order, the recipe.
+    """Describes what has to stay the same for a run to resume: model, tokenizer, data, their order, recipe.
 
-    `data` is `describe_data`'s or one's own; `trained_tokenizer` are the settings of a tokenizer trained for the run;
-    `args` say which rows make a step; `recipe` is `optimizers.describe_recipe`'s.
+    Args:
+        data: from `describe_data`, or a description of your own.
+        trained_tokenizer: settings of a tokenizer trained for the run.
+        args: say which rows make a step.
+        recipe: from `optimizers.describe_recipe`.
     """
     model = {name: value for name, value in config.to_dict().items() if name not in _UNCOUNTED_FIELDS}
     described = {
@@ -157,7 +160,7 @@ def describe_run(
     }
     if args is not None:
         described["training"] = {
-            # the same rows make a step however many processes and accumulation steps share them
+            # a step has the same rows however many processes and accumulation steps share them
             "rows_per_step": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
             "seed": args.seed,
             "data_seed": args.data_seed,
@@ -168,7 +171,7 @@ def describe_run(
 
 
 def describe_data(tokenized: Dataset, block_size: int) -> dict[str, Any]:
-    """Sizes of a tokenised text and a hash of all its tokens, in order."""
+    """Sizes of a tokenised text, and a hash of all its tokens in order."""
     digest = hashlib.sha256()
     tokens = 0
     for batch in tokenized.select_columns("input_ids").with_format("arrow").iter(1000):
@@ -186,7 +189,7 @@ def describe_data(tokenized: Dataset, block_size: int) -> dict[str, Any]:
 
 
 def check_same_run(checkpoint: str | Path, run: dict[str, dict[str, Any]]) -> None:
-    """Refuses to go on with another model, tokenizer, text, order of it or recipe than the checkpoint's.
+    """Refuses to resume with another model, tokenizer, text, order of rows or recipe than the checkpoint's.
 
     Raises:
         ValueError: naming what differs, with both values.
@@ -196,7 +199,7 @@ def check_same_run(checkpoint: str | Path, run: dict[str, dict[str, Any]]) -> No
         then = before.get(part, now if part in _LATER_PARTS else {})
         for name in [*now, *(name for name in then if name not in now)]:
             if part == "tokenizer" and (name not in then or name not in now):
-                continue  # how a tokenizer came about counts only where both were trained
+                continue  # how a tokenizer was trained counts only where both were trained
             if then.get(name) != now.get(name):
                 raise ValueError(
                     f"{checkpoint} belongs to another run: the {part} differs, {name} was {then.get(name)!r} and is "
@@ -211,10 +214,10 @@ class CheckpointKeeper(TrainerCallback):
     """Marks checkpoints as whole, deletes the superseded ones, and explains a save that failed.
 
     Args:
-        run: `describe_run`'s, written into every mark.
-        save_total_limit: whole checkpoints to keep, the best one aside; None keeps all. Trainer's own limit must be
-            off (`args.save_total_limit = None`): it counts half-written ones too.
-        last: the checkpoint that the run goes on from.
+        run: from `describe_run`; written into every mark.
+        save_total_limit: how many whole checkpoints to keep besides the best one; None keeps all. Trainer's own limit
+            must be off (`args.save_total_limit = None`), because it counts half-written ones too.
+        last: the checkpoint that the run resumes from.
     """
 
     def __init__(
@@ -228,7 +231,7 @@ class CheckpointKeeper(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         self._saving = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and self._saving.exists():
-            shutil.rmtree(self._saving)  # of a run that went another way from here, or cut short
+            shutil.rmtree(self._saving)  # left by a run that was cut short or continued differently
 
     def on_save(self, args, state, control, **kwargs):
         self._last = checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
@@ -252,7 +255,7 @@ class CheckpointKeeper(TrainerCallback):
 
     @contextlib.contextmanager
     def explain_failed_save(self, output_dir: str | Path) -> Iterator[None]:
-        """Turns an error of writing a checkpoint into an OSError of one line, and removes what was written of it."""
+        """Turns an error of writing a checkpoint into an OSError of one line, and removes the half-written files."""
         try:
             yield
         except (OSError, SafetensorError, RuntimeError) as error:
@@ -269,7 +272,7 @@ class CheckpointKeeper(TrainerCallback):
             raise OSError(f"{broken} could not be written ({reason}; {free / 1e6:,.1f} MB free); {kept}") from error
 
     def explain_stop(self, args: TrainingArguments) -> contextlib.AbstractContextManager[None]:
-        """Has an interrupt name the checkpoint to go on from."""
+        """Makes an interrupt name the checkpoint to resume from."""
 
         def words() -> str | None:
             if args.process_index:
@@ -285,7 +288,7 @@ class CheckpointKeeper(TrainerCallback):
 
 
 def mark_complete(checkpoint: Path, run: dict[str, Any]) -> None:
-    """Writes the mark of a checkpoint after its files are on the disk; the mark itself appears at once or not."""
+    """Writes the mark of a checkpoint atomically, after its files are on the disk."""
     files, digests = {}, {}
     for path in sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != MARK):
         with path.open("rb") as file:

@@ -1,8 +1,8 @@
 """The optimizer recipe: assigns each parameter to Muon or AdamW, and sets their options and the schedule.
 
-Hidden weight matrices take Muon (Jordan et al. 2024), everything else AdamW: embeddings, the head, norms and biases.
-One learning rate serves both, because Muon's updates are scaled to the size that AdamW's have (Liu et al. 2025, "Muon
-is scalable for LLM training", section 2.2). From a plain Trainer:
+Muon (Jordan et al. 2024) trains the hidden weight matrices. AdamW trains embeddings, head, norms and biases. One
+learning rate serves both, because Muon's updates are scaled to the size of AdamW's (Liu et al. 2025, "Muon is scalable
+for LLM training", section 2.2). With a plain Trainer:
 
     from hf_decoder.training.optimizers import muon_adamw
     trainer = Trainer(model, args, ..., optimizer_cls_and_kwargs=muon_adamw(args))
@@ -26,13 +26,14 @@ from hf_decoder.engine.precision import fast_dtype
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
 NEWTON_SCHULZ_DTYPE = torch.bfloat16
-# Elements of the matrices that go through the iteration together on one device: enough to fill it, little to hold.
+# Elements of the matrices that go through the iteration together on one device: they fill it and need little memory.
 CHUNK_ELEMENTS = 2**26
-# Root mean square of AdamW's updates, which Muon's are scaled to (Liu et al. 2025, equation 4).
+# Root mean square of AdamW's updates. Muon's are scaled to it (Liu et al. 2025, equation 4).
 UPDATE_RMS = 0.2
 # Share of the steps over which the learning rate falls.
 DECAY_SHARE = 0.4
-# What an optimizer takes from its state when a run goes on, and what makes the schedule: `TrainingArguments`' names.
+# Fields of `TrainingArguments` that must not change on resuming: the optimizer reads them from its state, or they make
+# the schedule.
 RECIPE_FLAGS = (
     "optim_args", "optim_target_modules", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
     "max_grad_norm", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps",
@@ -40,10 +41,10 @@ RECIPE_FLAGS = (
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Three optimizer groups: hidden matrices, which decay and take Muon; the head, which decays; all else.
+    """Up to three optimizer groups: hidden matrices (Muon, weight decay), the head (weight decay), and the rest.
 
-    Embeddings, norms and biases do not decay, nor does a head that is tied to the embeddings. Parameters that need no
-    gradient are left out, and so are groups without any.
+    Embeddings, norms and biases do not decay, nor does a head that is tied to the embeddings. Frozen parameters and
+    empty groups are left out.
     """
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
     head = getattr(model, "get_output_embeddings", lambda: None)()
@@ -69,16 +70,13 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def newton_schulz_dtype(device: torch.device) -> torch.dtype:
-    """bf16, which the iteration bears; fp32 on a CPU without products of bf16, where it would be most of a step."""
+    """bf16, which is precise enough here; fp32 on a CPU that multiplies bf16 slowly."""
     return fast_dtype(device, NEWTON_SCHULZ_DTYPE)
 
 
 @torch.no_grad()
 def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
-    """(N, rows, columns) -> the same, with the singular values of each matrix near 1, in `newton_schulz_dtype`.
-
-    All matrices of one shape go through the Newton-Schulz iteration together.
-    """
+    """Moves the singular values of each matrix near 1; (N, rows, columns), returned in `newton_schulz_dtype`."""
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.to(newton_schulz_dtype(matrices.device))
     if tall:
@@ -92,7 +90,7 @@ def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
 
 
 def _devices_that_share(matrix: torch.Tensor) -> int:
-    """How many devices share the work of `orthogonalise_any`: those of a mesh that splits matrices evenly, else 1."""
+    """How many devices share the work of `orthogonalise_any`: all of a mesh with even shards, else 1."""
     if isinstance(matrix, DTensor) and all(type(placement) in (Shard, Replicate) for placement in matrix.placements):
         return matrix.device_mesh.size()
     return 1
@@ -100,11 +98,11 @@ def _devices_that_share(matrix: torch.Tensor) -> int:
 
 @torch.no_grad()
 def orthogonalise_any(matrices: list[torch.Tensor]) -> list[torch.Tensor]:
-    """`orthogonalise` of matrices of one shape and layout, which may be sharded; the results have that layout.
+    """`orthogonalise` for matrices of one shape and layout, sharded or not; the results keep the layout.
 
-    The iteration needs whole matrices. Of sharded ones every device gathers a few, a share of its own, and scatters
-    the results: one all-to-all there and one back, and no matrix is worked on twice. Layouts that cut one
-    dimension twice (FSDP2 over tensor parallelism) are gathered by every device instead.
+    The iteration needs whole matrices. Each device gathers its share of the sharded matrices, works on them and
+    scatters the results: one all-to-all there and one back. Where a layout cuts one dimension twice (FSDP2 over tensor
+    parallelism), every device gathers all of them.
     """
     first = matrices[0]
     if not isinstance(first, DTensor):
@@ -124,7 +122,7 @@ def orthogonalise_any(matrices: list[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def _cut_as(matrix: Any, whole: torch.Tensor) -> DTensor:
-    """`whole`, laid out as `matrix`. FSDP2 cuts last what other dimensions of the mesh cut first."""
+    """`whole` in the layout of `matrix`. FSDP2's dimension of the mesh cuts last."""
     mesh = matrix.device_mesh
     piece = whole
     for number in reversed(range(mesh.ndim)):
@@ -144,10 +142,10 @@ class MuonAdamW(torch.optim.AdamW):
     Args:
         params: groups as `parameter_groups` makes them.
         lr: learning rate of both.
-        betas: AdamW's; Muon takes `momentum` alone.
-        eps: AdamW's.
-        weight_decay: decoupled, of groups that name none.
-        momentum: Muon's.
+        betas: of AdamW.
+        eps: of AdamW.
+        weight_decay: decoupled; for groups that set none.
+        momentum: of Muon.
     """
 
     def __init__(
@@ -168,7 +166,7 @@ class MuonAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """One step of both; the loss of `closure` if there is one."""
+        """Takes one step with both optimizers; returns the loss of `closure` if there is one."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -192,7 +190,7 @@ class MuonAdamW(torch.optim.AdamW):
                 continue
             state = self.state[parameter]
             if not state:
-                state["step"] = torch.zeros(())  # AdamW expects every state to hold one when it is loaded
+                state["step"] = torch.zeros(())  # AdamW looks for it when a state is loaded
                 state["momentum_buffer"] = torch.zeros_like(parameter)
             state["step"] += 1
             buffer = state["momentum_buffer"]
@@ -213,7 +211,7 @@ class MuonAdamW(torch.optim.AdamW):
 
 
 class OptimizerFactory:
-    """What `Trainer` calls with the model, once the model lies where and how it will be trained."""
+    """Makes the optimizer once the model is on its devices; `Trainer` calls it."""
 
     def __call__(
         self, model: nn.Module, optimizer_cls: type[torch.optim.Optimizer], weight_decay: float, **kwargs: Any
@@ -222,7 +220,7 @@ class OptimizerFactory:
 
 
 def muon_adamw(args: TrainingArguments) -> tuple[Any, dict[str, Any]]:
-    """The recipe with the settings of `args`: for `Trainer(optimizer_cls_and_kwargs=...)`."""
+    """The recipe with the settings of `args`, for `Trainer(optimizer_cls_and_kwargs=...)`."""
     return OptimizerFactory, {
         "optimizer_cls": MuonAdamW,
         "weight_decay": args.weight_decay,
@@ -233,30 +231,30 @@ def muon_adamw(args: TrainingArguments) -> tuple[Any, dict[str, Any]]:
 
 
 def grouped_optimizer(args: TrainingArguments) -> tuple[Any, dict[str, Any]]:
-    """The optimizer that `args.optim` names, with the recipe's groups: `Trainer(optimizer_cls_and_kwargs=...)`."""
+    """The optimizer that `args.optim` names, with the recipe's groups, for `Trainer(optimizer_cls_and_kwargs=...)`."""
     optimizer_cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args)
     return OptimizerFactory, {"optimizer_cls": optimizer_cls, "weight_decay": args.weight_decay, **kwargs}
 
 
 def describe_recipe(args: TrainingArguments, optimizer: str) -> dict[str, Any]:
-    """Optimizer and schedule as the flags of `args` say them, `optimizer` being the name of the first.
+    """Optimizer (by its name) and schedule as the flags of `args` set them.
 
-    A resumed run has the optimizer's settings from its checkpoint, whatever the flags say, and mixes the others.
+    They must not change: a resumed run would take some from its checkpoint and others from the flags.
     """
     return {"optim": optimizer, **{name: getattr(args, name) for name in RECIPE_FLAGS}}
 
 
 def wsd_kwargs(num_training_steps: int) -> dict[str, Any]:
-    """`lr_scheduler_kwargs` of transformers' `warmup_stable_decay`: a linear decay to 0 over the last part of the run.
+    """`lr_scheduler_kwargs` of `warmup_stable_decay`: a linear decay to 0 over the last `DECAY_SHARE` of the run.
 
-    A long decay is what the schedule lives by (Haegele et al. 2024, "Scaling laws and compute-optimal training beyond
-    fixed training durations", figure 5).
+    A long decay gives a lower loss (Haegele et al. 2024, "Scaling laws and compute-optimal training beyond fixed
+    training durations", figure 5).
     """
     return {"num_decay_steps": round(DECAY_SHARE * num_training_steps), "decay_type": "linear"}
 
 
 def check_schedule(args: TrainingArguments) -> None:
-    """Draws up the schedule of `args` for a made-up optimizer, where what it does not take shows at once.
+    """Tries the schedule of `args` with a small optimizer, so that wrong settings show before the training.
 
     Raises:
         ValueError: naming the schedule and its settings.

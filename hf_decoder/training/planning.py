@@ -1,8 +1,8 @@
-"""Estimates a training on one device or many by formulas: memory, communication, tokens per second.
+"""Estimates memory, communication and throughput of a training on one device or many.
 
-Symbols: N parameters, n devices that share the work on different rows, t devices of tensor parallelism, T tokens of a
-device in one pass, D width, V vocabulary. Memory is that of bf16 autocast over fp32 weights, which is how our commands
-train. Estimates: the sums leave out what the allocator wastes, for which `USABLE` stands.
+Symbols: N parameters, n devices with different rows, T tokens of a device in one pass, D width, V vocabulary. Memory
+is for bf16 autocast over fp32 weights, as our commands train. The sums leave out what the allocator wastes; `USABLE`
+makes up for it.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from hf_decoder.costs.devices import DEVICES, DEVICES_PER_NODE, GB, Device
 from hf_decoder.engine.training.loss import CHUNK_ELEMENTS, MIN_CHUNK_ROWS
 from hf_decoder.training.optimizers import NEWTON_SCHULZ_STEPS, parameter_groups
 
-# Share of a device's memory that can be planned with; the rest is the context, the allocator and the libraries.
+# Share of a device's memory to plan with; context, allocator and libraries take the rest.
 USABLE = 0.92
 # Bytes a second that one GPU can send to other machines: 400 Gbit/s a GPU, as in NVIDIA's DGX H100.
 NETWORK = 50 * GB
 STRATEGIES = ("ddp", "fsdp2", "deepspeed_zero3")
-# Bytes that a loss from whole logits holds for each: bf16, fp32, log-probabilities, and their gradient in fp32.
+# Bytes per logit of a loss that holds all of them: bf16, fp32, log-probabilities, and the gradient in fp32.
 HELD_LOGIT = 2 + 4 + 4 + 4
-# Bytes of a logit of a chunk in our loss: bf16, and fp32 (model/loss_hf_decoder.py).
+# Bytes per logit of a chunk in our loss: bf16 and fp32 (model/loss_hf_decoder.py).
 CHUNK_LOGIT = 2 + 4
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """Counts of parameters: all; those of one layer; the embedding table; the head; those that Muon takes."""
+    """Numbers of parameters: of the model, one layer, the embeddings, the head, and the matrices that Muon trains."""
 
     total: int
     layer: int
@@ -55,7 +55,7 @@ class Parameters:
 
 @dataclass(frozen=True)
 class Job:
-    """A training: the model, the devices, and how it is laid out over them."""
+    """A training: the model, the devices, and the layout."""
 
     config: PretrainedConfig
     gpu: Device
@@ -84,30 +84,30 @@ class Job:
 
     @property
     def ring(self) -> float:
-        """Bytes a second that a device sends in a ring over all: all devices of a machine share its way out."""
+        """Bytes per second of a device in a ring over all devices; those of one machine share its network."""
         if self.gpus <= self.devices_per_node:
             return self.gpu.link
         return min(self.gpu.link, NETWORK * self.devices_per_node)
 
     @property
     def direct(self) -> float:
-        """Bytes a second that a device sends to all others at once."""
+        """Bytes per second that a device sends to all others at once."""
         return self.gpu.link if self.gpus <= self.devices_per_node else min(self.gpu.link, NETWORK)
 
 
 def memory(job: Job) -> dict[str, int]:
-    """Bytes of one device at the peak, by purpose.
+    """Peak bytes of one device, by purpose.
 
-    Weights, gradients and optimizer state in fp32, 4 bytes each and two moments for AdamW, one for Muon; a share of
-    1 / n with FSDP2 and ZeRO-3 (Rajbhandari et al. 2020, arXiv 1910.02054, section 5). Copies: the bf16 weights that
-    autocast keeps for the backward pass, and DDP's buckets of fp32 gradients; in shards, what is gathered at a time:
-    two layers (one in use, one on its way), embedding and head, and a layer's gradient, in bf16. With accumulation,
-    shards wait with all of the gradients, gathered, for the last pass.
+    Weights, gradients, optimizer: fp32, with two moments for AdamW and one for Muon. FSDP2 and ZeRO-3 hold 1 / n of
+    them (Rajbhandari et al. 2020, arXiv 1910.02054, section 5).
+    Copies with DDP: the bf16 weights that autocast keeps for the backward pass, and buckets of fp32 gradients.
+    Copies with shards, in bf16: two gathered layers (one in use, one on its way), embeddings and head, one layer's
+    gradient. With accumulation, all gradients stay gathered until the last pass.
     Activations: `costs.accounting.activation_bytes`.
     Loss: a chunk of logits and the fp32 gradient of the head; with ZeRO-3, all the logits.
 
-    The sum is the peak of a pass that finds gradients of an earlier one. Without accumulation gradients come while
-    activations go, and the peak is lower by up to the gradients.
+    The sum holds for a pass that starts with gradients of an earlier one. Without accumulation, gradients appear while
+    activations are freed, and the peak is lower by up to the gradients.
     """
     count = Parameters.of(job.config)
     moments = 4 * count.hidden + 8 * (count.total - count.hidden) if job.muon else 8 * count.total
@@ -129,7 +129,7 @@ def memory(job: Job) -> dict[str, int]:
 
 
 def held_logits(job: Job) -> int:
-    """Bytes that a loss from all the logits of one pass holds."""
+    """Bytes of a loss that holds all logits of one pass."""
     return HELD_LOGIT * job.tokens * job.config.vocab_size
 
 
@@ -140,17 +140,18 @@ def _chunked_loss(job: Job) -> int:
 
 
 def logits_avoided(job: Job) -> int:
-    """Bytes that our loss saves on this job; 0 where the logits are held."""
+    """Bytes that our chunked loss saves on this job; 0 where it holds the logits too."""
     return 0 if job.strategy == "deepspeed_zero3" else max(0, held_logits(job) - _chunked_loss(job))
 
 
 def communication(job: Job) -> dict[str, int]:
-    """Bytes that one device sends in an optimizer step, by purpose; ring collectives (Patarasuk and Yuan 2009).
+    """Bytes that one device sends per optimizer step, by purpose, with ring collectives (Patarasuk and Yuan 2009).
 
-    DDP: one all-reduce of the fp32 gradients, 2 (n - 1) / n of them. Shards: the bf16 weights are gathered for every
-    forward and backward pass, (n - 1) / n of them each time, and the bf16 gradients scattered once a step (ZeRO,
-    section 7). Muon: its momenta go to the device that works on the whole matrix, and its updates back, in bf16, each
-    device 1 / n of them; replicas work on all the matrices and send none.
+    DDP: one all-reduce of the fp32 gradients, 2 (n - 1) / n of them.
+    Shards: every forward and backward pass gathers the bf16 weights, (n - 1) / n of them; each step scatters the bf16
+    gradients once (ZeRO, section 7).
+    Muon with shards: momenta go to the device that works on the whole matrix, and updates come back, in bf16; each
+    device has 1 / n of them. Replicas send nothing.
     """
     count = Parameters.of(job.config)
     n = job.gpus
@@ -166,9 +167,10 @@ def communication(job: Job) -> dict[str, int]:
 
 
 def newton_schulz_flops(config: PretrainedConfig) -> int:
-    """FLOPs of Muon's iteration over all matrices, once: a step for a matrix of r x c, r <= c, takes 4 r r c + 2 r^3.
+    """FLOPs of Muon's iteration over all matrices, once.
 
-    Three products (`optimizers.orthogonalise`): the Gram matrix of c columns, its square, their sum with the matrix.
+    One iteration on an r x c matrix, r <= c, takes 4 r r c + 2 r^3 FLOPs for three products
+    (`optimizers.orthogonalise`): the Gram matrix, its square, and their sum times the matrix.
     """
     model = accounting.meta_model(config)
     shapes = [
@@ -182,7 +184,7 @@ def newton_schulz_flops(config: PretrainedConfig) -> int:
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds of an optimizer step that the parts take, and tokens a second of all devices together."""
+    """Seconds of each part of an optimizer step, and tokens per second of all devices together."""
 
     compute: float
     muon: float
@@ -191,11 +193,11 @@ class Speed:
 
 
 def speed(job: Job, mfu: float) -> Speed:
-    """The speed at a model FLOPs utilisation of `mfu`, which is an assumption and no result.
+    """The speed at a model FLOPs utilisation of `mfu`, which is an assumption, not a result.
 
-    Compute: `costs.accounting.flops_per_token` over the peak, a third more with checkpointing, which forms every layer
-    again. Communication goes on meanwhile; the longer of the two makes the step. Muon's iteration is shared by the
-    shards, and repeated by every replica.
+    Compute: `costs.accounting.flops_per_token` over the peak; a third more with checkpointing, which computes every
+    layer twice. Communication overlaps with it, so the longer of the two counts. Shards divide Muon's iteration;
+    replicas repeat it.
 
     Raises:
         ValueError: unless `mfu` is above 0 and at most 1.
@@ -215,7 +217,7 @@ def fits(job: Job) -> bool:
 
 
 def candidates(job: Job, strategies: tuple[str, ...], checkpointing: bool | None) -> Iterator[Job]:
-    """The job in the ways that it may be laid out, the fastest first: replicas before shards, then recomputation."""
+    """The job in each allowed layout, the fastest first: replicas before shards, then with checkpointing."""
     for again in (False, True) if checkpointing is None else (checkpointing,):
         for strategy in strategies:
             muon = job.muon and strategy != "deepspeed_zero3"
@@ -226,7 +228,7 @@ def lay_out(name: str, job: Job, gpu_name: str, strategies: tuple[str, ...], che
     """The first of `candidates` that fits into memory.
 
     Raises:
-        ValueError: if none does, naming what would: fewer rows, more devices, larger ones.
+        ValueError: if none fits, naming what would: fewer rows, more devices, larger ones.
     """
     tried = list(candidates(job, strategies, checkpointing))
     for candidate in tried:

@@ -13,7 +13,7 @@ from transformers.trainer_utils import SchedulerType
 
 from hf_decoder.costs import accounting
 from hf_decoder.data.packing import CorpusReport
-from hf_decoder.evaluation import metrics as evaluation
+from hf_decoder.evaluation import metrics
 from hf_decoder.evaluation.classification import check_against_chance, plot_confusion
 from hf_decoder.interop.adapters import ADAPTER_CONFIG
 from hf_decoder.reporting.loading_lines import DEFAULT_PROMPT, finetuned_load_lines, load_lines
@@ -30,8 +30,8 @@ LONGEST_PROMPT = 120
 def score_held_out(
     model: Any, args: TrainingArguments, rows: Dataset, report: CorpusReport, texts: Sequence[str]
 ) -> dict[str, Any]:
-    """Metrics of the whole held-out text, exact: every token and every byte counts once."""
-    score = evaluation.score(
+    """Metrics of the whole held-out text; every token and every byte counts once."""
+    score = metrics.score(
         model,
         rows,
         batch_size=args.per_device_eval_batch_size,
@@ -39,9 +39,9 @@ def score_held_out(
     )
     return {
         "eval_loss": score.loss,
-        "perplexity": evaluation.perplexity(score.loss),
-        "eval_bits_per_byte": evaluation.bits_per_byte(score.nats, report.bytes),
-        "xz_bits_per_byte": evaluation.xz_bits_per_byte(texts),
+        "perplexity": metrics.perplexity(score.loss),
+        "eval_bits_per_byte": metrics.bits_per_byte(score.nats, report.bytes),
+        "xz_bits_per_byte": metrics.xz_bits_per_byte(texts),
         "eval_documents": report.documents,
         "eval_bytes": report.bytes,
         "eval_tokens": score.tokens,
@@ -49,7 +49,7 @@ def score_held_out(
 
 
 def sizes_and_machine(model: Any, report: CorpusReport | StreamReport) -> dict[str, Any]:
-    """What else belongs beside the training metrics: sizes, memory, machine and versions."""
+    """Sizes, peak memory, machine and versions, to write beside the training metrics."""
     return {
         "train_documents": report.documents,
         "train_bytes": report.bytes,
@@ -63,12 +63,12 @@ def sizes_and_machine(model: Any, report: CorpusReport | StreamReport) -> dict[s
 
 
 def is_of_pretraining(results: Any) -> bool:
-    """Whether the content of an all_results.json is that of `pretrain`: no chat was ever shown to its model."""
+    """Whether an all_results.json was written by `pretrain`, whose models have never seen a chat."""
     return isinstance(results, dict) and "train_tokens" in results and "train_rows" not in results
 
 
 def write_results(trainer: Trainer, train: dict[str, Any], evaluation: dict[str, Any]) -> dict[str, Any]:
-    """Writes train_results.json, eval_results.json, both as all_results.json, and trainer_state.json; returns both."""
+    """Writes train_results.json, eval_results.json, all_results.json and trainer_state.json; returns all metrics."""
     results = {**train, **evaluation}
     trainer.save_metrics("train", train, combined=False)
     trainer.save_metrics("eval", evaluation, combined=False)
@@ -85,7 +85,7 @@ def write_outputs(
     samples: list[tuple[str, str]],
     words: dict[str, str],
 ) -> None:
-    """Metrics, loss curve, samples and model card of a pretraining, beside the model that Trainer saved."""
+    """Writes metrics, loss curve, samples and model card of a pretraining beside the saved model."""
     results = write_results(trainer, train, evaluation)
     folder = Path(str(trainer.args.output_dir))
     callbacks.plot_loss_curve(
@@ -104,7 +104,7 @@ def write_outputs(
 def write_finetuning_outputs(
     trainer: Trainer, train: dict[str, Any], evaluation: dict[str, Any], words: dict[str, Any], unit: str
 ) -> None:
-    """Metrics, loss curve in `unit`, confusion matrix and model card of a fine-tuning, and its last lines."""
+    """Writes metrics, loss curve (in `unit`), confusion matrix and model card; prints the last lines."""
     folder = Path(str(trainer.args.output_dir))
     results = write_results(trainer, train, evaluation)
     title = f"{words['base']} on {words['dataset']}"
@@ -120,7 +120,7 @@ def write_finetuning_outputs(
 
 
 def line_of(texts: Iterable[str]) -> str:
-    """The first half of a line of `texts`, to be continued: what the lines of code that load a model prompt with."""
+    """The first half of a line of `texts`, as the prompt in the lines of code that load the model."""
     lines = (line.strip()[:LONGEST_PROMPT] for text in texts for line in text.splitlines())
     line = next((line for line in lines if len(line) > 1 and "```" not in line), DEFAULT_PROMPT)
     half = line[: (len(line) + 1) // 2]
@@ -128,12 +128,12 @@ def line_of(texts: Iterable[str]) -> str:
 
 
 def example_of(prompts: Sequence[Any]) -> Any:
-    """One of the first of the user's `prompts`, texts or messages, of a length for a line of code."""
+    """One of the first 100 `prompts` (texts or messages), short enough for a line of code."""
     return min((prompt for prompt in prompts[:100] if prompt), key=lambda prompt: abs(len(str(prompt)) - 40))
 
 
 def print_closing(folder: Path, results: Mapping[str, Any], kind: str, lines: str) -> None:
-    """The last lines of every training: how much of the schedule was run, the measures, and how to load the result."""
+    """Prints the last lines of a training: a time limit that cut it, the metrics, and how to load the result."""
     if results["train_steps"] < results["planned_steps"]:
         print(f"the time limit ended the training after step {steps_taken(results)}")
     print(summary(results))
@@ -145,7 +145,7 @@ def print_load_lines(folder: Path, kind: str, lines: str) -> None:
 
 
 def procedure(args: TrainingArguments, optimizer: str, block_size: int) -> str:
-    """How the model was trained, in a sentence for its card."""
+    """Says how the model was trained, for its card."""
     rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     schedule = SchedulerType(args.lr_scheduler_type).value
     precision = "bf16 autocast" if args.bf16 else "fp16 autocast" if args.fp16 else "fp32"
@@ -156,7 +156,7 @@ def procedure(args: TrainingArguments, optimizer: str, block_size: int) -> str:
     )
 
 
-# metric of all_results.json -> how the last lines of a training show it
+# metric of all_results.json -> format in the last lines of a training
 SHOWN = {
     "eval_loss": "loss {:.3f}",
     "perplexity": "perplexity {:.1f}",
@@ -169,7 +169,7 @@ SHOWN = {
 }
 
 
-def summary(metrics: Mapping[str, Any]) -> str:
-    """The measures in one line."""
-    shown = [form.format(metrics[key]) for key, form in SHOWN.items() if key in metrics]
+def summary(results: Mapping[str, Any]) -> str:
+    """The metrics in one line."""
+    shown = [form.format(results[key]) for key, form in SHOWN.items() if key in results]
     return f"held out: {', '.join(shown) or 'no rows, so nothing is measured'}"

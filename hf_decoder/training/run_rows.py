@@ -1,4 +1,4 @@
-"""Makes the rows of a pretraining run from text, whole or streamed, and the report before it begins."""
+"""Makes the rows of a pretraining from text, whole or streamed, and the report before the training starts."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
     from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-# Of a streamed text: characters to train a tokenizer on, and to judge its tokens by.
+# Characters of a streamed text that train a tokenizer, and that serve to estimate the number of tokens.
 TOKENIZER_CHARACTERS = 50_000_000
 SAMPLE_CHARACTERS = 1_000_000
 
 
 @dataclass(frozen=True)
 class StreamReport:
-    """What is known of a streamed text before it is read: `bytes` from the sizes of files, the rest from a sample."""
+    """Figures of a streamed text before it is read: `bytes` from file sizes, the others from a sample."""
 
     bytes: int | None
     bytes_per_token: float
@@ -64,7 +64,7 @@ class StreamReport:
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows to train and to measure on; `description` says which text they hold."""
+    """Rows for training and evaluation; `description` identifies their text."""
 
     train: Any
     evaluation: Dataset
@@ -82,7 +82,7 @@ class Rows:
 
 
 def open_text(args: TextArguments) -> DatasetDict | StreamedText:
-    """The text that the flags name, whole or streamed. Raises as `load_texts` and `open_stream`."""
+    """Opens the text that the flags name, whole or streamed. Raises as `load_texts` and `open_stream`."""
     return open_stream(args) if args.streaming else load_texts(args)
 
 
@@ -92,7 +92,7 @@ def held_out_texts(text: DatasetDict | StreamedText) -> list[str]:
 
 
 def training_texts(text: DatasetDict | StreamedText) -> Iterator[str]:
-    """The texts to train a tokenizer on: all there are, or the beginning of a stream."""
+    """The texts to train a tokenizer on: all of them, or the beginning of a stream."""
     if isinstance(text, StreamedText):
         return text.beginning(TOKENIZER_CHARACTERS)
     return (document for batch in text["train"].iter(batch_size=64) for document in batch["text"])
@@ -101,7 +101,7 @@ def training_texts(text: DatasetDict | StreamedText) -> Iterator[str]:
 def make_rows(
     texts: DatasetDict, tokenizer: PreTrainedTokenizerBase, block_size: int, num_proc: int | None = None
 ) -> Rows:
-    """Tokenises and packs text that is there as a whole. Raises ValueError as `packing.pack`."""
+    """Tokenises and packs a text that is in memory. Raises ValueError as `packing.pack`."""
     tokens = {split: tokenize(texts[split], tokenizer, num_proc) for split in ("train", "validation")}
     train = pack(tokens["train"], block_size)
     evaluation = pack_for_evaluation(tokens["validation"], block_size)
@@ -122,7 +122,7 @@ def make_streamed_rows(
     buffer_size: int,
     args: TrainingArguments,
 ) -> Rows:
-    """Rows that are made while the training runs. Raises ValueError as `packing.pack` and `pack_for_evaluation`."""
+    """Makes rows while the training runs. Raises ValueError as `packing.pack` and `pack_for_evaluation`."""
     if buffer_size < 0:
         raise ValueError(f"--shuffle_buffer_size {buffer_size} must be 0, for text in order, or more")
     tokens = tokenize(text.validation, tokenizer)
@@ -150,19 +150,19 @@ def make_streamed_rows(
 
 
 def _bytes_per_token(text: StreamedText, tokenizer: PreTrainedTokenizerBase, block_size: int) -> float:
-    """Bytes per token of the beginning, which must fill a block where it is the whole text."""
+    """Bytes per token of the beginning. Raises ValueError if this is the whole text and shorter than a block."""
     texts = list(text.beginning(SAMPLE_CHARACTERS))
     pieces = [piece for text in texts for piece in split_text(text)]
     tokens = sum(map(len, encode_texts(tokenizer, pieces)))
     if sum(map(len, texts)) < SAMPLE_CHARACTERS:
         opening, closing = markers_of(tokenizer)
-        # A text so short that this matters is one stretch a document.
+        # A text short enough for this check has one segment per document.
         check_one_block(tokens + (len(texts) + 1 if opening == closing else 2 * len(texts)), block_size)
     return sum(len(text.encode("utf-8")) for text in texts) / max(1, tokens)
 
 
 def coverage(report: CorpusReport | StreamReport, rows_seen: int, block_size: int) -> list[str]:
-    """What a run of `rows_seen` rows sees of its text: tokens, passes, and the share that it sees at least once."""
+    """Lines that say how much of its text a run sees: tokens, epochs, and the share seen at least once."""
     lines = ["this run, if it takes all its steps", f"  tokens seen     {rows_seen * block_size:>14,}"]
     if report.blocks:
         epochs = rows_seen / report.blocks

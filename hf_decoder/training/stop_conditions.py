@@ -1,4 +1,4 @@
-"""Ends a training early on a signal or on a loss that is not finite, and warns of spikes."""
+"""Ends a training on a signal or on a loss that is not finite, and warns of spikes."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def check_reporters(names: Sequence[str]) -> None:
 
 
 class StopOnSignal(TrainerCallback):
-    """Lets Ctrl-C and SIGTERM end the training after the step in progress, with a checkpoint to go on from.
+    """Ends the training after the current step on Ctrl-C or SIGTERM, with a checkpoint to resume from.
 
-    Use as a context manager around `trainer.train`; `received` is the signal that came, or None. A second one goes to
-    the handler that was there before.
+    Use it as a context manager around `trainer.train`. `received` is the signal, or None. A second signal goes to the
+    previous handler.
     """
 
     def __init__(self) -> None:
@@ -63,12 +63,12 @@ class StopOnSignal(TrainerCallback):
             torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX)
             self.received = signal.Signals(int(number)) if int(number) else None
         if self.received is not None:
-            args.save_only_model = False  # weights alone are nothing to go on from
+            args.save_only_model = False  # nothing resumes from weights alone
             control.should_log = control.should_save = control.should_training_stop = True
 
 
 class StopOnNan(TrainerCallback):
-    """Ends the training before a loss or gradient that is no finite number reaches the weights.
+    """Ends the training before a loss or gradient that is not finite changes the weights.
 
     Raises:
         ValueError: from the training loop, naming the step, the batch in it, and how its text begins.
@@ -97,7 +97,7 @@ class StopOnNan(TrainerCallback):
         for number, (loss, ids) in enumerate(batches, 1):
             if not torch.isfinite(loss):
                 self._stop(f"the loss is {float(loss)}", state, number, len(batches), ids)
-        # Clipping spreads a gradient that is no number over all of them; with fp16 the loss scale deals with it.
+        # Clipping spreads a NaN to all gradients, so the smallest one shows it; with fp16 the loss scale handles it.
         gradient = self._smallest.grad if self._smallest is not None else None
         if gradient is not None and not args.fp16 and not torch.isfinite(gradient).all():
             self._stop("the gradient is not finite", state, 1, len(batches), batches[0][1] if batches else None)
@@ -108,17 +108,17 @@ class StopOnNan(TrainerCallback):
         if ids is not None and self._tokenizer is not None:
             text = f", which begins {self._tokenizer.decode(ids[0, :12])!r}"
         raise ValueError(
-            f"{what} at step {state.global_step + 1}, batch {number} of {count}{text}; the weights were not changed "
-            "by it and the last checkpoint is good: lower --learning_rate or look at the text, and go on from its "
-            "weights in a new run, with --model_name_or_path"
+            f"{what} at step {state.global_step + 1}, batch {number} of {count}{text}; it did not change the weights, "
+            "so the last checkpoint is good: lower --learning_rate or look at the text, and start a new run from its "
+            "weights with --model_name_or_path"
         )
 
 
 class WarnOfSpikes(TrainerCallback):
-    """Warns when the logged loss or gradient norm lies far above the last ones.
+    """Warns when the logged loss or gradient norm is far above the last ones.
 
-    A loss is a spike when it exceeds their median by 6 times the median distance to it, and by 10% (a median absolute
-    deviation of 1/1.48 standard deviations makes this 4 of them); a gradient norm when it is 10 times their median.
+    A loss is a spike if it exceeds their median by 10% and by 6 median absolute deviations (about 4 standard
+    deviations). A gradient norm is a spike at 10 times their median.
     """
 
     def __init__(self, window: int = 20, least: int = 8):

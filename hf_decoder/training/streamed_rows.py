@@ -1,12 +1,11 @@
 """Packs rows of documents while a training runs, from text that need not fit into memory.
 
-Documents and rows have the layout that `packing` describes; without shuffling the rows of a first pass are those of
-`packing.pack`. Rows come in windows: text is tokenised and packed until there are `buffer_size` rows, these are drawn
-in random order, then comes the next window. So memory holds one window, and where a reader stood at the beginning of
-its window, together with the number of rows taken since, is all that a checkpoint needs. A resumed run makes the open
-window once more, and goes on in it.
+Documents and rows have the layout of `packing`. Without shuffling, the rows of a first pass equal those of
+`packing.pack`. Rows come in windows: text is tokenised and packed until there are `buffer_size` rows, and these are
+drawn in random order. Memory holds one window. A checkpoint holds the reader's state at the start of its window and
+the number of rows taken since. A resumed run builds the window again and continues in it.
 
-Each process and each worker of its DataLoader is a reader of its own (see `streaming.Reader`).
+Each process and each worker of its DataLoader has a reader of its own (see `streaming.Reader`).
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
-from hf_decoder.data.packing import IGNORE_INDEX, encode_texts, markers_of
+from hf_decoder.data.packing import cut_blocks, encode_texts, markers_of
 from hf_decoder.data.streaming import Mixture, Reader, Segment, Source
 from hf_decoder.data.tokenization import split_text
 from hf_decoder.training.throughput import MeasuringTrainer
@@ -36,9 +35,9 @@ _PIECE_CHARACTERS = 1 << 16
 
 
 class StreamPacker:
-    """Packs stretches of documents into blocks; what does not fill one waits for more.
+    """Packs segments of documents into blocks; tokens that do not fill a block wait for more.
 
-    `opening` and `closing` are the markers of a document; where they are equal, the closing marker of one document is
+    `opening` and `closing` are the markers of a document. Where they are equal, the closing marker of one document is
     the opening marker of the next.
     """
 
@@ -53,11 +52,11 @@ class StreamPacker:
         self._last: Segment | None = None
 
     def add(self, segment: Segment, ids: np.ndarray) -> None:
-        """Takes the tokens of the next stretch."""
+        """Takes the tokens of the next segment."""
         if segment.begins:
             if self._open and self._opening != self._closing:
                 self._append([self._closing])
-            # An opening marker is scored where it ends the document before.
+            # An opening marker is scored where it also ends the previous document.
             self._append([self._opening], restarts=True, scored=self._open and self._opening == self._closing)
         elif not segment.follows(self._last):
             if self._open:
@@ -76,27 +75,21 @@ class StreamPacker:
 
     @property
     def blocks(self) -> int:
-        """How many blocks are complete."""
+        """The number of complete blocks."""
         return max(0, (self._length - 1) // (self.block_size - 1))
 
     def take(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The complete blocks: ids, positions and labels, each (blocks, block_size) int32."""
+        """The complete blocks: ids, positions and labels, each (blocks, block_size)."""
         waiting = np.concatenate(self._waiting, axis=1)
         stride, blocks = self.block_size - 1, self.blocks
         self._waiting = [waiting[:, blocks * stride :]]
         self._length -= blocks * stride
         if blocks == 0:
             return tuple(np.zeros((3, 0, self.block_size), np.int32))  # type: ignore[return-value]
-        windows = np.lib.stride_tricks.sliding_window_view(waiting, self.block_size, axis=1)[:, ::stride][:, :blocks]
-        ids, restarts, scored = windows
-        columns = np.arange(self.block_size, dtype=np.int32)
-        positions = columns - np.maximum.accumulate(np.where(restarts, columns, 0), axis=1)
-        labels = np.where(scored, ids, IGNORE_INDEX).astype(np.int32)
-        labels[:, 0] = IGNORE_INDEX
-        return np.array(ids), positions.astype(np.int32), labels
+        return cut_blocks(waiting[:, : blocks * stride + 1], self.block_size, stride)
 
     def state(self) -> dict[str, Any]:
-        """What waits, in what JSON can hold."""
+        """The waiting tokens, as JSON values."""
         waiting = np.concatenate(self._waiting, axis=1)
         last = self._last
         place = None if last is None else [last.path, last.start, last.stop]
@@ -117,9 +110,9 @@ class StreamedRows(IterableDataset):
     Args:
         parts: the sources of each part of a mixture.
         weights: their shares of bytes.
-        buffer_size: rows to draw from at random; 0 leaves them in order.
-        index, count: which of the processes this is, of how many.
-        seed: of the order.
+        buffer_size: rows to shuffle at a time; 0 keeps their order.
+        index, count: number of this process, and of all processes.
+        seed: of the shuffling.
     """
 
     def __init__(
@@ -137,16 +130,16 @@ class StreamedRows(IterableDataset):
         self._parts, self._weights = parts, weights
         self._tokenizer = tokenizer
         self.block_size = block_size
-        self.batch_size = 1  # rows that the data loader takes from one worker before it goes to the next
+        self.batch_size = 1  # rows that the data loader takes from one worker before it asks the next one
         self._buffer_size = buffer_size
         self._index, self._count, self._seed = index, count, seed
         self._places: dict[str, dict[str, Any]] = {}
         self._taken = 0
 
     def resume(self, places: dict[str, dict[str, Any]], rows_taken: int) -> None:
-        """Goes on behind the `places` that the workers had come to.
+        """Makes iteration continue after the `places` of the workers.
 
-        The first `rows_taken` rows are None, as the data loader is about to skip so many.
+        The first `rows_taken` rows are None, because Trainer skips that many.
         """
         self._places, self._taken = places, rows_taken
 
@@ -163,7 +156,7 @@ class StreamedRows(IterableDataset):
 
     def _rows(self, worker: int, workers: int, place: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
         index, count = self._index * workers + worker, self._count * workers
-        # In order and alone, a pass is the text as it stands.
+        # Without shuffling, one reader keeps the order of the text.
         seed = self._seed if self._buffer_size else None
         mixture = Mixture([Reader(sources, index, count, seed) for sources in self._parts], self._weights)
         packers = [StreamPacker(self.block_size, *markers_of(self._tokenizer)) for _ in self._parts]
@@ -195,7 +188,7 @@ class StreamedRows(IterableDataset):
             number, first = number + 1, 0
 
     def _window(self, mixture: Mixture, packers: list[StreamPacker]) -> list[np.ndarray]:
-        """The next rows, at least `buffer_size` and one."""
+        """The next rows: at least `buffer_size`, and at least one."""
         found, rows = [], 0
         while rows < max(1, self._buffer_size):
             chosen = mixture.next_group()
@@ -223,7 +216,7 @@ def _be_a_worker() -> None:
 
 
 class PlaceKeeper:
-    """A collator around another one, which gives each batch the place of its last row; None rows make no batch."""
+    """Wraps a collator: gives each batch the place of its last row, and leaves out rows that are None."""
 
     def __init__(self, collate: Any):
         self._collate = collate
@@ -234,12 +227,12 @@ class PlaceKeeper:
             return {}
         worker, window, row = whole[-1][PLACE]
         batch = self._collate([{name: row[name] for name in row if name != PLACE} for row in whole])
-        # One string, which travels between processes and devices as it is.
+        # One string, because it passes between processes and devices unchanged.
         return {**batch, PLACE: json.dumps([worker, {"window": window, "row": row}])}
 
 
 class StreamingTrainer(MeasuringTrainer):
-    """Trains on `StreamedRows`: every process reads its own, and every checkpoint knows where each of them stands.
+    """Trains on `StreamedRows`: every process reads its own rows, and every checkpoint holds their places.
 
     Raises:
         ValueError: from the training, for text that cannot be read.
@@ -248,14 +241,14 @@ class StreamingTrainer(MeasuringTrainer):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.places: dict[str, dict[str, Any]] = {}
-        # Before the callback that marks a checkpoint as whole.
+        # First, before the callback that marks a checkpoint as whole.
         self.callback_handler.callbacks.insert(0, _SavePlaces(self))
 
     def resume(self, checkpoint: str) -> None:
-        """Makes the training begin where a checkpoint was written.
+        """Makes the training continue from the places in a checkpoint.
 
         Raises:
-            ValueError: if it is not that of a streamed run, or of one with fewer processes.
+            ValueError: if the checkpoint is not of a streamed run, or of a run with fewer processes.
         """
         folder = Path(checkpoint)
         path = folder / place_file(self.args.process_index)
@@ -275,7 +268,7 @@ class StreamingTrainer(MeasuringTrainer):
         rows: Any = self.train_dataset
         rows.batch_size = self._train_batch_size
         args = self.args
-        # Not accelerate's own preparation: it would have every process read the rows of all.
+        # Not prepared by accelerate, which would make every process read the rows of all.
         return DataLoaderShard(
             rows,
             device=args.device,
@@ -291,7 +284,7 @@ class StreamingTrainer(MeasuringTrainer):
         try:
             batches, items = super().get_batch_samples(*args, **kwargs)
         except ValueError as error:
-            # A worker's error arrives as the text of its traceback, which ends in the line that matters.
+            # A worker's error arrives as the text of its traceback; the last line is the message.
             raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
         for batch in batches:
             worker, place = json.loads(batch.pop(PLACE))
@@ -300,7 +293,7 @@ class StreamingTrainer(MeasuringTrainer):
 
 
 def place_file(process_index: int) -> str:
-    """The file of a checkpoint that tells where a process stands in its stream."""
+    """The file of a checkpoint that holds the places of one process."""
     return f"stream_{process_index}.json"
 
 

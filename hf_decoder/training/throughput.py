@@ -1,4 +1,4 @@
-"""Ends a training in time (`--time_limit`), and logs its speed, its utilisation and its wait for data."""
+"""Ends a training within a time limit, and logs throughput, utilisation and the wait for data."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def parse_duration(text: str) -> float:
     """Seconds of `30m`, `1h30m`, `90s`, `1.5h`.
 
     Raises:
-        ValueError: for anything else, and for no time at all.
+        ValueError: for any other text, and for zero.
     """
     if not re.fullmatch(r"(\d+(\.\d+)?[hms])+", text.strip()):
         raise ValueError(f"{text!r} is no duration; write it as 30m, 1h30m or 90s")
@@ -36,16 +36,15 @@ def parse_duration(text: str) -> float:
 
 
 class TimeLimit(TrainerCallback, ExportableState):
-    """Ends the training within `seconds`, its learning rate brought down to zero.
+    """Ends the training within `seconds`, with the learning rate decayed to zero.
 
-    When the steps that still fit are as many as the decay is to take (`DECAY_SHARE` of all steps), the plateau ends
-    and the rate falls in a line to zero over them; should steps become slower on the way, the line gets steeper. A
-    schedule that fits as it is stays as it is. What earlier parts of a resumed run took counts too.
+    The decay starts when the steps that still fit are `DECAY_SHARE` of all steps. It is linear, and gets steeper if
+    steps become slower. A schedule that fits into the time is not changed. Earlier parts of a resumed run count.
 
     Args:
-        seconds: the limit; the clock runs from `started`.
-        started: a reading of `clock`; now, if None.
-        clock: seconds that only grow.
+        seconds: the limit, counted from `started`.
+        started: a reading of `clock`; None: now.
+        clock: a monotonic clock in seconds.
     """
 
     def __init__(self, seconds: float, started: float | None = None, clock: Callable[[], float] = time.monotonic):
@@ -60,7 +59,7 @@ class TimeLimit(TrainerCallback, ExportableState):
         return self._earlier + self._clock() - self._started
 
     def state(self) -> dict:
-        """What a checkpoint remembers."""
+        """The state that a checkpoint saves."""
         return {"args": {"seconds": self.seconds}, "attributes": {"elapsed": self.elapsed(), "decay": self.decay}}
 
     def on_train_begin(self, args, state, control, lr_scheduler=None, **kwargs):
@@ -101,7 +100,7 @@ class TimeLimit(TrainerCallback, ExportableState):
             control.should_training_stop = control.should_save = control.should_log = True
 
     def _fall(self, state: Any, lr_scheduler: Any, first: int, factor: float, last: int) -> None:
-        """From now on the rate is the peak times `factor` at step `first`, and falls in a line to 0 at step `last`."""
+        """Makes the rate fall linearly from the peak times `factor` at step `first` to 0 at step `last`."""
         self.decay = first, factor, last
         state.max_steps = last
 
@@ -112,13 +111,13 @@ class TimeLimit(TrainerCallback, ExportableState):
 
 
 def steps_planned(callbacks: dict[str, Any], steps: int) -> int:
-    """The last step of a run by the state of its callbacks in a checkpoint: `steps`, or where a time limit ends it."""
+    """The last step of a run by the callbacks' state in a checkpoint: `steps`, or where a time limit ends it."""
     decay = callbacks.get(TimeLimit.__name__, {}).get("attributes", {}).get("decay")
     return min(steps, decay[2]) if decay else steps
 
 
 class MeasuringTrainer(Trainer):
-    """Trainer that adds up the seconds its steps wait for their data, in `data_seconds`."""
+    """A Trainer that counts the seconds that its steps wait for data, in `data_seconds`."""
 
     data_seconds = 0.0
 
@@ -130,10 +129,10 @@ class MeasuringTrainer(Trainer):
 
 
 class StepMetrics(TrainerCallback):
-    """Adds to every log of the training loss: tokens per second, MFU, and the share of time spent waiting for data.
+    """Adds tokens per second, MFU and the share of time spent waiting for data to every log of the loss.
 
-    `mfu` is measured against `peak`, FLOP/s of one device; without one, against `matmul_peak` of this device. What
-    evaluating and saving take does not count. Goes first among the callbacks, so that all reporters see the figures.
+    MFU is relative to `peak`, the FLOP/s of one device, or to the measured `matmul_peak` if that is None. Evaluation
+    and saving do not count. Add this callback first, so that all reporters see the figures.
     """
 
     def __init__(self, trainer: MeasuringTrainer, block_size: int, peak: float | None = None):
@@ -175,7 +174,7 @@ class StepMetrics(TrainerCallback):
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:
-    """FLOP/s of a large square matrix product on `device`, the best of a few."""
+    """FLOP/s of a large square matrix product on `device`, the best of four."""
     size = size or (1024 if device.type == "cpu" else 8192)
     a = torch.ones(size, size, device=device, dtype=fast_dtype(device, dtype))
     best = 0.0

@@ -121,6 +121,9 @@ def train_classifier(
 
     set_seed(recipe.seed)
     texts = [row["text"] for row in rows]
+    teacher = None
+    if recipe.teacher_weight:
+        teacher = NgramClassifier(texts, [label2id[str(row["label"])] for row in rows], len(label2id))
     tokenizer = train_word_tokenizer(texts, recipe.vocab_size)
     special_tokens = {name: getattr(tokenizer, name) for name in ("eos_token_id", "pad_token_id")}
     config = HfDecoderConfig(**{**recipe.shape, "vocab_size": len(tokenizer), **special_tokens})
@@ -148,8 +151,7 @@ def train_classifier(
     mark_texts(tokenizer)
     encoded = class_rows(rows, tokenizer, label2id, MAX_LENGTH)
     trainer: Callable[..., Trainer] = Trainer
-    if recipe.teacher_weight:
-        teacher = NgramClassifier(texts, encoded["labels"], len(label2id))
+    if teacher is not None:
         encoded = encoded.add_column("scores", [_score_each_token(text, tokenizer, teacher) for text in texts])
         trainer = functools.partial(_TaughtTrainer, recipe.teacher_weight)
     logs = _fit(classifier, args, encoded, functools.partial(_collate, tokenizer), trainer)

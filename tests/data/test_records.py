@@ -108,7 +108,7 @@ def test_overlap_counts_rows_of_the_held_out_part():
 
 
 def test_the_input_of_an_instruction_follows_it(tmp_path):
-    """As Alpaca means it: the input is what the instruction is about; many rows have none."""
+    """As in Alpaca: the input belongs to the instruction, and many rows have none."""
     rows = [{"instruction": "Add.", "input": "1 and 2", "output": "3"}, {"instruction": "Sing.", "input": "", "output": "la"}]  # fmt: skip # noqa: E501
     expected = [{"prompt": "Add.\n\n1 and 2", "completion": "3"}, {"prompt": "Sing.", "completion": "la"}]
     assert select_columns(rows, "sft", {}, "x") == expected
@@ -116,7 +116,7 @@ def test_the_input_of_an_instruction_follows_it(tmp_path):
     path = tmp_path / "alpaca.json"
     path.write_text(json.dumps(rows), encoding="utf-8")
     assert [row["prompt"] for row in read_prompts(path)] == ["Add.\n\n1 and 2", "Sing."]
-    # whoever names a column has that column
+    # a column that is named is taken
     assert select_columns(rows, "sft", {"prompt": "instruction"}, "x")[0]["prompt"] == "Add."
     assert select_columns(rows, "sft", {"completion": "input"}, "x")[0] == {"prompt": "Add.", "completion": "1 and 2"}
 
@@ -158,7 +158,7 @@ CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city"
 
 
 def messages(value, **more):
-    """The conversation that a row with `value` in its column of messages is read as."""
+    """Reads a row with `value` as its messages."""
     return select_columns([{"messages": value, **more}], "sft", {}, "x")[0]["messages"]
 
 

@@ -1,4 +1,4 @@
-"""Streamed text against the same text read whole, and readers that go on where others stopped."""
+"""Streamed text against the same text read whole, and readers that resume where others stopped."""
 
 import json
 import random
@@ -23,11 +23,6 @@ from hf_decoder.training.streamed_rows import PLACE, StreamedRows
 WORDS = ["alpha", "beta ", "größe", "東京", "12", "\n", "\n\n", "  ", "x=1;", "don't", "\r\n"]
 
 
-@pytest.fixture(autouse=True)
-def private_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets-cache"))
-
-
 @pytest.fixture(scope="module")
 def tokenizer():
     return train_tokenizer(["".join(WORDS) * 3], vocab_size=290)
@@ -35,7 +30,7 @@ def tokenizer():
 
 @pytest.fixture
 def small(monkeypatch):
-    """Stretches and ranges of a few hundred bytes, so that short files have many."""
+    """Segments and ranges of a few hundred bytes, so that short files have many."""
     monkeypatch.setattr(streaming, "RANGE_BYTES", 700)
     monkeypatch.setattr(streaming, "PIECE_CHARACTERS", 120)
     monkeypatch.setattr(streaming, "LONGEST_PIECE", 250)
@@ -55,7 +50,7 @@ def write_corpus(tmp_path, kind):
     rng = random.Random(kind)
     if kind == "rows":
         return [write_rows(tmp_path / "a.jsonl", [made(rng, rng.randrange(60)) for _ in range(80)])]
-    if kind == "huge":  # rows of many stretches among short ones
+    if kind == "huge":  # rows of many segments among short ones
         return [write_rows(tmp_path / "a.jsonl", [made(rng, 900 if n % 9 == 4 else 5) for n in range(60)])]
     if kind == "parquet":
         path = tmp_path / "a.parquet"
@@ -146,7 +141,7 @@ def test_shuffled_windows_hold_the_same_rows_and_each_pass_has_its_own_order(tmp
     assert rows[:one_pass] != rows[one_pass:]
     text = "".join(tokenizer.decode([token for row in rows for token in row[1:]]))
     missing = [name for name in "abcdef" for number in range(30) if f"{name}{number:03}" not in text]
-    assert len(missing) <= 20  # what was cut by a row's end, and the last window
+    assert len(missing) <= 20  # texts cut by the end of a row, and the last window
     starts = [tokenizer.decode(row).count("a0") > 0 for row in rows[:20]]
     assert not all(starts)  # the files come in another order
 
@@ -211,21 +206,21 @@ def test_readers_share_the_text_without_overlap(tmp_path, small, kind, count):
     assert all(len(entries) >= len(alone) // count // 3 for entries in shared)
 
 
-def test_strange_stretches_of_a_document_do_not_see_each_other(tmp_path, tokenizer, small):
-    """Of two readers each has stretches with gaps between them: a gap is a border, and nothing is scored across it."""
+def test_foreign_segments_of_a_document_do_not_see_each_other(tmp_path, tokenizer, small):
+    """Each of two readers has segments with gaps between them; nothing is scored across a gap."""
     path = tmp_path / "a.txt"
     path.write_text("".join(f"line {number:04} of a text\n" for number in range(400)))
     args = TextArguments(train_file=[str(path)], validation_split_percentage=1.0)
     scored = []
     for index in range(2):
         (part,) = open_stream(args).parts
-        stretches = list(Reader(part.sources, index, 2, endless=False))
+        segments = list(Reader(part.sources, index, 2, endless=False))
         expected = []
         last = None
-        for stretch in stretches:
-            ids = tokenizer(stretch.text)["input_ids"]
-            expected += ids if stretch.begins or stretch.follows(last) else ids[1:]
-            last = stretch
+        for segment in segments:
+            ids = tokenizer(segment.text)["input_ids"]
+            expected += ids if segment.begins or segment.follows(last) else ids[1:]
+            last = segment
         rows = list(islice(rows_of(args, tokenizer, index=index, count=2), len(expected) // 31 - 2))
         labels = [label for row in rows for label in row["labels"].tolist() if label not in (-100, 0)]
         scored.append(len(labels))

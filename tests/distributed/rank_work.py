@@ -1,4 +1,4 @@
-"""What the ranks of the distributed tests do: small trainings through Trainer, laid out over the processes."""
+"""The work of the ranks in the distributed tests: small trainings with Trainer, in several layouts."""
 
 import os
 import signal
@@ -18,7 +18,7 @@ from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM
 from hf_decoder.engine.training import loss as engine_loss
 from hf_decoder.model import loss_hf_decoder as plain_loss
 from hf_decoder.model import modeling_hf_decoder
-from hf_decoder.training import optimizers as recipe
+from hf_decoder.training import optimizers
 from hf_decoder.training.checkpoint_formats import resumable, save_in_full
 from hf_decoder.training.optimizers import grouped_optimizer, muon_adamw
 
@@ -131,7 +131,7 @@ def trainer_for(run: Run, model: Any = None) -> Trainer:
     }
     args = TrainingArguments(run.folder, **settings | run.arguments)
     set_seed(3)
-    recipe.NEWTON_SCHULZ_DTYPE = run.newton_schulz
+    optimizers.NEWTON_SCHULZ_DTYPE = run.newton_schulz
     make = muon_adamw if run.optim == "muon" else grouped_optimizer
     record = Record(run.stop)
     trainer = Trainer(
@@ -165,7 +165,7 @@ def count_held_logits() -> list[int]:
 
 
 def train(runs: list[Run]) -> list[dict[str, Any]]:
-    """The runs, one after the other: losses, gradient norms, whole weights and how the first matrix is laid out."""
+    """Trains the runs in turn; returns losses, gradient norms, whole weights and the layout of the first matrix."""
     results = []
     for run in runs:
         trainer = trainer_for(run)
@@ -192,7 +192,7 @@ def train(runs: list[Run]) -> list[dict[str, Any]]:
 
 
 def orthogonalise_in_layouts(names: list[str]) -> dict[str, list[torch.Tensor]]:
-    """Five sharded matrices through `orthogonalise_any`; the whole results, and the layout that they came in."""
+    """Orthogonalises five sharded matrices; returns the whole results and their layout."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -209,7 +209,7 @@ def orthogonalise_in_layouts(names: list[str]) -> dict[str, list[torch.Tensor]]:
         "rows and columns": (square, [Shard(0), Shard(1)]),
         "rows twice": (square, [Shard(0), Shard(0)]),
     }
-    recipe.NEWTON_SCHULZ_DTYPE = torch.float32
+    optimizers.NEWTON_SCHULZ_DTYPE = torch.float32
     found = {}
     for name in names:
         mesh, placements = layouts[name]
@@ -229,7 +229,7 @@ def orthogonalise_in_layouts(names: list[str]) -> dict[str, list[torch.Tensor]]:
 
 
 def check_layout(matrices: list[Any]) -> list[torch.Tensor]:
-    results: Any = recipe.orthogonalise_any(matrices)
+    results: Any = optimizers.orthogonalise_any(matrices)
     assert all(a.placements == b.placements for a, b in zip(results, matrices, strict=True))
     assert all(a.to_local().shape == b.to_local().shape for a, b in zip(results, matrices, strict=True))
     return [result.full_tensor() for result in results]
@@ -249,7 +249,7 @@ def pretrain(argv: list[str], *, in_shards: bool = False, signal_to_rank: int | 
     from hf_decoder.cli.main import main
     from hf_decoder.training.launch import configuration_file
 
-    recipe.NEWTON_SCHULZ_DTYPE = torch.float32  # bf16 turns what differs in the last bit of fp32 into 4e-3
+    optimizers.NEWTON_SCHULZ_DTYPE = torch.float32  # bf16 turns what differs in the last bit of fp32 into 4e-3
     pretrain_arguments = ["pretrain", *argv, "--disable_tqdm", "true"]
     if in_shards:
         fsdp2_on_cpu()
@@ -272,7 +272,7 @@ def _signal_after_a_save(folder: str) -> None:
 
 
 def train_loaded_in_parts(folder: str, tp_size: int, fsdp_size: int, run: Run) -> dict[str, Any]:
-    """A model that transformers itself cut into parts while loading, trained, and saved beside `folder`."""
+    """Trains a model that transformers sharded on loading, and saves it beside `folder`."""
     from transformers import AutoModelForCausalLM
     from transformers.distributed import DistributedConfig
 

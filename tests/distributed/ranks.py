@@ -1,4 +1,4 @@
-"""Real processes that work together over gloo, one a rank: each runs the same function of `rank_work`."""
+"""Runs a function of `rank_work` in real processes over gloo, one per rank."""
 
 import multiprocessing
 import os

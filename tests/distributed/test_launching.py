@@ -101,7 +101,7 @@ def same_weights(folder, whole):
 
 
 def test_a_fine_tuned_model_is_measured_alike_in_one_process_and_in_two(tokenizer, tmp_path):
-    """On five rows of unlike lengths: the second process would take one of them again."""
+    """Five rows of different lengths; without care the second process would repeat one of them."""
     config = dict(part.split("=") for part in SHAPE.split(","))
     torch.manual_seed(0)
     model = HfDecoderForCausalLM(HfDecoderConfig(**{name: int(value) for name, value in config.items()}, vocab_size=len(tokenizer)))  # fmt: skip # noqa: E501
@@ -158,7 +158,7 @@ TYPES = {
 
 
 def arguments_of(*flags: str):
-    """What `accelerate launch` makes of its flags and the configuration."""
+    """The arguments of `accelerate launch` after it has read flags and configuration."""
     parser = accelerate_launch.launch_command_parser()
     arguments, *_ = accelerate_launch._validate_launch_command(parser.parse_args([*flags, "script.py"]))
     return arguments

@@ -1,44 +1,23 @@
 """`generate` gives Llama's tokens on the same weights, whatever the search, the cache and the padding."""
 
+import llama_pairs
 import pytest
 import torch
 import transformers
+from llama_pairs import stock_model
 from packaging.version import Version
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, TextIteratorStreamer
+from transformers import GenerationConfig, TextIteratorStreamer
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.streamers import BaseStreamer
 
-from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM
-
-SHAPE = {
-    "vocab_size": 300,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.2,
-    "rms_norm_eps": 1e-6,
-    "pad_token_id": 1,
-    "eos_token_id": 0,
-    "bos_token_id": None,
-}
+PAD = 1
 PROMPT = torch.randint(4, 300, (2, 9), generator=torch.Generator().manual_seed(0))
 REPETITIVE = torch.tensor([[17, 23, 42, 77] * 5])
 
 
 def new_model(seed=0, **overrides):
-    torch.manual_seed(seed)
-    return HfDecoderForCausalLM(HfDecoderConfig(**SHAPE | overrides)).eval()
-
-
-def stock_model(model):
-    config = LlamaConfig(**SHAPE, tie_word_embeddings=model.config.tie_word_embeddings)
-    config._attn_implementation = model.config._attn_implementation
-    stock = LlamaForCausalLM(config).eval()
-    stock.load_state_dict(model.state_dict())
-    return stock
+    shape = {"vocab_size": 300, "num_hidden_layers": 3, "max_position_embeddings": 128}
+    return llama_pairs.new_model(seed=seed, **shape | {"pad_token_id": PAD, "eos_token_id": 0} | overrides).eval()
 
 
 def generate(model, ids=PROMPT, **settings):
@@ -95,10 +74,10 @@ def test_left_padded_batch_equals_single_prompts(implementation, settings):
     ours.set_attn_implementation(implementation)
     stock = stock_model(ours)
     lengths = (9, 4, 1)
-    ids = torch.full((3, 9), SHAPE["pad_token_id"])
+    ids = torch.full((3, 9), PAD)
     for row, length in enumerate(lengths):
         ids[row, 9 - length :] = PROMPT[row % 2, :length]
-    mask = (ids != SHAPE["pad_token_id"]).long()
+    mask = (ids != PAD).long()
     batch = generate(ours, ids, attention_mask=mask, eos_token_id=None, **settings)
     assert torch.equal(batch, generate(stock, ids, attention_mask=mask, eos_token_id=None, **settings))
     for row, length in enumerate(lengths):

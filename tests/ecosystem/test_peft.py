@@ -4,11 +4,12 @@ import copy
 
 import pytest
 import torch
+from llama_pairs import new_model, stock_model
 from packaging.version import Version
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
-from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM, HfDecoderForSequenceClassification
+from hf_decoder import HfDecoderForCausalLM, HfDecoderForSequenceClassification
 
 peft = pytest.importorskip("peft")
 
@@ -19,20 +20,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Position ids are not supported"),
 ]
 
-SHAPE = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-    "rms_norm_eps": 1e-6,
-    "pad_token_id": 0,
-    "eos_token_id": 1,
-    "bos_token_id": None,
-}
 IDS = torch.randint(2, 96, (3, 11), generator=torch.Generator().manual_seed(0))
 LM = {"task_type": "CAUSAL_LM"}
 TUNERS = {
@@ -43,18 +30,6 @@ TUNERS = {
     "prompt": peft.PromptTuningConfig(num_virtual_tokens=4, **LM),
     "prefix": peft.PrefixTuningConfig(num_virtual_tokens=4, **LM),
 }
-
-
-def new_model(cls=HfDecoderForCausalLM, seed=0, **overrides):
-    torch.manual_seed(seed)
-    return cls(HfDecoderConfig(**SHAPE | overrides))
-
-
-def stock_model(model):
-    config = LlamaConfig(**SHAPE, head_dim=8, tie_word_embeddings=model.config.tie_word_embeddings)
-    stock = LlamaForCausalLM(config)
-    stock.load_state_dict(model.state_dict())
-    return stock
 
 
 def attach(model, config):

@@ -1,4 +1,4 @@
-"""transformers' pipelines take the model without a word, and say what the model itself says."""
+"""transformers' pipelines load the model without warnings, and give the model's own outputs."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def tiny_config(**overrides):
 
 @pytest.fixture
 def said(caplog, monkeypatch):
-    """What transformers logs from here on, level WARNING and above."""
+    """Records what transformers logs at level WARNING and above."""
     monkeypatch.setattr(transformers_logging.get_logger("transformers"), "propagate", True)
     caplog.set_level("WARNING", logger="transformers")
     return caplog
@@ -32,7 +32,7 @@ def words(said) -> set[str]:
 
 
 def words_about_stock(tokenizer, said) -> set[str]:
-    """What transformers says of its own model in a text-generation pipeline: in 5.24 nothing, in 5.17 a good deal."""
+    """What transformers logs about its own model in a pipeline: nothing in 5.24, several lines in 5.17."""
     pipe = pipeline("text-generation", model=LlamaForCausalLM(LlamaConfig(**SHAPE)), tokenizer=tokenizer)
     fixed = {"max_new_tokens": 8, "do_sample": False}
     pipe(TEXTS[0], return_tensors=True, **fixed)

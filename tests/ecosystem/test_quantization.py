@@ -5,6 +5,7 @@ The oracle is Llama with the same weights, quantized in the same way: its logits
 
 import pytest
 import torch
+from llama_pairs import new_model, stock_model
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
@@ -12,31 +13,16 @@ from torchao.quantization import Int8WeightOnlyConfig
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
-    LlamaConfig,
     LlamaForCausalLM,
     QuantoConfig,
     TorchAoConfig,
 )
 from transformers.utils import logging
 
-from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM
+from hf_decoder import HfDecoderForCausalLM
 from hf_decoder.engine.precision import FAST_HALF_PRECISION
 
-SHAPE = {
-    "vocab_size": 96,
-    "hidden_size": 128,
-    "intermediate_size": 192,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.1,
-    "rms_norm_eps": 1e-6,
-    "pad_token_id": 0,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "dtype": torch.bfloat16,
-}
+SHAPE = {"hidden_size": 128, "intermediate_size": 192, "initializer_range": 0.1, "eos_token_id": None}
 # name -> config, class of the weights that it makes, largest growth of the perplexity, whether transformers saves it
 METHODS = {
     "torchao int8": (lambda **_: TorchAoConfig(Int8WeightOnlyConfig(), **_), "Int8Tensor", 1.02, True),
@@ -77,8 +63,7 @@ def sentences(rows: int, seed: int) -> torch.Tensor:
 def folder(request, tmp_path_factory):
     """A checkpoint that has learned its language."""
     logging.disable_progress_bar()
-    torch.manual_seed(0)
-    model = HfDecoderForCausalLM(HfDecoderConfig(**SHAPE, tie_word_embeddings=request.param))
+    model = new_model(**SHAPE, tie_word_embeddings=request.param)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for step in range(60):
         ids = sentences(16, step)
@@ -98,9 +83,7 @@ def load(folder, method: str | None = None, auto_class=AutoModelForCausalLM, **s
 @pytest.fixture(scope="module")
 def stock(folder, tmp_path_factory):
     """The same weights as a Llama checkpoint."""
-    config = LlamaConfig(**SHAPE, tie_word_embeddings=load(folder).config.tie_word_embeddings)
-    model = LlamaForCausalLM(config).to(torch.bfloat16)
-    model.load_state_dict(load(folder).state_dict())
+    model = stock_model(load(folder)).to(torch.bfloat16)
     path = tmp_path_factory.mktemp("stock") / "model"
     model.save_pretrained(path)
     return path
@@ -292,7 +275,7 @@ def test_gradients_on_a_4_bit_base_are_those_on_its_dequantized_weights(evaluate
 def test_layers_that_no_packed_block_divides(tmp_path):
     shape = {"hidden_size": 48, "intermediate_size": 40, "num_attention_heads": 4, "num_key_value_heads": 2}
     torch.manual_seed(0)
-    HfDecoderForCausalLM(HfDecoderConfig(**SHAPE | shape)).to(torch.bfloat16).save_pretrained(tmp_path)
+    new_model(**SHAPE | shape).to(torch.bfloat16).save_pretrained(tmp_path)
     model = load(tmp_path, "bitsandbytes nf4")
     assert type(model.model.layers[0].mlp.up_proj.weight).__name__ == "Params4bit"
     ids = sentences(2, 1000)
@@ -304,5 +287,5 @@ def test_layers_that_no_packed_block_divides(tmp_path):
 
 
 def _values(weight: torch.Tensor) -> torch.Tensor:
-    """What a quantized weight stores, or stands for."""
+    """The stored values of a quantized weight, or the dequantized ones."""
     return weight.detach() if isinstance(weight, nn.Parameter) and weight.dtype.itemsize == 1 else weight.dequantize()

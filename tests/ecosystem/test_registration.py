@@ -1,4 +1,4 @@
-"""`import hf_decoder` makes the classes first class: Auto classes, the tables of names, and nothing else."""
+"""`import hf_decoder` registers the Auto classes and the tables of names, and nothing else."""
 
 import importlib
 import importlib.util
@@ -190,7 +190,7 @@ def test_import_is_light_and_needs_no_optional_package(run_python):
 
 
 def test_import_needs_neither_torch_nor_transformers(run_python):
-    """And takes no time: `hf-decoder --help` answers before either of them could be imported."""
+    """So `hf-decoder --help` answers at once."""
     run_python(
         """
         from hf_decoder.cli.main import main
@@ -248,7 +248,7 @@ def test_tables_are_complete_whatever_is_imported_first(first, tmp_path, run_pyt
 
 
 def test_the_tables_of_classes_hold_classes():
-    """Whatever way they are read, as pipelines do to say what a task takes."""
+    """However they are read, for example by pipelines."""
     for auto_class, name in HEADS.items():
         table, model_class = auto_class._model_mapping, getattr(hf_decoder, name)
         entries = table._extra_content

@@ -33,7 +33,7 @@ def tiny_config(**overrides):
 
 
 def check_folder(folder: Path) -> None:
-    """The auto_map is whole and names files that lie in the folder, which is all code that the folder holds."""
+    """Checks that the auto_map is complete and names exactly the code files of the folder."""
     config = json.loads((folder / "config.json").read_text())
     assert config["auto_map"] == AUTO_MAP
     package = Path(hf_decoder.__file__).parent / "model"

@@ -1,11 +1,13 @@
 """Trainer, unchanged: the runs of Llama with the same weights, accumulation, evaluation, resuming."""
 
+from functools import partial
+
+import llama_pairs
 import pytest
 import torch
+from llama_pairs import stock_model
 from transformers import (
     DataCollatorWithPadding,
-    LlamaConfig,
-    LlamaForCausalLM,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -15,7 +17,6 @@ from transformers import (
 from transformers import logging as transformers_logging
 
 from hf_decoder import (
-    HfDecoderConfig,
     HfDecoderForCausalLM,
     HfDecoderForQuestionAnswering,
     HfDecoderForSequenceClassification,
@@ -24,32 +25,7 @@ from hf_decoder import (
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
 
-SHAPE = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.1,
-    "rms_norm_eps": 1e-6,
-    "pad_token_id": 0,
-    "eos_token_id": 1,
-    "bos_token_id": None,
-    "tie_word_embeddings": True,
-}
-
-
-def new_model(seed=0, **overrides):
-    torch.manual_seed(seed)
-    return HfDecoderForCausalLM(HfDecoderConfig(**SHAPE | overrides))
-
-
-def stock_model(model):
-    stock = LlamaForCausalLM(LlamaConfig(**SHAPE, attention_dropout=model.config.attention_dropout))
-    stock.load_state_dict(model.state_dict())
-    return stock
+new_model = partial(llama_pairs.new_model, initializer_range=0.1, tie_word_embeddings=True)
 
 
 def rows(number, low=4, high=24, seed=0):
@@ -190,7 +166,7 @@ def test_a_head_learns_the_same_from_one_batch_of_eight_and_four_of_two(head, tm
     found = []
     for size in (8, 2):
         torch.manual_seed(0)
-        model = kind(HfDecoderConfig(**SHAPE, num_labels=3)).eval()
+        model = new_model(kind, num_labels=3).eval()
         for module in model.modules():  # which would draw otherwise
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
@@ -302,8 +278,8 @@ def test_a_batch_without_labels_to_count_does_not_stop_the_run(tmp_path):
 
 def test_classifier_trains(tokenizer, tmp_path):
     set_seed(0)
-    shape = SHAPE | {"vocab_size": 300, "pad_token_id": tokenizer.pad_token_id}
-    model = HfDecoderForSequenceClassification(HfDecoderConfig(**shape, num_labels=2))
+    shape = {"vocab_size": 300, "pad_token_id": tokenizer.pad_token_id}
+    model = new_model(HfDecoderForSequenceClassification, **shape, num_labels=2)
     texts = [("return 0", 0), ("the end of the text", 1)] * 8
     data = [tokenizer(text, return_token_type_ids=False) | {"labels": label} for text, label in texts]
     args = TrainingArguments(

@@ -49,7 +49,7 @@ RUN = {
 OF_ATTENTION = {"eager_attention_forward"}
 # What a forward pass reads of no module of ours, or what no value can be changed of: methods, torch's own.
 METHODS = {*RUN, "_loss_function", "training"}
-# Values where a changed number would be none that the attribute can have.
+# Values for attributes that cannot take an arbitrary number.
 OTHERS: dict[str, Any] = {
     "_attn_implementation": "eager",
     "is_causal": False,
@@ -64,7 +64,7 @@ CONFIG_IN_WRAPPERS = {"is_causal", "use_cache", "output_hidden_states", "return_
 
 
 def reads(function: ast.FunctionDef) -> Iterator[tuple[str, str]]:
-    """(owner, attribute) of what a function reads of its module and of the config."""
+    """The (owner, attribute) pairs that a function reads from its module and from the config."""
     for node in ast.walk(function):
         if not isinstance(node, ast.Attribute):
             continue
@@ -76,7 +76,7 @@ def reads(function: ast.FunctionDef) -> Iterator[tuple[str, str]]:
 
 
 def attributes() -> list[tuple[str, str]]:
-    """(class or "config", attribute), as the source of the plain modules has them."""
+    """The (class or "config", attribute) pairs in the source of the plain modules."""
     found = {("config", name) for name in CONFIG_IN_WRAPPERS}
     for node in ast.parse(inspect.getsource(modeling_hf_decoder)).body:
         if isinstance(node, ast.ClassDef):
@@ -98,7 +98,7 @@ def attributes() -> list[tuple[str, str]]:
 
 
 class Louder(nn.Module):
-    """Somebody's wrapper of a module."""
+    """A user's wrapper of a module."""
 
     def __init__(self, inside: nn.Module):
         super().__init__()
@@ -158,7 +158,7 @@ def changed_value(name: str, value: Any) -> Any:
 
 
 def changes(owner: Any, name: str) -> dict[str, Callable[[Any], None]]:
-    """Ways in which this attribute of its owner can change, by name; each takes the owner."""
+    """Name -> function that changes this attribute of its owner."""
     value = getattr(owner, name, None)
     if isinstance(value, nn.ModuleList):
         return {"reversed": lambda owner: setattr(owner, name, nn.ModuleList(reversed(getattr(owner, name))))}
@@ -232,7 +232,7 @@ WAYS: dict[str, Callable[[Any], list[torch.Tensor]]] = {
 def outcome(way: Callable, model: Any) -> list[torch.Tensor] | type[Exception]:
     try:
         return way(model)
-    except Exception as error:  # whatever it is: both must say so
+    except Exception as error:  # any error, but both must raise it
         return type(error)
 
 
@@ -318,7 +318,7 @@ def test_what_is_changed_for_all_models_is_honoured(change, short_is_long, monke
 
 
 def test_a_wrapped_forward_that_names_no_argument(short_is_long):
-    """transformers then makes no positions of padded rows: each way counts them alike."""
+    """Then transformers makes no positions for padded rows; both models count them alike."""
     fast, plain = pair("plain")
     for model in (fast, plain):
         forward = model.forward

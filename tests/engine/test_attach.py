@@ -1,4 +1,4 @@
-"""The seam: twins and plain classes, live models of either origin, switches, copies, and what is refused."""
+"""Twins and plain classes, live models of either origin, switches, copies, and refusals."""
 
 import copy
 import io
@@ -30,7 +30,7 @@ def text(model) -> torch.Tensor:
 
 
 def kinds(model) -> set[bool]:
-    """Whether the modules that can be twins are."""
+    """Whether the modules that can be twins are twins."""
     return {is_twin(type(module)) for module in model.modules() if type(module).__name__ in REPLACED}
 
 
@@ -127,7 +127,7 @@ def test_copies_are_of_the_same_kind(name, attached):
 
 
 class Mine(hf_decoder.HfDecoderForCausalLM):
-    """Somebody's own class over a fast one."""
+    """A user's class over a fast one."""
 
 
 def test_a_class_of_somebody_s_own_is_pickled_by_its_name():

@@ -1,4 +1,4 @@
-"""What is done in blocks, rotations, gates and shared casts, against the same written out whole and in fp64."""
+"""Rotations, gates and shared casts in blocks, against the plain formulas and fp64."""
 
 from collections.abc import Callable
 from functools import partial
@@ -35,7 +35,7 @@ def results(function: Callable, leaves: list[torch.Tensor]) -> list[torch.Tensor
 
 
 def check_as_exact(mine: list[torch.Tensor], whole: list[torch.Tensor], function: Callable, leaves, dtype):
-    """The same output to the bit, and gradients no further from those in fp64 than those of the whole are."""
+    """Checks bit-equal outputs, and gradients at least as close to fp64 as those of the plain formula."""
     assert torch.equal(mine[0], whole[0])
     exact_leaves = [leaf.detach().double().requires_grad_() for leaf in leaves]
     output = function(*exact_leaves)

@@ -1,4 +1,4 @@
-"""Compiled code comes from a folder that is the user's own, and its absence is no error."""
+"""Compiled code comes from the user's own folder, and a missing compiler is no error."""
 
 import copy
 import os
@@ -16,7 +16,7 @@ FIXED = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_tok
 
 @pytest.fixture
 def nothing_built(monkeypatch, tmp_path):
-    """As in a process that has built nothing, with a cache folder of its own."""
+    """A process that has built nothing, with its own cache folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     build.load_step.cache_clear()
     yield tmp_path

@@ -1,4 +1,4 @@
-"""The function in C++: what only it takes, on threads and vectors of any width, and its prompts."""
+"""The C++ decode step: its threads, vectors of any width, and its prefill of prompts."""
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
@@ -62,11 +62,11 @@ def test_threads_share_a_step(threads):
         torch.set_num_threads(before)
 
 
-def test_room_is_in_fp32_whatever_the_default_is():
+def test_working_memory_is_in_fp32_whatever_the_default_is():
     model = tiny_model(NATIVE, torch.bfloat16)
     torch.set_default_dtype(torch.bfloat16)
     try:
-        assert CppStep(DecodingStep(model))._room.dtype == torch.float32
+        check_steps(NATIVE, model, length=5, hidden=0)
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -116,7 +116,7 @@ def test_texts_in_several_threads_are_those_of_one():
 
 @pytest.fixture
 def prompts(monkeypatch) -> list[tuple[int, int]]:
-    """Records of the prompts that the function takes, which it may of any precision."""
+    """Records the prompts that the function prefills; it may prefill in any precision."""
     taken = []
     prompt = CppStep.prompt
 
@@ -127,13 +127,13 @@ def prompts(monkeypatch) -> list[tuple[int, int]]:
         return logits
 
     monkeypatch.setattr(CppStep, "prompt", recorded)
-    monkeypatch.setattr(cpp_step, "_prompt_lines", lambda step: 512)
+    monkeypatch.setattr(CppStep, "takes_prompts", lambda self, rows, tokens: rows == self.rows)
     return taken
 
 
 @torch.no_grad()
 def check_prompt(model, rows: int, tokens: int, hidden: int = 0, before: int = 0) -> None:
-    """The last logits and the cache of a prompt, which goes on after `before` tokens."""
+    """Checks the last logits and the cache of a prompt that follows `before` cached tokens."""
     step = CppStep(DecodingStep(model), rows)
     ids, mask = padded_ids(NATIVE, before + tokens, hidden, rows)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -146,7 +146,7 @@ def check_prompt(model, rows: int, tokens: int, hidden: int = 0, before: int = 0
     rest = {"attention_mask": mask, "position_ids": positions[:, before:]}
     expected = model(ids[:, before:], past_key_values=theirs, use_cache=True, **rest).logits[:, -1:]
     found = step.prompt(ids[:, before:], ours, mask, positions[:, before:])
-    # in half precision the modules round after every map, for each of the tokens: see the truth below
+    # in half precision the modules round after every map; the test against fp64 below is stricter
     tolerance = TOLERANCE[model.dtype] * (1 if model.dtype == torch.float32 else 5)
     torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * expected.abs().max().item())
     seen = mask[:, None, :, None].bool()
@@ -155,7 +155,7 @@ def check_prompt(model, rows: int, tokens: int, hidden: int = 0, before: int = 0
         for name in ("keys", "values"):
             a, b = (getattr(layer, name)[:, :, : before + tokens] * seen for layer in (our_layer, their_layer))
             torch.testing.assert_close(a, b, rtol=0, atol=tolerance * b.abs().max().item())
-    # the step after it finds all in its place
+    # the next decode step continues from it
     token = random_ids(rows, 1, seed=5)
     mask = torch.cat((mask, mask.new_ones(rows, 1)), 1)
     expected = model(
@@ -236,7 +236,7 @@ WIDTHS = {
 
 
 def take(before: str, monkeypatch) -> None:
-    """The function with these lines before its own."""
+    """Compiles the function with these lines before its own."""
     library = build.load(before + (build.HERE / "step.cpp").read_text("utf-8"))
     monkeypatch.setattr(cpp_step, "load_step", lambda: library)
 
@@ -272,7 +272,7 @@ def test_prompts_are_those_of_the_modules(variant, precision):
 @pytest.mark.parametrize(("rows", "tokens", "hidden"), [(1, 2, 0), (1, 40, 3), (2, 4, 0), (3, 21, 11), (8, 9, 8)])
 @pytest.mark.parametrize("cached_bytes", [1, 1 << 18])
 def test_prompts_of_all_sizes(rows, tokens, hidden, before, cached_bytes, monkeypatch):
-    """Products in tiles of one line and output, and of several; the last ones cut short."""
+    """Products in tiles of one token and output, and of several, the last ones cut short."""
     take(f"#define CACHED_BYTES {cached_bytes}\n", monkeypatch)
     check_prompt(tiny_model(NATIVE, qk_norm=True, attention_bias=True), rows, tokens, hidden, before)
 
@@ -354,7 +354,7 @@ def test_a_streamed_text_begins_so(prompts):
 
 
 def test_a_guess_of_several_tokens_has_all_its_logits(prompts):
-    """What transformers looks up in the text is longer than one token and no prompt."""
+    """The candidates of prompt lookup are several tokens but no prompt."""
     model, ids = tiny_model(NATIVE), random_ids(1, 6).repeat(1, 2)
     try:
         text = static(model, ids, max_new_tokens=20, prompt_lookup_num_tokens=3)
@@ -377,7 +377,7 @@ def test_a_text_goes_on_with_a_prompt_by_the_function(rows, hidden, prompts):
         more = torch.cat((mask, mask.new_ones(rows, 7)), 1)
         texts.append(static(model, longer, more, **settings))
     assert texts[0].equal(texts[1])
-    assert prompts == [(rows, 12), (rows, 5)]  # the token without keys and the new ones
+    assert prompts == [(rows, 12), (rows, 5)]  # the last prompt token and the new ones
 
 
 def test_prompts_that_are_left_to_the_modules(prompts, monkeypatch):
@@ -398,7 +398,7 @@ def test_prompts_that_are_left_to_the_modules(prompts, monkeypatch):
     jumps = torch.arange(12)[None] + 3 * (torch.arange(12) > 6)
     check(taken=False, position_ids=jumps)
     check(taken=True, position_ids=jumps[:, 7:8] + torch.arange(12))
-    monkeypatch.setattr(cpp_step, "_prompt_lines", lambda step: 11)
+    monkeypatch.setattr(CppStep, "takes_prompts", lambda self, rows, tokens: False)
     check(taken=False)
 
 

@@ -1,4 +1,4 @@
-"""The decoding step gives what the modules give, and steps aside where something hangs on these."""
+"""The decode step gives what the modules give, and leaves models with hooks or changes to the modules."""
 
 import copy
 from types import SimpleNamespace
@@ -37,7 +37,7 @@ def steps(monkeypatch) -> list[torch.Tensor]:
 
 @pytest.fixture
 def without_kernels():
-    """Rows on a static cache are left to the step in torch, as where the one in C++ does not cover them."""
+    """Leaves rows on a static cache to the step in torch, as if the C++ step did not support them."""
     with engine.override(kernels=False):
         yield
 
@@ -147,7 +147,7 @@ CHANGES = [hang_lora, replace_forward, replace_module, hang_everywhere, replace_
 @pytest.mark.parametrize("change", CHANGES)
 def test_changed_modules_are_called(change, steps):
     model = tiny_model()
-    generated(model, random_ids(1, 5))  # a step is known from before the change
+    generated(model, random_ids(1, 5))  # a step was made before the change
     assert steps
     steps.clear()
     handle = change(model)
@@ -167,7 +167,7 @@ def test_what_a_caller_asks_for_beside_logits_comes_from_the_modules(steps):
         random_ids(1, 5), max_new_tokens=4, eos_token_id=None, output_hidden_states=True, return_dict_in_generate=True
     )
     assert not steps and [len(states) for states in out.hidden_states] == [3] * 4
-    generated(model, random_ids(1, 5))  # the recorders that transformers leaves on the modules record nothing now
+    generated(model, random_ids(1, 5))  # transformers' recorders stay on the modules but record nothing now
     assert len(steps) == NEW_TOKENS - 1
 
 
@@ -230,7 +230,7 @@ def test_packed_weights_of_several_rows(cache: str | None, steps, without_kernel
 
 
 def test_quantized_weights_are_not_packed():
-    """Such as torchao's int4, which cannot be joined or laid out anew."""
+    """For example torchao's int4, which cannot be joined or packed."""
 
     class Quantized(torch.Tensor):
         pass
@@ -317,7 +317,7 @@ def test_int8_weights_in_half_precision(steps):
     forced = {"prefix_allowed_tokens_fn": lambda row, seen: [int(tokens[row, len(seen)])]}
     settings: list[dict] = [{}, {"cache_implementation": "static"}]
     errors = [(generated(model, ids, **forced, **more)[1].float() - truth).square().mean().sqrt() for more in settings]
-    assert len(steps) == NEW_TOKENS - 1  # those on the static cache are the function's in C++
+    assert len(steps) == NEW_TOKENS - 1  # those on the static cache use the C++ step
     slow = (through_modules(model, ids, **forced)[1].float() - truth).square().mean().sqrt()
     assert max(errors) <= 1.1 * slow
 
@@ -368,7 +368,7 @@ def test_norms_in_few_calls_are_the_modules(dtype):
 @pytest.mark.parametrize("search", [{}, {"num_beams": 2}, {"cache_implementation": "static"}], ids=str)
 @pytest.mark.parametrize("prompt", [5, 16, 20])
 def test_longrope_past_its_switch_gives_the_text_without_a_cache(prompt: int, search: dict):
-    """The keys of the first 16 tokens are turned anew once there are more."""
+    """The keys of the first 16 tokens are rotated again once there are more."""
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 16}
     rope |= {"short_factor": [1.0] * 4, "long_factor": [1.1, 9.0, 9.0, 9.0]}
     model = tiny_model(rope_parameters=rope, max_position_embeddings=64, head_dim=8)

@@ -1,6 +1,6 @@
-"""Products in half precision on a CPU that has none: against fp64, and that none is left to torch's slow loop.
+"""Products in half precision on a CPU without them, against fp64; none is left to torch's slow loop.
 
-Which CPU runs the tests is no matter: each sets what this one is taken for.
+Every test sets what this CPU is taken for, so the tests run on any CPU.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,8 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_decoder import HfDecoderForCausalLM
 from hf_decoder.engine import precision
+from hf_decoder.engine.int8 import int8_linear
 from hf_decoder.engine.precision import MIN_HALF_ROWS, fast_dtype, linear_in_parts
-from hf_decoder.engine.training import fast_products as room
+from hf_decoder.engine.switches import settings
 from hf_decoder.engine.training.fast_products import fast_products
 
 HALF = (torch.bfloat16, torch.float16)
@@ -38,7 +39,7 @@ def slow_cpu(monkeypatch: pytest.MonkeyPatch):
 
 @contextmanager
 def products_of_torch() -> Iterator[None]:
-    """As on a CPU that multiplies half precision."""
+    """Takes this CPU for one that multiplies half precision."""
     patch = pytest.MonkeyPatch()
     for dtype in HALF:
         patch.setitem(precision.FAST_HALF_PRECISION, dtype, True)
@@ -334,8 +335,10 @@ def test_int8_weights_are_not_multiplied_out(way: str, rows: int, is_fast: bool,
     kind = type(model.model.layers[0].mlp.down_proj.weight)
     monkeypatch.setattr(kind, "dequantize", lambda *_: pytest.fail("the weight was multiplied out"))
     taken = []
-    int8_linear = room.int8_linear
-    monkeypatch.setattr(room, "int8_linear", lambda x, weights: taken.append(x.dtype) or int8_linear(x, weights))
+    monkeypatch.setattr(
+        "hf_decoder.engine.training.fast_products.int8_linear",
+        lambda x, weights: taken.append(x.dtype) or int8_linear(x, weights),
+    )
     ids = IDS[:1, :rows]
     with torch.no_grad():
         with torch.autocast("cpu", torch.bfloat16, enabled=way == "autocast"):
@@ -348,18 +351,15 @@ def test_int8_weights_are_not_multiplied_out(way: str, rows: int, is_fast: bool,
 
 
 def test_int8_weights_under_an_adapter_that_trains():
-    """The way of torchao, through which there are gradients."""
+    """torchao's own product is used, which has gradients."""
     torchao = pytest.importorskip("torchao.quantization")
     model = tiny_model(**SHAPE)
     torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
     model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False))
     grads = []
     for active in (True, False):
-        patch = pytest.MonkeyPatch()
-        if not active:
-            patch.setattr(room, "int8_weights", lambda *_: None)
-        model(input_ids=IDS, labels=LABELS).loss.backward()
-        patch.undo()
+        with settings.override(training=active):
+            model(input_ids=IDS, labels=LABELS).loss.backward()
         grads.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
         model.zero_grad()
     assert len(grads[0]) == 2 * 2 * 2

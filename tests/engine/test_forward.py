@@ -1,4 +1,4 @@
-"""A call of the model without gradients goes past the modules, and gives what they do: numbers, caches and errors."""
+"""A model call without gradients bypasses the modules and gives the same numbers, caches and errors."""
 
 import copy
 
@@ -74,7 +74,7 @@ def test_bits_of_long_rows(dtype: torch.dtype, is_fast: bool, layers, monkeypatc
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_bits_under_autocast(variant: str, dtype: torch.dtype, is_fast: bool, layers, monkeypatch):
-    """As Trainer evaluates with bf16=True: what the modules cast, and to which type, single tokens included."""
+    """As Trainer evaluates with bf16=True: the same casts as the modules make, single tokens included."""
     monkeypatch.setitem(precision.FAST_HALF_PRECISION, torch.bfloat16, is_fast)
     model = tiny_model(**VARIANTS[variant]).to(dtype)
     ids, mask = padded(3, 9)
@@ -106,7 +106,7 @@ def test_bits_of_long_rows_under_autocast(layers):
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_loop_of_ones_own(variant: str, rows: int, kind: str, layers):
-    """Token by token, each in one step, where the modules round in another order."""
+    """A user's loop, token by token; the modules round in another order."""
     model = tiny_model(**VARIANTS[variant])
     ids, mask = padded(rows, 20)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -127,7 +127,7 @@ def test_a_loop_of_ones_own(variant: str, rows: int, kind: str, layers):
 
 
 def test_what_is_left_behind():
-    """Nothing of a call: keys and values are no parts of larger buffers, and weights may change."""
+    """Nothing is left of a call: keys and values are not views of larger buffers, and weights may change."""
     model, ids = tiny_model(), random_ids(1, 400)
     cache = DynamicCache(config=model.config)
     for token in ids.split(1, -1):
@@ -153,7 +153,7 @@ def test_a_tuple_and_the_defaults_of_the_config():
 @pytest.mark.parametrize("vocab_rows", [1, 4, 1000])
 @pytest.mark.parametrize("z_loss_coef", [0.0, 1e-2])
 def test_a_loss_of_logits(z_loss_coef: float, vocab_rows: int, layers, monkeypatch):
-    """As Trainer evaluates: block by block, and as autograd would have it."""
+    """As Trainer evaluates, without gradients and with them."""
     monkeypatch.setattr(engine_loss, "BLOCK_ELEMENTS", 2 * 61 * vocab_rows)
     model, (ids, mask) = tiny_model(final_logit_softcapping=5.0), padded(3, 9)
     labels = ids.masked_fill(mask == 0, -100)
@@ -242,7 +242,7 @@ def test_what_is_wrong_is_said_by_the_modules():
 
 
 def test_another_model_within_generate():
-    """A streamer, a processor or an assistant may ask one while the text of another is made."""
+    """A streamer, processor or assistant may call another model during `generate()`."""
     model, other, ids = tiny_model(), tiny_model(seed=1), random_ids(1, 5)
     expected, seen = other(ids).logits, []
     steps = DecodingStep.of(model), DecodingStep.of(other)

@@ -1,4 +1,4 @@
-"""Greedy text without transformers' loop is the text of that loop, which runs wherever something hangs on it."""
+"""Greedy text without transformers' loop equals that of the loop; hooks and replaced methods keep the loop."""
 
 import pytest
 import torch
@@ -143,7 +143,7 @@ def test_a_token_that_no_step_takes_goes_another_way(rows, cache, fails, needs_m
         if input_ids.shape[1] > 1:
             return step(self, input_ids, *inputs, **kwargs)
         taken.append(1)
-        # where modules are needed, it is asked once more by the model itself
+        # where modules are needed, the model itself asks once more
         misses = (fails, fails + 1) if needs_modules else (fails,)
         return None if len(taken) - 1 in misses else step(self, input_ids, *inputs, **kwargs)
 

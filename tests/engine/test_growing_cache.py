@@ -1,4 +1,4 @@
-"""Extending keys and values in place gives what joining them gives, and leaves others what they hold."""
+"""Extending keys and values in place equals joining them, and earlier states stay as they were."""
 
 import copy
 
@@ -26,18 +26,20 @@ WAYS = {
 
 
 @pytest.fixture
-def in_place(monkeypatch) -> list[int]:
-    """Tiny caches are extended in place as well; collects how many bytes of room each buffer was made with."""
-    made: list[int] = []
-    with_room = growing_cache._with_room
+def in_place(monkeypatch) -> dict[int, torch.UntypedStorage]:
+    """Tiny caches are extended in place as well; collects the buffers, each half as large again as what it holds."""
+    made: dict[int, torch.UntypedStorage] = {}
+    update = GrowingCache.update
 
-    def recorded(filled: torch.Tensor) -> torch.Tensor:
-        buffer = with_room(filled)
-        made.append(buffer.nbytes - filled.nbytes)
-        return buffer
+    def recorded(self, *inputs):
+        now = update(self, *inputs)
+        for storage in (x.untyped_storage() for x in now if x.untyped_storage().nbytes() > x.nbytes):
+            made.setdefault(storage.data_ptr(), storage)
+        return now
 
     monkeypatch.setattr(growing_cache, "LEAST_BYTES", 0)
-    monkeypatch.setattr(growing_cache, "_with_room", recorded)
+    monkeypatch.setattr(growing_cache, "ROOM_SHARE", 2)
+    monkeypatch.setattr(GrowingCache, "update", recorded)
     return made
 
 
@@ -63,7 +65,7 @@ def test_texts_are_those_of_joined_caches(kind: str, rows: int, way: str, in_pla
     ids, mask = padded(rows, 9)
     settings = {"attention_mask": mask, **WAYS[way]}
     out = written(model, ids, **settings)
-    assert bool(in_place) != (way == "beams")  # which chooses anew among rows after each step
+    assert bool(in_place) != (way == "beams")  # beam search reorders the rows after each step
     monkeypatch.setattr(growing_cache, "LEAST_BYTES", 2**40)
     expected = written(model, ids, **settings)
     assert torch.equal(out.sequences, expected.sequences)
@@ -94,11 +96,11 @@ def test_what_others_hold_stays_as_it_was(in_place):
     cache, joined, room = filled(4), filled(4), GrowingCache()
     held = []
     for step in range(40):
-        if step in (10, 11, 25):  # as speculative decoding takes tokens back
+        if step in (10, 11, 25):  # speculative decoding crops tokens
             held.append((cache.layers[0].keys, cache.layers[0].keys.clone()))
             cache.crop(-2)
             joined.crop(-2)
-        if step == 18:  # as a second text that begins alike
+        if step == 18:  # a second text with the same beginning
             aside, aside_room = copy.copy(cache), GrowingCache()
             aside.layers = [copy.copy(cache.layers[0])]
             for _ in range(5):
@@ -114,7 +116,8 @@ def test_what_others_hold_stays_as_it_was(in_place):
 
 
 @torch.no_grad()
-def test_room_grows_with_the_text_and_goes_at_the_end(in_place):
+def test_room_grows_with_the_text_and_goes_at_the_end(in_place, monkeypatch):
+    monkeypatch.setattr(growing_cache, "ROOM_SHARE", 8)
     cache, room = filled(40), GrowingCache()
     for _ in range(80):
         room.update(cache, torch.randn(2, 3, 1, 4), torch.randn(2, 3, 1, 4), 0)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny_models import SHAPE
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_decoder.engine.precision import FAST_HALF_PRECISION
 from hf_decoder.engine.training import loss as engine_loss
@@ -152,7 +153,7 @@ def test_under_autocast_gradients_of_fp32_tensors_are_not_rounded(
 
 
 def test_a_scaled_loss_keeps_small_gradients_in_fp16(small_chunks):
-    """What GradScaler does: multiply the loss, divide the gradients."""
+    """As GradScaler does: multiplies the loss, divides the gradients."""
     torch.manual_seed(0)
     rows = torch.randn(64, 32, dtype=torch.float16)
     weight = torch.randn(VOCAB, 32).mul(0.5).half()
@@ -170,7 +171,7 @@ def test_a_scaled_loss_keeps_small_gradients_in_fp16(small_chunks):
 
 
 def test_a_small_factor_is_applied_in_fp32():
-    """1e-7 has no bits left in fp16, though what it multiplies is large enough for the product to have all."""
+    """1e-7 vanishes in fp16, but its product with a large gradient does not."""
     rows, weight = torch.full((4096, 8), 4.0, dtype=torch.float16), torch.zeros(VOCAB, 8, dtype=torch.float16)
     weight.requires_grad_()
     (linear_cross_entropy(rows, weight, torch.zeros(4096, dtype=torch.long)) * 1e-7).backward()
@@ -180,7 +181,7 @@ def test_a_small_factor_is_applied_in_fp32():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_graph_that_is_kept_can_be_walked_again(dtype: torch.dtype, small_chunks):
-    """The first pass gives away what the forward pass has formed; whatever becomes of that, the second has its own."""
+    """The first backward pass consumes the gradients of the forward pass; a second one forms its own."""
     torch.manual_seed(0)
     targets = torch.randint(0, VOCAB, (23,))
     shapes = ((23, 32), (VOCAB, 32), (VOCAB,))
@@ -213,23 +214,30 @@ def test_a_graph_that_is_kept_can_be_walked_again(dtype: torch.dtype, small_chun
         loss.backward()
 
 
+class LargeTensors(TorchDispatchMode):
+    """Collects the storages of fp32 tensors that are as large as a weight, its own aside."""
+
+    def __init__(self, weight: torch.Tensor):
+        super().__init__()
+        self.weight, self.storages = weight, {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and made.dtype == torch.float32 and made.numel() == self.weight.numel():
+            storage = made.untyped_storage()  # kept alive, so that no two have the same address
+            self.storages[storage.data_ptr()] = storage
+        self.storages.pop(self.weight.untyped_storage().data_ptr(), None)
+        return made
+
+
 def test_the_weights_gradient_is_not_copied(monkeypatch):
-    """It is as large as the weight, and fresh memory is dear."""
-    formed, form = [], engine_loss._loss_and_gradients
-
-    def recorded(*inputs):
-        total, *gradients = form(*inputs)
-        formed.extend(None if grad is None else grad.data_ptr() for grad in gradients)
-        return total, *gradients
-
-    monkeypatch.setattr(engine_loss, "_loss_and_gradients", recorded)
+    """It is as large as the weight, and fresh memory is slow: one fp32 tensor of that size is made, and no more."""
+    monkeypatch.setattr(engine_loss, "WEIGHT_ROWS", 8)
     weight = torch.randn(VOCAB, 32, requires_grad=True)
     rows = torch.randn(9, 32).bfloat16().requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16), LargeTensors(weight) as made:
         linear_cross_entropy(rows, weight, torch.arange(9)).backward()
-    assert formed[1:] == [weight.grad.data_ptr(), None]
-    if engine_loss.fast_dtype(rows.device, rows.dtype) == rows.dtype:  # else formed in fp32, and rounded
-        assert formed[0] == rows.grad.data_ptr()
+    assert made.storages.keys() == {weight.grad.untyped_storage().data_ptr()}
 
 
 def test_many_chunks_add_up_in_fp32(monkeypatch):

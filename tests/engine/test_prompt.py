@@ -1,4 +1,4 @@
-"""A prompt past the modules has the logits that it has through them, whatever the cache, and none is called for it."""
+"""Prefill without the modules gives their logits with any cache, and calls none of them."""
 
 import pytest
 import torch
@@ -63,7 +63,7 @@ def test_searches(settings: dict, layers):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("settings", [{}, {"prompt_lookup_num_tokens": 3}], ids=["greedy", "candidates"])
 def test_under_autocast(settings: dict, dtype: torch.dtype, layers):
-    """The tokens of the modules, from the same bits: no weights are packed, none are turned."""
+    """Bit-equal to the modules: no weights are packed or transposed."""
     ids, mask = padded(1 if settings else 3, 9)
     fixed = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     model = tiny_model(qk_norm=True).to(dtype)
@@ -74,7 +74,7 @@ def test_under_autocast(settings: dict, dtype: torch.dtype, layers):
 
 
 def test_without_a_cache():
-    """By the modules or not, as transformers sends positions with a mask or alone, which might mark documents."""
+    """Positions without a mask might mark documents, so only those with a mask bypass the modules."""
     model, ids = tiny_model(), random_ids(2, 9)
     tokens, logits = generated(model, ids, use_cache=False)
     expected, truth = through_modules(model, ids, use_cache=False)
@@ -83,7 +83,7 @@ def test_without_a_cache():
 
 
 def test_a_cache_that_no_step_extends(layers):
-    """Its single tokens pass the modules by, too."""
+    """Its single tokens bypass the modules too."""
 
     class Cache(DynamicCache):
         pass
@@ -129,7 +129,7 @@ def test_half_precision_is_no_further_from_the_truth_than_the_modules_are(
 
 @pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="weights are packed on AVX-512 alone")
 def test_a_few_tokens_are_multiplied_with_packed_weights(monkeypatch):
-    """Candidates, above all; after two of such steps, in place of which there are none here."""
+    """Candidates, mostly. Packing normally starts after two steps; here at once."""
     monkeypatch.setitem(precision.FAST_HALF_PRECISION, torch.bfloat16, True)
     monkeypatch.setattr(generation, "STEPS_BEFORE_PACKING", 0)
     packed, pack = [], DecodingStep.packed

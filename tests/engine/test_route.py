@@ -1,4 +1,4 @@
-"""What a call of the model goes by changes no number, and nothing that somebody hung on a module is passed by."""
+"""The route of a call changes no number and skips nothing that a user attached to a module."""
 
 import copy
 from collections.abc import Callable
@@ -92,7 +92,7 @@ def test_a_part_that_is_unknown_is_named():
 
 
 class Seen(list):
-    """How often each that hangs on a module has been called."""
+    """Counts the calls of hooks and replaced methods."""
 
     def hook(self, *inputs: Any) -> None:
         self.append("called")
@@ -106,7 +106,7 @@ def hooked(path: str, kind: str = "forward") -> Callable[[Any, Seen], Any]:
 
 
 def replaced_forward(path: str) -> Callable[[Any, Seen], Any]:
-    """As accelerate puts its own in place of a module's."""
+    """Replaces a module's forward, as accelerate does."""
 
     def change(model: Any, seen: Seen) -> None:
         module = model.get_submodule(path)
@@ -204,7 +204,7 @@ MAPS: dict[str, Callable[[Any, Seen], Any]] = {
 
 @pytest.mark.parametrize("what", MAPS)
 def test_linear_maps_are_called_as_they_are(what: str, fused):
-    """Which leaves what stands between them."""
+    """Only the operators between them are fused."""
     model, seen = tiny_model().train(), Seen()
     MAPS[what](model, seen)
     assert_trains_as_plain(model)
@@ -288,9 +288,9 @@ def test_what_looks_inside_finds_the_plain_modules(fused):
 
 
 def test_no_compiler_is_led_into_the_question_for_kernels(monkeypatch):
-    """Which asks the device and launches one: a graph would end there."""
+    """Asking launches a kernel, and would break a graph."""
     model = tiny_model().train()
-    monkeypatch.setattr(blocks, "_kernels_run_on", lambda device: pytest.fail("asked within a graph"))
+    monkeypatch.setattr(blocks, "kernels_run_on", lambda device: pytest.fail("asked within a graph"))
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     with torch.autocast("cpu", torch.bfloat16):
         assert compiled(IDS, use_cache=False).logits.isfinite().all()
@@ -300,7 +300,7 @@ def test_no_compiler_is_led_into_the_question_for_kernels(monkeypatch):
 
 
 def caches_of(config: Any) -> list[Any]:
-    """Caches of the eight tokens that the calls below go on from."""
+    """Caches of the eight tokens that the calls below continue."""
     return [DynamicCache(config=config), DynamicCache(), StaticCache(config=config, max_cache_len=20)]
 
 

@@ -1,4 +1,4 @@
-"""The steps by kernels of their own, in Triton and in C++, give what the modules give.
+"""The decode steps with kernels of their own, in Triton and in C++, give what the modules give.
 
 Without CUDA Triton's kernels are interpreted, on a CPU.
 """
@@ -140,15 +140,17 @@ def test_weights_of_other_types_are_left_to_the_modules(kind):
 
 @pytest.fixture
 def runs(kind, monkeypatch) -> list[bool]:
-    """Records of each step by kernels whether it chose a token. Without CUDA Triton's are made to be taken."""
+    """Records of each token by kernels whether they chose it. Without CUDA Triton's are made to be taken."""
     taken: list[bool] = []
-    run = kind.step._run
+    logits, greedy = kind.step.logits, kind.step.greedy
 
-    def recorded(self, chooses: bool) -> None:
-        taken.append(chooses)
-        run(self, chooses)
+    def recorded_greedy(self, ids, *rest):
+        text = greedy(self, ids, *rest)
+        taken.extend([True] * (0 if text is None else text.shape[1] - ids.shape[1]))
+        return text
 
-    monkeypatch.setattr(kind.step, "_run", recorded)
+    monkeypatch.setattr(kind.step, "logits", lambda self, ids: taken.append(False) or logits(self, ids))
+    monkeypatch.setattr(kind.step, "greedy", recorded_greedy)
     if kind is TRITON and not CUDA:
         monkeypatch.setattr(step, "has_kernels", lambda x: True)
 
@@ -212,7 +214,7 @@ def test_a_text_goes_on_from_a_cache_by_all_its_ids_or_the_new_ones(kind, runs, 
 
 
 class NoMoreThan(StoppingCriteria):
-    """Ends a text at this many tokens, in a way of its own."""
+    """A stopping criterion of a user: ends a text at this many tokens."""
 
     def __init__(self, length: int):
         self.length = length

@@ -1,4 +1,4 @@
-"""Attention in tiles equals attention with the whole mask, and is taken where it is faster; compiled training too."""
+"""Attention in tiles equals attention with the whole mask, is used where it is faster, and compiles."""
 
 import copy
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny_models import WINDOWS, random_ids, tiny_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_decoder.engine import precision
 from hf_decoder.engine.attention import tiles
@@ -19,13 +20,6 @@ from hf_decoder.engine.training import loss as engine_loss
 from hf_decoder.model.modeling_hf_decoder import eager_attention_forward
 
 FEW_TOKENS_TOO = pytest.mark.usefixtures("tiles_of_few_tokens")
-
-
-@pytest.fixture
-def tiles_of_few_tokens(monkeypatch: pytest.MonkeyPatch):
-    """Without gradients and in fp32, too, tiles are for rows of `MIN_TILED_TOKENS`."""
-    monkeypatch.setattr(tiles, "MIN_TILED_TOKENS_IN_INFERENCE", 0)
-    monkeypatch.setattr(tiles, "MIN_TILED_TOKENS_IN_FP32", 0)
 
 
 class Groups(nn.Module):
@@ -46,7 +40,7 @@ def documents(kind: str, length: int) -> torch.Tensor:
         return torch.stack([columns % 64, columns % 128])
     if kind == "single-tokens":
         return torch.stack([columns % 2, torch.zeros_like(columns)])
-    return torch.stack([columns + 1000, columns * 3])  # later positions, and gaps, which part documents as well
+    return torch.stack([columns + 1000, columns * 3])  # later positions, and gaps, which separate documents too
 
 
 @pytest.mark.parametrize("window", [None, 2, 7, 64, 100, 1000])
@@ -74,15 +68,34 @@ def test_tiles_equal_attention_with_the_whole_mask(length: int, kind: str, windo
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=2e-5)
 
 
-def count_tiled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    calls: list[int] = []
-    original = tiles._TiledAttention.apply
-    monkeypatch.setattr(tiles._TiledAttention, "apply", lambda *args: calls.append(1) or original(*args))
-    return calls
+class FlashKernel(TorchDispatchMode):
+    """Notices whether torch's flash kernel is called."""
+
+    is_called = False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.is_called |= func is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+        return func(*args, **(kwargs or {}))
+
+
+def count_layers(monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], list[int]]:
+    """Records the calls of our attention in tiles, and those by torch's flash kernel."""
+    in_tiles: list[int] = []
+    stock: list[int] = []
+    forward = tiles.tiled_attention_forward
+
+    def recorded(*args, **kwargs):
+        with FlashKernel() as kernel:
+            result = forward(*args, **kwargs)
+        (stock if kernel.is_called else in_tiles).append(1)
+        return result
+
+    monkeypatch.setattr(tiles, "tiled_attention_forward", recorded)
+    return in_tiles, stock
 
 
 def test_tiles_are_used_for_long_rows_and_not_where_they_cannot(monkeypatch: pytest.MonkeyPatch):
-    calls = count_tiled(monkeypatch)
+    calls, _ = count_layers(monkeypatch)
     ids = random_ids(2, 80)
     ones, holes = torch.ones_like(ids), torch.ones_like(ids)
     holes[0, :3] = 0
@@ -118,7 +131,7 @@ def test_tiles_are_used_for_long_rows_and_not_where_they_cannot(monkeypatch: pyt
 
 
 def test_short_rows_of_one_document_in_fp32_are_for_the_stock_kernel(monkeypatch: pytest.MonkeyPatch):
-    calls = count_tiled(monkeypatch)
+    calls, _ = count_layers(monkeypatch)
     model = tiny_model(attn_implementation="sdpa", max_position_embeddings=512)
     windowed = tiny_model(attn_implementation="sdpa", max_position_embeddings=512, **WINDOWS)
     half, limit = copy.deepcopy(model).bfloat16(), MIN_TILED_TOKENS_IN_FP32
@@ -143,7 +156,7 @@ def test_short_rows_of_one_document_in_fp32_are_for_the_stock_kernel(monkeypatch
 @FEW_TOKENS_TOO
 @pytest.mark.parametrize("is_fast", [True, False])
 def test_tiles_in_half_precision_are_multiplied_as_is_fast_here(is_fast: bool, monkeypatch: pytest.MonkeyPatch):
-    calls, factors = count_tiled(monkeypatch), []
+    (calls, _), factors = count_layers(monkeypatch), []
     monkeypatch.setitem(precision.FAST_HALF_PRECISION, torch.bfloat16, is_fast)
     bmm = torch.bmm
     monkeypatch.setattr(torch, "bmm", lambda a, b: factors.append(a.dtype) or bmm(a, b))
@@ -173,7 +186,7 @@ def test_tiles_in_half_precision_are_multiplied_as_is_fast_here(is_fast: bool, m
 def test_whole_documents_by_the_stock_kernel_are_those_in_tiles(heads, dtype, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(precision.FAST_HALF_PRECISION, torch.bfloat16, False)
     monkeypatch.setattr(tiles, "MIN_STOCK_TOKENS_IN_FP32", 150)
-    calls = count_tiled(monkeypatch)
+    calls, _ = count_layers(monkeypatch)
     torch.manual_seed(0)
     length = 150
     inputs = [torch.randn(2, length, n, 16).transpose(1, 2).to(dtype).requires_grad_() for n in (*heads, heads[1])]
@@ -183,7 +196,7 @@ def test_whole_documents_by_the_stock_kernel_are_those_in_tiles(heads, dtype, mo
     for in_tiles in (False, True):
         if in_tiles:
             monkeypatch.setattr(tiles, "MIN_STOCK_TOKENS_IN_FP32", 151)
-        found, _ = tiled_attention_forward(Groups(heads[0] // heads[1]), *inputs, plan, 0.3)
+        found, _ = tiles.tiled_attention_forward(Groups(heads[0] // heads[1]), *inputs, plan, 0.3)
         assert found.dtype == dtype and found.is_contiguous() and bool(calls) == in_tiles
         results.append((found, *torch.autograd.grad((found.float() * weight).sum(), inputs)))
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
@@ -196,9 +209,7 @@ def test_whole_documents_by_the_stock_kernel_are_those_in_tiles(heads, dtype, mo
 def test_the_stock_kernel_takes_whole_documents_that_are_multiplied_in_fp32(is_fast, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(precision.FAST_HALF_PRECISION, torch.bfloat16, is_fast)
     monkeypatch.setattr(tiles, "MIN_STOCK_TOKENS_IN_FP32", 300)
-    tiled, stock = count_tiled(monkeypatch), []
-    kernel = tiles._StockCausalAttention.apply
-    monkeypatch.setattr(tiles._StockCausalAttention, "apply", lambda *args: stock.append(1) or kernel(*args))
+    tiled, stock = count_layers(monkeypatch)
     ids = random_ids(1, 300)
     shape = {"attn_implementation": "sdpa", "max_position_embeddings": 512}
 
@@ -268,7 +279,7 @@ def test_tiles_sum_their_weights_in_fp32(dtype: torch.dtype, length: int):
     value = torch.ones(1, 1, length, 8, dtype=dtype)
     plan = plan_tiles(torch.arange(length)[None], dtype)
     found, _ = tiled_attention_forward(Groups(2), query, key, value, plan, 1.0)
-    # every weight may be rounded once, and the roundings of equal weights add up to one unit at most
+    # each weight is rounded once; roundings of equal weights add up to one unit at most
     torch.testing.assert_close(found, torch.ones_like(found), rtol=0, atol=torch.finfo(dtype).eps)
 
 
@@ -285,15 +296,17 @@ def test_compiled_training_is_eager_training(variant: str, monkeypatch):
     ids = random_ids(2, 150)
     labels = ids.clone()
     labels[:, :30] = -100
-    reached, form = [], engine_loss._loss_and_gradients
-    monkeypatch.setattr(
-        engine_loss, "_loss_and_gradients", lambda rows, *rest: reached.append(len(rows)) or form(rows, *rest)
-    )
+    reached, taken, mm, bmm = [], [], torch.mm, torch.bmm
+
+    def recorded_mm(a: torch.Tensor, b: torch.Tensor, **kwargs) -> torch.Tensor:
+        if b.shape[1] == model.config.vocab_size:
+            reached.append(len(a))
+        return mm(a, b, **kwargs)
+
+    monkeypatch.setattr(torch, "mm", recorded_mm)
+    monkeypatch.setattr(torch, "bmm", lambda a, b: taken.append(1) or bmm(a, b))  # of tiles alone
     monkeypatch.setitem(precision.FAST_HALF_PRECISION, torch.bfloat16, True)  # whatever CPU this is
     monkeypatch.setattr(tiles, "MIN_TILED_TOKENS_IN_FP32", 0)  # of eager rows alone
-    taken = []
-    attend = tiles._attend
-    monkeypatch.setattr(tiles, "_attend", lambda *inputs: taken.append(1) or attend(*inputs))
 
     def loss_and_gradients(forward) -> tuple[torch.Tensor, list[torch.Tensor]]:
         with torch.autocast("cpu", torch.bfloat16, enabled=variant == "autocast"):
@@ -308,10 +321,10 @@ def test_compiled_training_is_eager_training(variant: str, monkeypatch):
     loss, gradients = loss_and_gradients(torch.compile(model, fullgraph=True))
     compiled_calls = len(taken) - eager_calls
     if variant == "checkpointing" and torch.__version__.startswith("2.11."):  # which does not compute a layer again
-        assert compiled_calls == len(model.model.layers)
+        assert 0 < compiled_calls < eager_calls
     else:
         assert compiled_calls == eager_calls > 0
-    assert reached == [2 * 120, 2 * 120]  # positions without a label do not reach the head
+    assert sum(reached) == 2 * 2 * 120  # positions without a label do not reach the head
     tolerance = 5e-2 if variant == "autocast" else 1e-5  # bf16 rounds where the compiler does not
     torch.testing.assert_close(loss, expected, rtol=tolerance, atol=0)
     for gradient, other in zip(gradients, expected_gradients, strict=True):

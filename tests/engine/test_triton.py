@@ -10,29 +10,20 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers.activations import ACT2FN
+from triton_kernels import DEVICE, DTYPES, HALF, NEVER, counted, kernels, leaf, random, take_from  # noqa: F401
 
 from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM
 from hf_decoder.engine.assumptions import SILU as SILU_KINDS
 from hf_decoder.engine.precision import autocast_dtype
 from hf_decoder.engine.training import blocks
-from hf_decoder.engine.training import loss as engine_loss
 from hf_decoder.engine.training.blocks import has_kernels
 from hf_decoder.engine.training.gate import fused_gate
-from hf_decoder.engine.training.loss import linear_cross_entropy
 from hf_decoder.engine.training.norm import fused_rms_norm
 from hf_decoder.engine.training.rotation import fused_rotation
 from hf_decoder.engine.training.shared_cast import cast_once
+from hf_decoder.engine.triton import training as triton_training
 from hf_decoder.model.modeling_hf_decoder import HfDecoderRMSNorm, apply_rotary_pos_emb
 
-pytest.importorskip("triton")
-from triton.runtime import interpreter
-
-from hf_decoder.engine.triton import training as triton_training
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-NEVER = 2**40
-HALF = [torch.bfloat16, torch.float16]
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, *HALF])
 SILU = ACT2FN["silu"]
 
 
@@ -41,7 +32,7 @@ def is_long(x: torch.Tensor) -> bool:
 
 
 class Norm(HfDecoderRMSNorm):
-    """By the kernel, or as it is written for what is short."""
+    """Uses the kernel for long tensors, and the plain formula for short ones."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if is_long(hidden_states):
@@ -74,53 +65,6 @@ def normed_for(norm: HfDecoderRMSNorm, x: torch.Tensor, count: int) -> tuple[tor
     return fused_rms_norm(x, norm.weight, norm.variance_epsilon, autocast_dtype(x.device), count)
 
 
-@pytest.fixture(autouse=True)
-def kernels(monkeypatch: pytest.MonkeyPatch):
-    """For tensors however short, on a CPU too."""
-    if DEVICE == "cpu":
-        monkeypatch.setattr(blocks, "_kernels_run_on", lambda device: device.type == "cpu")
-        monkeypatch.setattr(interpreter, "_convert_float", as_devices_round(interpreter._convert_float))
-    assert has_kernels(torch.ones(1, device=DEVICE))  # a GPU's answer is found by a launch, once: not to be counted
-    take_from(monkeypatch, 1)
-
-
-def as_devices_round(convert: Callable) -> Callable:
-    """The interpreter's conversion to bf16 cuts bits off; a device rounds to the nearest number."""
-
-    def rounded(data, source, target, mode):
-        if source.is_fp32() and target.is_bf16():
-            return torch.from_numpy(data.copy()).bfloat16().view(torch.int16).numpy().view("uint16")
-        return convert(data, source, target, mode)
-
-    return rounded
-
-
-def take_from(monkeypatch: pytest.MonkeyPatch, elements: int) -> None:
-    monkeypatch.setattr(blocks, "MIN_BLOCKED_ELEMENTS", elements)
-    monkeypatch.setattr(blocks, "MIN_KERNEL_ELEMENTS", elements)
-
-
-def counted(monkeypatch: pytest.MonkeyPatch, *names: str) -> list[str]:
-    """Names of the kernels' functions, as they are called."""
-    calls: list[str] = []
-    for name in names or triton_training.__all__:
-        function = getattr(triton_training, name)
-        monkeypatch.setattr(
-            triton_training,
-            name,
-            lambda *args, function=function, name=name, **kwargs: calls.append(name) or function(*args, **kwargs),
-        )
-    return calls
-
-
-def random(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
-
-
-def leaf(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
-    return (2 * random(*shape, seed=seed)).to(dtype).requires_grad_()
-
-
 def results(function: Callable, leaves: list[torch.Tensor], kind: torch.dtype | None = None) -> list[torch.Tensor]:
     """Output and gradients; the gradient that comes in has values of `kind`."""
     output = function(*leaves)
@@ -131,7 +75,7 @@ def results(function: Callable, leaves: list[torch.Tensor], kind: torch.dtype | 
 def check(
     function: Callable, leaves: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch, exact: Callable | None = None
 ) -> None:
-    """Dtypes, shapes and layout as written out whole, and no further from fp64 than that."""
+    """Checks dtypes and shapes against the plain formula, and that errors to fp64 are no larger."""
     calls = counted(monkeypatch)
     mine = results(function, leaves)
     assert len(calls) >= 2
@@ -263,7 +207,7 @@ def test_a_reader_of_the_gate_has_the_same_gradients(kind, autocast, monkeypatch
         for tensor in (*leaves, *weights):
             tensor.grad = None
     assert all(map(torch.equal, *found))
-    # once more in the backward pass, but not for whom it is of no use, and not what was written into or cast anew
+    # recomputed in the backward pass, unless a reader does not need it, or has changed or cast it
     is_made_again = kind in ("plain", "with a bias") or (kind == "lora" and not autocast)
     assert len(calls) == 1 + is_made_again
 
@@ -392,7 +336,7 @@ def test_shared_input_of_which_a_part_is_used():
 
 
 class Reader(torch.nn.Module):
-    """Two or three maps, side by side, of an input for each."""
+    """Two or three linear maps, each with its own input."""
 
     def __init__(self, count: int, width: int = 24):
         super().__init__()
@@ -407,7 +351,7 @@ class Reader(torch.nn.Module):
 @pytest.mark.parametrize("count", [2, 3])
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
 def test_norm_for_linear_maps(count, dtype, weight_dtype, monkeypatch):
-    """The output as without kernels to the bit, and gradients that are added up in fp32."""
+    """Bit-equal output to that without kernels; gradients are added up in fp32."""
     reader, norm = Reader(count).to(DEVICE), Norm(24)
     torch.nn.init.normal_(norm.weight)
     norm = norm.to(DEVICE, weight_dtype)
@@ -477,148 +421,6 @@ def test_there_is_a_second_derivative(of, monkeypatch):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
 
 
-LOSS_OPTIONS = [
-    {},
-    {"final_logit_softcapping": 3.0},
-    {"z_loss_coef": 0.01},
-    {"label_smoothing": 0.1},
-    {"z_loss_coef": 0.02, "final_logit_softcapping": 2.0, "label_smoothing": 0.3},
-]
-
-
-@pytest.fixture
-def small_chunks(monkeypatch: pytest.MonkeyPatch):
-    """Six rows a chunk, and rows of the vocabulary in pieces."""
-    monkeypatch.setattr(engine_loss, "KERNEL_CHUNK_ELEMENTS", 6 * 61)
-    monkeypatch.setattr(engine_loss, "MIN_CHUNK_ROWS", 1)
-    monkeypatch.setattr(engine_loss, "TILE_ROWS", 2)
-    monkeypatch.setattr(triton_training, "VOCABULARY_BLOCK", 32)
-
-
-def loss_in_fp64(rows, weight, targets, bias, z_loss_coef=0.0, final_logit_softcapping=None, label_smoothing=0.0):
-    logits = functional.linear(rows, weight, bias)
-    if final_logit_softcapping is not None:
-        logits = final_logit_softcapping * torch.tanh(logits / final_logit_softcapping)
-    loss = functional.cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing)
-    return loss + z_loss_coef * logits.logsumexp(-1)[targets != -100].square().sum()
-
-
-@DTYPES
-@pytest.mark.parametrize("options", LOSS_OPTIONS, ids=str)
-def test_loss(options, dtype, small_chunks, monkeypatch):
-    """Against fp64, and against what there is without kernels."""
-    leaves = [leaf(15, 32, dtype=dtype), leaf(61, 32, dtype=dtype, seed=1), leaf(61, dtype=dtype, seed=2)]
-    targets = torch.randint(61, (15,), generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    targets[1::4] = -100
-
-    def run(function: Callable, kind: torch.dtype) -> list[torch.Tensor]:
-        inputs = [(tensor.detach() / 4).to(dtype).to(kind).requires_grad_() for tensor in leaves]
-        total = function(inputs[0], inputs[1], targets, inputs[2], **options)
-        return [total.detach(), *torch.autograd.grad(total * 0.37, inputs)]
-
-    calls = counted(monkeypatch)
-    mine = run(linear_cross_entropy, dtype)
-    assert calls == ["cross_entropy"] * 3
-    monkeypatch.setattr(blocks, "_kernels_run_on", lambda device: False)
-    plain = run(linear_cross_entropy, dtype)
-    for a, b, true in zip(mine, plain, run(loss_in_fp64, torch.float64), strict=True):
-        assert a.dtype == b.dtype and a.shape == b.shape
-        errors = [float((tensor.double() - true).norm() / true.norm()) for tensor in (a, b)]
-        assert errors[0] <= errors[1] * 1.25 + 2e-6, errors
-
-
-@pytest.mark.parametrize("dtype", HALF)
-def test_loss_under_autocast(dtype, small_chunks):
-    rows, weight = leaf(11, 32), leaf(61, 32, seed=1)
-    targets = torch.arange(11, device=DEVICE)
-    with torch.autocast(DEVICE, dtype):
-        total = linear_cross_entropy(rows, weight, targets)
-    grads = torch.autograd.grad(total, (rows, weight))
-    exact = [tensor.detach().double().requires_grad_() for tensor in (rows, weight)]
-    expected = loss_in_fp64(*exact, targets, None)
-    for mine, true in zip((total, *grads), (expected, *torch.autograd.grad(expected, exact)), strict=True):
-        assert mine.dtype == torch.float32
-        assert (mine.double() - true).norm() < 5e-2 * true.norm()
-
-
-def test_loss_without_gradient_leaves_the_logits_alone():
-    logits = random(5, 40)
-    targets = torch.tensor([3, -100, 39, 0, 7], device=DEVICE)
-    before = logits.clone()
-    losses = triton_training.cross_entropy(logits, targets, -100, 0.0, None, 0.0, needs_gradient=False)
-    assert torch.equal(logits, before)
-    torch.testing.assert_close(losses, functional.cross_entropy(logits, targets, reduction="none"))
-
-
-def test_loss_of_logits_far_apart():
-    logits = torch.full((3, 40), float("-inf"), device=DEVICE)
-    logits[:, 20:] = 100 * random(3, 20)
-    targets = torch.tensor([20, 30, 39], device=DEVICE)
-    expected = functional.cross_entropy(logits, targets, reduction="none")
-    gradient = logits.softmax(-1) - functional.one_hot(targets, 40)
-    losses = triton_training.cross_entropy(logits, targets, -100, 0.0, None, 0.0, needs_gradient=True)
-    torch.testing.assert_close(losses, expected)
-    torch.testing.assert_close(logits, gradient)
-
-
-def test_loss_of_rows_without_a_label_is_nothing(small_chunks):
-    rows, weight = leaf(7, 32), leaf(61, 32, seed=1)
-    for count in (7, 0):
-        total = linear_cross_entropy(rows[:count], weight, torch.full((count,), -100, device=DEVICE))
-        grads = torch.autograd.grad(total, (rows, weight))
-        assert total.item() == 0 and not any(grad.any() for grad in grads)
-
-
-def test_many_chunks_add_up_in_fp32(small_chunks, monkeypatch):
-    """In bf16 a running sum stops growing after 256 equal terms."""
-    monkeypatch.setattr(triton_training, "VOCABULARY_BLOCK", 64)
-    monkeypatch.setattr(engine_loss, "KERNEL_CHUNK_ELEMENTS", 61)
-    rows = torch.ones(300, 8, dtype=torch.bfloat16, device=DEVICE)
-    weight = torch.zeros(61, 8, dtype=torch.bfloat16, device=DEVICE, requires_grad=True)
-    linear_cross_entropy(rows, weight, torch.zeros(300, dtype=torch.long, device=DEVICE)).backward()
-    expected = torch.full((8,), 300 * (1 / 61 - 1), device=DEVICE)
-    torch.testing.assert_close(weight.grad[0].float(), expected, rtol=2**-7, atol=0)
-
-
-@pytest.mark.skipif(DEVICE == "cuda", reason="an assertion of the device ends the process")
-def test_a_label_outside_the_vocabulary_stops_the_run():
-    for wrong in (61, -1):
-        with pytest.raises(RuntimeError, match="outside the vocabulary"):
-            linear_cross_entropy(random(2, 8), random(61, 8), torch.tensor([0, wrong]))
-
-
-def test_chunks_are_large_and_of_about_one_size():
-    sizes = {vocab: engine_loss._chunk_rows(8192, vocab, True) for vocab in (32_000, 128_256, 256_000)}
-    assert sizes == {32_000: 4096, 128_256: 1024, 256_000: 512}
-    assert engine_loss._chunk_rows(4100, 32_768, True) == 2176
-    assert engine_loss._chunk_rows(100, 32_768, True) == 100
-    assert engine_loss._chunk_rows(0, 32_768, True) == 1
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, *HALF] if DEVICE == "cuda" else [torch.float32])
-def test_products_add_up_in_fp32(dtype):
-    assert engine_loss._adds_products_in_fp32(torch.device(DEVICE), dtype)
-    a, b = random(5, 7).to(dtype), random(7, 3, seed=1).to(dtype)
-    total = torch.full((5, 3), float("nan"), device=DEVICE)
-    engine_loss._add_product(total, a, b, is_first=True)
-    engine_loss._add_product(total, a, b, is_first=False)
-    torch.testing.assert_close(total, 2 * a.float() @ b.float())
-
-
-def test_a_compiled_loss_takes_the_kernel(small_chunks, monkeypatch):
-    rows, weight = leaf(13, 32), leaf(61, 32, seed=1)
-    targets = torch.arange(13, device=DEVICE)
-    targets[3] = -100
-    calls = counted(monkeypatch)
-    total = torch.compile(linear_cross_entropy, backend="aot_eager", fullgraph=True)(rows, weight, targets)
-    grads = torch.autograd.grad(total, (rows, weight))
-    assert calls and set(calls) == {"cross_entropy"}
-    exact = [tensor.detach().double().requires_grad_() for tensor in (rows, weight)]
-    expected = loss_in_fp64(*exact, targets, None)
-    for mine, true in zip((total, *grads), (expected, *torch.autograd.grad(expected, exact)), strict=True):
-        torch.testing.assert_close(mine, true.float(), rtol=1e-5, atol=1e-4)
-
-
 def test_kernels_are_for_plain_tensors():
     x = torch.empty(64, device=DEVICE)
     assert has_kernels(x) and not has_kernels(x.to("meta")) and not has_kernels(x.double())
@@ -663,7 +465,7 @@ def test_a_training_step_takes_all_of_them(autocast, checkpointing, monkeypatch)
         "cross_entropy": 1,
     }
     assert {name: calls.count(name) for name in expected} == expected
-    monkeypatch.setattr(blocks, "_kernels_run_on", lambda device: False)
+    monkeypatch.setattr(blocks, "kernels_run_on", lambda device: False)
     calls.clear()
     for a, b in zip(mine, step(), strict=True):
         assert (a - b).norm() <= (3e-2 if autocast else 1e-4) * b.norm()

@@ -1,4 +1,4 @@
-"""Packed, padded and windowed rows without a mask of length squared, against the stock kernel with one.
+"""Packed, padded and windowed rows without an S x S mask, against the stock kernel with one.
 
 The kernel is on CUDA alone. There it is what these tests run, in bf16; elsewhere a slow one of the same meaning takes
 its place, in fp32.
@@ -26,7 +26,7 @@ LEFT, RIGHT, BOTH = [[(3, 7)], [(0, 2)]], [[(0, 11)], [(0, 33)]], [[(2, 9)], [(5
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[Documents]:
-    """What the kernel, or its stand-in, was called with; not to be told by the device that it is not there."""
+    """Records the calls of the kernel, or of its stand-in where there is no CUDA."""
     seen: list[Documents] = []
     kernel = varlen.attend_documents if CUDA else attend_slowly
 
@@ -41,7 +41,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Documents]:
 
 
 def attend_slowly(query, key, value, documents: Documents, scaling: float) -> torch.Tensor:
-    """One document (n, H, E) after the other, by the kernel's definition."""
+    """The kernel's definition, document by document (n, H, E)."""
     outputs = []
     for start, stop in itertools.pairwise(documents.bounds.tolist()):
         assert 0 < stop - start <= documents.longest
@@ -62,7 +62,7 @@ def positions_of(packing: list[list[int]]) -> torch.Tensor:
 
 
 def mask_of(rows: list[tuple[int, int]], length: int = 45) -> torch.Tensor:
-    """Each with so many tokens of padding on its left and its right."""
+    """A mask with so many tokens of padding on the left and right of each row."""
     mask = torch.zeros(len(rows), length, dtype=torch.long)
     for row, (left, right) in zip(mask, rows, strict=True):
         row[left : length - right] = 1
@@ -70,7 +70,7 @@ def mask_of(rows: list[tuple[int, int]], length: int = 45) -> torch.Tensor:
 
 
 def labels_of(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Neither at padding nor after it: no output at padding has a part in the loss."""
+    """Labels neither at padding nor after it, so that outputs at padding do not count in the loss."""
     labels = ids.masked_fill(mask == 0, -100)
     labels[:, 1:].masked_fill_(mask[:, :-1] == 0, -100)
     return labels
@@ -199,7 +199,7 @@ def test_a_cpu_has_no_such_kernel():
 
 @pytest.mark.skipif(not CUDA, reason="asks the device")
 def test_rows_without_positions_are_not_waited_for():
-    """Nor padded and packed ones more than once."""
+    """Padded and packed rows wait only once."""
     torch.cuda.set_sync_debug_mode("error")
     try:
         for training in (True, False):
@@ -281,7 +281,7 @@ def test_windowed_rows_train_as_with_a_mask(kind: str, calls, monkeypatch):
 
 
 def test_training_under_autocast(calls, monkeypatch):
-    """The layers are told which documents there are in the type in which they attend."""
+    """The documents' dtype is the one in which the layers attend."""
     model = model_on_device(qk_norm=True, **WINDOWS).float().train()
     ids = random_ids(1, 45).to(DEVICE)
     inputs = {"input_ids": ids, "labels": ids, "position_ids": positions_of(PACKINGS[0])}

@@ -1,4 +1,4 @@
-"""The benchmark compares before it times, counts what it says, and writes what it measured."""
+"""The benchmark compares before it times, counts correctly, and writes what it measured."""
 
 import functools
 import importlib.util
@@ -34,7 +34,7 @@ def test_twins_have_the_same_weights_and_logits():
 
 
 def test_flops_are_those_of_the_products_that_need_be_formed():
-    """Counted by torch for the step, in which documents of 32 tokens are rows, and attention is a small part."""
+    """Torch's counter is the oracle; it sees documents of 32 tokens as rows."""
     ids = torch.randint(64, (2, 128))
     masked = ids.clone()
     masked[:, 1:100] = -100
@@ -116,7 +116,7 @@ def test_greedy_text_may_break_ties_within_the_rounding_of_the_stock_model():
 
 
 def _off_by(noise, stock, **inputs):
-    """A model from which the stock one is that far off."""
+    """A model that differs from the stock one by so much."""
     logits = stock(**inputs).logits.float()
     logits[..., 0] += noise
     return types.SimpleNamespace(logits=logits)
@@ -127,7 +127,7 @@ def test_calls_alternate_after_one_warm_up_each_and_the_median_counts(monkeypatc
     monkeypatch.setattr(benchmarking.time, "perf_counter", lambda: next(clock))
     setting = Setting(SHAPE, repeats=3)
     found = benchmarking.alternate(setting, lambda: calls.append("a"), lambda: calls.append("b"))
-    assert "".join(calls) == "ab" + "ab" + "ba" + "ab"  # nobody always comes after the same one
+    assert "".join(calls) == "ab" + "ab" + "ba" + "ab"  # neither always follows the same one
     assert found == (4.0, 1.0)
     assert Row("suite", "case", *found).ratio == 0.25
 
@@ -144,8 +144,8 @@ def test_calls_alternate_after_one_warm_up_each_and_the_median_counts(monkeypatc
 def test_suites_run(suite, sizes, cases, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     steps = []
-    run = CppStep._run
-    monkeypatch.setattr(CppStep, "_run", lambda self, chooses: steps.append(1) or run(self, chooses))
+    greedy = CppStep.greedy
+    monkeypatch.setattr(CppStep, "greedy", lambda self, *inputs: steps.append(1) or greedy(self, *inputs))
     rows = list(suite(SETTING, **sizes))
     assert len({row.case for row in rows}) == cases and all(row.ours > 0 and row.stock > 0 for row in rows)
     if "new_tokens" in sizes or "lengths" in sizes:
@@ -158,7 +158,7 @@ def test_peak_memory_is_that_of_the_call():
     size = 200 * 2**20
     taken = benchmarking.peak_bytes(lambda: torch.ones(size, dtype=torch.uint8), "cpu")
     assert 0.95 * size < taken < 1.1 * size
-    assert benchmarking.peak_bytes(lambda: None, "cpu") < 0.1 * size  # the peak before does not count
+    assert benchmarking.peak_bytes(lambda: None, "cpu") < 0.1 * size  # an earlier peak does not count
 
 
 # A stand-in with the calls of llama-cpp-python, which is built from source and not installed here.

@@ -1,4 +1,4 @@
-"""Intervals against their definition, pairs that do not tell who is who, and judgments that survive."""
+"""Intervals against their definition, anonymous pairs, and judgments that survive a restart."""
 
 import http.client
 import json

@@ -1,4 +1,4 @@
-"""The measures against a plain loop over tokens, and against the compressor itself."""
+"""The metrics against a plain loop over tokens, and against the compressor itself."""
 
 import importlib.util
 import math
@@ -195,7 +195,7 @@ def test_sliding_window_does_not_depend_on_the_batch_and_keeps_documents_apart(t
     for result in scores:
         assert result.tokens == sum(one.tokens for one in alone)
         assert result.nats == pytest.approx(scores[0].nats, rel=1e-6)
-    # blocks cut the texts at other places when they share them: less context at most
+    # texts that share blocks are cut elsewhere, which can only shorten the context
     assert scores[0].nats == pytest.approx(sum(one.nats for one in alone), rel=2e-2)
 
 

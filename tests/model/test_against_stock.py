@@ -189,7 +189,7 @@ def in_steps(model: Any, ids: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_cached_steps_equal_the_stock_class(family: str, attention: str):
-    """By the modules, since autograd is on."""
+    """Runs the modules, because autograd is on."""
     stock, ours = pair(family, attention)
     ids = random_ids(2, 22)
     torch.testing.assert_close(in_steps(ours, ids), in_steps(stock, ids), **TOLERANCE)
@@ -199,7 +199,7 @@ def test_cached_steps_equal_the_stock_class(family: str, attention: str):
 @pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_steps_past_the_modules_are_as_near_to_the_truth_as_the_stock_class(family: str, rows: int):
-    """These sum in another order; of several tokens alone they have the same bits as the modules."""
+    """Decode steps sum in another order; prefill has the same bits as the modules."""
     stock, ours = pair(family, "sdpa")
     ids = random_ids(rows, 22)
     truth = in_steps(copy.deepcopy(stock).double(), ids)

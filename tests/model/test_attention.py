@@ -1,4 +1,4 @@
-"""Padding, packing, batching and windows give what one plain document alone gives, for every attention."""
+"""Padded, packed, batched and windowed rows give what each document gives alone, for every attention."""
 
 import itertools
 from typing import Any
@@ -10,7 +10,6 @@ from tiny_models import WINDOWS, random_ids, tiny_config, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.integrations import flex_attention
 
-from hf_decoder.engine.attention import tiles
 from hf_decoder.engine.attention.tiles import (
     MIN_TILED_TOKENS,
 )
@@ -30,15 +29,8 @@ CASES = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture
-def tiles_of_few_tokens(monkeypatch: pytest.MonkeyPatch):
-    """Without gradients and in fp32, too, tiles are for rows of `MIN_TILED_TOKENS`."""
-    monkeypatch.setattr(tiles, "MIN_TILED_TOKENS_IN_INFERENCE", 0)
-    monkeypatch.setattr(tiles, "MIN_TILED_TOKENS_IN_FP32", 0)
-
-
 def reference(ids: torch.Tensor, config: Any, parameters: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Hidden states of one document (S,), written down from the definition in fp64, one token at a time."""
+    """Hidden states of one document (S,) from the definition in fp64, one token at a time."""
     weights = {name: tensor.double() for name, tensor in parameters.items()}
     head_dim, groups = config.head_dim, config.num_attention_heads // config.num_key_value_heads
     exponents = torch.arange(0, head_dim, 2).double() / head_dim
@@ -51,7 +43,7 @@ def reference(ids: torch.Tensor, config: Any, parameters: dict[str, torch.Tensor
         return x @ weights[name + ".weight"].T + weights.get(name + ".bias", 0)
 
     def rotate(x: torch.Tensor, position: int) -> torch.Tensor:
-        """Every pair (x_i, x_{i + E/2}) is a complex number that is turned by its angle."""
+        """Rotates every pair (x_i, x_{i + E/2}) as a complex number."""
         turned = torch.complex(*x.chunk(2, dim=-1)) * torch.polar(torch.ones_like(frequencies), position * frequencies)
         return torch.cat((turned.real, turned.imag), -1)
 
@@ -231,7 +223,7 @@ def test_a_prepared_mask_is_used_as_it_is(attention: str):
 
 
 class SoftmaxTypes(TorchDispatchMode):
-    """Records the type in which every softmax works."""
+    """Records the dtype of every softmax."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -61,7 +61,7 @@ def test_values_derived_from_others():
     ],
 )
 def test_keys_of_transformers_4_are_read(keys: dict, tmp_path):
-    """From the constructor and from a config.json, and as the canonical `rope_parameters` says it."""
+    """In the constructor and in a config.json, with the same result as `rope_parameters`."""
     scaling = keys.get("rope_scaling") or {}
     expected = {"rope_type": scaling.get("type", "default"), "rope_theta": keys.get("rope_theta") or 10000.0} | scaling
     if "partial_rotary_factor" in keys:
@@ -75,7 +75,7 @@ def test_keys_of_transformers_4_are_read(keys: dict, tmp_path):
 
 
 def test_layer_types_decide_over_the_window():
-    """As Qwen configs have it, which name a window that no layer uses."""
+    """Qwen configs name a window that no layer uses."""
     config = tiny_config(sliding_window=4, layer_types=["full_attention"] * 2)
     attention = build_on_meta(config).model.layers[0].self_attn
     assert attention.sliding_window is None
@@ -276,7 +276,7 @@ VALUES: list[Any] = [
 
 
 def test_random_values_build_or_are_a_value_error():
-    """Whatever is put into the fields: a model that runs, or a ValueError of one line."""
+    """Any values give a model that runs, or a ValueError of one line."""
     choose = random.Random(0)
     fields = [*HfDecoderConfig.__annotations__, "rope_theta", "rope_scaling", "partial_rotary_factor"]
     fields = [name for name in fields if name in tiny_config().to_dict() or name.startswith(("rope", "partial"))]

@@ -20,7 +20,7 @@ SKIP = pytest.mark.parametrize("skip_logits", [True, False], ids=["without_logit
 
 
 def ragged(*shape: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids, and labels of which about a third count for nothing."""
+    """Ids, and labels of which about a third are ignored."""
     ids = random_ids(*shape, seed=seed)
     ignored = torch.rand(shape, generator=torch.Generator().manual_seed(seed + 1)) < 0.35
     return ids, ids.masked_fill(ignored, -100)
@@ -149,7 +149,7 @@ def test_frozen_parts_get_no_gradient(skip_logits: bool, frozen: str, small_chun
 
 @torch.no_grad()
 def test_no_gradient_work_under_no_grad():
-    """Neither the gradients nor memory for them when nobody asks."""
+    """Neither forms gradients nor allocates memory for them."""
     model = tiny_model().train()
     ids = random_ids(2, 9)
     with LargestTensor() as with_loss:

@@ -1,4 +1,4 @@
-"""What a forward pass takes and gives back, and that it compiles and exports."""
+"""Inputs and outputs of a forward pass, compiling and exporting."""
 
 from typing import Any
 
@@ -116,7 +116,7 @@ def test_resizing_the_vocabulary_keeps_the_tie():
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("length", [9, 80])
 def test_gradient_checkpointing_of_the_base_model(reentrant: bool, length: int):
-    """Also where the layers run in tiles."""
+    """Also with attention in tiles."""
     model = randomise(HfDecoderModel(tiny_config(attn_implementation="sdpa", **MIXED))).train()
     ids = random_ids(2, length)
     grads = []
@@ -218,18 +218,11 @@ def test_generate_compiles_the_decoding_step_once(kind: dict):
     assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] - before <= 2
 
 
-def test_declared_abilities():
-    """What tools ask a class for before they use it."""
-    cls = HfDecoderForCausalLM
-    assert cls._supports_sdpa and cls._supports_flash_attn and cls._supports_flex_attn
-    assert cls._supports_attention_backend and cls.supports_gradient_checkpointing and cls._can_compile_fullgraph
-    modules = {type(module).__name__ for module in tiny_model().modules()}
-    assert set(cls._no_split_modules) <= modules
-    assert cls._tied_weights_keys == {"lm_head.weight": "model.embed_tokens.weight"}
-    assert cls._tied_weights_keys.items() <= tiny_model().all_tied_weights_keys.items()
-    assert not hasattr(tiny_model(tie_word_embeddings=False), "all_tied_weights_keys") or not (
-        tiny_model(tie_word_embeddings=False).all_tied_weights_keys
-    )
+def test_tied_weights_and_modules_that_are_not_split_are_named_rightly():
+    model = tiny_model()
+    assert set(model._no_split_modules) <= {type(module).__name__ for module in model.modules()}
+    assert model.all_tied_weights_keys == {"lm_head.weight": "model.embed_tokens.weight"}
+    assert not tiny_model(tie_word_embeddings=False).all_tied_weights_keys
 
 
 @pytest.mark.parametrize("qk_norm", [True, False])

@@ -1,4 +1,4 @@
-"""What a stranger wrote reaches a terminal as text: no command to the terminal, nothing unseen, nothing reordered."""
+"""A stranger's text reaches a terminal as text: it commands, hides and reorders nothing."""
 
 import io
 import json
@@ -9,10 +9,8 @@ import threading
 import unicodedata
 
 import pytest
-import torch
 from tqdm import tqdm
 
-from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM
 from hf_decoder.cli.main import main
 from hf_decoder.reporting.model_card import write_conversion_card
 from hf_decoder.safety.terminal import guard_streams, printable
@@ -63,7 +61,7 @@ def test_text_stays_as_it_is(text):
 
 
 def on_a_terminal(argv: list[str]) -> tuple[int, str]:
-    """The exit code of a command whose streams are a terminal, and what it wrote there."""
+    """Runs a command on a terminal; returns its exit code and output."""
     leader, follower = os.openpty()
     chunks: list[bytes] = []
 
@@ -85,17 +83,7 @@ def on_a_terminal(argv: list[str]) -> tuple[int, str]:
     return code, b"".join(chunks).decode("utf-8").replace("\r\n", "\n")
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory, tokenizer):
-    folder = tmp_path_factory.mktemp("terminal") / "model"
-    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
-    torch.manual_seed(0)
-    HfDecoderForCausalLM(HfDecoderConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-SPOKEN = ATTACK.replace("\ud800", "")  # no text that a tokenizer reads or a file name has
+SPOKEN = ATTACK.replace("\ud800", "")  # neither tokenizers nor file names can hold it
 
 
 @pytest.mark.parametrize("stream", [True, False])

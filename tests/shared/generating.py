@@ -38,12 +38,12 @@ def generated(model, ids: torch.Tensor, **settings):
 
 
 def with_hook(model):
-    """A copy whose modules are called, since a hook that does nothing hangs on one of them."""
+    """A copy with a hook that does nothing, so that its modules are called."""
     slow = copy.deepcopy(model)
     slow.model.norm.register_forward_hook(lambda module, inputs, output: None)
     return slow
 
 
 def through_modules(model, ids: torch.Tensor, **settings):
-    """What `generated` gives, by the modules."""
+    """The same as `generated`, by the modules."""
     return generated(with_hook(model), ids, **settings)

@@ -1,4 +1,4 @@
-"""What the tests of steps past the modules share: kinds of kernels, models, and the comparison with the modules."""
+"""Shared by the tests of decode steps: kinds of kernels, models, and the comparison with the modules."""
 
 import copy
 from typing import Any, NamedTuple
@@ -59,7 +59,7 @@ def tiny_model(kind: Kind, dtype: torch.dtype = torch.float32, **overrides):
 
 
 def padded_ids(kind: Kind, length: int, hidden: int, rows: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of several rows each hides one token less than the one before."""
+    """Ids and their mask; each row hides one token less than the row before."""
     ids = random_ids(rows, length).to(kind.device)
     mask = torch.ones_like(ids)
     for row in range(rows):
@@ -69,7 +69,7 @@ def padded_ids(kind: Kind, length: int, hidden: int, rows: int = 1) -> tuple[tor
 
 @torch.no_grad()
 def check_steps(kind: Kind, model, length: int, hidden: int, steps: int = 2, rows: int = 1) -> None:
-    """The logits and the cache of steps after a prompt whose first tokens are hidden."""
+    """Checks logits and cache of steps after a prompt whose first tokens are hidden."""
     static_step = kind.step(DecodingStep(model), rows)
     ids, mask = padded_ids(kind, length, hidden, rows)
     ours = StaticCache(config=model.config, max_cache_len=length + steps)
@@ -103,6 +103,6 @@ def static(model, ids, mask=None, **settings):
 
 
 def dynamic(model, ids, mask=None, **settings):
-    """By transformers' loop."""
+    """Text by transformers' loop."""
     out = static(model, ids, mask, cache_implementation=None, **{"return_dict_in_generate": True, **settings})
     return out if "return_dict_in_generate" in settings else out.sequences

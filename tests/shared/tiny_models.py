@@ -1,4 +1,4 @@
-"""Tiny random models and inputs that the tests of this folder share."""
+"""Tiny random models and inputs that tests share."""
 
 from typing import Any
 
@@ -37,7 +37,7 @@ def tiny_config(**overrides: Any) -> HfDecoderConfig:
 
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Gives every parameter, norms and biases included, a random value that the output feels."""
+    """Gives every parameter, norms and biases included, a random value that changes the output."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
@@ -51,7 +51,7 @@ def tiny_model(cls: type = HfDecoderForCausalLM, seed: int = 0, **overrides: Any
 
 
 def random_ids(*shape: int, seed: int = 0, low: int = 3, high: int = SHAPE["vocab_size"]) -> torch.Tensor:
-    """Ids that are no special token."""
+    """Random ids without special tokens."""
     return torch.randint(low, high, shape, generator=torch.Generator().manual_seed(seed))
 
 

@@ -1,4 +1,4 @@
-"""Whatever is put into a config: a model that trains and survives a round trip, or one line that says why."""
+"""Any config gives a model that trains and survives a round trip, or an error of one line."""
 
 import json
 from typing import Any

@@ -1,4 +1,4 @@
-"""A checkpoint with a file cut short or a bit turned over: an error of one line, or the exact weights."""
+"""A checkpoint with a truncated file or a flipped bit gives an error of one line, or the exact weights."""
 
 import random
 import shutil
@@ -29,7 +29,7 @@ def checkpoint(tmp_path_factory, tokenizer) -> Path:
 
 
 def damage(path: Path, choose: random.Random) -> str:
-    """Cuts a file short or turns one of its bits over; says what was done."""
+    """Truncates a file or flips one of its bits; returns what it did."""
     data = bytearray(path.read_bytes())
     place = choose.randrange(len(data))
     if choose.random() < 0.5:
@@ -83,7 +83,7 @@ def test_a_thousand_damaged_checkpoints_are_refused(checkpoint, tmp_path, figure
 
 @pytest.mark.parametrize("copies", ["in a checkpoint", "in a plain folder"])
 def test_what_a_command_loads(checkpoint, tmp_path, copies):
-    """A plain folder has no digests: a cut is always noticed, a turned bit in a number cannot be."""
+    """A plain folder has no digests: a cut is always noticed, a flipped bit in a number cannot be."""
     choose = random.Random(2)
     folder = Path(shutil.copytree(checkpoint, tmp_path / "model"))
     whole = (folder / "model.safetensors").read_bytes()

@@ -8,13 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from llama_pairs import new_model, stock_model
+from transformers import LlamaForCausalLM
 
-from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM
+from hf_decoder import HfDecoderForCausalLM
 
-SHAPE = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
-SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
-SHAPE |= {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None, "tie_word_embeddings": False}
 LONGEST_PROMPT, MOST_NEW_TOKENS = 40, 12
 UNLIKE_ARGMAX = {"num_beams", "repetition_penalty"}
 
@@ -22,13 +20,11 @@ UNLIKE_ARGMAX = {"num_beams", "repetition_penalty"}
 @pytest.fixture(scope="module")
 def models() -> tuple[HfDecoderForCausalLM, LlamaForCausalLM]:
     """Ours and transformers' Llama with the same weights, large enough that the likeliest token is clear."""
-    torch.manual_seed(0)
-    ours = HfDecoderForCausalLM(HfDecoderConfig(**SHAPE)).eval()
+    shape = {"vocab_size": 97, "intermediate_size": 48, "max_position_embeddings": 128}
+    ours = new_model(**shape, tie_word_embeddings=False).eval()
     for parameter in ours.parameters():
         parameter.data.normal_(0, 0.3)
-    stock = LlamaForCausalLM(LlamaConfig(**SHAPE)).eval()
-    stock.load_state_dict(ours.state_dict())
-    return ours, stock
+    return ours, stock_model(ours)
 
 
 def draw(choose: random.Random) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -80,7 +76,7 @@ def resident_bytes() -> int:
 
 @torch.inference_mode()
 def soak(models, calls: int, seed: int, check_every: int, warm_up: int) -> dict[str, float]:
-    """Makes the calls, compares each `check_every`-th; the figures."""
+    """Makes the calls and compares every `check_every`-th; returns the figures."""
     ours, stock = models
     choose = random.Random(seed)
     checked = tokens = 0

@@ -20,7 +20,7 @@ from hf_decoder.cli import load_model, load_tokenizer
 from hf_decoder.cli.main import main
 from hf_decoder.evaluation.batch_generation import encode_prompt
 from hf_decoder.interop.conversion import open_source
-from hf_decoder.safety import limits as bounds
+from hf_decoder.safety import limits
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
 MOST_SECONDS, MOST_BYTES = 5.0, 256 << 20
@@ -28,7 +28,7 @@ NUMBERS = [0, 1, -1, -5, 255, 2**16, 2**31 - 1, 2**31, 2**32, 2**40, 2**63 - 1, 
 
 
 class Tally:
-    """What came of the files of one kind."""
+    """Counts the outcomes for files of one kind."""
 
     def __init__(self) -> None:
         self.read = self.refused = 0
@@ -36,7 +36,7 @@ class Tally:
 
     @contextlib.contextmanager
     def one(self) -> Iterator[None]:
-        """A file that may be read or refused; anything else fails the test."""
+        """Runs one case: a file may be read or refused; anything else fails the test."""
         start = time.process_time()
         try:
             yield
@@ -56,7 +56,7 @@ class Tally:
 
 
 def peak_bytes(*, forget: bool = False) -> int:
-    """The most memory that this process has had at a time; with `forget`, what was before counts no longer."""
+    """The peak memory of this process; `forget` resets it."""
     if forget:
         Path("/proc/self/clear_refs").write_text("5")
     (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
@@ -65,7 +65,7 @@ def peak_bytes(*, forget: bool = False) -> int:
 
 @pytest.fixture
 def memory():
-    """What the test has taken at its peak, beyond what there was; past `MOST_BYTES` a MemoryError ends it."""
+    """Measures the peak memory that the test adds; beyond `MOST_BYTES` a MemoryError ends it."""
     gc.collect()
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limits = resource.getrlimit(resource.RLIMIT_AS)
@@ -85,7 +85,7 @@ def saved(tmp_path_factory, tokenizer) -> Path:
 
 
 def mutated(choose: random.Random, whole: bytes, counts: Callable[[int], bytes]) -> bytes:
-    """`whole` with some bytes changed, removed, repeated, or taken for a number of a stranger's choice."""
+    """`whole` with some bytes changed, removed, repeated, or replaced by an extreme number."""
     data = bytearray(whole)
     for _ in range(choose.choice((1, 1, 1, 2, 5))):
         place = choose.randrange(len(data))
@@ -173,7 +173,7 @@ NEW_KEYS = [
 
 
 def changed_json(choose: random.Random, values: object) -> str:
-    """The JSON of `values` with one to three of its values, at any depth, taken by others."""
+    """The JSON of `values` with one to three values, at any depth, replaced."""
     values = json.loads(json.dumps(values))
     for _ in range(choose.choice((1, 1, 2, 3))):
         place: Any = values
@@ -194,7 +194,7 @@ def digits(number: int) -> bytes:
 
 
 def run_command(tally: Tally, capsys: pytest.CaptureFixture[str], *argv: object) -> None:
-    """A command that works, or ends with one line and exit code 2."""
+    """Runs a command that must work, or end with one line and exit code 2."""
     with tally.one():
         code = main([str(word) for word in argv])
         said = capsys.readouterr().err
@@ -227,7 +227,7 @@ def test_json(cases, tmp_path, saved, memory, figures, capsys):
 def test_adapters(cases, tmp_path, saved, memory, figures, capsys, monkeypatch):
     from peft import LoraConfig, get_peft_model
 
-    monkeypatch.setattr(bounds, "SECONDS", 0.5)
+    monkeypatch.setattr(limits, "SECONDS", 0.5)
     choose, tally, folder = random.Random(cases), Tally(), tmp_path / "adapter"
     config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"])
     get_peft_model(load_model(str(saved)), config).save_pretrained(folder)
@@ -272,8 +272,8 @@ PIECES = [
 
 @pytest.mark.parametrize("cases", [20, pytest.param(200, marks=pytest.mark.soak)])
 def test_templates(cases, saved, memory, figures, monkeypatch):
-    monkeypatch.setattr(bounds, "SECONDS", 0.3)
-    monkeypatch.setattr(bounds, "MEMORY_BYTES", 64 << 20)
+    monkeypatch.setattr(limits, "SECONDS", 0.3)
+    monkeypatch.setattr(limits, "MEMORY_BYTES", 64 << 20)
     choose, tally, tokenizer = random.Random(cases), Tally(), load_tokenizer(str(saved))
     for _ in range(cases):
         template = "BODY"

@@ -1,4 +1,4 @@
-"""What is added to Trainer: the bar, the curve, the samples, the check of the output folder, optimizer groups."""
+"""The progress bar, curve and samples that are added to Trainer, and the check of the output folder."""
 
 import io
 import platform

@@ -1,4 +1,4 @@
-"""Which checkpoints count as whole, and which are deleted when."""
+"""Which checkpoints count as whole, and which are deleted."""
 
 import json
 import shutil
@@ -39,7 +39,7 @@ def names(folder: Path) -> list[str]:
 def test_whole_is_what_is_marked_and_has_every_byte(tmp_path):
     checkpoint = write(tmp_path, 5)
     assert is_complete(checkpoint)
-    (checkpoint / "of-the-user.txt").touch()  # what is added does no harm
+    (checkpoint / "of-the-user.txt").touch()  # further files do no harm
     assert is_complete(checkpoint)
     for damage in (lambda path: path.unlink(), lambda path: path.write_bytes(b"x" * 50)):
         for name in ("model.safetensors", "optimizer.pt", MARK):
@@ -69,7 +69,7 @@ def test_the_last_whole_one_is_found_behind_half_written_ones(tmp_path):
 
 
 def saved(keeper: CheckpointKeeper, folder: Path, step: int, best: str | None = None) -> list[str]:
-    """What Trainer does for a save at `step`; the folders before the mark, as a crash there would leave them."""
+    """Saves a checkpoint at `step` as Trainer does; returns the folders as a crash before the mark leaves them."""
     args = TrainingArguments(output_dir=str(folder), use_cpu=True)
     state = TrainerState(global_step=step, is_world_process_zero=True, best_model_checkpoint=best)
     keeper.on_step_end(args, state, TrainerControl())

@@ -69,7 +69,7 @@ def test_orthogonalised_matrices_have_singular_values_near_one(shape):
     result = orthogonalise(matrices)
     left, _, right = torch.linalg.svd(matrices, full_matrices=False)
     values = torch.linalg.svdvals(result.float())
-    assert values.min() > 0.4 and values.max() < 1.4  # what the coefficients aim at
+    assert values.min() > 0.4 and values.max() < 1.4  # the aim of the coefficients
     # the singular vectors stay: with them, the result is a diagonal
     turned = left.mT @ result.float() @ right.mT
     assert (turned - torch.diag_embed(torch.diagonal(turned, dim1=-2, dim2=-1))).abs().max() < 0.1

@@ -1,4 +1,4 @@
-"""The plan against sums over real parameters, counted arithmetic, measured memory, and figures that were published."""
+"""The plan against real parameters, counted arithmetic, measured memory, and published figures."""
 
 import math
 import re
@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM
 from hf_decoder.cli.main import main
 from hf_decoder.costs import accounting
-from hf_decoder.costs.devices import DEVICES as GPUS
+from hf_decoder.costs.devices import DEVICES
 from hf_decoder.costs.presets import PRESETS
 from hf_decoder.training import planning
 from hf_decoder.training.launch import configuration_file
@@ -29,7 +29,7 @@ def config_of(preset: str, **kwargs) -> HfDecoderConfig:
 def test_zero_s_published_figure():
     """ZeRO, figure 1: 7.5B parameters, 64 devices, 16 bytes a parameter: 120 GB in replicas, 1.9 GB in shards."""
     config = config_of("8b")
-    job = Job(config, GPUS["h100"], gpus=64, muon=False)
+    job = Job(config, DEVICES["h100"], gpus=64, muon=False)
     scale = 7.5e9 / accounting.num_parameters(config)
     states = ("weights", "gradients", "optimizer")
     replicas = memory(replace(job, strategy="ddp"))
@@ -50,7 +50,7 @@ def test_states_are_those_of_a_real_model_and_optimizer(muon, tied):
     model(input_ids=ids, labels=ids).loss.backward()
     optimizer.step()
     held = sum(value.nbytes for state in optimizer.state.values() for value in state.values() if value.ndim)
-    planned = memory(Job(config, GPUS["h100"], strategy="ddp", muon=muon))
+    planned = memory(Job(config, DEVICES["h100"], strategy="ddp", muon=muon))
     parameters = list(model.parameters())
     assert planned["weights"] == planned["gradients"] == sum(p.grad.nbytes for p in parameters)
     assert planned["optimizer"] == held
@@ -64,7 +64,7 @@ def test_states_are_those_of_a_real_model_and_optimizer(muon, tied):
 
 
 def test_shards_divide_the_states_and_gather_little():
-    job = Job(config_of("8b"), GPUS["h100"], gpus=1, strategy="fsdp2")
+    job = Job(config_of("8b"), DEVICES["h100"], gpus=1, strategy="fsdp2")
     one, many = memory(job), memory(replace(job, gpus=64))
     for name in ("weights", "gradients", "optimizer"):
         assert many[name] == one[name] // 64
@@ -76,7 +76,7 @@ def test_shards_divide_the_states_and_gather_little():
 
 def test_activations_agree_with_accounting():
     config = config_of("350m")
-    job = Job(config, GPUS["h100"], strategy="ddp", batch_size=4, block_size=512, muon=False)
+    job = Job(config, DEVICES["h100"], strategy="ddp", batch_size=4, block_size=512, muon=False)
     planned = memory(job)
     states = planned["weights"] + planned["gradients"] + planned["optimizer"]
     assert states + planned["activations"] == accounting.training_bytes(config, 4, 512)
@@ -106,7 +106,7 @@ def test_planned_memory_is_the_peak_that_torch_tracks_in_a_small_training(checkp
                 optimizer.zero_grad()
             tracker.reset_mod_stats()
     (peak,) = tracker.get_tracker_snapshot("peak").values()
-    job = Job(config, GPUS["h100"], strategy="ddp", batch_size=4, block_size=256, checkpointing=checkpointing)
+    job = Job(config, DEVICES["h100"], strategy="ddp", batch_size=4, block_size=256, checkpointing=checkpointing)
     assert sum(memory(job).values()) == pytest.approx(peak["Total"], rel=0.25), (memory(job), peak)
 
 
@@ -122,7 +122,7 @@ def test_newton_schulz_flops_are_those_that_torch_counts():
 def test_communication_of_shards_and_replicas():
     config = config_of("8b")
     total, n = accounting.num_parameters(config), 8
-    job = Job(config, GPUS["h100"], gpus=n, muon=False)
+    job = Job(config, DEVICES["h100"], gpus=n, muon=False)
     # ZeRO, section 7: stage 3 sends 1.5 times what replicas send, for numbers of the same size
     shards, replicas = communication(job), communication(replace(job, strategy="ddp"))
     assert sum(shards.values()) == pytest.approx(1.5 * sum(replicas.values()) / 2, rel=1e-9)
@@ -136,7 +136,7 @@ def test_communication_of_shards_and_replicas():
 
 def test_speed_is_mfu_turned_around():
     config = config_of("1b")
-    job = Job(config, GPUS["h100"], gpus=8, strategy="ddp", batch_size=16, block_size=2048, muon=False)
+    job = Job(config, DEVICES["h100"], gpus=8, strategy="ddp", batch_size=16, block_size=2048, muon=False)
     planned = speed(job, 0.4)
     assert planned.communication < planned.compute
     flops = accounting.flops_per_token(config, 2048)
@@ -155,11 +155,11 @@ def test_speed_is_mfu_turned_around():
 @pytest.mark.parametrize("mfu", [0.0, -1.0, 1.5, math.nan])
 def test_an_impossible_utilisation_is_refused(mfu):
     with pytest.raises(ValueError, match="above 0 and at most 1"):
-        speed(Job(config_of("1b"), GPUS["h100"]), mfu)
+        speed(Job(config_of("1b"), DEVICES["h100"]), mfu)
 
 
 def test_logits_that_are_not_held():
-    job = Job(config_of("1b"), GPUS["h100"], batch_size=8, block_size=4096)
+    job = Job(config_of("1b"), DEVICES["h100"], batch_size=8, block_size=4096)
     assert planning.held_logits(job) == 14 * 8 * 4096 * 32768
     assert planning.logits_avoided(job) == planning.held_logits(job) - memory(job)["loss"] > 10e9
     held = replace(job, strategy="deepspeed_zero3", muon=False)
@@ -216,7 +216,7 @@ def test_every_preset_is_planned_by_its_bare_name(preset, capsys):
     assert block_size == min(PRESETS[preset]["max_position_embeddings"], 4096)
 
 
-@pytest.mark.parametrize("kind", [kind for kind, device in GPUS.items() if not device.link] + ["cpu"])
+@pytest.mark.parametrize("kind", [kind for kind, device in DEVICES.items() if not device.link] + ["cpu"])
 def test_a_cpu_or_a_mac_works_alone(kind, capsys):
     text = plan(capsys, "nano", "--gpu", kind)
     assert f"on 1 x {kind}: one process\n" in text and "sent by a device" not in text

@@ -1,4 +1,4 @@
-"""The time limit by a clock that the tests wind, and what is measured of a step."""
+"""The time limit, by a clock that the tests advance, and the metrics of a step."""
 
 import time
 
@@ -39,7 +39,7 @@ def test_what_is_no_duration(text):
 
 
 class Clock(TrainerCallback):
-    """Advances by what `pace` says a step takes; writes down the rate of every step."""
+    """A clock that advances by `pace` per step, and records the learning rate of every step."""
 
     def __init__(self, pace, stop_at=None):
         self.now, self.rates, self._pace, self._stop_at = 0.0, [], pace, stop_at

@@ -1,12 +1,13 @@
-"""The n-gram classifier against scikit-learn's solver, at the end of a text and after each of its words."""
+"""The n-gram classifier against the formula of its paper, at the end of a text and after each of its words."""
 
 import random
+import sys
 
 import numpy as np
 import pytest
 import torch
 
-from hf_decoder.tuning import ngrams
+from hf_decoder.tuning.ngrams import NgramClassifier
 
 WORDS = ["good", "bad", "not", "film", "plot", "a", "the"]
 
@@ -22,7 +23,7 @@ def classes(texts):
     return [int("good" in text) for text in texts]
 
 
-def probabilities(model: ngrams.NgramClassifier, texts: list[str]) -> torch.Tensor:
+def probabilities(model: NgramClassifier, texts: list[str]) -> torch.Tensor:
     return torch.stack([model.scores(text)[-1] for text in texts]).softmax(-1)
 
 
@@ -37,18 +38,18 @@ def test_two_classes_equal_scikit_learn_s_logistic_regression_on_features_weight
     ratios = np.log(inside / inside.sum()) - np.log(outside / outside.sum())
     model = LogisticRegression(tol=1e-8, max_iter=10_000).fit(features * ratios, labels)
     expected = model.predict_proba(count.transform(unseen).toarray() * ratios)
-    ours = probabilities(ngrams.NgramClassifier(train, classes[:30], 2), unseen)
+    ours = probabilities(NgramClassifier(train, classes[:30], 2), unseen)
     torch.testing.assert_close(ours.double(), torch.tensor(expected), atol=1e-3, rtol=0)
 
 
 def test_three_classes(texts):
     classes = [0 if "good" in text else 1 if "bad" in text else 2 for text in texts]
-    model = ngrams.NgramClassifier(texts, classes, 3)
+    model = NgramClassifier(texts, classes, 3)
     assert (probabilities(model, texts).argmax(-1) == torch.tensor(classes)).float().mean() > 0.9
 
 
 def test_the_scores_after_a_word_are_those_of_the_text_up_to_it(texts, classes):
-    model = ngrams.NgramClassifier(texts, classes, 2)
+    model = NgramClassifier(texts, classes, 2)
     text = "  not good a film not good a film unheard of\tthe film "
     scores, words = model.scores(text), text.split()
     assert scores.shape == (len(words) + 1, 2)
@@ -56,3 +57,9 @@ def test_the_scores_after_a_word_are_those_of_the_text_up_to_it(texts, classes):
     for count in range(len(words) + 1):
         torch.testing.assert_close(scores[count], model.scores(" ".join(words[:count]))[-1])
     assert model.scores("").shape == (1, 2)
+
+
+def test_without_scikit_learn_the_way_out_is_named(texts, classes, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)
+    with pytest.raises(ValueError, match=r"hf-decoder\[crossvalidate\]"):
+        NgramClassifier(texts, classes, 2)

@@ -1,4 +1,4 @@
-"""Replacement masks for a call's layers, used where our own attention is faster or needs no S x S mask."""
+"""Chooses the masks of a call's layers that make them use our own attention."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -19,21 +19,21 @@ def engine_masks(
     position_ids: torch.Tensor | None,
     cache: Cache | None,
 ) -> Mapping[str, LayerMask | None] | None:
-    """One for each type of layer; None where attention goes by torch's kernel and the plain masks.
+    """A mask for each type of layer; None if attention uses torch's kernel and the plain masks.
 
     Args:
         decoder: an `HfDecoderModel`.
         inputs_embeds: (B, S, D).
         attention_mask: (B, K), 1 for tokens, 0 for padding, or a prepared mask.
-        position_ids: (B, S), as the caller gave them: where they do not go up by one, a document starts.
-        cache: of the tokens before.
+        position_ids: (B, S), as the caller gave them; a document starts where they do not go up by one.
+        cache: of the previous tokens.
     """
     if not attends_as_stock(decoder):
         return None
     config, training = decoder.config, decoder.training
     windows = {kind: config.sliding_window if kind == "sliding_attention" else None for kind in config.layer_types}
     if torch.compiler.is_compiling():
-        # documents and padding would have to be looked for in the data, which a graph cannot do
+        # a graph cannot look for documents and padding in the data
         whole = position_ids is None and attention_mask is None and cache is None
         if not (whole and training and may_be_faster_in_tiles(inputs_embeds)):
             return None
@@ -45,7 +45,7 @@ def engine_masks(
     if attention_mask is not None and attention_mask.ndim != 2:
         return None
     if attention_mask is not None and position_ids is not None and cache is None and bool(attention_mask.all()):
-        attention_mask = None  # says nothing, and must not hide documents
+        attention_mask = None  # a mask of ones must not hide documents
     documents = position_ids if cache is None and attention_mask is None else None
     inputs = inputs_embeds, attention_mask, documents, windows
     return varlen_masks(*inputs, config.head_dim, training) or tile_masks(*inputs)

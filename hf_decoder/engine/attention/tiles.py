@@ -1,9 +1,9 @@
 """Tiled attention for whole sequences (causal, windowed or packed) without an S x S mask.
 
-On a CPU with products in half precision this beats the flash kernel of `scaled_dot_product_attention`: the matmuls of
-a tile run at full speed and the heads of a group share theirs, so keys and values are never repeated. Memory is linear
-in the length: a tile's weights live only while the tile is computed, and the backward pass computes them again (Dao et
-al. 2022, section 3.1). Where products are in fp32 that kernel is the faster one for long rows of one document.
+On a CPU with half-precision products this beats the flash kernel of `scaled_dot_product_attention`: the matmuls of a
+tile run at full speed, and keys and values are never repeated for the heads of a group. Memory is linear in the
+length, because the backward pass recomputes a tile's weights (Dao et al. 2022, section 3.1). With fp32 products the
+flash kernel is faster for long rows of one document.
 Shapes: B batch, S tokens, H query heads, G key/value heads, E head_dim, T rows of a tile, K keys that a tile sees.
 """
 
@@ -20,17 +20,17 @@ from hf_decoder.model.modeling_hf_decoder import LayerMask
 
 aten = torch.ops.aten
 
-MIN_TILED_TOKENS = 64  # of a row; below, one call of the stock kernel is as fast, forward and backward
-MIN_TILED_TOKENS_IN_INFERENCE = 288  # of all rows: forward alone, that kernel is as fast up to here
-MIN_TILED_TOKENS_IN_FP32 = 257  # of a row of one document: forward and backward, in fp32, it is faster up to here
-MIN_STOCK_TOKENS_IN_FP32 = 1024  # of a row of one document; from here on that kernel is the faster one again, in fp32
+MIN_TILED_TOKENS = 64  # of a row; below, the stock kernel is as fast, forward and backward
+MIN_TILED_TOKENS_IN_INFERENCE = 288  # of all rows; below, the stock kernel is as fast, forward only
+MIN_TILED_TOKENS_IN_FP32 = 257  # of a row of one document; below, the stock kernel is faster in fp32
+MIN_STOCK_TOKENS_IN_FP32 = 1024  # of a row of one document; from here on, the stock kernel is faster in fp32 again
 SHORT_SEQUENCE = 256
 TILE_ROWS = {"short": 64, "long": 128}  # measured on two AVX-512 cores, forward and backward, in bf16; fp32: short
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Rows `start` to `stop` of the queries, which see the keys from `first_key` to `stop`."""
+    """Queries `start` to `stop`, which see keys `first_key` to `stop`."""
 
     start: int
     stop: int
@@ -40,7 +40,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class TilePlan(LayerMask):
-    """Which query sees which key, worked out once a forward pass; stands in for the attention mask of a layer."""
+    """Which query sees which key, planned once per forward pass; used in place of a layer's attention mask."""
 
     tiles: tuple[Tile, ...]
     is_causal: bool  # rows of one document without a window
@@ -51,7 +51,7 @@ class TilePlan(LayerMask):
 
 @dataclass
 class CausalTiles(LayerMask):
-    """In place of a plan in a compiled graph, where it is worked out by the operator: one document a row."""
+    """A plan for compiled graphs, where the operator makes it: one document per row."""
 
     window: int | None
 
@@ -60,23 +60,23 @@ class CausalTiles(LayerMask):
 
 
 def may_be_faster_in_tiles(hidden_states: torch.Tensor) -> bool:
-    """Whether tiles are for rows (B, S, D) of this length on this device."""
+    """Whether tiles may be faster for rows (B, S, D) of this length on this device."""
     return hidden_states.device.type == "cpu" and hidden_states.shape[1] >= MIN_TILED_TOKENS
 
 
 def stock_kernel_is_faster(hidden_states: torch.Tensor, windows: dict[str, int | None]) -> bool:
-    """Whether rows (B, S, D) of one document each are attended to at least as fast by torch's own kernel, on a CPU."""
+    """Whether torch's own kernel is at least as fast for rows (B, S, D) of one document each, on a CPU."""
     rows, length = hidden_states.shape[:2]
     if not torch.is_grad_enabled() and rows * length < MIN_TILED_TOKENS_IN_INFERENCE:
         return True
-    if torch.compiler.is_compiling():  # a graph by torch 2.11 has wrong gradients of that kernel
+    if torch.compiler.is_compiling():  # graphs of torch 2.11 have wrong gradients of that kernel
         return False
     is_whole = all(window is None or window >= length for window in windows.values())  # or it would need a mask
     return is_whole and length < MIN_TILED_TOKENS_IN_FP32 and product_dtype(hidden_states) == torch.float32
 
 
 def document_starts(position_ids: torch.Tensor) -> torch.Tensor:
-    """(B, S) positions -> (B, S) column at which each token's document starts; a jump in the positions starts one."""
+    """(B, S) positions -> (B, S) column at which each token's document starts; a jump in positions starts one."""
     columns = torch.arange(position_ids.shape[1], device=position_ids.device).expand_as(position_ids)
     starts = torch.ones_like(position_ids, dtype=torch.bool)
     starts[:, 1:] = position_ids.diff(dim=-1) != 1
@@ -89,18 +89,18 @@ def tile_masks(
     document_positions: torch.Tensor | None,
     windows: dict[str, int | None],
 ) -> dict[str, TilePlan] | None:
-    """What stands in for the mask of each type of layer; `None` where the stock kernel is as fast or rows are padded.
+    """A plan for each type of layer; `None` if the stock kernel is as fast or rows are padded.
 
     Args:
-        inputs_embeds: (B, S, D), before which nothing is cached.
+        inputs_embeds: (B, S, D); the cache must be empty.
         attention_mask: (B, S), 1 for tokens, 0 for padding.
-        document_positions: (B or 1, S); positions that do not go up by one mark the start of a document.
+        document_positions: (B or 1, S); a document starts where they do not go up by one.
         windows: the window of each type of layer.
     """
     if not may_be_faster_in_tiles(inputs_embeds):
         return None
     if document_positions is None and stock_kernel_is_faster(inputs_embeds, windows):
-        return None  # of several documents that kernel would need a mask
+        return None  # with several documents that kernel would need a mask
     if attention_mask is not None and not bool(attention_mask.all()):
         return None
     if document_positions is None:
@@ -113,9 +113,9 @@ def plan_tiles(position_ids: torch.Tensor, dtype: torch.dtype, sliding_window: i
     """Lays out the tiles for rows of one or more documents each.
 
     Args:
-        position_ids: (B, S); positions that do not go up by one mark the start of a document.
-        dtype: of the scores that the tiles' biases are added to.
-        sliding_window: last tokens that a token sees, itself included; all of its document when `None`.
+        position_ids: (B, S); a document starts where they do not go up by one.
+        dtype: of the scores, to which the tiles' biases are added.
+        sliding_window: how many last tokens a token sees, itself included; `None`: all of its document.
     """
     length = position_ids.shape[1]
     is_wide = fast_dtype(position_ids.device, dtype) == torch.float32
@@ -164,7 +164,7 @@ def tiled_attention_forward(
     scaling: float,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """Attention as the functions of transformers' attention interface give it: the output as (B, S, H, E)."""
+    """Attention with the signature of transformers' attention interface; returns (B, S, H, E)."""
     dtype = autocast_dtype(query.device)
     if dtype is not None:
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
@@ -177,10 +177,7 @@ def tiled_attention_forward(
 
 
 def _is_for_stock_kernel(query, plan: TilePlan) -> bool:
-    """Whether these are long rows of one document without a window, to be multiplied in fp32.
-
-    Not in compiled graphs: that of torch 2.11 gives wrong gradients of this kernel.
-    """
+    """Whether these are long rows of one document without a window, in fp32."""
     is_long = query.shape[2] >= MIN_STOCK_TOKENS_IN_FP32
     return is_long and plan.is_causal and fast_dtype(query.device, query.dtype) == torch.float32
 
@@ -257,11 +254,11 @@ class _TiledAttention(torch.autograd.Function):
 
 
 class _StockCausalAttention(torch.autograd.Function):
-    """By torch's flash kernel in fp32, of what is kept as it came and not repeated.
+    """Torch's flash kernel in fp32; keeps the inputs in their own dtype, and keys and values unrepeated.
 
-    Forward and backward of 2,048 tokens, 8 and 4 heads of 64, on two AVX2 cores: 206 ms, in tiles 280; of 512 tokens
-    as long as in tiles, with 14 and 2 heads 43 against 40. In half precision the kernel's backward pass goes number by
-    number: 151 ms of 512 tokens, 1,461 of 2,048.
+    Forward and backward on two AVX2 cores, 8 and 4 heads of 64: 206 ms for 2,048 tokens, against 280 in tiles; equal
+    for 512 tokens (14 and 2 heads: 43 against 40). In half precision the kernel's backward pass is slow: 151 ms for
+    512 tokens, 1,461 for 2,048.
     """
 
     @staticmethod
@@ -291,7 +288,7 @@ class _StockCausalAttention(torch.autograd.Function):
 
 
 def _repeated_in_fp32(query, key, value) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """With a key and value head for every query head."""
+    """Casts to fp32 and repeats keys and values for every query head."""
     of_group = query.shape[1] // key.shape[1]
     key, value = (x.float().repeat_interleave(of_group, 1) if of_group > 1 else x.float() for x in (key, value))
     return query.float(), key, value
@@ -327,7 +324,7 @@ _gradients_operator = operator(
 
 
 class _CompiledTiledAttention(torch.autograd.Function):
-    """The same as two operators: traced, every tile would be compiled by itself."""
+    """Tiled attention as two operators, because tracing would compile every tile."""
 
     @staticmethod
     def forward(ctx, query, key, value, window, scaling):

@@ -1,7 +1,7 @@
 """Variable-length attention for packed, padded or windowed rows on a CUDA device, without an S x S mask.
 
-The kernel reads documents that lie one after the other in one long row, and nothing else: no padding, no other
-document, no token outside of a window. Its memory is linear in the length.
+The kernel reads documents laid end to end in one long row. It skips padding, other documents, and tokens outside of a
+window. Its memory is linear in the length.
 Shapes: B batch, S tokens, H query heads, G key/value heads, E head_dim, N documents, T tokens of all documents.
 """
 
@@ -25,13 +25,13 @@ MAX_HEAD_DIM = 256
 
 @dataclass(frozen=True)
 class Documents(LayerMask):
-    """Which tokens of a batch attend to each other; stands in for the attention mask of a layer."""
+    """Which tokens of a batch attend to each other; used in place of a layer's attention mask."""
 
-    bounds: torch.Tensor  # (N + 1,) int32: where among the T tokens each document starts, and T
+    bounds: torch.Tensor  # (N + 1,) int32: where each document starts among the T tokens, and T
     longest: int
-    tokens: torch.Tensor | None  # (T,) their places in the flattened batch of B * S; `None`: all of them, T = B * S
-    dtype: torch.dtype  # in which to attend
-    window: int | None = None  # last tokens that a token sees, itself included; all of its document when `None`
+    tokens: torch.Tensor | None  # (T,) positions in the flattened batch of B * S; `None`: all, T = B * S
+    dtype: torch.dtype  # of the kernel's inputs
+    window: int | None = None  # how many last tokens a token sees, itself included; `None`: all of its document
 
     def attend(self, attention, module, query, key, value, **kwargs) -> tuple[torch.Tensor, None]:
         return varlen_attention_forward(module, query, key, value, self, kwargs["scaling"])
@@ -45,18 +45,18 @@ def varlen_masks(
     head_dim: int,
     training: bool,
 ) -> dict[str, Documents | None] | None:
-    """What stands in for the mask of each type of layer; looks at the data with one transfer from the device.
+    """A mask for each type of layer; reads the data with one transfer from the device.
 
     Args:
-        inputs_embeds: (B, S, D), before which nothing is cached.
-        attention_mask: (B, S), 1 for tokens, 0 for padding, at which attention gives zero. That is only for training,
-            where nobody reads what a model makes of padding.
-        document_positions: (B or 1, S); positions that do not go up by one mark the start of a document.
+        inputs_embeds: (B, S, D); the cache must be empty.
+        attention_mask: (B, S), 1 for tokens, 0 for padding, where the output is zero. Used only in training, where
+            nobody reads the outputs of padding.
+        document_positions: (B or 1, S); a document starts where they do not go up by one.
         windows: the window of each type of layer.
 
     Returns:
-        Per type of layer the documents, or `None` where the stock kernel needs no mask. `None` in place of it all
-        where the kernel does not take these inputs.
+        The documents of each type of layer, or `None` for a type for which the stock kernel needs no mask. `None`
+        for all if the kernel does not support these inputs.
     """
     if not kernel_takes(inputs_embeds, head_dim) or is_tracing(inputs_embeds):
         return None
@@ -82,7 +82,7 @@ def varlen_masks(
 
 
 def kernel_takes(inputs_embeds: torch.Tensor, head_dim: int) -> bool:
-    """Whether attention of a model with these inputs (B, S, D) is for `attend_documents`."""
+    """Whether the kernel supports attention of a model with these inputs (B, S, D)."""
     return (
         is_nvidia_with_bf16(inputs_embeds.device)
         and product_dtype(inputs_embeds) in (torch.bfloat16, torch.float16)
@@ -92,7 +92,7 @@ def kernel_takes(inputs_embeds: torch.Tensor, head_dim: int) -> bool:
 
 
 def _packed_documents(position_ids: torch.Tensor, dtype: torch.dtype) -> Documents:
-    """Of rows (B, S) that hold one or more documents each."""
+    """The documents of packed rows (B, S)."""
     columns = torch.arange(position_ids.shape[1], device=position_ids.device)
     starts = document_starts(position_ids)
     first = (starts == columns).flatten()
@@ -101,12 +101,12 @@ def _packed_documents(position_ids: torch.Tensor, dtype: torch.dtype) -> Documen
 
 
 def _padded_documents(mask: torch.Tensor, dtype: torch.dtype) -> Documents | None:
-    """Of rows (B, S) that hold one document each, True, and padding on either side of it; `None` if they do not."""
+    """The documents (True) of rows (B, S) with padding on either side; `None` if a row has a hole or all are empty."""
     first = mask & ~nn.functional.pad(mask[:, :-1], (1, 0))
     lengths = mask.sum(1)
     numbers = torch.stack([lengths.sum(), first.sum(), (lengths > 0).sum(), lengths.max()])
     total, count, rows, longest = numbers.tolist()
-    if count != rows or not rows:  # a hole in a document would shorten the distances that windows go by
+    if count != rows or not rows:  # a hole in a document would shorten the distances in a window
         return None
     if total == mask.numel():
         return Documents(_bounds(first.flatten(), count), longest, None, dtype)
@@ -115,12 +115,12 @@ def _padded_documents(mask: torch.Tensor, dtype: torch.dtype) -> Documents | Non
 
 
 def _bounds(first: torch.Tensor, count: int) -> torch.Tensor:
-    """(T,) whether a token is its document's first -> (count + 1,) where they start, and T."""
+    """(T,) whether a token is the first of its document -> (count + 1,) starts of documents, and T."""
     return nn.functional.pad(_places(first, count), (0, 1), value=first.shape[0]).to(torch.int32)
 
 
 def _places(flags: torch.Tensor, count: int) -> torch.Tensor:
-    """Places (count,) of what is True, without the wait for the device in which `nonzero` finds their number."""
+    """Positions (count,) of what is True, without waiting for the device as `nonzero` does."""
     return flags.nonzero_static(size=count).flatten()
 
 
@@ -133,7 +133,7 @@ def varlen_attention_forward(
     scaling: float,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """Attention as the functions of transformers' attention interface give it: the output as (B, S, H, E)."""
+    """Attention with the signature of transformers' attention interface; returns (B, S, H, E)."""
     batch, heads, length, head_dim = query.shape
     documents, tokens = attention_mask, attention_mask.tokens
     query, key, value = (x.to(documents.dtype).transpose(1, 2).flatten(0, 1) for x in (query, key, value))
@@ -153,18 +153,18 @@ def attend_documents(
     documents: Documents,
     scaling: float,
 ) -> torch.Tensor:
-    """Causal attention (T, H, E) inside of each document."""
+    """Causal attention (T, H, E) within each document."""
     bounds, longest, window = documents.bounds, documents.longest, documents.window
-    # the size of a window counts the tokens before a token, and those after it
+    # tokens before a token, and after it
     size = (-1 if window is None else window - 1, 0)
     return _kernel()(query, key, value, bounds, bounds, longest, longest, scale=scaling, window_size=size)
 
 
 @lru_cache
 def _kernel() -> Callable[..., Any]:
-    from torch.nn.attention.varlen import varlen_attn  # not before it is called: this imports torch's compiler
+    from torch.nn.attention.varlen import varlen_attn  # imported late, because this imports torch's compiler
 
-    # the kernel shares a key between heads in any version; later than 2.11, torch wants to be told that it shall
+    # the kernel always shares keys between heads; since torch 2.12 the caller must ask for it
     grouped: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
     return partial(varlen_attn, **grouped)
 

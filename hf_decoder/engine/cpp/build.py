@@ -1,7 +1,7 @@
 """Compiles the C++ code of this folder with the installed compiler, once per machine and user.
 
-Compiled code is loaded from a folder that belongs to the user and that nobody else may write to: code that another
-user planted in a shared folder would run as this one.
+Compiled code is loaded only from a folder that belongs to the user and that nobody else may write to. Otherwise
+another user could plant code there.
 """
 
 import ctypes
@@ -19,7 +19,7 @@ import torch
 from hf_decoder.engine.precision import cpu_has
 
 HERE = Path(__file__).parent
-# products and sums as one instruction
+# -ffp-contract=fast: fused multiply-add
 FLAGS = ("-O3", "-std=c++17", "-march=native", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC")
 COMPILERS = ("c++", "g++", "clang++")
 SECONDS = 300
@@ -27,16 +27,16 @@ SECONDS = 300
 
 @cache
 def load_step() -> ctypes.CDLL:
-    """The library of step.cpp, compiled if no process of this user has before.
+    """Loads the library of step.cpp; compiles it unless an earlier process of this user has.
 
     Raises:
-        RuntimeError: where there is no compiler, or one that fails.
+        RuntimeError: if there is no compiler, or it fails.
     """
     return load((HERE / "step.cpp").read_text("utf-8"))
 
 
 def load(source: str) -> ctypes.CDLL:
-    """Compiles C++, which may include what lies in this folder, unless it has been already, and loads it."""
+    """Compiles and loads C++ that may include files of this folder; compiles only once."""
     compiler = find_compiler()
     if compiler is None:
         raise RuntimeError("no C++ compiler was found; install g++, or set CXX")
@@ -51,7 +51,7 @@ def load(source: str) -> ctypes.CDLL:
             if run.returncode:
                 lines = [line for line in run.stderr.splitlines() if "error" in line] or [run.stderr.strip()]
                 raise RuntimeError(f"{compiler} failed: {lines[0]}")
-            made.replace(library)  # at once: another process may look for it
+            made.replace(library)  # atomic, because another process may look for it
     return ctypes.CDLL(str(library))
 
 
@@ -62,7 +62,7 @@ def find_compiler() -> str | None:
 
 
 def own_folder() -> Path:
-    """The folder for compiled code: in the user's cache, or, where that is not theirs alone, one for this process."""
+    """The folder for compiled code: in the user's cache, or one for this process if others may write there."""
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = root / "hf_decoder" / "engine"
     try:
@@ -82,13 +82,13 @@ def _folder_of_process() -> Path:
 def is_own(folder: Path) -> bool:
     """Whether a folder belongs to this user, and nobody else may write to it."""
     if not hasattr(os, "getuid"):
-        return True  # where there are no such modes
+        return True  # the system has no such modes
     found = folder.lstat()
     return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
 
 
 def _key(compiler: str, flags: tuple[str, ...], source: str) -> str:
-    """Of all that the compiled code depends on: `native` is another CPU elsewhere."""
+    """A hash of everything that the compiled code depends on, the CPU included because of -march=native."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60).stdout
     capabilities = sorted(name for name, there in getattr(torch.cpu, "get_capabilities", dict)().items() if there)
     header = (HERE / "vectors.h").read_text("utf-8")

@@ -1,8 +1,8 @@
-"""A decoding step for a few rows on a CPU, run as one call of a C++ function.
+"""The decode step of a few rows on a CPU as one call of a C++ function.
 
-Its weights, of fp32, bf16 or torchao's int8, are read where they lie. A graph of torch.compile spends about as long
-on its buffers and guards as a small model's step takes: see RESULTS.md. Short prompts are taken too, where that is
-sooner done than by the modules.
+It reads weights in fp32, bf16 or torchao's int8 in place. A graph of torch.compile spends about as long on buffers and
+guards as a small model's step takes (RESULTS.md). The function also runs the prefill of short prompts where it is
+faster than the modules.
 """
 
 import ctypes
@@ -21,21 +21,21 @@ from hf_decoder.engine.precision import cpu_has, fast_dtype
 
 DTYPES = (torch.float32, torch.bfloat16)
 WIDE_VECTORS = torch.backends.cpu.get_cpu_capability() == "AVX512"  # of 512 bits
-# of all rows: with more, matrix products of a library are as fast, and their attention faster; in fp32 sooner, by
-# vectors of 256 bits
+# Tokens of all rows; with more, the products of libraries are as fast and their attention is faster. The second limit
+# is for fp32 with vectors of 256 bits.
 MAX_PROMPT_LINES, MAX_FP32_PROMPT_LINES = 128, 32
 
 
 class CppStep(StaticStep):
-    """The step by `run` of cpp/step.cpp."""
+    """The step computed by cpp/step.cpp."""
 
-    max_rows = 32 if WIDE_VECTORS else 8  # of more, products are bound by arithmetic, which libraries do as fast
+    max_rows = 32 if WIDE_VECTORS else 8  # with more, arithmetic limits products and libraries are as fast
 
     def __init__(self, step: Any, rows: int = 1):
-        """step: a `DecodingStep` that `is_for_cpp`. Compiles the function, if no process has before.
+        """step: a `DecodingStep` that `is_for_cpp`. Compiles the function unless an earlier process has.
 
         Raises:
-            RuntimeError: where there is no compiler, or not one that knows vectors.
+            RuntimeError: if there is no compiler, or none with vectors.
         """
         super().__init__(step, rows)
         self._function = _function()
@@ -54,7 +54,7 @@ class CppStep(StaticStep):
             ]
         )
         rotated = 2 * len(self._frequencies)
-        self._numbers = rotated + 2 * size + (2 * heads + 2 * step.groups) * width + 2 * inner  # of a line
+        self._numbers = rotated + 2 * size + (2 * heads + 2 * step.groups) * width + 2 * inner  # per token
         self._room = torch.zeros(rows, self._numbers, dtype=torch.float32, device="cpu")
         self._is_half = step.embedding.dtype == torch.bfloat16
 
@@ -77,7 +77,7 @@ class CppStep(StaticStep):
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
     ) -> torch.Tensor | None:
-        """(B, S) -> (B, 1, V) of the last ones, all of them cached; None, nothing done, where it cannot begin.
+        """Prefills ids (B, S); returns the logits (B, 1, V) of the last tokens, or None, without effect, if it cannot.
 
         Mask and positions are those of `begin`.
         """
@@ -109,7 +109,7 @@ class CppStep(StaticStep):
 
 
 def _prompt_lines(step: Any) -> int:
-    """How many tokens of all rows the function takes sooner than the modules do."""
+    """Up to how many tokens of all rows the function prefills faster than the modules."""
     dtype = step.embedding.dtype
     if dtype != torch.float32:
         is_slower = fast_dtype(step.embedding.device, dtype) == dtype and not _multiplies_bf16_by_vectors()
@@ -119,12 +119,12 @@ def _prompt_lines(step: Any) -> int:
 
 
 def _multiplies_bf16_by_vectors() -> bool:
-    """Whether this CPU multiplies bf16 as the function does, and has no matrices of it, which oneDNN has faster."""
+    """Whether this CPU has vector products of bf16 but no AMX, which makes oneDNN faster."""
     return cpu_has("avx512_bf16") and not cpu_has("amx_bf16")
 
 
 def _are_steady(position_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> bool:
-    """Whether positions (B or 1, S) go up by one with each token that is seen."""
+    """Whether positions (B or 1, S) go up by one with each token that is not masked."""
     tokens = position_ids.shape[1]
     steady = position_ids[:, -1:] + torch.arange(1 - tokens, 1, device=position_ids.device)
     differs = position_ids != steady
@@ -132,9 +132,9 @@ def _are_steady(position_ids: torch.Tensor, attention_mask: torch.Tensor | None)
 
 
 def is_for_cpp(step: Any) -> bool:
-    """Whether the function computes what this step does."""
+    """Whether the function supports this step."""
     return (
-        sys.platform != "win32"  # where torch's compiler is one without GCC's vectors
+        sys.platform != "win32"  # its usual compiler lacks GCC's vectors
         and step.embedding.device.type == "cpu"
         and step.embedding.dtype in DTYPES
         and is_for_kernels(step, Weights, Int8Weights)

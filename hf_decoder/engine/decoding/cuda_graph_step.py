@@ -1,8 +1,8 @@
-"""The decoding step on CUDA: Triton kernels for one row on a static cache, captured into one graph.
+"""The decode step on CUDA: Triton kernels for one row on a static cache, captured into one graph.
 
-Launched one by one, the kernels of a step take longer to launch than to run. A graph of them is launched at once, and
-it serves every cache: where keys and values lie is read from a table. Of greedy text the graph chooses the next token
-too, so that the device goes on without waiting to be told.
+Launched one by one, the kernels of a step take longer to launch than to run. The graph is launched at once. It reads
+the addresses of keys and values from a table, so it serves every cache. For greedy text it chooses the next token too,
+so that the device need not wait for the host.
 
 Shapes: D hidden_size, H query heads, G key/value heads, E head_dim, V vocab_size, L layers.
 """
@@ -18,18 +18,18 @@ from hf_decoder.engine.decoding.products import Weights
 from hf_decoder.engine.decoding.static_step import StaticStep, is_for_kernels
 from hf_decoder.engine.training.loss import softcap
 
-STEPS_AHEAD = 8  # launched before it is looked whether the text has ended
-WHOLE_ROW = 2048  # inputs of a product that one block holds
-BLOCK = 1024  # of them, where a block does not
+STEPS_AHEAD = 8  # steps launched before the host looks whether the text has ended
+WHOLE_ROW = 2048  # the most inputs of a product that one block holds
+BLOCK = 1024  # inputs per block of longer products
 MIN_BLOCKS = 1024  # of a product, so that every multiprocessor of a large GPU has several
 MAX_BLOCK_ELEMENTS = 8192
-MIN_LATE_INPUTS = 1024  # of a product that is long enough to hide what it takes to start the next kernel
-BLOCK_KEYS = {torch.float32: 32}  # of a step of attention; of half precision by the width of the heads
-PRECISION = "ieee"  # of products of attention in fp32: never tf32
+MIN_LATE_INPUTS = 1024  # a product of so many inputs hides the launch of the next kernel
+BLOCK_KEYS = {torch.float32: 32}  # keys per block of attention; half precision chooses by the width of the heads
+PRECISION = "ieee"  # of attention in fp32: never tf32
 
 
 class CudaGraphStep(StaticStep):
-    """The step as one graph, or, of greedy text, as one that chooses the next token too."""
+    """The step as one graph, and as a second one that also chooses the next token."""
 
     def __init__(self, step: Any, rows: int = 1):
         """step: a `DecodingStep` that `is_capturable`. Compiles the kernels and captures them."""
@@ -54,7 +54,7 @@ class CudaGraphStep(StaticStep):
             before, made = made, min(made + STEPS_AHEAD, len(row))
             for _ in range(before, made):
                 self._run(chooses=True)
-            if ends:  # looked for while the next tokens are on their way
+            if ends:  # the host looks for them while the device computes the next tokens
                 found, looking = looking, _Copy(row, before, made)
                 stop = None if found is None else found.first_of(ends)
         return looking.first_of(ends) if looking is not None and stop is None else stop
@@ -79,7 +79,7 @@ class CudaGraphStep(StaticStep):
     @torch.no_grad()
     def _capture(self) -> None:
         step, device = self._step, self._state.device
-        # a cache of two tokens and a text to run on once, which compiles the kernels
+        # a cache of two tokens and a text for the first run, which compiles the kernels
         room = torch.zeros(2, step.groups * 2 * step.head_dim, dtype=step.embedding.dtype, device=device)
         numbers = torch.zeros(3, dtype=torch.int64, device=device)
         row = [room[0].data_ptr(), room[1].data_ptr(), numbers.data_ptr(), 0]
@@ -95,7 +95,7 @@ class CudaGraphStep(StaticStep):
                 self._graphs[chooses] = graph
 
     def _plan(self) -> list[Callable[[], Any]]:
-        """The kernels of a step, with all that they are called with."""
+        """The launches of a step: kernels with their arguments."""
         from hf_decoder.engine.triton.decoding import embedding_kernel, head_kernel
 
         step, size, norm = self._step, self._hidden.shape[0], self._step.norm
@@ -128,7 +128,7 @@ class CudaGraphStep(StaticStep):
         size, width, group_width = hidden.shape[0], heads * head_dim, groups * head_dim
         inner, rotary = self._gated.shape[0], step.rotary
         frequencies = rotary.inv_freq.to(device=device, dtype=torch.float32).contiguous()
-        # what programs of attention leave for each other; one set is enough, for a layer ends before the next begins
+        # results that programs of attention exchange; layers run one after the other and share them
         sums = torch.empty(SPLITS, width, dtype=torch.float32, device=device)
         weights = torch.empty(SPLITS, 2, heads, dtype=torch.float32, device=device)
         arrived = torch.zeros(groups, dtype=torch.int32, device=device)
@@ -163,7 +163,7 @@ class CudaGraphStep(StaticStep):
             shape = (self._heads, size, width, group_width, query.bias is not None)
             project = partial(heads_kernel[(blocks,)], *normed, *maps, *shape, **settings)
 
-            head_norms: tuple[Any, ...] = (norm.weight, norm.weight, 0.0)  # anything stands in for none
+            head_norms: tuple[Any, ...] = (norm.weight, norm.weight, 0.0)  # placeholders, which are not read
             if layer.query_norm is not None:
                 norms = layer.query_norm, layer.key_norm
                 head_norms = (norms[0].weight, norms[1].weight, norms[0].variance_epsilon)
@@ -182,7 +182,7 @@ class CudaGraphStep(StaticStep):
 
 
 class _Copy:
-    """Tokens on their way to the host."""
+    """An asynchronous copy of tokens to the host."""
 
     def __init__(self, text: torch.Tensor, start: int, stop: int):
         self._start = start
@@ -204,7 +204,7 @@ class _Copy:
 
 
 def is_capturable(step: Any) -> bool:
-    """Whether the kernels compute what this step does."""
+    """Whether the kernels support this step."""
     head_norms = [[norm for norm in (layer.query_norm, layer.key_norm) if norm is not None] for layer in step.layers]
     return (
         is_for_kernels(step, Weights)
@@ -215,17 +215,17 @@ def is_capturable(step: Any) -> bool:
 
 
 def _bias(of: Weights) -> torch.Tensor:
-    return of.weight if of.bias is None else of.bias  # anything stands in for none
+    return of.weight if of.bias is None else of.bias  # without a bias, a placeholder that is not read
 
 
 def _early(inputs: int) -> dict[str, bool]:
-    """How a kernel is told to start while the one before it ends, which pays where both are short."""
+    """Options that start a kernel while the previous one ends, which is faster if both are short."""
     pdl = inputs < MIN_LATE_INPUTS and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
     return {"PDL": True, "launch_pdl": True} if pdl else {"PDL": False}
 
 
 def _settings(outputs: int, inputs: int) -> tuple[int, dict[str, Any]]:
-    """Number of blocks of a product, and what its kernel is told about them."""
+    """The number of blocks of a product, and the options of its kernel."""
     whole = inputs <= WHOLE_ROW
     columns = max(16, _power_of_2(inputs)) if whole else BLOCK
     rows = 1

@@ -1,9 +1,9 @@
-"""Decides which part of a `generate()` or model call bypasses the modules, and by which path.
+"""Chooses the fast path of each `generate()` or model call.
 
-A single token a row goes through the `DecodingStep`, if the model has one; with packed weights, compiled or by kernels
-of its own where that is faster and asked for, which may take a short prompt, too. Other tokens, prompts and candidates
-above all, go through `prompt_logits`, and what needs them through the modules. Greedy text is written without
-transformers' loop on a CPU, where that loop takes a tenth of a small model's token, and by such kernels anywhere.
+A decode step uses the model's `DecodingStep`, if it has one: with packed weights or with kernels of its own where that
+is faster and asked for. These kernels also prefill short prompts. Other prompts and candidates use `prompt_logits`.
+Everything else runs the modules. Greedy text skips transformers' loop on a CPU, where the loop takes a tenth of a
+small model's token, and with such kernels on any device.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -24,10 +24,10 @@ from hf_decoder.engine.operators import runs_as_written
 from hf_decoder.engine.precision import autocast_dtype, fast_dtype
 from hf_decoder.model.modeling_hf_decoder import CACHE_NAME
 
-PACKED_BYTES = 2**30  # more is not copied unasked
-MAX_PACKED_TOKENS = 64  # of several tokens a row: of more, weights as they are are read as fast
-STEPS_BEFORE_PACKING = 2  # packing takes about as long as it saves in three
-# what transformers' loop does around a step, which others may have put something in place of, and what it knows of
+PACKED_BYTES = 2**30  # larger weights are copied only on request
+MAX_PACKED_TOKENS = 64  # of several tokens per row; with more, plain weights are as fast
+STEPS_BEFORE_PACKING = 2  # packing takes about as long as three steps save
+# methods that transformers' loop calls around a step and that others may replace, and arguments that we know
 METHODS = {"prepare_inputs_for_generation", "_update_model_kwargs_for_generation"}
 MODEL_KWARGS = {CACHE_NAME, "attention_mask", "position_ids", "use_cache", "logits_to_keep"}
 
@@ -35,25 +35,25 @@ _active: ContextVar["Decoding | None"] = ContextVar("hf_decoder_decoding", defau
 
 
 class Decoding:
-    """One call of `generate()`: while it lasts, the model's direct step, if there is one, takes its tokens.
+    """Chooses the fast path during one `generate()` call, or for one model call without gradients.
 
-    Or of the model, without gradients: then several tokens have the bits that its modules give.
+    In a model call, several tokens get the same bits as from the modules.
     """
 
     def __init__(self, model: Any, product: Callable = multiply):
         self.model = model
-        self._product = product  # of several tokens a row
+        self._product = product  # for several tokens per row
         self.step = DecodingStep.of(model)
-        self.compiles = False  # set where the generation config asks for a static cache, on a CPU
-        self._static: StaticStep | None = None  # set where it does so, for one row
-        self._input_ids: torch.Tensor | None = None  # the prompt, while transformers' loop for single rows is at work
+        self.compiles = False  # set if the generation config asks for a static cache, on a CPU
+        self._static: StaticStep | None = None  # kernels of its own, set by `has_static_step`
+        self._input_ids: torch.Tensor | None = None  # the prompt, while transformers' loop runs
         self._room = GrowingCache()
-        self._steps = 0  # of several tokens
-        self._packed: DecodingStep | None = None  # for this call alone: weights may change before the next one
+        self._steps = 0  # decode steps of several tokens
+        self._packed: DecodingStep | None = None  # for this call only: weights may change before the next one
 
     @classmethod
     def of(cls, model: Any) -> "Decoding | None":
-        """The running call of this model in this thread, None where its modules must be called."""
+        """The running call of this model in this thread; None if its modules must be called."""
         if not runs_as_written():
             return None
         running = _active.get()
@@ -70,23 +70,20 @@ class Decoding:
         use_cache: bool,
         logits_to_keep: int | torch.Tensor,
     ) -> tuple[torch.Tensor, Any] | None:
-        """The logits of a call of the model, within `generate()` or by itself, and the cache that it leaves.
-
-        None where its modules must be called.
-        """
+        """The logits and the cache after a model call, in `generate()` or alone; None if modules must be called."""
         if not (runs_as_written() and (cache is None or isinstance(cache, Cache))):
             return None
-        # what is of different lengths the modules refuse in words
+        # the modules raise the error for different lengths
         if input_ids is None or not _are_as_long(input_ids, attention_mask, position_ids):
             return None
         if cache is None and position_ids is not None and _hides_nothing(attention_mask) and _restart(position_ids):
             return None  # they mark documents
         decoding = _active.get()
         if decoding is None or decoding.model is not model:
-            # on a CPU, where it has been measured
+            # only on a CPU, where it has been measured to be faster
             if torch.is_grad_enabled() or not input_ids.is_cpu:
                 return None
-            decoding = cls(model, multiply_as_modules)  # of this call alone
+            decoding = cls(model, multiply_as_modules)  # for this call only
         if cache is None and use_cache and decoding.step is not None:
             cache = DynamicCache(config=model.config)
         logits = decoding.logits(input_ids, attention_mask, position_ids, cache, logits_to_keep)
@@ -100,7 +97,7 @@ class Decoding:
         cache: Any,
         logits_to_keep: int | torch.Tensor = 0,
     ) -> torch.Tensor | None:
-        """As the step gives them, in the quickest way that this call of `generate()` allows."""
+        """The logits of these ids by the fastest path that this call allows; None if modules must be called."""
         step = self.step
         if step is None or input_ids is None:
             return None
@@ -132,7 +129,7 @@ class Decoding:
         streamer: Any = None,
         **model_kwargs,
     ) -> Any:
-        """What `sample`, transformers' loop, returns of these; greedy text without that loop."""
+        """Returns what transformers' loop `sample` returns; decodes greedily without that loop where it can."""
         self._input_ids = input_ids
         go_on = partial(
             sample,
@@ -150,7 +147,7 @@ class Decoding:
             (config.do_sample or config.return_dict_in_generate or synced_gpus or streamer or logits_processor)
             or (config.is_assistant or config.compile_config or not _is_plain_loop(self.model, model_kwargs))
             or (ends is None or length is None or cache is None)
-            # ids of the whole text, whatever of it is cached
+            # the ids must be the whole text, with nothing cached
             or (int(cache.get_seq_length()) > 0 if mask is None else mask.shape != input_ids.shape)
             or (mask is not None and first_seen(mask) is None)
             or self._changes_angles(input_ids.shape[1], length)
@@ -159,7 +156,7 @@ class Decoding:
         by_kernels = self._may_be_static(config, cache, length)
         if not by_kernels and input_ids.device.type != "cpu":
             return go_on(input_ids, stopping_criteria=stopping_criteria)
-        # the prompt and its first token as ever
+        # transformers' loop runs the prefill and the first token
         first = StoppingCriteriaList([MaxLengthCriteria(input_ids.shape[1] + 1), *stopping_criteria])
         ids = go_on(input_ids, stopping_criteria=first)
         if ids.shape[1] >= length or (ends and ends.issuperset(ids[:, -1].tolist())):
@@ -169,7 +166,7 @@ class Decoding:
         positions = model_kwargs.get("position_ids")
         if positions is not None:
             positions = positions[:, -1:] + 1
-        # what is missing is of no use to a single row, and refused for several before
+        # one row needs no pad token; transformers has already refused several rows without one
         pad = 0 if config._pad_token_tensor is None else int(config._pad_token_tensor)
         static = self._static
         if by_kernels and static is not None and self._is_static(ids[:, -1:], cache):
@@ -179,7 +176,7 @@ class Decoding:
                 return text
         if self.step is not None and ids.device.type == "cpu":
             return self._greedy(ids, cache, mask, positions, length, ends, pad)
-        # by a mask of that length transformers knows that the ids are all of the text, not the new ones
+        # from the length of the mask transformers knows that the ids are the whole text, not only new ones
         go_on.keywords.update(attention_mask=torch.ones_like(ids) if mask is None else mask, position_ids=positions)
         return go_on(ids, stopping_criteria=stopping_criteria)
 
@@ -193,7 +190,7 @@ class Decoding:
         ends: Collection[int],
         pad: int,
     ) -> torch.Tensor:
-        """What `StaticStep.greedy` gives, by any step, or the modules where no step takes a token."""
+        """Does what `StaticStep.greedy` does, with any step, or with the modules for a token that no step takes."""
         made = ids.shape[1]
         text = ids.new_empty(len(ids), length)
         text[:, :made] = ids
@@ -215,18 +212,18 @@ class Decoding:
         return text
 
     def _changes_angles(self, cached: int, length: int) -> bool:
-        """Whether LongRoPE turns a text of that length by other angles than the tokens that the cache holds."""
+        """Whether LongRoPE rotates a text of that length by other angles than the cached tokens."""
         rope = self.model.config.rope_parameters
         return rope["rope_type"] == "longrope" and cached <= rope["original_max_position_embeddings"] < length
 
     def _may_be_static(self, config: Any, cache: Any, length: int) -> bool:
-        """Whether kernels of their own may choose a text of that length."""
+        """Whether a step with kernels of its own may decode a text of that length."""
         return (
             not config.disable_compile and self.has_static_step(cache) and cache.layers[0].max_cache_len >= length - 1
         )
 
     def has_static_step(self, cache: Any) -> bool:
-        """Whether kernels of their own take the steps of this call; from now on, if so."""
+        """Whether kernels of their own can run the steps of this call; if so, they do from now on."""
         if self.step is None or self._input_ids is None or not is_for_static_step(self.step, self._input_ids, cache):
             return False
         self._static = self.step.on_static_cache(len(self._input_ids))
@@ -267,7 +264,7 @@ class Decoding:
         if (
             static is None
             or not _is_plain_mask(attention_mask)
-            # the modules say it in words; looking on another device would wait for it
+            # the modules raise the error; on another device the check would wait
             or (input_ids.device.type == "cpu" and not _are_in(input_ids, static.vocab_size))
         ):
             return None
@@ -277,9 +274,9 @@ class Decoding:
             return static.logits(input_ids) if static.begin(cache, attention_mask, position_ids) else None
 
     def _may_pack(self, step: DecodingStep, input_ids: torch.Tensor, cache: Any) -> bool:
-        """With the switch for speed, at once; else where the copy is small, after as many steps as it costs."""
+        """Whether to pack the weights: at once for a static cache, else after some steps if the copy is small."""
         if self.compiles and type(cache) is StaticCache:
-            return input_ids.shape[1] == 1  # a single row's prompt is followed by what needs no copy
+            return input_ids.shape[1] == 1  # the steps after a prompt need no copy
         self._steps += 1
         return self._steps > STEPS_BEFORE_PACKING and step.nbytes() <= PACKED_BYTES
 
@@ -293,7 +290,7 @@ class Decoding:
         is_first_iteration: bool = False,
         **kwargs,
     ) -> dict | None:
-        """The inputs of what goes past the modules, without masks; None where transformers is to prepare them."""
+        """The inputs of a step that bypasses the modules, without masks; None if transformers must prepare them."""
         step, cache = self.step, kwargs.pop(CACHE_NAME, None)
         if kwargs.keys() - {"use_cache", "logits_to_keep"} or self._changes_angles(
             0 if cache is None else int(cache.get_seq_length()), input_ids.shape[1]
@@ -342,7 +339,7 @@ def _is_fast_packed(input_ids: torch.Tensor, dtype: torch.dtype) -> bool:
 
 
 def _is_plain_loop(model: Any, model_kwargs: dict[str, Any]) -> bool:
-    """Whether each step of transformers' loop would call what is written here, and nothing of someone else's."""
+    """Whether every step of transformers' loop would call only our code and nothing that others have replaced."""
     return (
         is_as_written(type(model))
         and not is_hooked(model)
@@ -352,12 +349,12 @@ def _is_plain_loop(model: Any, model_kwargs: dict[str, Any]) -> bool:
 
 
 def _is_plain_mask(attention_mask: Any) -> bool:
-    """And not what transformers has prepared, one a layer type, for the modules."""
+    """Whether this is no mask, or one (B, K), and not the masks that transformers prepares per layer type."""
     return attention_mask is None or (isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2)
 
 
 def _are_as_long(input_ids: torch.Tensor, attention_mask: Any, position_ids: torch.Tensor | None) -> bool:
-    """Whether positions are as many as the ids, and a plain mask is no shorter."""
+    """Whether there are as many positions as ids, and a plain mask is no shorter."""
     length = input_ids.shape[1]
     if attention_mask is not None and _is_plain_mask(attention_mask) and attention_mask.shape[1] < length:
         return False
@@ -365,7 +362,7 @@ def _are_as_long(input_ids: torch.Tensor, attention_mask: Any, position_ids: tor
 
 
 def _restart(position_ids: torch.Tensor) -> bool:
-    """Whether positions do not go up by one everywhere, or may not: another device would have to be waited for."""
+    """Whether positions may not go up by one everywhere; off the CPU always, because a check would wait."""
     return not position_ids.is_cpu or bool((position_ids.diff(dim=-1) != 1).any())
 
 
@@ -378,11 +375,11 @@ def _are_in(input_ids: torch.Tensor, vocab_size: int) -> bool:
 
 
 def _ends(criteria: Sequence[Any]) -> frozenset[int] | None:
-    """The tokens that end a text, None where more than these and a length may end it."""
+    """The tokens that end a text; None if anything but these and a length may end it."""
     for criterion in criteria:
         if type(criterion) not in (MaxLengthCriteria, EosTokenCriteria):
             return None
-        # beyond which transformers has something to say
+        # transformers warns beyond it
         limit = getattr(criterion, "max_position_embeddings", None)
         if limit is not None and criterion.max_length > limit + 1:
             return None

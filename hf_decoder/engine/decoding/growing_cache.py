@@ -1,7 +1,6 @@
-"""A growing key/value cache in buffers that have room for tokens to come.
+"""A growing KV cache in buffers with space for more tokens.
 
-`DynamicLayer` joins what it has and what is new into new tensors at every token, which reads and writes all of the
-cache where attention reads it once.
+`DynamicLayer` copies its whole cache into new tensors for every token. Here a token is written in place.
 
 Shapes: B rows, G key/value heads, K cached tokens, E head_dim.
 """
@@ -12,14 +11,14 @@ from weakref import ref
 import torch
 from transformers.cache_utils import DynamicLayer
 
-LEAST_BYTES = 2**17  # of a layer's keys: joining fewer costs less than the calls that it takes here
-ROOM_SHARE = 8  # room for one token more for so many that are there
+LEAST_BYTES = 2**17  # of a layer's keys; copying fewer is cheaper than the calls below
+ROOM_SHARE = 8  # a buffer reserves space for one token per so many cached ones
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 class _Left(NamedTuple):
-    """What a layer was left with, and the buffers of which that is a part, if it is."""
+    """The tensors of a layer after its last update, and the buffers that contain them, if any."""
 
     layer: ref
     keys: torch.Tensor
@@ -28,25 +27,24 @@ class _Left(NamedTuple):
 
 
 class GrowingCache:
-    """Extends a cache in place while one call of `generate()` lasts.
+    """Extends a cache in place during one call of `generate()`.
 
-    A place of a buffer is written once. So whoever holds an earlier state of a layer, which is the first K places,
-    keeps it as it was; and a layer whose keys are others than it was left with here, since someone else has cut,
-    chosen from or extended them, begins anew.
+    Each position of a buffer is written once, so earlier states of a layer stay as they were. If other code has
+    cropped, reordered or extended a layer, its buffers start again.
     """
 
     def __init__(self) -> None:
         self._left: dict[int, _Left] = {}  # by the layer's index
 
     def update(self, cache: Any, key: torch.Tensor, value: torch.Tensor, index: int) -> Pair:
-        """One token's key and value (B, G, 1, E) added, all of the layer's (B, G, K + 1, E), as by `cache.update`."""
+        """Adds a token's key and value (B, G, 1, E); returns the layer's (B, G, K + 1, E), as `cache.update`."""
         layer = cache.layers[index]
         keys = layer.keys
         if type(layer) is not DynamicLayer or keys.nbytes < LEAST_BYTES or not _is_in_place(key):
             return cache.update(key, value, index)
         left, buffers = self._left.get(index), None
         if left is None or left.keys is not keys or left.values is not layer.values:
-            # Reserves space from the second token on: for a single one it would be one copy more.
+            # Reserves space from the second token on; a single token would pay for a copy.
             now = cache.update(key, value, index)
         else:
             length, buffers = keys.shape[2], left.buffers
@@ -60,7 +58,7 @@ class GrowingCache:
         return now
 
     def end(self) -> None:
-        """Takes the room from layers that outlive the call, since a view is saved with all that it is a view of."""
+        """Releases the reserved space of layers that outlive the call: a view is saved with its whole buffer."""
         for left in self._left.values():
             layer = left.layer()
             if left.buffers is None or layer is None or layer.keys is not left.keys or layer.values is not left.values:
@@ -71,12 +69,12 @@ class GrowingCache:
 
 
 def _is_in_place(new: torch.Tensor) -> bool:
-    # autograd keeps the keys of each step; elsewhere than on a CPU calls cost more than copies
+    # autograd needs the keys of each step; off the CPU, calls cost more than copies
     return new.device.type == "cpu" and not torch.is_grad_enabled()
 
 
 def _with_room(filled: torch.Tensor) -> torch.Tensor:
-    """A buffer that begins with `filled`."""
+    """A larger buffer that starts with `filled`."""
     rows, groups, length, width = filled.shape
     buffer = filled.new_empty(rows, groups, length + max(length // ROOM_SHARE, 1), width)
     buffer.narrow(2, 0, length).copy_(filled)

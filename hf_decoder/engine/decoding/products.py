@@ -1,4 +1,4 @@
-"""Matrix products of a decoding step: a few rows times a weight matrix, read at the rate of the memory.
+"""Matrix products of a decode step: a few rows times a weight matrix, at the speed of memory.
 
 Shapes: M outputs, N inputs.
 """
@@ -21,14 +21,14 @@ HALF_PRECISION = (torch.bfloat16, torch.float16)
 
 
 class Weights(NamedTuple):
-    """What a linear map multiplies with."""
+    """The tensors of a linear layer."""
 
     weight: torch.Tensor  # (M, N)
     bias: torch.Tensor | None  # (M,)
 
 
 class PackedWeights(NamedTuple):
-    """The same, packed by oneDNN."""
+    """The tensors of a linear layer, the weight packed by oneDNN."""
 
     packed: torch.Tensor
     bias: torch.Tensor | None
@@ -39,9 +39,9 @@ AnyWeights = Weights | PackedWeights | Int8Weights
 
 @contextmanager
 def reading_weights_once(input_ids: torch.Tensor, dtype: torch.dtype) -> Iterator[None]:
-    """For a single token in half precision on an AVX-512 CPU, has torch's matrix-vector kernel in place of oneDNN's.
+    """Makes torch use its own matrix-vector kernel for a single token in half precision on an AVX-512 CPU.
 
-    Measured on two cores with bf16: 42 to 48 GB/s of weights against 23 to 32, where plain reading gives 52.
+    It reads 42 to 48 GB/s of weights (two cores, bf16) and oneDNN's 23 to 32; plain reading gives 52.
     """
     if (
         input_ids.numel() != 1
@@ -52,7 +52,7 @@ def reading_weights_once(input_ids: torch.Tensor, dtype: torch.dtype) -> Iterato
     ):
         yield
         return
-    torch._C._set_mkldnn_enabled(False)  # the flag alone: torch.backends.mkldnn.flags sets others too and warns
+    torch._C._set_mkldnn_enabled(False)  # only this flag; torch.backends.mkldnn.flags sets others too and warns
     try:
         yield
     finally:
@@ -65,12 +65,12 @@ def weights_of(module: nn.Linear) -> AnyWeights:
 
 
 def _plain(weights: AnyWeights) -> Weights | None:
-    """These weights if they are no more than numbers: quantized ones have products, and a layout, of their own."""
+    """These weights if they are not quantized; quantized ones have their own products and layout."""
     return weights if isinstance(weights, Weights) and type(weights.weight) in PLAIN else None
 
 
 def joined(several: Sequence[AnyWeights]) -> tuple[AnyWeights, ...]:
-    """Weights of one product in place of several, where they can be joined: its outputs lie side by side."""
+    """Joins the weights of several products into one with outputs side by side, if they can be joined."""
     plain = [weights for weights in map(_plain, several) if weights is not None]
     biases = [weights.bias for weights in plain if weights.bias is not None]
     if len(plain) < len(several) or len(biases) not in (0, len(several)):
@@ -80,7 +80,7 @@ def joined(several: Sequence[AnyWeights]) -> tuple[AnyWeights, ...]:
 
 
 def packed_weights(weights: AnyWeights) -> AnyWeights:
-    """A copy in the layout that oneDNN's products of a few rows read fastest; what has a layout of its own stays."""
+    """A copy in oneDNN's fastest layout for a few rows; quantized weights are returned as they are."""
     plain = _plain(weights)
     if plain is None:
         return weights
@@ -88,7 +88,7 @@ def packed_weights(weights: AnyWeights) -> AnyWeights:
 
 
 def multiply(x: torch.Tensor, weights: AnyWeights) -> torch.Tensor:
-    """x (..., N) -> (..., M), in the quickest way."""
+    """x (..., N) -> (..., M), in the fastest way."""
     if isinstance(weights, PackedWeights):
         return torch.ops.mkldnn._linear_pointwise(x, weights.packed, weights.bias, "none", [], "")
     if isinstance(weights, Weights) and _may_be_turned(x, weights.weight):
@@ -97,11 +97,11 @@ def multiply(x: torch.Tensor, weights: AnyWeights) -> torch.Tensor:
 
 
 def multiply_as_modules(x: torch.Tensor, weights: Weights | Int8Weights) -> torch.Tensor:
-    """x (..., N) -> (..., M), the same numbers that the linear map gives when it is called, under autocast too."""
+    """x (..., N) -> (..., M), with the same bits as a call of the linear layer, under autocast too."""
     dtype = product_dtype(x)
     if isinstance(weights, Int8Weights):
         return int8_linear(x.to(dtype), weights)
-    # quantized weights have products of their own
+    # quantized weights have their own products
     in_parts = type(weights.weight) in PLAIN and _rows(x) >= MIN_HALF_ROWS
     if in_parts and fast_dtype(x.device, dtype) != dtype:
         with torch.autocast(x.device.type, enabled=False):
@@ -112,8 +112,8 @@ def multiply_as_modules(x: torch.Tensor, weights: Weights | Int8Weights) -> torc
 def multiply_row(x: torch.Tensor, weights: AnyWeights) -> torch.Tensor:
     """x (N,) -> (M,), on a CPU, in few calls.
 
-    MKL's matrix-vector product of fp32 keeps to one thread: parts of a weight, as a batch, do not. Measured on two
-    AVX2 cores: 7 to 17 GB/s of weights against 5 to 11, the larger the faster.
+    MKL's fp32 matrix-vector product uses one thread, so a large weight becomes a batch of parts: 7 to 17 GB/s on two
+    AVX2 cores against 5 to 11, the larger the faster.
     """
     weight: Any = weights[0]
     if not isinstance(weights, Weights) or type(weight) not in PLAIN:
@@ -121,7 +121,7 @@ def multiply_row(x: torch.Tensor, weights: AnyWeights) -> torch.Tensor:
     in_parts = weight.dtype == torch.float32 and weight.numel() >= MIN_SPLIT_ELEMENTS
     if in_parts and weight.shape[0] % SPLIT == 0 and weight.is_contiguous():
         inputs = weight.shape[1]
-        # a column by its strides too: with those of a row MKL takes a kernel that is slower than the one product
+        # with a column's strides; with a row's strides MKL chooses a kernel slower than the single product
         column = x.as_strided((SPLIT, inputs, 1), (0, 1, inputs))
         product = torch.bmm(weight.view(SPLIT, -1, inputs), column).view(-1)
     else:
@@ -136,8 +136,8 @@ def _rows(x: torch.Tensor) -> int:
 def _may_be_turned(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether x (..., N) is a few rows in fp32 on a CPU.
 
-    MKL multiplies the weight by these, not these by the weight, about twice as fast (40M parameters, 24 tokens: 0.53
-    against 1.05 s of two rows, 0.55 against 1.31 of four, 0.90 against 1.40 of eight, 1.19 against 1.56 of sixteen).
+    MKL multiplies weight by rows about twice as fast as rows by weight (40M parameters, 24 tokens: 0.53 against 1.05 s
+    for two rows, 0.55 against 1.31 for four, 0.90 against 1.40 for eight, 1.19 against 1.56 for sixteen).
     """
     if type(weight) not in PLAIN or x.device.type != "cpu" or not x.dtype == weight.dtype == torch.float32:
         return False

@@ -1,8 +1,8 @@
-"""A decoding step on a static cache that bypasses torch: its kernels read the tensors of a few rows in place.
+"""The base of decode steps with kernels of their own, on a static cache, in C++ or as a CUDA graph.
 
-What the step on a CPU and the one on CUDA have in common: how texts are begun, and how greedy ones are written.
+The kernels read the tensors of a few rows in place, without torch. The base prepares a text and decodes greedily.
 
-Shapes: B rows, S new tokens of each, one but for a prompt, K cached and new tokens, V vocab_size.
+Shapes: B rows, S new tokens per row (one, except in prefill), K cached and new tokens, V vocab_size.
 """
 
 from abc import ABC, abstractmethod
@@ -17,11 +17,11 @@ from hf_decoder.engine.assumptions import PLAIN, SILU
 from hf_decoder.engine.int8 import Int8Weights
 from hf_decoder.engine.precision import autocast_dtype
 
-FIXED_ANGLES = ("default", "linear", "llama3", "yarn", "proportional")  # the others change with the length
+FIXED_ANGLES = ("default", "linear", "llama3", "yarn", "proportional")  # other types change with the length
 
 
 class StaticStep(ABC):
-    """One token a row through the decoder: ids in, logits out, the static cache one token longer."""
+    """Runs one token per row through the decoder: takes ids, extends the static cache, returns logits."""
 
     max_rows = 1
 
@@ -29,45 +29,45 @@ class StaticStep(ABC):
         """step: a `DecodingStep` that `is_for_kernels`.
 
         Raises:
-            ValueError: on more than `max_rows` rows.
+            ValueError: for more than `max_rows` rows.
         """
         if rows > self.max_rows:
             raise ValueError(f"{type(self).__name__} takes {self.max_rows} rows at most, not {rows}")
         self._step = step
         self.rows = rows
         self.vocab_size = step.embedding.shape[0]
-        self.lock = Lock()  # a step is one at a time, whoever generates
+        self.lock = Lock()  # the buffers serve one step at a time
         self._cache: StaticCache | None = None
         self._next_past = -1
         self._addresses = _addresses(step)
         device, dtype = step.embedding.device, step.embedding.dtype
-        # the number of cached tokens, the next one's position, the first token it sees, the room, and where text goes
+        # per row: cached tokens, position of the next token, first token it sees, size of the cache, address of text
         self._state = torch.zeros(rows, 5, dtype=torch.int64, device=device)
-        # of each layer, where keys, values and the number of cached tokens lie
+        # per layer: addresses of keys, values and the number of cached tokens
         self._buffers = torch.zeros(len(step.layers), 4, dtype=torch.int64, device=device)
         self._ids = torch.zeros(rows, dtype=torch.int64, device=device)
         self._logits = torch.empty(rows, step.head[0].shape[0], dtype=dtype, device=device)
 
     @abstractmethod
     def _run(self, chooses: bool) -> None:
-        """The step on `_ids`, which writes `_logits`, the cache and `_state`; it may choose the next token, too.
+        """Runs the step on `_ids`; writes `_logits`, the cache and `_state`.
 
-        What it chooses becomes the next of the ids, and of the text.
+        If it `chooses`, it writes the next token into `_ids` and the text.
         """
 
     @abstractmethod
     def _write(self, text: torch.Tensor, made: int, ends: Collection[int], pad: int) -> int | None:
-        """Chooses the tokens of text (B, length) from `made` on; gives the length at which all have ended, if any.
+        """Chooses the tokens of text (B, length) from `made` on; returns the length at which all rows ended, if any.
 
-        A row ends with the first of `ends`, and goes on with `pad`.
+        A row ends with the first of `ends`; `pad` follows.
         """
 
     def takes_prompts(self, rows: int, tokens: int) -> bool:
-        """Whether `prompt` computes that many faster than the modules do."""
+        """Whether `prompt` is faster than the modules for so many rows and tokens."""
         return False
 
     def is_current(self) -> bool:
-        """Whether the weights still lie where the kernels read them."""
+        """Whether the weights are still at the addresses that the kernels read."""
         return self._addresses == _addresses(self._step)
 
     def begin(
@@ -78,13 +78,13 @@ class StaticStep(ABC):
         text: torch.Tensor | None = None,
         tokens: int = 1,
     ) -> bool:
-        """Gets ready for the next tokens; False where the mask hides more than the first ones, or the cache is full.
+        """Prepares the next tokens; False if the mask hides other than the first tokens, or the cache is full.
 
         Args:
-            cache: of the tokens before.
+            cache: of the previous tokens.
             attention_mask: (B, K), 0 for padding.
-            position_ids: (B or 1, S), one after the other; without them, the number of cached tokens, as in the model.
-            text: ids (B, n), the cached ones and that token at least; chosen tokens go there, behind it.
+            position_ids: (B or 1, S), consecutive; None: from the number of cached tokens on, as in the model.
+            text: ids (B, n): the cached ones, the next one, and space for chosen tokens.
             tokens: S.
         """
         goes_on = text is None and self._cache is cache
@@ -117,11 +117,11 @@ class StaticStep(ABC):
         return True
 
     def end(self) -> None:
-        """Lets go of the cache, which may change before it is seen again."""
+        """Forgets the cache, which may change before the next call."""
         self._cache = None
 
     def logits(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """(B, 1) -> (B, 1, V), of the tokens that were begun with."""
+        """Ids (B, 1) -> logits (B, 1, V), after `begin`."""
         self._ids.copy_(input_ids.view(-1))
         self._run(chooses=False)
         self._next_past += 1
@@ -137,10 +137,10 @@ class StaticStep(ABC):
         ends: Collection[int],
         pad: int,
     ) -> torch.Tensor | None:
-        """Goes on with ids (B, n) to `length` tokens, or till all rows have ended; None where it cannot begin.
+        """Continues ids (B, n) to `length` tokens, or until all rows have ended; None if it cannot begin.
 
-        A row ends with the first of `ends`, and goes on with `pad`. The cache lacks the last of the ids; in the end it
-        lacks the last of the text, as after any step. Mask and positions are those of the ids, as for `begin`.
+        A row ends with the first of `ends`; `pad` follows. The cache has all but the last of the ids, and in the end
+        all but the last of the text. Mask and positions are for the ids, as in `begin`.
         """
         made = ids.shape[1]
         text = ids.new_empty(len(ids), length)
@@ -161,9 +161,9 @@ class StaticStep(ABC):
 def end_rows(
     tokens: list[int], text: torch.Tensor, place: int, ends: Collection[int], ended: set[int], pad: int
 ) -> bool:
-    """Whether all rows of text (B, length) have ended with these tokens, chosen for that place.
+    """Whether all rows of text (B, length) have ended, given the tokens chosen for this place.
 
-    Rows that had `ended` before are padded, those that end there join them.
+    Rows that `ended` before are padded; rows that end here are added to `ended`.
     """
     for row, token in enumerate(tokens):
         if row in ended:
@@ -174,7 +174,7 @@ def end_rows(
 
 
 def first_seen(attention_mask: torch.Tensor) -> list[int] | None:
-    """How many tokens of each row a mask (B, K) hides with 0, None where these are not the first ones alone."""
+    """How many first tokens of each row a mask (B, K) hides with 0; None if it hides others too."""
     hidden = attention_mask == 0
     if not bool(hidden.any()):
         return [0] * len(hidden)
@@ -184,7 +184,7 @@ def first_seen(attention_mask: torch.Tensor) -> list[int] | None:
 
 
 def is_for_static_step(step: Any, input_ids: torch.Tensor, cache: Any) -> bool:
-    """Whether these are rows with a static cache that the kernels can extend."""
+    """Whether the kernels can extend this static cache by these ids."""
     return (
         input_ids.dtype == torch.int64
         and input_ids.device == step.embedding.device
@@ -197,7 +197,7 @@ def is_for_static_step(step: Any, input_ids: torch.Tensor, cache: Any) -> bool:
 
 
 def is_for_kernels(step: Any, *kinds: type) -> bool:
-    """Whether kernels compute what this step does: weights of these kinds, SiLU, no windows, fixed angles."""
+    """Whether kernels support this step: weights of these kinds, SiLU, no windows, fixed angles."""
     dtype, products = step.embedding.dtype, weights_of_products(step)
     of_type = [step.embedding, *(norm.weight for norm in _norms(step))]
     others: list[torch.Tensor] = []
@@ -221,13 +221,13 @@ def is_for_kernels(step: Any, *kinds: type) -> bool:
 
 
 def weights_of_products(step: Any) -> list[Any]:
-    """The head's first."""
+    """The weights of all products, the head's first."""
     of_layers = [[*layer.heads, layer.output, layer.gate, layer.up, layer.down] for layer in step.layers]
     return [step.head, *(weights for layer in of_layers for weights in layer)]
 
 
 def _norms(step: Any) -> list[Any]:
-    """The modules."""
+    """The modules of all norms."""
     of_layers = [(layer.input_norm, layer.query_norm, layer.key_norm, layer.mlp_norm) for layer in step.layers]
     return [norm for norm in (step.norm, *(norm for layer in of_layers for norm in layer)) if norm is not None]
 

@@ -1,11 +1,11 @@
 """The decoder as one function of its weights, without module calls, for any number of tokens per row.
 
-`generate()` spends most of a token on what surrounds the arithmetic. Here tokens meet weights directly: without the
-calls of a hundred modules, and for one token a row without masks where nothing is hidden, with the query heads of a
-group side by side, so that their keys are read once, and with matrix-vector kernels that read the weights at the rate
-of the memory. `DecodingStep.of` asks whether the model is one that this computes.
+`generate()` spends most of a token's time outside of the arithmetic. This function avoids the calls of a hundred
+modules. For one token per row it also avoids masks that hide nothing, puts the query heads of a group side by side so
+that their keys are read once, and uses matrix-vector kernels that read weights at the speed of memory.
+`DecodingStep.of` finds out whether it supports a model.
 
-Shapes: B rows, S new tokens of each, D hidden_size, H query heads, G key/value heads, E head_dim, R its rotated part,
+Shapes: B rows, S new tokens per row, D hidden_size, H query heads, G key/value heads, E head_dim, R its rotated part,
 K cached tokens and the new ones, V vocab_size.
 """
 
@@ -62,11 +62,11 @@ GROWING_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 class LayerWeights(NamedTuple):
-    """What one layer multiplies with, and its other modules."""
+    """The weights of one layer, and its other modules."""
 
     attention: Any
     input_norm: Any
-    heads: tuple[AnyWeights, ...]  # of queries, keys and values, each by itself or all joined
+    heads: tuple[AnyWeights, ...]  # of queries, keys and values, separate or joined
     output: AnyWeights
     mlp_norm: Any
     gate: AnyWeights
@@ -85,7 +85,7 @@ class LayerWeights(NamedTuple):
 
 
 class DecodingStep:
-    """The weights of a model's decoder and head, and the ways of tokens through them."""
+    """The weights of a model's decoder and head, with functions for prefill and decode steps."""
 
     def __init__(self, model: Any):
         decoder, config = model.model, model.config
@@ -108,12 +108,12 @@ class DecodingStep:
         self._may_be_static = True
         self._making = Lock()
         weights = [of[0] for of in weights_of_products(self) if isinstance(of, Weights)]
-        # others may need what stands between autograd and their kernels
+        # other tensors may need the dispatch keys that `below_autograd` skips
         self._is_plain = all(type(weight) in PLAIN for weight in (self.embedding, *weights))
 
     @staticmethod
     def of(model: Any) -> "DecodingStep | None":
-        """The model's step, the same one as long as its state is the same; None where modules must be called."""
+        """The model's step, the same one until its state changes; None if modules must be called."""
         state = state_of(model) if settings.decoding else None
         if state is None:
             _steps.pop(model, None)
@@ -126,7 +126,7 @@ class DecodingStep:
         return step
 
     def packed(self) -> "DecodingStep":
-        """A step with copies of the weights in the layout that oneDNN's matrix products of a few rows read fastest.
+        """A step with copies of the weights in oneDNN's fastest layout for a few rows.
 
         Measured on two cores with eight rows in bf16: 28 to 46 GB/s of weights against 11 to 19.
         """
@@ -145,9 +145,9 @@ class DecodingStep:
         return step
 
     def on_static_cache(self, rows: int) -> StaticStep | None:
-        """The step of so many rows by kernels of its own, where they cover it.
+        """The step of so many rows with kernels of its own, if they support it.
 
-        It is the same one as long as weights and rows stay the same.
+        It is the same one until weights or rows change.
         """
         with self._making:
             known = self._static
@@ -167,14 +167,14 @@ class DecodingStep:
             return
         self._may_be_static = False
         try:
-            # it outlives this call, and a tensor made in inference mode can be written to there alone
+            # it outlives this call, and only inference mode may write to tensors made in inference mode
             with torch.inference_mode(False), torch.no_grad():
                 self._static = kind(self, rows)
-        except Exception as error:  # then without it
-            _say("The decoding step could not be compiled for a static cache", error)
+        except Exception as error:  # decoding works without it
+            _say("The decode step could not be compiled for a static cache", error)
 
     def nbytes(self) -> int:
-        """Of the weights that products read."""
+        """Bytes of the weights that products read."""
         return sum(
             tensor.nbytes
             for weights in weights_of_products(self)
@@ -183,12 +183,12 @@ class DecodingStep:
         )
 
     def covers(self, inputs: torch.Tensor, cache: Any) -> bool:
-        """Whether inputs (B, S, ...) are one token a row, and the cache is filled and of a kind to extend."""
+        """Whether inputs (B, S, ...) are one token per row, and the cache is filled and of a supported kind."""
         if inputs.shape[1] != 1 or type(cache) not in (DynamicCache, StaticCache) or cache.offloading:
             return False
         kinds: tuple[type, ...] = GROWING_LAYERS
         if type(cache) is StaticCache:
-            if inputs.device.type != "cpu":  # elsewhere reading the length would wait for the device
+            if inputs.device.type != "cpu":  # reading its length would wait for the device
                 return False
             kinds = (StaticLayer,)
         layers = cache.layers
@@ -206,14 +206,14 @@ class DecodingStep:
         cache: Any,
         room: GrowingCache,
     ) -> torch.Tensor | None:
-        """Logits (B, 1, V) of one token a row, or None, nothing done, where this is not such a step.
+        """Logits (B, 1, V) of a decode step; None, without effect, if this is not one that it supports.
 
         Args:
             input_ids: (B, 1).
             attention_mask: (B, K), 0 for padding.
             position_ids: (B, 1).
-            cache: of the tokens before.
-            room: by which a growing cache is extended in place.
+            cache: of the previous tokens.
+            room: extends a growing cache in place.
         """
         if autocast_dtype(input_ids.device) is not None or not self.covers(input_ids, cache):
             return None
@@ -223,11 +223,11 @@ class DecodingStep:
             return None
         bias = None
         if attention_mask is not None:
-            # masks that transformers has prepared, one a layer type, are for the modules
+            # masks that transformers has prepared, one per layer type, are for the modules
             if not isinstance(attention_mask, torch.Tensor) or attention_mask.shape != (input_ids.shape[0], past + 1):
                 return None
             if not attention_mask.all():
-                if not attention_mask[:, -1].all():  # a row that sees nothing would be all minus infinity
+                if not attention_mask[:, -1].all():  # all scores of a row that sees nothing would be -inf
                     return None
                 bias = self.embedding.new_zeros(attention_mask.shape).masked_fill_(attention_mask == 0, float("-inf"))
                 bias = bias[:, None, None]
@@ -261,18 +261,18 @@ class DecodingStep:
         keep: int,
         product: Product = multiply,
     ) -> torch.Tensor | None:
-        """The logits (B, keep or S, V) of the last tokens, or of all for 0; None, nothing done, for an unknown id.
+        """Prefill: the logits (B, keep or S, V) of the last tokens; None, without effect, for an unknown id.
 
-        What is computed is what the modules compute, but for the products.
+        It computes what the modules compute, but with `product`.
 
         Args:
-            decoder: the `HfDecoderModel` that this step is of.
+            decoder: the `HfDecoderModel` of this step.
             input_ids: (B, S).
-            attention_mask: (B, K), 1 for tokens, 0 for padding, or what transformers has prepared.
+            attention_mask: (B, K), 1 for tokens, 0 for padding, or masks that transformers has prepared.
             position_ids: (B or 1, S).
-            cache: of any kind, of the tokens before; it holds S tokens more then. None where nothing is kept.
-            keep: of how many tokens.
-            product: of inputs and weights.
+            cache: any kind, of the previous tokens; it gets S more. None: nothing is cached.
+            keep: how many tokens get logits; 0: all.
+            product: multiplies inputs and weights.
         """
         if position_ids is None:
             past = 0 if cache is None else cache.get_seq_length()
@@ -302,11 +302,11 @@ class DecodingStep:
         keep: int = 0,
         is_row: bool = False,
     ) -> torch.Tensor | None:
-        """The logits (B, keep or S, V) of ids (B, S); a single token goes as (D,), in fewer calls."""
+        """The logits (B, keep or S, V) of ids (B, S); a single token has shape (D,), which takes fewer calls."""
         with reading_weights_once(input_ids, self.embedding.dtype), self.below_autograd():
             try:
                 hidden = nn.functional.embedding(input_ids, self.embedding)
-            except IndexError:  # the model says it in words
+            except IndexError:  # the modules raise the error
                 return None
             operators = operators_for(hidden)
             attend = attend_of(self.rotary.forward(hidden, position_ids))
@@ -336,12 +336,12 @@ class DecodingStep:
         )
 
     def below_autograd(self) -> AbstractContextManager:
-        """Where no gradients are wanted, calls of torch pass autograd by, which takes a twelfth of their time."""
+        """Makes calls of torch skip autograd if no gradients are needed, which saves a twelfth of their time."""
         below = self._is_plain and not torch.is_grad_enabled()
         return torch._C._AutoDispatchBelowAutograd() if below else nullcontext()
 
     def apart(self, products: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        """Of queries, keys and values, which may be one product, (..., H * E) and twice (..., G * E)."""
+        """Splits a joined product into queries (..., H * E), keys and values (..., G * E)."""
         if len(products) > 1:
             return products
         width = self.groups * self.head_dim
@@ -358,7 +358,7 @@ class DecodingStep:
         key: torch.Tensor,
         value: torch.Tensor,
     ) -> torch.Tensor:
-        """query (B, 1, H, E), key and value (B, 1, G, E) -> (B, 1, H * E); a group's heads as rows of one head."""
+        """query (B, 1, H, E), key and value (B, 1, G, E) -> (B, 1, H * E); a group's heads are rows of one head."""
         shape = (len(query), self.groups, -1, self.head_dim)
         query, key, value = query.view(shape), key.view(shape), value.view(shape)
         if layer.attention.use_rope:
@@ -381,7 +381,7 @@ class DecodingStep:
         heads, groups, width = len(query), len(key), self.head_dim
         if layer.attention.use_rope:
             cos, sin = (x.view(2, -1) for x in rotation)
-            sin = torch.stack((-sin[0], sin[1]))  # of the other half, to be added
+            sin = torch.stack((-sin[0], sin[1]))  # signs for adding the other half
             both, rotated = torch.cat((query, key)), cos.numel()
             halves = (both if rotated == width else both[:, :rotated]).view(heads + groups, 2, -1)
             turned = torch.addcmul(halves * cos, halves.flip(1), sin).view(heads + groups, rotated)
@@ -406,17 +406,17 @@ class DecodingStep:
 
 
 class FewCalls(Operators):
-    """Norms in half the kernels."""
+    """Norms with half as many kernels."""
 
     def norm(self, norm: Any, x: torch.Tensor) -> torch.Tensor:
         return norm.weight * rms_norm(x.float(), (x.shape[-1],), eps=norm.variance_epsilon).to(x.dtype)
 
 
 class RowOperators(FewCalls):
-    """One token (D,) on a CPU, in as few calls of torch as it takes.
+    """One token (D,) on a CPU, with as few calls of torch as possible.
 
-    A call costs some microseconds whatever it computes, and a module's norm is a dozen of them: on two slow AVX2 cores
-    70 microseconds of a single token, where this takes 6 to 15.
+    A call costs some microseconds whatever it computes. A module's norm makes a dozen: 70 microseconds per token on
+    two slow AVX2 cores, where this takes 6 to 15.
     """
 
     def norm(self, norm: Any, x: torch.Tensor) -> torch.Tensor:
@@ -430,7 +430,7 @@ class RowOperators(FewCalls):
 def _store_in_place(
     cache: Any, past: int, key: torch.Tensor, value: torch.Tensor, index: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One token's key and value (B, G, 1, E) into a static cache, whose length is counted when all layers are done."""
+    """Writes a token's key and value (B, G, 1, E) into a static cache, whose length is updated after all layers."""
     keys, values = cache.layers[index].keys, cache.layers[index].values
     keys[:, :, past : past + 1] = key
     values[:, :, past : past + 1] = value
@@ -438,7 +438,7 @@ def _store_in_place(
 
 
 def _say(what: str, error: Exception) -> None:
-    """Once a process, in a line: what a compiler says takes pages, and is there at level info."""
+    """Warns once per process in one line; the compiler's pages of output are logged at level info."""
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     logger.warning_once(f"{what}: {reason}")
     logger.info(what, exc_info=error)
@@ -446,7 +446,7 @@ def _say(what: str, error: Exception) -> None:
 
 @contextmanager
 def attending_without_plans(input_ids: torch.Tensor) -> Iterator[None]:
-    """On CUDA, has attention without cuDNN, which plans it anew for every number of keys."""
+    """Turns off cuDNN's attention on CUDA, which makes a new plan for every number of keys."""
     if input_ids.device.type != "cuda" or not torch.backends.cuda.cudnn_sdp_enabled():
         yield
         return
@@ -473,8 +473,7 @@ def _weights_of(layer: Any, window: int | None) -> LayerWeights:
     )
 
 
-# of each model, the state that its step was made in; these ids stay those of the same objects, because the step holds
-# them
+# model -> state and step; the step keeps the objects alive whose ids are in the state
 _steps: "WeakKeyDictionary[nn.Module, tuple[Any, DecodingStep]]" = WeakKeyDictionary()
 
 

@@ -1,8 +1,7 @@
-"""Long tensors, computed in blocks of rows that fit a CPU's caches, or by the kernels of triton/training.py on a GPU.
+"""Splits long tensors into blocks of rows that fit a CPU's caches; a GPU has the kernels of triton/training.py.
 
-What stands between the matrix products of a training step (norms, rotations, gates, casts) is a dozen passes through
-the memory, and on a CPU fresh pages for each, when it is written tensor by tensor. Done block by block, each tensor is
-read and written once.
+Tensor by tensor, the operators between the matrix products of a training step (norms, rotations, gates, casts) pass
+through memory a dozen times, on a CPU with fresh pages. Block by block, each tensor is read and written once.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,23 +15,23 @@ from hf_decoder.engine.assumptions import DTYPES, PLAIN
 logger = logging.get_logger(__name__)
 
 BLOCK_ELEMENTS = 2**18
-MIN_BLOCKED_ELEMENTS = 2**19  # fewer stay in the caches anyhow
-MIN_KERNEL_ELEMENTS = 2**14  # with fewer, a GPU waits for its launches whatever they do
+MIN_BLOCKED_ELEMENTS = 2**19  # fewer stay in the caches anyway
+MIN_KERNEL_ELEMENTS = 2**14  # with fewer, launches take longer than the work
 
 
 def has_kernels(x: torch.Tensor) -> bool:
     """Whether the kernels take this tensor."""
-    return type(x) in PLAIN and x.dtype in DTYPES and _kernels_run_on(x.device)
+    return type(x) in PLAIN and x.dtype in DTYPES and kernels_run_on(x.device)
 
 
 def is_nvidia_with_bf16(device: torch.device) -> bool:
-    """Whether kernels written for NVIDIA's GPUs from Ampere on run here; a ROCm device goes by the same name."""
+    """Whether this is an NVIDIA GPU from Ampere on; a ROCm device is called cuda too."""
     return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @cache
-def _kernels_run_on(device: torch.device) -> bool:
-    """Whether this is such a GPU, and Triton, which needs a C compiler, works."""
+def kernels_run_on(device: torch.device) -> bool:
+    """Whether this is such a GPU and Triton works, which needs a C compiler."""
     if not is_nvidia_with_bf16(device):
         return False
     try:
@@ -49,7 +48,7 @@ def _kernels_run_on(device: torch.device) -> bool:
 
 
 def blocks(count: int, width: int) -> list[slice]:
-    """Of `count` rows of `width` numbers."""
+    """Slices that cut `count` rows of `width` numbers into blocks."""
     size = max(1, BLOCK_ELEMENTS // width)
     return [slice(start, start + size) for start in range(0, count, size)]
 
@@ -62,16 +61,10 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
 def gradients_of_formula(
     formula: Callable[..., torch.Tensor], inputs: Sequence[torch.Tensor], needs: Sequence[bool], grad: torch.Tensor
 ) -> list[torch.Tensor | None]:
-    """Of the inputs that need one, from the formula written out, so that there is a second derivative."""
+    """Differentiable gradients of the inputs that need one, by autograd from the formula."""
     needed = [tensor for tensor, is_needed in zip(inputs, needs, strict=True) if is_needed]
     found = iter(torch.autograd.grad(formula(*inputs), needed, grad, create_graph=True))
     return [next(found) if is_needed else None for is_needed in needs]
 
 
-__all__ = [
-    "as_rows",
-    "blocks",
-    "gradients_of_formula",
-    "has_kernels",
-    "is_nvidia_with_bf16",
-]
+__all__ = ["as_rows", "blocks", "gradients_of_formula", "has_kernels", "is_nvidia_with_bf16", "kernels_run_on"]

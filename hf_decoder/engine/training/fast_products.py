@@ -1,10 +1,9 @@
-"""Matrix products within a layer, for types that torch multiplies slowly on this CPU.
+"""Matrix products within a layer, for dtypes that torch multiplies slowly on this CPU.
 
-Without instructions for half precision, which came with AVX-512 and AMX and which most desktop CPUs lack, oneDNN
-leaves its products to a loop of torch's, which takes 5 to 70 times as long as fp32 does. Here their factors become
-fp32, part by part, and what comes out is rounded once: as instructions for half precision do it, which add up in fp32
-too. torchao's int8 weights, which it multiplies out as a whole before each product, are taken in parts likewise. That
-covers whatever calls `linear` or `matmul` within a layer, adapters included.
+Most desktop CPUs lack instructions for half precision (AVX-512, AMX). There torch multiplies in a loop that takes 5 to
+70 times as long as fp32. Here the factors become fp32 part by part and the result is rounded once, as those
+instructions do. torchao's int8 weights, which torchao dequantizes as a whole for each product, are taken in parts
+too. This covers every call of `linear` and `matmul` within a layer, adapters included.
 Shapes: R rows, N inputs, M outputs.
 """
 
@@ -33,11 +32,11 @@ from hf_decoder.engine.training.blocks import as_rows, gradients_of_formula
 
 
 def needs_fast_products(x: torch.Tensor, reader: nn.Module | None) -> bool:
-    """Whether products with x (..., N), and with what is made of it, are slow in torch's own way.
+    """Whether torch is slow at products with x (..., N) and its results.
 
     Args:
-        x: what enters.
-        reader: one of the linear maps that are called, whose kind of weight stands for all.
+        x: the input.
+        reader: one of the linear layers that are called; all have its kind of weight.
     """
     if not settings.training or not x.is_cpu or not (runs_as_written() or may_call_operators()):
         return False
@@ -46,11 +45,13 @@ def needs_fast_products(x: torch.Tensor, reader: nn.Module | None) -> bool:
 
 
 def fast_products(x: torch.Tensor, reader: nn.Module | None) -> AbstractContextManager:
-    """While it lasts, such products are formed in the way that is fast here."""
+    """A context in which such products are fast, where they need it."""
     return FastProducts() if needs_fast_products(x, reader) else nullcontext()
 
 
 class FastProducts(TorchFunctionMode):
+    """Replaces `linear` and `matmul` by the forms below."""
+
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         form = _FORMS.get(function)
@@ -59,7 +60,7 @@ class FastProducts(TorchFunctionMode):
 
 
 def _linear(input: Any, weight: Any, bias: Any = None) -> torch.Tensor | None:
-    """None of what torch is to multiply, or to refuse, itself."""
+    """The product, or None if torch is to compute it, or to refuse it."""
     if (int8 := int8_weights(weight, bias)) is not None:
         dtype = _common_dtype(input)
         if dtype is None or torch.compiler.is_compiling() or _needs_gradients(input, bias):
@@ -93,7 +94,7 @@ def _is_slow(dtype: torch.dtype) -> bool:
 
 
 def _common_dtype(*tensors: torch.Tensor) -> torch.dtype | None:
-    """The one type that a CPU is to multiply these plain tensors in; None where there is none."""
+    """The dtype of a product of these plain CPU tensors; None if there is no common one."""
     own, casts = tensors[0].dtype, autocast_dtype(tensors[0].device)
     fits = all(
         type(tensor) in PLAIN and tensor.is_cpu and tensor.dtype in DTYPES and (casts or tensor.dtype == own)
@@ -107,17 +108,17 @@ def _needs_gradients(*tensors: torch.Tensor | None) -> bool:
 
 
 def _linear_written_out(dtype: torch.dtype, *tensors: torch.Tensor) -> torch.Tensor:
-    """linear(x, weight, bias) of what these are in half precision."""
+    """linear(x, weight, bias) in fp32, of tensors rounded to half precision."""
     return linear(*(tensor.to(dtype).float() for tensor in tensors)).to(dtype)
 
 
 class _LinearInFp32(torch.autograd.Function):
-    """x (..., N) in half precision, weight (M, N) and bias (M,), rounded to it, whose gradients are not."""
+    """x (..., N) in half precision times weight (M, N), plus bias (M,), which are rounded; their gradients are not."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(x, weight, bias)
-        if torch.compiler.is_compiling():  # in one piece, for parts would be unrolled
+        if torch.compiler.is_compiling():  # in one piece, because tracing would unroll parts
             return _linear_written_out(x.dtype, *((x, weight) if bias is None else (x, weight, bias)))
         return linear_in_parts(x, weight, bias)
 
@@ -125,7 +126,7 @@ class _LinearInFp32(torch.autograd.Function):
     def backward(ctx, grad_output):
         x, weight, bias = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        with torch.autocast("cpu", enabled=False):  # a compiler traces this with the forward pass's autocast
+        with torch.autocast("cpu", enabled=False):  # a compiler traces this under the autocast of the forward pass
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 inputs = (x, weight) if bias is None else (x, weight, bias)
                 found = gradients_of_formula(
@@ -140,7 +141,7 @@ class _LinearInFp32(torch.autograd.Function):
 
 
 def _grad_of_rows(grads: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """(R, M) in half precision, (M, N) in fp32 -> (R, N), in half precision."""
+    """(R, M) in half precision, (M, N) in fp32 -> (R, N) in half precision."""
     if torch.compiler.is_compiling():
         return torch.mm(grads.float(), weight).to(grads.dtype)
     found = grads.new_empty(len(grads), weight.shape[1])

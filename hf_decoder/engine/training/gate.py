@@ -1,8 +1,7 @@
-"""The gate of SwiGLU (Shazeer 2020): act(gate) * up.
+"""The gate of SwiGLU (Shazeer 2020), silu(gate) * up, in blocks of rows on a CPU and by a kernel on CUDA.
 
-Of SiLU, in blocks of rows on a CPU and by a kernel on CUDA: each tensor is read and written once, and of the forward
-pass nothing is kept but the two inputs, where the activation's result would be a third; with kernels not even the
-product for the linear map that reads it.
+Each tensor is read and written once. The forward pass keeps the two inputs, but not the result of the activation; with
+kernels it does not keep the product for the next linear map either.
 Shapes: (..., F) intermediate_size.
 """
 
@@ -16,13 +15,12 @@ from hf_decoder.engine.training.blocks import as_rows, blocks, gradients_of_form
 
 
 def fused_gate(reader: Callable[[torch.Tensor], torch.Tensor], gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """Returns reader(silu(gate) * up), whose input, where there are kernels, is made again for the backward pass.
+    """Computes reader(silu(gate) * up). With kernels the backward pass recomputes the reader's input.
 
-    That is a sixth of what a layer keeps, and one or two hundredths of a step by arithmetic; a CPU, which has more
-    memory than time, keeps it. Whatever the reader is, what it saves of that very tensor is dropped, and no more.
-    Where someone looks after saved tensors already (gradient checkpointing, offloading), it is theirs.
+    That saves a sixth of a layer's activations and costs 1 to 2% of a step. A CPU keeps the input. Nothing else that
+    the reader saves is dropped. Under other hooks on saved tensors (gradient checkpointing, offloading), it is kept.
     """
-    if gate.dtype != up.dtype or gate.shape != up.shape:  # of an adapter's making
+    if gate.dtype != up.dtype or gate.shape != up.shape:  # from an adapter
         return reader(silu(gate) * up)
     product = _BlockedGatedSiLU.apply(gate, up)
     is_kept = not has_kernels(product) or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
@@ -42,7 +40,7 @@ def fused_gate(reader: Callable[[torch.Tensor], torch.Tensor], gate: torch.Tenso
 
 
 def _mark(x: torch.Tensor) -> tuple:
-    """Of a tensor and its views, for as long as nothing is written into it."""
+    """Identifies a tensor and its views, until something is written into it."""
     return x.data_ptr(), x.numel(), x.dtype, x._version
 
 

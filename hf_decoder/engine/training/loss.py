@@ -1,9 +1,8 @@
-"""The next-token loss straight from hidden states, without ever holding all the logits.
+"""The next-token loss from hidden states, without ever holding all logits.
 
-It works through the rows in chunks and forms the gradients in the same pass, because they need the same
-logits: memory is one chunk of logits instead of several copies of all of them. The idea is that of Wijmans et al. 2024
-("Cut Your Losses") and of Liger Kernel; this one is plain PyTorch and runs on any device. On CUDA a kernel does what
-stands between the products.
+Rows go through the head in chunks, and the same pass forms the gradients from the chunk's logits. So memory holds one
+chunk of logits instead of several copies of all. The idea is that of Wijmans et al. 2024 ("Cut Your Losses") and Liger
+Kernel. This is plain PyTorch for any device; on CUDA a kernel computes what is between the products.
 Shapes: N rows (tokens), D hidden_size, V vocab_size.
 """
 
@@ -27,15 +26,15 @@ from hf_decoder.model.loss_hf_decoder import (
     softcap,
 )
 
-# Elements of one chunk of logits, at least; large enough for full matmul speed.
+# Minimum elements of one chunk of logits; enough for full matmul speed.
 CHUNK_ELEMENTS = 2**21
 MIN_CHUNK_ROWS = 512
 TILE_ROWS = 128
-# Of one chunk where a kernel takes the logits as they are: 256 MiB in half precision. Each chunk more adds a read and
-# a write of the weight's gradient, and few rows leave a part of a large GPU idle.
+# The same for CUDA's kernel: 256 MiB in half precision. Every chunk reads and writes the weight's gradient, and few
+# rows leave part of a large GPU idle.
 KERNEL_CHUNK_ELEMENTS = 2**27
-# What a CPU works through at a time between the matmuls, small enough for its caches: logits in fp32, and rows of the
-# weight's gradient. Elsewhere a chunk is done whole, because there it is the launches of kernels that cost.
+# Parts that fit a CPU's caches: elements of fp32 logits, and rows of the weight's gradient. Other devices take a whole
+# chunk, because launches of kernels cost more there.
 BLOCK_ELEMENTS = 2**20
 WEIGHT_ROWS = 2048
 
@@ -51,11 +50,11 @@ def linear_causal_lm_loss(
     final_logit_softcapping: float | None = None,
     **kwargs,
 ) -> torch.Tensor:
-    """`causal_lm_loss` of `lm_head(hidden_states)`, (B, S, D), without holding the logits where the head allows it.
+    """`causal_lm_loss` of `lm_head(hidden_states)`, (B, S, D), without holding the logits if the head allows it.
 
-    The head allows it when it is a plain linear layer whose weight lies here in one piece, or does while FSDP2 has it
-    gathered. One that an adapter wraps, a quantizer replaced, or tensor parallelism and ZeRO-3 sharded is called as it
-    is, and its logits are held. So are they under the transforms of `torch.func`.
+    The head must be a plain linear layer with its whole weight here, or with one that FSDP2 gathers. A head with an
+    adapter, a quantized one, and one sharded by tensor parallelism or ZeRO-3 is called as it is and its logits are
+    held. So they are under transforms of `torch.func`.
 
     Raises:
         ValueError: for a label outside the vocabulary (on a CPU).
@@ -69,8 +68,8 @@ def linear_causal_lm_loss(
     if plain:
         return _loss_of_rows(lm_head, hidden_states, targets, num_items_in_batch, settings)
     if gathered:
-        # FSDP2's hooks around a call of the module gather its weight and, later, scatter the gradient; what they
-        # surround here ends in the loss. It is divided in there too: they may round what comes out to half precision.
+        # FSDP2's hooks around a call of the head gather its weight and later scatter the gradient, so the call
+        # computes the loss. It divides the loss too, because the hooks may round the result to half precision.
         lm_head.forward = lambda hidden: _loss_of_rows(lm_head, hidden, targets, num_items_in_batch, settings)
         try:
             return lm_head(hidden_states)
@@ -89,7 +88,7 @@ def _loss_of_rows(
     num_items_in_batch: torch.Tensor | int | None,
     settings: tuple[int, float, float | None],
 ) -> torch.Tensor:
-    """The loss from (B, S, D) and (B * S,) targets, with the head's weight at hand."""
+    """The mean loss of hidden states (B, S, D) and targets (B * S,), from the head's weight."""
     ignore_index, z_loss_coef, cap = settings
     targets = targets.to(hidden_states.device)
     weight, bias = cast(nn.Linear, lm_head).weight, cast(nn.Linear, lm_head).bias
@@ -98,14 +97,14 @@ def _loss_of_rows(
     valid = targets != ignore_index
     if not torch.compiler.is_compiling():  # positions without a label never reach the head
         counted = valid.nonzero().squeeze(-1)
-        # not by brackets, whose gradient is for rows that may be picked twice, which a GPU has to sort
+        # not `rows[counted]`, whose gradient allows for repeated rows, which a GPU would have to sort
         rows, targets = rows.index_select(0, counted), targets.index_select(0, counted)
     total = linear_cross_entropy(rows, weight, targets, bias, ignore_index, z_loss_coef, cap)
     return mean_loss(total, valid, num_items_in_batch)
 
 
 def _is_gathered_when_called(lm_head: nn.Module) -> bool:
-    """Whether FSDP2 made the head's class of a plain linear layer's, and nothing else is attached to it."""
+    """Whether the head is a plain linear layer sharded by FSDP2, with no other hooks."""
     return (
         [base.__name__ for base in type(lm_head).__bases__] == ["FSDPModule", nn.Linear.__name__]
         and len(lm_head._forward_pre_hooks) <= 1
@@ -130,10 +129,10 @@ def linear_cross_entropy(
     Args:
         rows: (N, D).
         weight: (V, D).
-        targets: (N,), `ignore_index` where a row does not count.
+        targets: (N,), `ignore_index` for rows that do not count.
         bias: (V,).
         ignore_index: target of rows without loss.
-        z_loss_coef: weight of the squared log-partition, added to every row that counts.
+        z_loss_coef: weight of the squared log-partition of every row that counts.
         final_logit_softcapping: see `softcap`.
         label_smoothing: share of the target spread evenly over the vocabulary, as in `F.cross_entropy`.
 
@@ -154,29 +153,20 @@ def _loss_and_gradients(
     needs: Sequence[bool],
     settings: tuple[int, float, float | None, float],
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """The sum, and the gradients that it needs, of rows, weight and bias, chunk by chunk."""
+    """The summed loss, and the gradients of rows, weight and bias; None for those not needed."""
     needs_rows, needs_weight, needs_bias = needs
+    vocab_size, on_cpu = weight.shape[0], rows.device.type == "cpu"
+    has_kernel = runs_as_written() and has_kernels(rows)
     grad_rows = torch.empty_like(rows) if needs_rows else None
-    # fp32 whatever the weights' type: many chunks are added up, the first one in place of zeros
-    grad_weight = torch.empty_like(weight, dtype=torch.float32) if needs_weight else None
-    if grad_weight is not None and not rows.shape[0]:
-        grad_weight.zero_()
+    grad_weight = _WeightGradient(rows, weight, has_kernel) if needs_weight else None
     grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and needs_bias else None
     total = torch.zeros((), dtype=torch.float32, device=rows.device)
-    vocab_size = weight.shape[0]
-    has_kernel = runs_as_written() and has_kernels(rows)
-    chunk_rows = _chunk_rows(rows.shape[0], vocab_size, has_kernel)
-    block_rows, weight_rows, on_cpu = chunk_rows, vocab_size, rows.device.type == "cpu"
-    if on_cpu:
-        block_rows, weight_rows = min(chunk_rows, max(1, BLOCK_ELEMENTS // vocab_size)), min(vocab_size, WEIGHT_ROWS)
-    # the same memory serves every chunk: fresh pages would cost as much as the arithmetic
+    chunk_rows = chunk_rows_of(rows.shape[0], vocab_size, has_kernel)
+    block_rows = min(chunk_rows, max(1, BLOCK_ELEMENTS // vocab_size)) if on_cpu else chunk_rows
+    # all chunks share this memory: fresh pages would cost as much as the arithmetic
     all_logits = rows.new_empty(chunk_rows, vocab_size)
     buffer_shape = (0 if has_kernel else 2 if settings[2] is None else 3, block_rows, vocab_size)
     buffers = rows.new_empty(buffer_shape, dtype=torch.float32)
-    adds_products = has_kernel and needs_weight and _adds_products_in_fp32(rows.device, rows.dtype)
-    all_products = weight.new_empty(weight_rows if needs_weight and not adds_products else 0, weight.shape[1])
-    # a CPU adds tensors of two types several times slower than of one
-    upcast = torch.empty_like(all_products, dtype=torch.float32) if on_cpu else None
     if has_kernel:
         _assert_targets(targets, vocab_size, settings[0])
 
@@ -198,40 +188,60 @@ def _loss_and_gradients(
                 total += _loss_of_block(logits[block], target[block], buffers, settings, any(needs))
         if grad_rows is not None:
             torch.mm(logits, weight, out=grad_rows[start : start + chunk_rows])
-        if grad_weight is not None and adds_products:
-            _add_product(grad_weight, logits.t(), chunk, is_first=not start)
-        elif grad_weight is not None:
-            for first in range(0, vocab_size, weight_rows):
-                part = grad_weight[first : first + weight_rows]
-                product = all_products[: len(part)]
-                torch.mm(logits[:, first : first + weight_rows].t(), chunk, out=product)
-                if not start:
-                    part.copy_(product)
-                else:
-                    part += product if upcast is None else upcast[: len(part)].copy_(product)
+        if grad_weight is not None:
+            grad_weight.add(logits, chunk, is_first=not start)
         if grad_bias is not None:
             grad_bias += logits.sum(0, dtype=torch.float32)
-    return total, grad_rows, grad_weight, grad_bias
+    return total, grad_rows, None if grad_weight is None else grad_weight.total, grad_bias
 
 
-def _chunk_rows(rows: int, vocab_size: int, has_kernel: bool) -> int:
-    """Rows of all chunks but the last."""
+class _WeightGradient:
+    """Adds up the gradient of the weight over all chunks, in fp32 whatever the weight's dtype."""
+
+    def __init__(self, rows: torch.Tensor, weight: torch.Tensor, has_kernel: bool):
+        self.total = torch.empty_like(weight, dtype=torch.float32)  # the first chunk fills it
+        if not rows.shape[0]:
+            self.total.zero_()
+        self.adds_products = has_kernel and _adds_products_in_fp32(rows.device, rows.dtype)
+        on_cpu = rows.device.type == "cpu"
+        self.part_rows = min(len(weight), WEIGHT_ROWS) if on_cpu else len(weight)
+        self.products = weight.new_empty(0 if self.adds_products else self.part_rows, weight.shape[1])
+        # a CPU adds tensors of two dtypes several times slower than of one
+        self.upcast = torch.empty_like(self.products, dtype=torch.float32) if on_cpu else None
+
+    def add(self, grad_logits: torch.Tensor, chunk: torch.Tensor, is_first: bool) -> None:
+        """Adds grad_logits.T @ chunk, from (N, V) and (N, D)."""
+        if self.adds_products:
+            _add_product(self.total, grad_logits.t(), chunk, is_first)
+            return
+        for first in range(0, len(self.total), self.part_rows):
+            part = self.total[first : first + self.part_rows]
+            product = self.products[: len(part)]
+            torch.mm(grad_logits[:, first : first + self.part_rows].t(), chunk, out=product)
+            if is_first:
+                part.copy_(product)
+            else:
+                part += product if self.upcast is None else self.upcast[: len(part)].copy_(product)
+
+
+def chunk_rows_of(rows: int, vocab_size: int, has_kernel: bool) -> int:
+    """The rows of all chunks but the last."""
     limit = max(MIN_CHUNK_ROWS, (KERNEL_CHUNK_ELEMENTS if has_kernel else CHUNK_ELEMENTS) // vocab_size)
-    if has_kernel and rows > limit:  # of about one size, in whole tiles of a product
+    if has_kernel and rows > limit:  # chunks of about equal size, in whole tiles of a product
         count = -(-rows // limit)
         limit = min(limit, -(-rows // (count * TILE_ROWS)) * TILE_ROWS)
     return min(limit, max(rows, 1))
 
 
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, is_first: bool) -> None:
-    """total (M, N), fp32, += a (M, K) @ b (K, N); the first product takes its place, whatever it holds."""
+    """total (M, N), fp32, += a (M, K) @ b (K, N); the first product overwrites the total."""
     kinds: dict[str, Any] = {} if a.dtype == torch.float32 else {"out_dtype": torch.float32}
     torch.addmm(total, a, b, **kinds, beta=0 if is_first else 1, out=total)
 
 
 @cache
 def _adds_products_in_fp32(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether products of this dtype can be added up in fp32 at once, which torch has for CUDA alone."""
+    """Whether torch adds products of this dtype to an fp32 tensor, which needs CUDA."""
     factor = torch.ones(8, 8, device=device, dtype=dtype)
     try:
         _add_product(torch.empty(8, 8, device=device), factor, factor, is_first=True)
@@ -241,7 +251,7 @@ def _adds_products_in_fp32(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _assert_targets(targets: torch.Tensor, vocab_size: int, ignore_index: int) -> None:
-    """What indexing would assert on the device, without waiting for it."""
+    """Asserts valid targets on the device, without waiting for the result."""
     fits = (targets == ignore_index) | ((targets >= 0) & (targets < vocab_size))
     torch._assert_async(fits.all(), "a label is outside the vocabulary")
 
@@ -253,7 +263,7 @@ def _loss_of_block(
     settings: tuple[int, float, float | None, float],
     needs_gradient: bool,
 ) -> torch.Tensor:
-    """The summed loss of (N, V) logits, which its gradient replaces if needed; `buffers` is fp32 memory for N rows."""
+    """The summed loss of (N, V) logits, which become their gradient if needed; `buffers`: fp32 memory for N rows."""
     ignore_index, z_loss_coef, cap, smoothing = settings
     vocab_size = logits.shape[-1]
     ignored = (target == ignore_index).unsqueeze(-1)
@@ -269,7 +279,7 @@ def _loss_of_block(
     target_score = scores.gather(-1, index)
     if smoothing:
         target_score = target_score.lerp(scores.mean(-1, keepdim=True), smoothing)
-    # a softmax is one call, whose exponentials are the quickest: its largest number says what all were divided by
+    # one call of softmax has the fastest exponentials; its largest value gives the sum that all were divided by
     gradient = torch.softmax(scores, -1, out=buffers[-1, : logits.shape[0]])
     log_partition = largest - gradient.amax(-1, keepdim=True).log_()
     loss = log_partition - target_score
@@ -286,7 +296,7 @@ def _loss_of_block(
     gradient.scatter_add_(-1, index, torch.full_like(loss, smoothing - 1.0))
     if slope is not None:
         gradient *= slope
-    # a CPU can look whether there is a row to leave out; elsewhere the answer would be waited for
+    # only a CPU can check for ignored rows without waiting for a device
     if torch.compiler.is_compiling() or target.device.type != "cpu" or ignored.any():
         gradient.masked_fill_(ignored, 0.0)
     logits.copy_(gradient)
@@ -296,7 +306,7 @@ def _loss_of_block(
 def _compute(rows, weight, bias, targets, needs, ignore_index, z_loss_coef, cap, smoothing) -> list[torch.Tensor]:
     settings = (ignore_index, z_loss_coef, cap, smoothing)
     all_rows, counted = rows, None
-    if rows.device.type == "cpu":  # elsewhere the count would have to be waited for, which a captured graph cannot do
+    if rows.device.type == "cpu":  # elsewhere this would wait for the device, which a CUDA graph cannot do
         counted = (targets != ignore_index).nonzero().squeeze(-1)
         rows, targets = rows[counted], targets[counted]
     total, grad_rows, *grads = _loss_and_gradients(rows, weight, bias, targets, needs, settings)
@@ -314,8 +324,8 @@ def _shapes(rows, weight, bias, targets, needs, *settings) -> list[torch.Tensor]
     return [total, grad_rows, grad_weight, grad_bias]
 
 
-# in a compiled graph: traced, the chunks would be unrolled and their buffers no longer shared, and torch 2.11 would
-# lose what is written into them, which are the gradients
+# For compiled graphs. Tracing would unroll the chunks and give each its own buffers, and torch 2.11 would lose the
+# gradients that are written into them.
 _operator = operator(
     "linear_cross_entropy(Tensor rows, Tensor weight, Tensor? bias, Tensor targets, bool[] needs, int ignore_index, "
     "float z_loss_coef, float? cap, float smoothing) -> Tensor[]",
@@ -327,7 +337,7 @@ _operator = operator(
 class _LinearCrossEntropy(torch.autograd.Function):
     """Forms the gradients in the forward pass; the backward pass only scales them.
 
-    What is multiplied in half precision is cast in here, so that gradients of fp32 tensors are never rounded to it.
+    The cast to half precision is in here, so that gradients of fp32 tensors are never rounded to it.
     """
 
     @staticmethod
@@ -344,7 +354,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             total, *gradients = _loss_and_gradients(*inputs, targets, needs, settings)
         if torch.compiler.is_compiling():
             ctx.save_for_backward(*gradients)
-        else:  # these are given away by the first backward pass; what is saved is for another one
+        else:  # the first backward pass consumes the gradients; a second one recomputes them from what is saved
             ctx.gradients = gradients
             ctx.save_for_backward(rows, weight, bias, targets)
         return total
@@ -352,12 +362,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_total):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            # `once_differentiable` would say so only if grad_total itself had a gradient
+            # `once_differentiable` would raise this only if grad_total itself had a gradient
             raise RuntimeError("this loss has no second derivative; pass skip_logits=False for one that has")
 
         def scaled(grad, dtype):
-            # grad_total is 1 / number of tokens: applied in fp32, so that half precision does not lose small values
-            if grad is None or torch.compiler.is_compiling():  # the compiler makes one pass of two
+            # grad_total is 1 / number of tokens: applied in fp32, because half precision would lose small values
+            if grad is None or torch.compiler.is_compiling():  # the compiler fuses both operations
                 return None if grad is None else (grad * grad_total).to(dtype)
             # in place: a fresh copy of a large weight's gradient costs several times as much
             return torch.mul(
@@ -368,11 +378,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             gradients = ctx.saved_tensors
         else:
             gradients, ctx.gradients = ctx.gradients, None
-        if gradients is None:  # the graph was kept, and this is not the first time
+        if gradients is None:  # a second backward pass over a retained graph
             *inputs, targets = ctx.saved_tensors
             inputs = [None if tensor is None else tensor.to(ctx.dtype) for tensor in inputs]
             gradients = _loss_and_gradients(*inputs, targets, ctx.needs, ctx.settings)[1:]
         return *map(scaled, gradients, ctx.dtypes), None, None, None, None
 
 
-__all__ = ["linear_causal_lm_loss", "linear_cross_entropy"]
+__all__ = ["chunk_rows_of", "linear_causal_lm_loss", "linear_cross_entropy"]

@@ -1,9 +1,8 @@
-"""RMSNorm (Zhang and Sennrich 2019).
+"""RMSNorm (Zhang and Sennrich 2019), in blocks of rows on a CPU and by kernels on CUDA.
 
-Written out, the norm of a batch goes through the memory a dozen times, and as often backwards. On a CPU blocks of rows
-that stay in the caches take about a third of that time (4 against 11 ms, forward and backward, for 4,096 rows of 512
-on two cores), and keep a number a row for the backward pass in place of a second copy of the rows. So do kernels on
-CUDA.
+Tensor by tensor, a norm passes through memory a dozen times in each direction. Blocks of rows that stay in the caches
+take about a third of that time (4 against 11 ms, forward and backward, for 4,096 rows of 512 on two cores). They keep
+one number per row for the backward pass instead of a second copy of the rows.
 Shapes: N rows, D hidden_size.
 """
 
@@ -18,7 +17,7 @@ from hf_decoder.engine.training.blocks import as_rows, blocks, gradients_of_form
 def fused_rms_norm(
     hidden_states: torch.Tensor, weight: torch.Tensor, eps: float, dtype: torch.dtype | None = None, readers: int = 1
 ) -> Any:
-    """Norms (..., D) in one pass: one output, or with kernels one for each of several readers, in their dtype."""
+    """Norms (..., D) in one pass; with kernels, casts to `dtype` and returns one output for each of the readers."""
     return _BlockedRMSNorm.apply(hidden_states, weight, eps, dtype, readers)
 
 
@@ -43,7 +42,7 @@ class _BlockedRMSNorm(torch.autograd.Function):
             output = output.view(hidden_states.shape)
         ctx.save_for_backward(hidden_states, weight, scales)
         ctx.eps = eps
-        # the same memory for all, but a tensor each: what autograd added up itself would be rounded to their dtype
+        # one tensor per reader over the same memory: autograd itself would add up their gradients in `dtype`
         return output if readers == 1 else (output, *(output.detach() for _ in range(readers - 1)))
 
     @staticmethod
@@ -71,7 +70,7 @@ class _BlockedRMSNorm(torch.autograd.Function):
 
 
 def _normed_in_blocks(rows: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """The output (N, D), and what each row was multiplied by, (N, 1)."""
+    """The output (N, D), and the factor of each row (N, 1)."""
     output = rows.new_empty(rows.shape, dtype=torch.result_type(weight, rows))
     scales = rows.new_empty(rows.shape[0], 1, dtype=torch.float32)
     for block in blocks(*rows.shape):
@@ -89,7 +88,7 @@ def _gradients_in_blocks(
     for_rows: bool,
     for_weight: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Of the rows (N, D), and of the weight in fp32."""
+    """Gradients of the rows (N, D), and of the weight in fp32."""
     grad_hidden = torch.empty_like(rows) if for_rows else None
     grad_weight = torch.zeros_like(weight, dtype=torch.float32) if for_weight else None
     for block in blocks(*rows.shape):
@@ -99,7 +98,7 @@ def _gradients_in_blocks(
             grad_weight += (grad * normed).sum(0)
         if grad_hidden is not None:
             grad = grad * weight
-            along = (grad * normed).mean(-1, keepdim=True)  # a longer row changes nothing
+            along = (grad * normed).mean(-1, keepdim=True)  # scaling a row does not change its norm
             grad_hidden[block] = (grad - normed * along).mul_(scale)
     return grad_hidden, grad_weight
 

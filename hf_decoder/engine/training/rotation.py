@@ -16,7 +16,7 @@ def fused_rotation(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotates query (B, H, S, E) and key (B, G, S, E) by cos, sin (B or 1, S, R): in blocks, or both by one kernel.
 
-    What comes out is of this dtype, or without one of that of the product with the cosines.
+    The results have this dtype; None: that of the product with the cosines.
     """
     if has_kernels(query):
         return _BlockedRotation.apply(cos, sin, dtype, query, key)
@@ -24,7 +24,7 @@ def fused_rotation(
 
 
 class _BlockedRotation(torch.autograd.Function):
-    """Of query and key both by a kernel, or else of one tensor."""
+    """Rotates query and key by one kernel, or one tensor in blocks."""
 
     @staticmethod
     def forward(ctx, cos, sin, dtype, *tensors):
@@ -36,7 +36,7 @@ class _BlockedRotation(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         cos, sin = ctx.saved_tensors
-        if torch.is_grad_enabled():  # for a second derivative, from the formula itself
+        if torch.is_grad_enabled():  # for a second derivative
             return None, None, None, *(_rotated_back(*pair, cos, sin) for pair in zip(grads, ctx.dtypes, strict=True))
         return None, None, None, *_rotated(grads, cos, sin, ctx.dtypes, backwards=True)
 
@@ -54,7 +54,7 @@ def _rotated(
     dtypes: Sequence[torch.dtype],
     backwards: bool,
 ) -> tuple[torch.Tensor, ...]:
-    """Tensors (B, heads, S, E) rotated, or back, into memory laid out as (B, S, heads, E), like a projection's."""
+    """Rotates tensors (B, heads, S, E), or rotates them back, into memory of layout (B, S, heads, E)."""
     if len(tensors) == 2:
         from hf_decoder.engine.triton.training import rotated as rotated_by_kernel
 
@@ -65,7 +65,7 @@ def _rotated(
     rotary_dim, inner = cos.shape[-1], torch.result_type(x, cos)
     half = rotary_dim // 2
     output = x.new_empty(batch, length, heads, head_dim, dtype=dtype).transpose(1, 2)
-    # whole rows of the batch while they are short, else pieces of one
+    # a block is several rows of the batch if they are short, else a piece of one
     for rows in blocks(batch, length * heads * head_dim):
         of_rows = rows if cos.shape[0] > 1 else slice(None)
         for columns in blocks(length, heads * head_dim):

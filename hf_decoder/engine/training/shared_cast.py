@@ -1,8 +1,7 @@
 """One cast for all linear maps that read the same activation under autocast.
 
-Autocast casts the input of each by itself, and their gradients one by one back again, to be added up in fp32. Here the
-cast is made once, and the gradients are added up, in fp32 too, block by block or by one kernel. Where there are
-kernels, those of the norm before it do both besides.
+Autocast casts the input for each of them, and casts each gradient back to fp32. Here the input is cast once, and the
+gradients are added up in fp32, block by block or by one kernel. On CUDA the kernels of the norm do both.
 """
 
 import torch
@@ -11,7 +10,7 @@ from hf_decoder.engine.training.blocks import as_rows, blocks, has_kernels
 
 
 def cast_once(x: torch.Tensor, dtype: torch.dtype | None, count: int) -> tuple[torch.Tensor, ...]:
-    """Casts x (..., D) for several linear maps: the same memory for all, and gradients added up in fp32."""
+    """Casts x (..., D) once for `count` linear maps, whose gradients are added up in fp32."""
     return _SharedCast.apply(x, dtype, count)
 
 

@@ -1,8 +1,8 @@
-"""Triton kernels of a decoding step on CUDA. One token passes a layer in five kernels.
+"""Triton kernels of the decode step on CUDA. A layer takes five kernels per token.
 
-What a small matrix-vector product costs on a GPU is mostly the wait for the first byte, so each kernel does as much as
-one wait allows: it asks for its weights before it looks at the token, norms the token itself, and finishes with the
-gate, the residual or the cache. Numbers are rounded where the modules round them.
+A small matrix-vector product on a GPU mostly waits for its first byte, so each kernel does as much as possible per
+wait. It loads its weights before it reads the token, norms the token itself, and finishes with the gate, the residual
+or the cache. Numbers are rounded where the modules round them.
 
 Shapes: D hidden_size, H query heads, G key/value heads, E head_dim, R its rotated part, F intermediate_size, V
 vocab_size, K cached tokens and the new one; M outputs and N inputs of a product.
@@ -11,11 +11,11 @@ vocab_size, K cached tokens and the new one; M outputs and N inputs of a product
 try:
     import triton
     import triton.language as tl
-except ImportError as error:  # asked for before: see `may_use_triton`
+except ImportError as error:  # `has_kernels` checks for triton before
     raise ImportError("these kernels need triton, which comes with torch's builds for CUDA") from error
 
-SPLITS = 32  # programs that share the keys of one key/value head, at most
-KEYS_PER_SPLIT = 256  # at least
+SPLITS = 32  # the most programs that share the keys of one key/value head
+KEYS_PER_SPLIT = 256  # the least
 
 
 @triton.jit
@@ -26,7 +26,7 @@ def _normed(x, weight, scale, dtype: tl.constexpr):
 
 @triton.jit
 def _wait(PDL: tl.constexpr):
-    """Until the kernel before has finished; lets the next one start asking for its weights."""
+    """Waits for the previous kernel, and lets the next one start to load its weights."""
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -181,7 +181,7 @@ def attention_kernel(
     state_ptr,  # int64: tokens in the cache, position of the new one, first token that is seen, size of the buffers
     buffers_ptr,  # addresses of the layer's cache: keys and values (G, size, E)
     out_ptr,  # (H * E,)
-    sums_ptr,  # (SPLITS, H, E) fp32: what the programs of a group leave for the last of them
+    sums_ptr,  # (SPLITS, H, E) fp32: results of a group's programs, for the last of them
     weights_ptr,  # (SPLITS, 2, H) fp32: largest score and sum of the exponentials
     arrived_ptr,  # (G,) int32, zeros
     H: tl.constexpr,
@@ -198,14 +198,14 @@ def attention_kernel(
     PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """The query heads of one group over a part of the keys; puts the new key and value into the cache."""
+    """Attention of one group's query heads over a part of the keys; writes the new key and value into the cache."""
     group, split = tl.program_id(0), tl.program_id(1)
     dtype: tl.constexpr = heads_ptr.dtype.element_ty
     per_group: tl.constexpr = H // G
-    # the state was last written before the kernel before the one before: no need to wait
+    # the state was written two kernels ago, so there is no need to wait
     past, position, first = tl.load(state_ptr), tl.load(state_ptr + 1), tl.load(state_ptr + 2)
     length = tl.load(state_ptr + 3)
-    # torch aligns what it allocates; that the compiler has to be told
+    # the compiler does not know that torch aligns its allocations
     keys = tl.multiple_of(tl.load(buffers_ptr).to(tl.pointer_type(dtype)), 16)
     values = tl.multiple_of(tl.load(buffers_ptr + 1).to(tl.pointer_type(dtype)), 16)
     _wait(PDL)
@@ -213,7 +213,7 @@ def attention_kernel(
     count = tl.cdiv(past + 1, size)
     start = split * size
     if start <= past:
-        stop = tl.minimum(start + size, past)  # of the cached ones: the new one is at hand
+        stop = tl.minimum(start + size, past)  # of the cached keys; the new one is in registers
         rows = tl.arange(0, BLOCK_H)
         valid = rows < per_group
         columns = tl.arange(0, BLOCK_E)
@@ -265,7 +265,7 @@ def attention_kernel(
             tl.store(weights_ptr + split * 2 * H + head, largest, mask=valid)
             tl.store(weights_ptr + split * 2 * H + H + head, weight, mask=valid)
             tl.store(sums_ptr + split * H * E + place, total, mask=inside)
-            tl.debug_barrier()  # all threads have stored before one of them says so
+            tl.debug_barrier()  # all threads have stored before one of them reports it
             if tl.atomic_add(arrived_ptr + group, 1, sem="acq_rel") == count - 1:
                 _combine(sums_ptr, weights_ptr, out_ptr, head, place, valid, inside, count, H, E, BLOCK_H, BLOCK_E)
                 tl.store(arrived_ptr + group, 0)
@@ -286,7 +286,7 @@ def _combine(
     BLOCK_H: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """The attention's output from what `count` programs found, read past the cache that they do not share."""
+    """Combines the attention of `count` programs, read past the L1 cache, which they do not share."""
     largest = tl.full((BLOCK_H,), float("-inf"), tl.float32)
     weight = tl.zeros((BLOCK_H,), tl.float32)
     total = tl.zeros((BLOCK_H, BLOCK_E), tl.float32)
@@ -377,7 +377,7 @@ def residual_kernel(
     BLOCK_N: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """The last product of attention or of the MLP, added to the residual."""
+    """Adds the last product of attention or MLP to the residual."""
     dtype: tl.constexpr = hidden_ptr.dtype.element_ty
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = rows < M
@@ -435,7 +435,7 @@ def advance_kernel(
     HAS_CHOICE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One token more in the cache; where the next one was chosen here, it joins the text and comes next."""
+    """Counts one more token in the cache; if the next one was chosen here, writes it into text and ids."""
     past = tl.load(state_ptr) + 1
     tl.store(state_ptr, past)
     tl.store(state_ptr + 1, tl.load(state_ptr + 1) + 1)

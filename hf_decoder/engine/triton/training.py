@@ -1,7 +1,7 @@
 """Triton kernels for the operations between the matrix products of training on CUDA: one pass over each tensor.
 
-They compute in fp32 and round where the formulas beside their callers round. A program takes a tile of about 16
-numbers a thread, which keeps several of them on each multiprocessor; its sizes are fixed, for tuning takes minutes.
+They compute in fp32 and round where the formulas of their callers round. A program takes a tile of about 16 numbers
+per thread, so that several run on each multiprocessor. Sizes are fixed, because tuning takes minutes.
 
 Shapes: N rows, D hidden_size or head_dim, B batch, S tokens, H heads, E head_dim, R its rotated part, V vocab_size.
 """
@@ -15,12 +15,12 @@ import torch
 try:
     import triton
     import triton.language as tl
-except ImportError as error:  # asked for before: see `has_kernels`
+except ImportError as error:  # `has_kernels` checks for triton before
     raise ImportError("these kernels need triton, which comes with torch's builds for CUDA") from error
 
 TILE = 2048
 MAX_WARPS = 16
-PROGRAMS = {4: 6, 8: 2, 16: 1}  # of so many warps that run on a multiprocessor at once, where each loops over rows
+PROGRAMS = {4: 6, 8: 2, 16: 1}  # warps of a program that loops over rows -> programs per multiprocessor
 VOCABULARY_BLOCK = 8192
 
 
@@ -28,7 +28,7 @@ _HERE = nullcontext()
 
 
 def _device_of(x: torch.Tensor) -> AbstractContextManager:
-    """Triton launches on the current device, wherever the tensors are."""
+    """Makes x's device current, because Triton launches on the current device."""
     index = x.get_device()
     return _HERE if index < 0 or index == torch.cuda.current_device() else torch.cuda.device(index)
 
@@ -39,20 +39,20 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def _warps(elements: int) -> int:
-    """Of a tile, at 16 numbers a thread."""
+    """Warps of a tile, at 16 numbers per thread."""
     return min(MAX_WARPS, max(4, elements // 512))
 
 
 @cache
 def _tile(width: int, elements: int) -> tuple[int, int, int]:
-    """Rows and columns of a tile of so many numbers, for rows of this width; and its warps."""
+    """Rows, columns and warps of a tile of about so many numbers, for rows of this width."""
     block = triton.next_power_of_2(max(1, width))
     rows = max(1, elements // block)
     return rows, block, _warps(rows * block)
 
 
 def _parts(count: int, size: int) -> int:
-    """`triton.cdiv`, which takes microseconds."""
+    """`triton.cdiv` without its microseconds."""
     return -(-count // size)
 
 
@@ -84,7 +84,7 @@ def _rms_norm_kernel(
 @triton.jit
 def _rms_norm_gradients_kernel(
     grad_ptr,  # (N, D)
-    second_ptr,  # (N, D): what is added to it
+    second_ptr,  # (N, D), added to the first
     third_ptr,  # (N, D)
     x_ptr,  # (N, D)
     weight_ptr,  # (D,)
@@ -120,7 +120,7 @@ def _rms_norm_gradients_kernel(
             total += grad * normed
         if FOR_X:
             grad *= weight[None, :]
-            along = tl.sum(grad * normed, 1) / D  # a longer row changes nothing
+            along = tl.sum(grad * normed, 1) / D  # scaling a row does not change its norm
             grad_x = (grad - normed * along[:, None]) * scale[:, None]
             tl.store(grad_x_ptr + offsets, grad_x.to(grad_x_ptr.dtype.element_ty), mask=inside)
         tile += tl.num_programs(0)
@@ -131,10 +131,7 @@ def _rms_norm_gradients_kernel(
 def rms_norm(
     x: torch.Tensor, weight: torch.Tensor, eps: float, dtype: torch.dtype | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x (..., D), normed and multiplied by the weight, and what each row was multiplied by in fp32, (N,).
-
-    In the dtype of that product, or rounded further to another.
-    """
+    """The norm of x (..., D) in `dtype` (None: that of the product with the weight), and the fp32 factors (N,)."""
     x, weight = x.contiguous(), weight.contiguous()
     width = weight.numel()
     count = x.numel() // width
@@ -156,7 +153,7 @@ def rms_norm_gradients(
     for_x: bool,
     for_weight: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Of x (..., D), and of the weight in fp32; from up to three gradients of the output, which are added up."""
+    """Gradients of x (..., D), and of the weight in fp32, from the sum of up to three gradients of the output."""
     first, second, third = (*(grad.contiguous() for grad in grads), None, None)[:3]
     x, weight = x.contiguous(), weight.contiguous()
     width = weight.numel()
@@ -224,7 +221,7 @@ def gated_silu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 def gated_silu_gradients(
     grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, for_gate: bool, for_up: bool
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Of gate and up."""
+    """The gradients of gate and up."""
     grad, gate, up = grad.contiguous(), gate.contiguous(), up.contiguous()
     grad_gate = torch.empty_like(gate) if for_gate else None
     grad_up = torch.empty_like(up) if for_up else None
@@ -333,9 +330,9 @@ def rotated(
     dtypes: Sequence[torch.dtype],
     backwards: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Query (B, H, S, E) and key (B, G, S, E) rotated by cos, sin (B or 1, S, R), or back.
+    """Rotates query (B, H, S, E) and key (B, G, S, E) by cos, sin (B or 1, S, R), or rotates them back.
 
-    Into memory laid out as (B, S, heads, E), of a dtype for each.
+    The results have layout (B, S, heads, E) and these dtypes.
     """
     batch, heads, length, head_dim = query.shape
     groups, rotary_dim = key.shape[1], cos.shape[-1]
@@ -396,7 +393,7 @@ def _cross_entropy_kernel(
     NEEDS_GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One row: its softmax is normalised in a first pass, and the gradient written in a second."""
+    """One row: a first pass normalises the softmax, a second one writes the gradient."""
     dtype: tl.constexpr = logits_ptr.dtype.element_ty
     row = tl.program_id(0)
     logits_ptr += row.to(tl.int64) * V
@@ -456,7 +453,7 @@ def cross_entropy(
     smoothing: float,
     needs_gradient: bool,
 ) -> torch.Tensor:
-    """Losses (N,) in fp32 of contiguous logits (N, V), which their gradient replaces if needed."""
+    """Losses (N,) in fp32 of contiguous logits (N, V), which become their gradient if needed."""
     count, vocab_size = logits.shape
     losses = logits.new_empty(count, dtype=torch.float32)
     block = min(VOCABULARY_BLOCK, triton.next_power_of_2(vocab_size))

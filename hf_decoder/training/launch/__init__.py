@@ -1,4 +1,4 @@
-"""Finds the configurations for `accelerate launch`, and refuses launches that would not do what they say.
+"""Finds the configurations for `accelerate launch`, and refuses launches that would train differently than asked.
 
 accelerate launch --config_file hf_decoder/training/launch/fsdp2.yaml --num_processes 8 scripts/pretrain.py ...
 """
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
-# How many processes a launcher started is in one of these.
+# Launchers write the number of processes into one of these.
 WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
@@ -31,11 +31,11 @@ def configuration_file(name: str) -> Path:
 
 
 def check_launch(*, use_cpu: bool, uses_muon: bool, environment: Mapping[str, str] = os.environ) -> None:
-    """Refuses what a launcher asks for and would not get.
+    """Refuses launches that would train differently than asked.
 
     Raises:
         ValueError: if `accelerate launch --cpu` started one process of several, if FSDP is asked for on CPUs, where
-            accelerate trains replicas instead, or if Muon would see DeepSpeed's flattened shards.
+            accelerate trains replicas, or if Muon would get DeepSpeed's flattened shards.
     """
     on = {name for name, value in environment.items() if value.lower() in ("true", "1", "yes")}
     started = any(name in environment for name in WORLD_SIZES)
