@@ -23,7 +23,8 @@ from hf_decoder.doctor import (
     training,
 )
 from hf_decoder.doctor.report import FAIL, LEVELS, PASS, SKIP, WARN, Check, DoctorReport, Finding, Row, failed, skipped
-from hf_decoder.doctor.subject import Subject, Unloadable, first_line
+from hf_decoder.doctor.subject import Subject, Unloadable
+from hf_decoder.safety.terminal import first_line
 
 # In the order in which they run: files before the model, and rows that free the model's memory at the end.
 CHECKS: tuple[Check, ...] = (

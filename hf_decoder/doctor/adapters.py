@@ -8,7 +8,9 @@ import torch
 
 from hf_decoder.doctor.numerics import TOLERANCE, difference
 from hf_decoder.doctor.report import Check, Finding, failed, passed, warned
-from hf_decoder.doctor.subject import Subject, first_line, quiet
+from hf_decoder.doctor.subject import Subject
+from hf_decoder.safety.quiet import quiet
+from hf_decoder.safety.terminal import first_line
 
 
 def check_lora(subject: Subject) -> Finding:

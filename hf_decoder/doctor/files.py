@@ -10,14 +10,11 @@ from safetensors.torch import load_file
 
 from hf_decoder.doctor.code import Origin
 from hf_decoder.doctor.report import Check, Finding, failed, passed, skipped, warned
-from hf_decoder.doctor.subject import Subject
+from hf_decoder.doctor.subject import OTHER_WEIGHTS, PICKLES, Subject
 from hf_decoder.interop.adapters import ADAPTER_WEIGHTS
 from hf_decoder.interop.checkpoint import INDEX_NAME, WEIGHTS_NAME, read_tensors
+from hf_decoder.safety.terminal import first_line
 
-PICKLE_SUFFIXES = {
-    *(".bin", ".pt", ".pt2", ".pth", ".ckpt", ".pkl", ".pk", ".pickle", ".joblib", ".npy", ".npz", ".dill"),
-}
-OTHER_WEIGHTS = {".h5", ".msgpack", ".onnx", ".tflite", ".ot"}
 # A pickle of protocol 2 or later starts with these; torch.save wraps one into a zip.
 PICKLE_START = re.compile(rb"\x80[\x02-\x05]")
 ZIP_START = b"PK\x03\x04"
@@ -46,7 +43,7 @@ def check_formats(subject: Subject) -> Finding:
 
 def _is_pickle(path: Path) -> bool:
     suffix = path.suffix.lower()
-    if suffix in PICKLE_SUFFIXES:
+    if suffix in PICKLES:
         return True
     if not path.is_file() or suffix in (".safetensors", ".json", ".md", ".txt", ".py"):
         return False
@@ -110,7 +107,7 @@ def _check_adapter_weights(path: Path) -> Finding:
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
-        return failed(f"{path.name} is absent, damaged or cut short: {str(error).splitlines()[0]}")
+        return failed(f"{path.name} is absent, damaged or cut short: {first_line(error)}")
     for name, tensor in tensors.items():
         if not bool(tensor.isfinite().all()):
             return failed(f"{name} holds values that are not finite")

@@ -20,7 +20,9 @@ from hf_decoder.doctor.numerics import (
     too_short,
 )
 from hf_decoder.doctor.report import Check, Finding, failed, passed, skipped
-from hf_decoder.doctor.subject import Subject, first_line, quiet
+from hf_decoder.doctor.subject import Subject
+from hf_decoder.safety.quiet import quiet
+from hf_decoder.safety.terminal import first_line
 
 NEW_TOKENS = 12
 

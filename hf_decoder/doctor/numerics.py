@@ -13,7 +13,8 @@ import torch
 from torch.nn import functional
 
 from hf_decoder.doctor.report import Check, Finding, failed, passed, skipped, warned
-from hf_decoder.doctor.subject import Subject, Unloadable, quiet
+from hf_decoder.doctor.subject import Subject, Unloadable
+from hf_decoder.safety.quiet import quiet
 
 TOLERANCE = 1e-4
 # A row proves nothing where the logits feel their context less than this, relative to the largest.

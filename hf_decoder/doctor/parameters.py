@@ -11,8 +11,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from hf_decoder.doctor.numerics import CLASS_REMEDY, difference, left_padded
 from hf_decoder.doctor.report import Check, Finding, failed, passed, skipped, warned
-from hf_decoder.doctor.subject import Subject, quiet
+from hf_decoder.doctor.subject import Subject
 from hf_decoder.interop.checkpoint import read_tensors
+from hf_decoder.safety.quiet import quiet
 
 # An angle is a product in fp32: its error is up to 2**-24 of it, and the frequency's own rounding adds as much again.
 ANGLE_ERROR = 2.0**-22

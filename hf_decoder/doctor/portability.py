@@ -14,11 +14,12 @@ from safetensors.torch import load_file
 from hf_decoder.doctor.code import Origin
 from hf_decoder.doctor.numerics import difference, logits_of
 from hf_decoder.doctor.report import Check, Finding, failed, passed, skipped, warned
-from hf_decoder.doctor.subject import Subject, quiet
+from hf_decoder.doctor.subject import Subject
 from hf_decoder.engine.switches import settings
 from hf_decoder.interop.backends import backend_conditions
 from hf_decoder.interop.families import FAMILIES, OURS, obstacle, read_config
 from hf_decoder.safety.fresh_process import PACKAGE, run_fresh
+from hf_decoder.safety.quiet import quiet
 
 CHILD = Path(__file__).with_name("child.py")
 MAX_SECONDS = 1800

@@ -13,8 +13,10 @@ from torch.nn import functional
 from hf_decoder.data.documents import load_standard_library
 from hf_decoder.doctor.numerics import logits_of
 from hf_decoder.doctor.report import Check, Finding, failed, passed, skipped, warned
-from hf_decoder.doctor.subject import Subject, first_line, quiet
+from hf_decoder.doctor.subject import Subject
 from hf_decoder.interop.checkpoint import read_tensors
+from hf_decoder.safety.quiet import quiet
+from hf_decoder.safety.terminal import first_line
 from hf_decoder.training.run_report import is_of_pretraining
 
 TEXT_CHARACTERS = 60_000  # of a text that the model is tried on

@@ -11,28 +11,28 @@ import gc
 import inspect
 import os
 import re
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-from transformers.utils import logging
 
 import hf_decoder  # noqa: F401  (registers the model type)
 from hf_decoder.doctor.code import Code, Origin, code_of, read_json
 from hf_decoder.interop.adapters import is_adapter
-from hf_decoder.interop.checkpoint import read_config_values
+from hf_decoder.interop.checkpoint import download, local_folder, read_config_values
 from hf_decoder.interop.families import OURS
 from hf_decoder.interop.untrusted_files import check_folder
 from hf_decoder.interop.weight_sizes import check_sizes
 from hf_decoder.safety.limits import bound_templates
+from hf_decoder.safety.quiet import quiet
+from hf_decoder.safety.terminal import first_line
 
-# Weights in formats other than safetensors are reported by name, not downloaded.
-NOT_DOWNLOADED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.tflite")
+# Files that may hold a pickle, and weights in formats besides safetensors: reported by name, and not downloaded.
+PICKLES = {".bin", ".pt", ".pt2", ".pth", ".ckpt", ".pkl", ".pk", ".pickle", ".joblib", ".npy", ".npz", ".dill"}
+OTHER_WEIGHTS = {".h5", ".msgpack", ".onnx", ".tflite", ".ot"}
 # Folders that no loader looks into and no receiver gets: states of a training, git's and huggingface_hub's records.
 PASSED_OVER = re.compile(r"checkpoint-\d+|\.git|\.cache/huggingface")
 PROBE_TOKENS = 72
@@ -250,25 +250,15 @@ class Subject:
 
 def _open(name: str, revision: str | None) -> tuple[Path, list[str], list[str]]:
     """The local folder, the names of all files that the checkpoint has, by posix path, and the folders passed over."""
-    folder = Path(name).expanduser()
-    if folder.is_dir():
+    if (folder := local_folder(name)) is not None:
         return folder, *_files_in(folder)
-    if folder.exists():
-        raise ValueError(f"{name} is a file; give the folder that holds config.json and the weights")
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or ("/" in name and folder.parent.is_dir()):
-        raise ValueError(f"folder {name} does not exist")
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub import HfApi
 
-    try:
-        path = Path(snapshot_download(name, revision=revision, ignore_patterns=list(NOT_DOWNLOADED)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        raise ValueError(
-            f"{name} is neither a folder here nor a model that the Hub gives us: {first_line(error)}"
-        ) from None
+    others = sorted({*PICKLES, *OTHER_WEIGHTS, ".gguf"})
+    path = download(name, revision, ignore_patterns=[f"*{suffix}" for suffix in others])
     files, passed_over = _files_in(path)
-    # offline, what is in the cache is all there is; else the list of the very commit that was fetched
-    with suppress(HfHubHTTPError, OfflineModeIsEnabled, OSError):
+    # Offline, the cache is all there is. Online, the commit that was downloaded lists all its files.
+    with suppress(OSError):
         commit = path.name if re.fullmatch(r"[0-9a-f]{40}", path.name) else revision
         files = sorted({*files, *HfApi().list_repo_files(name, revision=commit)})
     return path, files, passed_over
@@ -288,27 +278,3 @@ def _files_in(folder: Path) -> tuple[list[str], list[str]]:
                 folders.remove(name)
         files.extend((here / name).as_posix() for name in names)
     return sorted(files), sorted(passed_over)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of what went wrong first."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keeps warnings and bars off the screen: the report says what matters."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from hf_decoder.doctor.report import Check, Finding, failed, passed, skipped, warned
-from hf_decoder.doctor.subject import Subject, Unloadable, quiet
+from hf_decoder.doctor.subject import Subject, Unloadable
+from hf_decoder.safety.quiet import quiet
 
 SAMPLES = (
     "The quick brown fox jumps over the lazy dog.",

@@ -12,7 +12,8 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from hf_decoder.doctor.numerics import CLASS_REMEDY
 from hf_decoder.doctor.report import Check, Finding, failed, passed, skipped
-from hf_decoder.doctor.subject import Subject, quiet
+from hf_decoder.doctor.subject import Subject
+from hf_decoder.safety.quiet import quiet
 
 STEPS = 8
 # Change of the loss that a finite difference steps over: large against fp32 rounding, small against curvature.

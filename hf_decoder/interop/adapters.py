@@ -14,6 +14,7 @@ import torch
 from hf_decoder.interop.checkpoint import read_json, read_shapes
 from hf_decoder.interop.untrusted_files import check_numbers
 from hf_decoder.safety.limits import bounded
+from hf_decoder.safety.terminal import first_line
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 LANGUAGE_MODEL, CLASSIFIER = "CAUSAL_LM", "SEQ_CLS"  # what PEFT calls the tasks of these heads
@@ -79,11 +80,7 @@ def _explained(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # whatever PEFT makes of a stranger's config
-        raise ValueError(f"{name} holds no adapter that PEFT can read: {_first_line(error)}") from None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{name} holds no adapter that PEFT can read: {first_line(error)}") from None
 
 
 def load_adapter(model: Any, name: str, *, is_trainable: bool = False) -> Any:
@@ -116,7 +113,7 @@ def load_adapter(model: Any, name: str, *, is_trainable: bool = False) -> Any:
     except Exception as error:  # whatever PEFT makes of a stranger's config
         raise ValueError(
             f"adapter {name} does not fit the base model (it was made for {config.base_model_name_or_path}): "
-            f"{_first_line(error)}"
+            f"{first_line(error)}"
         ) from None
 
 

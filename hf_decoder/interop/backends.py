@@ -23,7 +23,9 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import logging
+
+from hf_decoder.safety.quiet import quiet
+from hf_decoder.safety.terminal import first_line
 
 ENGINE = "hf_decoder_engine"
 # Sizes under which a class is tried when no model is given; the names are the canonical ones of transformers.
@@ -98,7 +100,7 @@ def _auto_map(model: PreTrainedModel) -> Condition:
     # by the module: a server in this process may have made our classes attributes of transformers
     if type(model).__module__.partition(".")[0] == "transformers":
         return Condition(name, True, "the class is part of transformers")
-    with tempfile.TemporaryDirectory() as folder, _no_progress_bar():
+    with tempfile.TemporaryDirectory() as folder, quiet():
         with torch.device("meta"):
             skeleton = type(model)(deepcopy(model.config))
         skeleton.save_pretrained(folder, state_dict={})
@@ -110,17 +112,6 @@ def _auto_map(model: PreTrainedModel) -> Condition:
         if not file.is_file():
             return Condition(name, False, f"auto_map.AutoModel={reference}, but {file.name} is not saved beside it")
     return Condition(name, True, f"auto_map.AutoModel={reference}")
-
-
-@contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            logging.enable_progress_bar()
 
 
 def _arguments(model: PreTrainedModel) -> Condition:
@@ -232,8 +223,7 @@ def _try(model: PreTrainedModel) -> list[Condition]:
     except LookupError as error:
         return [Condition(interface, True, "used"), Condition(kwargs, False, str(error))]
     except Exception as error:  # whatever a foreign model says
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        return [Condition(interface, False, f"a forward pass fails: {reason}")]
+        return [Condition(interface, False, f"a forward pass fails: {first_line(error)}")]
     calls = [held.calls for held in instances.values()]
     if calls != [2] * len(calls):
         why = f"layers called it {calls} times in two passes; each must look it up in ALL_ATTENTION_FUNCTIONS"

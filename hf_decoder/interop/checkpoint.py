@@ -22,6 +22,8 @@ import psutil
 import torch
 from safetensors import SafetensorError, safe_open
 
+from hf_decoder.safety.terminal import first_line
+
 INDEX_NAME = "model.safetensors.index.json"
 WEIGHTS_NAME = "model.safetensors"
 GENERATION_NAME = "generation_config.json"
@@ -140,15 +142,12 @@ class LazyTensor:
 Tensors = dict[str, LazyTensor]
 
 
-def locate(name: str, revision: str | None = None) -> Path:
-    """The folder that `name` is, or that the Hub's files for it are fetched into.
+def local_folder(name: str) -> Path | None:
+    """The folder that `name` leads to; None where `name` can only be one of the Hub.
 
     Raises:
-        ValueError: if it is neither.
+        ValueError: if `name` is a file, or a path that leads nowhere.
     """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
@@ -156,17 +155,39 @@ def locate(name: str, revision: str | None = None) -> Path:
         raise ValueError(f"{name} is a file; give the folder that holds config.json and the weights")
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or ("/" in name and folder.parent.is_dir()):
         raise ValueError(f"folder {name} does not exist")
-    patterns = ["config.json", "*.safetensors", INDEX_NAME, "README.md", *SIDE_FILES]
+    return None
+
+
+def not_on_hub(name: str, error: Exception) -> ValueError:
+    """The error for a `name` that is no folder, and that the Hub answers with `error`."""
+    return ValueError(f"{name} is neither a folder here nor a model that the Hub gives us: {first_line(error)}")
+
+
+def download(name: str, revision: str | None, **patterns: list[str]) -> Path:
+    """Downloads the files of a Hub name into the cache; returns their folder. `patterns` choose the files.
+
+    Raises:
+        ValueError: if the Hub does not give them.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
     try:
-        # the root alone: some repositories hold the same weights once more in folders, in other formats
-        return Path(
-            snapshot_download(
-                name, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*.safetensors", "*/*.json"]
-            )
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{name} is neither a folder here nor a model that the Hub gives us: {reason}") from None
+        return Path(snapshot_download(name, revision=revision, **patterns))
+    except (OSError, HFValidationError) as error:  # the client's own errors are OSErrors, too
+        raise not_on_hub(name, error) from None
+
+
+def locate(name: str, revision: str | None = None) -> Path:
+    """The folder that `name` is, or that the files of this Hub name are downloaded into.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    patterns = ["config.json", "*.safetensors", INDEX_NAME, "README.md", *SIDE_FILES]
+    # The root alone: some repositories hold the same weights in folders, in other formats.
+    elsewhere = ["*/*.safetensors", "*/*.json"]
+    return local_folder(name) or download(name, revision, allow_patterns=patterns, ignore_patterns=elsewhere)
 
 
 def read_weight_map(index_file: Path) -> dict[str, str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +14,6 @@ import transformers
 from transformers import GenerationConfig
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
-from transformers.utils import logging
 
 from hf_decoder import HfDecoderForCausalLM, HfDecoderPreTrainedModel
 from hf_decoder.interop import checkpoint, gguf_read, gguf_write, onnx_export, verification
@@ -25,6 +23,7 @@ from hf_decoder.interop.untrusted_files import check_folder
 from hf_decoder.interop.weight_sizes import check_layers
 from hf_decoder.model.configuration_hf_decoder import AUTO_MAP
 from hf_decoder.reporting.model_card import DIFFERENCE, NOT_MEASURED, write_conversion_card
+from hf_decoder.safety.quiet import quiet
 
 GGUF, ONNX = "gguf", "onnx"
 TARGETS = ("auto", OURS, *FAMILIES, GGUF, ONNX)
@@ -280,19 +279,9 @@ def _without_tied_head(source: Source) -> Tensors:
     return tensors
 
 
-@contextmanager
-def _quiet():
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-
-
 def _shapes(model_class: Any, config: Any) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors that a checkpoint of this model holds."""
-    with torch.device("meta"), _quiet():
+    with torch.device("meta"), quiet():
         model = model_class(config)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:

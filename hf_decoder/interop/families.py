@@ -24,6 +24,7 @@ from transformers import (
 
 from hf_decoder.interop.checkpoint import read_config_values
 from hf_decoder.model.configuration_hf_decoder import ROPE_TYPES, HfDecoderConfig
+from hf_decoder.safety.terminal import first_line
 
 OURS = HfDecoderConfig.model_type
 # An `HfDecoderConfig` once built: fields that are optional to give have their values then, which its annotations lack.
@@ -185,7 +186,7 @@ def read_config(folder: Path) -> tuple[BuiltConfig, Family | None]:
     try:
         config = config_class.from_dict(values)
     except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
-        raise ValueError(f"{path} is not a possible {config_class.__name__}: {_cause(error)}") from None
+        raise ValueError(f"{path} is not a possible {config_class.__name__}: {first_line(error)}") from None
     if model_type == OURS:
         return config, None
     return to_ours(FAMILIES[model_type], config), FAMILIES[model_type]
@@ -239,7 +240,7 @@ def obstacle(family: Family, config: BuiltConfig) -> str | None:
     try:
         _stock_config(family, config)
     except (ValueError, StrictDataclassError) as error:
-        return _cause(error)
+        return first_line(error)
     return None
 
 
@@ -320,9 +321,3 @@ def _value(config: BuiltConfig, name: str) -> Any:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _cause(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return " ".join(str(error).split())

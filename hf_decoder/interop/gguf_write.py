@@ -17,6 +17,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from hf_decoder.interop import gguf_names as names
 from hf_decoder.interop.checkpoint import LazyTensor, Tensors
 from hf_decoder.interop.families import BuiltConfig
+from hf_decoder.safety.terminal import first_line
 
 OUTTYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
 # The embedding table and the head keep 8 bits where the rest has 4: their errors reach every token.
@@ -157,8 +158,7 @@ def read_vocabulary(folder: Path, config: BuiltConfig) -> Vocabulary:
         pre_tokenizer = _pre_tokenizer(backend)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare Exception for a damaged file
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"the tokenizer in {folder} cannot be loaded: {reason[0]}") from None
+        raise ValueError(f"the tokenizer in {folder} cannot be loaded: {first_line(error)}") from None
     if pre_tokenizer is None:
         raise ValueError(
             f"the tokenizer in {folder} is none that llama.cpp knows: it must be byte-level BPE that splits text as "

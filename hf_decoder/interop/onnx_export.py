@@ -11,7 +11,6 @@ import contextlib
 import importlib.util
 import io
 import logging
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import DynamicCache
-from transformers.utils import logging as transformers_logging
 
 from hf_decoder.interop.verification import TOLERANCE, VerificationError
 from hf_decoder.model.modeling_hf_decoder import CACHE_NAME
+from hf_decoder.safety.quiet import quiet
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 FILE = "model.onnx"
@@ -47,7 +46,7 @@ def check_config(config: Any) -> None:
 
 def load(folder: Path) -> PreTrainedModel:
     """The model of a checkpoint folder as it is exported: fp32, in evaluation mode."""
-    with _quiet():
+    with quiet():
         return AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
         ).eval()
@@ -62,7 +61,7 @@ def export(model: PreTrainedModel, folder: Path) -> None:
     ids = _ids(model, 2, 6)
     mask = torch.ones_like(ids)
     mask[0, :2] = 0
-    with _quiet():
+    with _quiet_exporters():
         stages = decompose_for_generation(model, {"input_ids": ids, "attention_mask": mask}, multi_token_decode=True)
         step: Any
         step, inputs = stages["decode"]
@@ -154,16 +153,12 @@ def _ids(model: PreTrainedModel, *shape: int) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporters report every stage to stdout, and guesses about every size to loggers without a common name."""
-    disabled, bar = logging.root.manager.disable, transformers_logging.is_progress_bar_enabled()
+def _quiet_exporters() -> Iterator[None]:
+    """Silences the exporters, which print every stage, and warn of every size by loggers without a common name."""
+    disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
-    transformers_logging.disable_progress_bar()
     try:
-        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
+        with quiet(), contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
         logging.disable(disabled)
-        if bar:
-            transformers_logging.enable_progress_bar()

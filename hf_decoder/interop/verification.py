@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging
+
+from hf_decoder.safety.quiet import quiet
 
 # Largest difference of two logits, relative to the largest logit, that the order of additions in fp32 explains.
 TOLERANCE = 1e-5
@@ -75,10 +76,10 @@ def text_ids(folder: Path) -> list[int] | None:
 
 @torch.inference_mode()
 def _logits(folder: Path, ids_of_text: list[int] | None) -> dict[str, torch.Tensor]:
-    logging.disable_progress_bar()
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
-    ).eval()
+    with quiet():
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
+        ).eval()
     config = model.config
     borders = [
         getattr(config, "sliding_window", None),

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from hf_decoder.engine.loading import MAX_NEW_PARAMETERS, fields_of
 from hf_decoder.interop.checkpoint import INDEX_NAME, WEIGHTS_NAME, read_shapes, read_weight_map
+from hf_decoder.safety.terminal import first_line
 
 # Parameters that a quantized checkpoint may keep in one element: 2 bits each in an int32.
 PACKED = 16
@@ -42,8 +43,9 @@ def check_sizes(
     try:
         asked = _shapes(config, auto_class, trust_remote_code)
     except Exception as error:  # not even the shapes can be formed, from whatever a stranger's config says
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"config.json in {folder} describes a model that cannot be built: {reason}") from None
+        raise ValueError(
+            f"config.json in {folder} describes a model that cannot be built: {first_line(error)}"
+        ) from None
     total = sum(math.prod(shape) for shape in asked.values())
     packed = PACKED if getattr(config, "quantization_config", None) else 1
     if total <= max(MAX_NEW_PARAMETERS, 2 * packed * held):

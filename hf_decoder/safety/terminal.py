@@ -28,6 +28,13 @@ def printable(text: str) -> str:
     return _UNPRINTABLE.sub(lambda found: found.group().encode("unicode_escape").decode(), text)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's innermost cause, or the name of its class where it says nothing."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def guard_streams() -> None:
     """From here on standard error takes printable text alone, and standard output too where it is a terminal.
 

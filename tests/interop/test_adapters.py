@@ -183,7 +183,7 @@ def test_an_adapter_goes_on_the_head_it_was_trained_with(base, tmp_path):
     assert task_of(str(tmp_path / "writer")) == LANGUAGE_MODEL and task_of(str(tmp_path / "judge")) == CLASSIFIER
     with pytest.raises(ValueError, match="judge is a sequence classifier, which writes no text"):
         load_model(str(tmp_path / "judge"))
-    with pytest.raises(ValueError, match=r"nothing tells the names of its classes.*id2label\.json"):
+    with pytest.raises(ValueError, match=r"nothing names its classes.*id2label\.json"):
         load_classifier(str(tmp_path / "judge"))
     save_label_names(tmp_path / "judge", {0: "no", 1: "yes", 2: "größer"})
     loaded = load_classifier(str(base), adapter=str(tmp_path / "judge")).eval()
