@@ -28,13 +28,13 @@ from hf_decoder.safety.quiet import quiet
 GGUF, ONNX = "gguf", "onnx"
 TARGETS = ("auto", OURS, *FAMILIES, GGUF, ONNX)
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-# Room for configs, code and index, besides the tensors and the copied files, in bytes.
+# Bytes for configs, code and index, besides tensors and copied files.
 SMALL_FILES = 1 << 20
 
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint under our names, whatever family it is of; `family` is `None` for ours and for GGUF."""
+    """A checkpoint of any family, with our names. `family` is None for our own and for GGUF."""
 
     path: Path
     config: BuiltConfig
@@ -48,7 +48,7 @@ class Source:
 
     @property
     def kind(self) -> str:
-        """What it is, in words."""
+        """What the source is, in Markdown."""
         if self.is_gguf:
             return "a GGUF file"
         return f"`{HfDecoderForCausalLM.__name__ if self.family is None else self.family.model_class}`"
@@ -59,10 +59,10 @@ class Source:
 
 
 def open_source(name: str, revision: str | None = None) -> Source:
-    """Reads config and tensor table of a folder, a Hub name or a .gguf file; no weights yet.
+    """Reads config and tensor table of a folder, a Hub name or a .gguf file, but no weights yet.
 
     Raises:
-        ValueError: if anything about it is wrong or not held here, in one line.
+        ValueError: if it is damaged or not supported.
     """
     file = Path(name).expanduser()
     if file.suffix == ".gguf" and file.is_file():
@@ -90,13 +90,13 @@ def open_source(name: str, revision: str | None = None) -> Source:
 
 
 class Origin(NamedTuple):
-    """What the caller named: a folder, a file or a name of the Hub."""
+    """The source as the caller named it: a folder, a file or a Hub name."""
 
     name: str
     revision: str | None
 
     def describe(self, source: Source) -> dict[str, str]:
-        """The words of a card about it; a path says where it lies on this machine only, so its last part must do."""
+        """The words of a card about the source. Of a path it shows only the last part."""
         if source.path == Path(self.name).expanduser():
             return {"source": source.path.resolve().name}
         commit = source.path.name if source.path.parent.name == "snapshots" else self.revision
@@ -114,16 +114,15 @@ def convert(
     revision: str | None = None,
     progress: Callable[[str, int], Any] = verification.no_progress,
 ) -> str:
-    """Converts the checkpoint `name` into the new folder, or .gguf file, `destination`; returns what it became.
+    """Converts the checkpoint `name` into a new folder or .gguf file, and returns the kind of the result.
 
-    `to="auto"` brings other families in as ours, and ours out as the stock class that expresses it. What leaves as a
-    stock class or as ONNX is loaded beside its source and their logits compared, and a GGUF file is read back, number
-    by number, unless `verify` is off. A folder gets a README.md that says what it was made from.
-    `progress(title, total)` makes the object whose `update(bytes)` is called as tensors are written.
+    `to="auto"` turns other families into ours, and ours into the stock class that expresses it. With `verify`, the
+    logits of a stock class or ONNX are compared with the source's, and a GGUF file is read back number by number. A
+    folder gets a model card. `progress(title, total)` returns an object whose `update(bytes)` each tensor calls.
 
     Raises:
-        ValueError: if the source is damaged or not held here, the target cannot express it, or there is no room.
-        verification.VerificationError: if the result computes something else. No destination is left.
+        ValueError: if the source is damaged or not supported, the target cannot express it, or the disk is full.
+        verification.VerificationError: if the result computes something else. Then no destination is left.
     """
     if to not in TARGETS:
         raise ValueError(f"--to {to!r} is unknown; choose one of: {', '.join(TARGETS)}")
@@ -142,12 +141,12 @@ def convert(
     if to == "auto":
         to = "auto" if is_ours else OURS
     elif to == (OURS if is_ours else source.family and source.family.model_type):
-        raise ValueError(f"{name} is a {to} checkpoint already; there is nothing to convert")
+        raise ValueError(f"{name} is already a {to} checkpoint; there is nothing to convert")
     if to == GGUF:
         return _write_gguf(source, destination, outtype, progress, verify=verify)
     if to == ONNX:
         if not is_ours:
-            raise ValueError(f"--to onnx takes our own checkpoints; bring {name} in first, by convert without --to")
+            raise ValueError(f"--to onnx takes our own checkpoints; first convert {name} without --to")
         return _write_onnx(source, origin, destination, verify=verify)
     if to == OURS:
         _write_folder(source, origin, destination, None, source.config, max_bytes, progress, verify=False)
@@ -232,7 +231,7 @@ def _write_folder(
 
 
 def _save_our_config(config: BuiltConfig, folder: Path) -> None:
-    """Config and code as `save_pretrained` of the model writes them."""
+    """Writes config and code as the model's `save_pretrained` does."""
     config.architectures = [HfDecoderForCausalLM.__name__]
     config.auto_map = dict(AUTO_MAP)
     custom_object_save(HfDecoderPreTrainedModel, folder)
@@ -240,7 +239,7 @@ def _save_our_config(config: BuiltConfig, folder: Path) -> None:
 
 
 def _under_our_names(family: Family, config: BuiltConfig, stored: Tensors, where: str) -> Tensors:
-    """Splits what the family fuses; anything that is out of place keeps its name, to be reported."""
+    """Splits the matrices that the family fuses. A tensor out of place keeps its name, and is reported later."""
     shapes = _shapes(HfDecoderForCausalLM, config)
     tensors = dict(stored)
     for whole, parts in fused_names(family, list(shapes)).items():
@@ -267,7 +266,7 @@ def _under_their_names(family: Family, tensors: Tensors) -> Tensors:
 
 
 def _without_tied_head(source: Source) -> Tensors:
-    """Leaves the copy of a tied head out."""
+    """The source's tensors without the copy of a tied head."""
     tensors = dict(source.tensors)
     if source.config.tie_word_embeddings and {HEAD, EMBEDDING} <= set(tensors):
         if not torch.equal(tensors[HEAD].load(), tensors[EMBEDDING].load()):
@@ -280,7 +279,7 @@ def _without_tied_head(source: Source) -> Tensors:
 
 
 def _shapes(model_class: Any, config: Any) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors that a checkpoint of this model holds."""
+    """The names and shapes of the tensors in a checkpoint of this model."""
     with torch.device("meta"), quiet():
         model = model_class(config)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -290,7 +289,7 @@ def _shapes(model_class: Any, config: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _name_tokenizer_class(folder: Path, family: Family) -> None:
-    """Older checkpoints leave the tokenizer's class to the model type; it is written down when the type changes."""
+    """Writes the tokenizer's class into its config. Older checkpoints leave it to the model type, which changes."""
     path = folder / "tokenizer_config.json"
     if path.is_file():
         values = json.loads(path.read_text(encoding="utf-8"))

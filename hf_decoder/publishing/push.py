@@ -228,7 +228,7 @@ def _examine(sent: Path, folder: str | Path) -> None:
     failures = [row for row in rows if row.status == FAIL]
     if failures:
         first = failures[0]
-        way_out = first.remedy if is_adapter(sent) else f"`hf-decoder doctor {folder}` says how to mend it"
+        way_out = first.remedy if is_adapter(sent) else f"`hf-decoder doctor {folder}` says how to fix it"
         raise ValueError(
             f"nothing was pushed: the doctor finds fault with {folder}, {', '.join(row.name for row in failures)}; "
             f"{first.name}: {first.detail.replace(str(sent), str(folder))}; {way_out}"

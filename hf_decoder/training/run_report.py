@@ -62,8 +62,12 @@ def sizes_and_machine(model: Any, report: CorpusReport | StreamReport) -> dict[s
     }
 
 
-def is_of_pretraining(results: Any) -> bool:
-    """Whether the content of an all_results.json is that of `pretrain`: no chat was ever shown to its model."""
+def is_pretrained_only(folder: Path) -> bool:
+    """Whether the results in `folder` are those of `pretrain`: no chat was ever shown to the model."""
+    try:
+        results = json.loads((folder / "all_results.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
     return isinstance(results, dict) and "train_tokens" in results and "train_rows" not in results
 
 

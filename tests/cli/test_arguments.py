@@ -303,7 +303,7 @@ def test_a_former_spelling_goes_on_with_a_line_that_says_so(verb, old, tmp_path,
         (found,) = [getattr(args, new) for args in parsed if hasattr(args, new)]
         assert str(found) == value
         (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith(f"hf-decoder {verb}: warning: --{old} is called --{new} now")
+        assert line.startswith(f"hf-decoder {verb}: warning: --{old} is now --{new}")
     assert f"--{old} " not in help_of(capsys, verb, "--help-all")
 
 

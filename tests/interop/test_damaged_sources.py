@@ -62,12 +62,12 @@ def test_a_family_that_is_not_held_is_refused_with_its_field(folder, config, mat
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"model_type": "gpt_bigcode"}, "model_type='gpt_bigcode', a family that is not held here"),
+        ({"model_type": "gpt_bigcode"}, "model_type='gpt_bigcode', which is not supported"),
         ({"model_type": None}, "names no model_type"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantized weights"),
         ({"num_local_experts": 4}, "a mixture of experts"),
         ({"hidden_act": "no_such"}, "hidden_act='no_such'"),
-        ({"num_hidden_layers": "three"}, "is not a possible LlamaConfig"),
+        ({"num_hidden_layers": "three"}, "is not a valid LlamaConfig"),
         ({"num_key_value_heads": 4}, "num_key_value_heads=4"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_"),
         ({"num_hidden_layers": 4}, "lacks 'model.layers.3."),
@@ -210,8 +210,8 @@ def test_destinations_and_names(folder, tmp_path):
         with pytest.raises(ValueError, match="does not fit --to"):
             convert(str(folder), tmp_path / path, to=to)
     refused(folder, "--to 'gemma' is unknown", to="gemma")
-    refused(folder, "is a llama checkpoint already", to="llama")
-    refused(folder, "max_shard_size 'big' is no size", max_shard_size="big")
+    refused(folder, "is already a llama checkpoint", to="llama")
+    refused(folder, "max_shard_size 'big' is not a size", max_shard_size="big")
     for name, match in ((tmp_path / "absent", "does not exist"), (folder / "config.json", "is a file")):
         with pytest.raises(ValueError, match=match):
             convert(str(name), tmp_path / "result")
