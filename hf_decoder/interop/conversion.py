@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
+from tqdm import tqdm
 from transformers import GenerationConfig
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
@@ -20,10 +21,9 @@ from hf_decoder.interop import checkpoint, gguf_read, gguf_write, onnx_export, v
 from hf_decoder.interop.checkpoint import LazyTensor, Tensors
 from hf_decoder.interop.families import FAMILIES, OURS, BuiltConfig, Family, fused_names, read_config, to_stock
 from hf_decoder.interop.untrusted_files import check_folder
-from hf_decoder.interop.weight_sizes import check_layers
+from hf_decoder.interop.weight_sizes import check_layers, parameter_shapes
 from hf_decoder.model.configuration_hf_decoder import AUTO_MAP
 from hf_decoder.reporting.model_card import DIFFERENCE, NOT_MEASURED, write_conversion_card
-from hf_decoder.safety.quiet import quiet
 
 GGUF, ONNX = "gguf", "onnx"
 TARGETS = ("auto", OURS, *FAMILIES, GGUF, ONNX)
@@ -89,7 +89,7 @@ def open_source(name: str, revision: str | None = None) -> Source:
     return Source(source.path, config, source.family, tensors, source.write_tokenizer)
 
 
-class Origin(NamedTuple):
+class Named(NamedTuple):
     """The source as the caller named it: a folder, a file or a Hub name."""
 
     name: str
@@ -103,6 +103,10 @@ class Origin(NamedTuple):
         return {"source": self.name, "base_model": self.name} | ({"revision": commit} if commit else {})
 
 
+def _no_progress(_title: str, _total: int) -> Any:
+    return tqdm(disable=True)
+
+
 def convert(
     name: str,
     destination: Path,
@@ -112,7 +116,7 @@ def convert(
     max_shard_size: str = "5GB",
     verify: bool = True,
     revision: str | None = None,
-    progress: Callable[[str, int], Any] = verification.no_progress,
+    progress: Callable[[str, int], Any] = _no_progress,
 ) -> str:
     """Converts the checkpoint `name` into a new folder or .gguf file, and returns the kind of the result.
 
@@ -137,7 +141,7 @@ def convert(
     max_bytes = checkpoint.parse_size(max_shard_size)
     source = open_source(name, revision)
     is_ours = source.family is None and not source.is_gguf
-    origin = Origin(name, revision)
+    named = Named(name, revision)
     if to == "auto":
         to = "auto" if is_ours else OURS
     elif to == (OURS if is_ours else source.family and source.family.model_type):
@@ -147,12 +151,12 @@ def convert(
     if to == ONNX:
         if not is_ours:
             raise ValueError(f"--to onnx takes our own checkpoints; first convert {name} without --to")
-        return _write_onnx(source, origin, destination, verify=verify)
+        return _write_onnx(source, named, destination, verify=verify)
     if to == OURS:
-        _write_folder(source, origin, destination, None, source.config, max_bytes, progress, verify=False)
+        _write_folder(source, named, destination, None, source.config, max_bytes, progress, verify=False)
         return HfDecoderForCausalLM.__name__
     family, stock_config = to_stock(source.config, to)
-    _write_folder(source, origin, destination, family, stock_config, max_bytes, progress, verify=verify)
+    _write_folder(source, named, destination, family, stock_config, max_bytes, progress, verify=verify)
     return family.model_class
 
 
@@ -170,8 +174,8 @@ def _write_gguf(
     return f"{plan.architecture} in GGUF, {outtype}"
 
 
-def _write_card(source: Source, origin: Origin, folder: Path, title: str, kind: str, difference: float | None) -> None:
-    words = {"title": title, "kind": kind, "source_kind": source.kind, **origin.describe(source)}
+def _write_card(source: Source, named: Named, folder: Path, title: str, kind: str, difference: float | None) -> None:
+    words = {"title": title, "kind": kind, "source_kind": source.kind, **named.describe(source)}
     card = source.path / "README.md" if not source.is_gguf else None
     parameters = sum(math.prod(tensor.shape) for tensor in source.tensors.values())
     write_conversion_card(
@@ -184,7 +188,7 @@ def _write_card(source: Source, origin: Origin, folder: Path, title: str, kind: 
     )
 
 
-def _write_onnx(source: Source, origin: Origin, destination: Path, *, verify: bool) -> str:
+def _write_onnx(source: Source, named: Named, destination: Path, *, verify: bool) -> str:
     onnx_export.check_config(source.config)
     num_bytes = sum(tensor.num_bytes // tensor.dtype.itemsize for tensor in source.tensors.values()) * 4
     side = sum((source.path / path).stat().st_size for path in checkpoint.side_files(source.path))
@@ -193,13 +197,13 @@ def _write_onnx(source: Source, origin: Origin, destination: Path, *, verify: bo
         onnx_export.export(model, aside)
         source.write_tokenizer(aside)
         difference = onnx_export.verify(model, aside) if verify else None
-        _write_card(source, origin, aside, destination.name, "onnx", difference)
+        _write_card(source, named, aside, destination.name, "onnx", difference)
     return "ONNX"
 
 
 def _write_folder(
     source: Source,
-    origin: Origin,
+    named: Named,
     destination: Path,
     family: Family | None,
     config: Any,
@@ -227,7 +231,7 @@ def _write_folder(
             config.save_pretrained(aside)
         difference = verification.verify(source.path, aside) if verify else None
         kind = HfDecoderForCausalLM.__name__ if family is None else family.model_class
-        _write_card(source, origin, aside, destination.name, kind, difference)
+        _write_card(source, named, aside, destination.name, kind, difference)
 
 
 def _save_our_config(config: BuiltConfig, folder: Path) -> None:
@@ -280,12 +284,7 @@ def _without_tied_head(source: Source) -> Tensors:
 
 def _shapes(model_class: Any, config: Any) -> dict[str, tuple[int, ...]]:
     """The names and shapes of the tensors in a checkpoint of this model."""
-    with torch.device("meta"), quiet():
-        model = model_class(config)
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if config.tie_word_embeddings:
-        del shapes[HEAD]
-    return shapes
+    return parameter_shapes(lambda: model_class(config))
 
 
 def _name_tokenizer_class(folder: Path, family: Family) -> None:

@@ -24,19 +24,6 @@ class VerificationError(RuntimeError):
     """Raised when the result computes something else than its source."""
 
 
-class _NoProgress:
-    def update(self, _: int) -> None:
-        """Says nothing."""
-
-    def close(self) -> None:
-        """Says nothing."""
-
-
-def no_progress(_title: str, _total: int) -> _NoProgress:
-    """Stands in for a function that makes a progress bar."""
-    return _NoProgress()
-
-
 def verify(source: Path, result: Path) -> float:
     """Compares token ids and fp32 logits of two checkpoint folders on random ids and on text.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from hf_decoder.engine.loading import MAX_NEW_PARAMETERS, fields_of
 from hf_decoder.interop.checkpoint import INDEX_NAME, WEIGHTS_NAME, read_shapes, read_weight_map
+from hf_decoder.safety.quiet import quiet
 from hf_decoder.safety.terminal import first_line
 
 # Parameters that one element of a quantized checkpoint may hold: 2 bits each in an int32.
@@ -39,7 +41,9 @@ def check_sizes(
     held = sum(math.prod(shape) for shape in shapes.values())
     check_layers(config, len(shapes), str(folder))
     try:
-        asked = _shapes(config, auto_class, trust_remote_code)
+        described = copy.deepcopy(config)
+        described._attn_implementation = "eager"  # its own choice may be a kernel of the Hub
+        asked = parameter_shapes(lambda: auto_class.from_config(described, trust_remote_code=trust_remote_code))
     except Exception as error:  # a stranger's config may raise anything
         raise ValueError(
             f"config.json in {folder} describes a model that cannot be built: {first_line(error)}"
@@ -72,10 +76,7 @@ def check_layers(config: Any, count: int, where: str) -> None:
         )
 
 
-def _shapes(config: PretrainedConfig, auto_class: Any, trust_remote_code: bool) -> dict[str, tuple[int, ...]]:
-    """The shapes of the parameters of the model of `config` by name. Tied ones count once."""
-    config = copy.deepcopy(config)
-    config._attn_implementation = "eager"  # its own choice may be a kernel of the Hub
-    with torch.device("meta"):
-        model = auto_class.from_config(config, trust_remote_code=trust_remote_code)
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+def parameter_shapes(make: Callable[[], Any]) -> dict[str, tuple[int, ...]]:
+    """The shapes of the parameters of the model that `make` returns, by name. Tied ones count once."""
+    with torch.device("meta"), quiet():
+        return {name: tuple(parameter.shape) for name, parameter in make().named_parameters()}

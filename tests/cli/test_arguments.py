@@ -160,7 +160,7 @@ def test_interrupt_is_130_and_a_bug_is_not_hidden(monkeypatch, capsys):
 
 def test_traceback_on_request(monkeypatch):
     monkeypatch.setenv("HF_DECODER_TRACEBACK", "1")
-    with pytest.raises(ValueError, match="must be positive"):
+    with pytest.raises(ValueError, match="must be at least 1"):
         main(["presets", "--block_size", "0"])
 
 
