@@ -1,7 +1,8 @@
 """Program of a fresh process that loads a checkpoint and writes its logits to a file.
 
 The interpreter gets it as text, because it must also run where this package cannot be found. Its argument is the path
-of a JSON file with `folder`, `ids`, `threads`, `attention`, `trust_remote_code`, `register` and `output`.
+of a JSON file with `folder`, `ids`, `threads`, `attention`, `trust_remote_code`, `register` (whether to
+import hf_decoder, which registers our classes) and `output`.
 """
 
 import json
@@ -17,7 +18,7 @@ def main() -> None:
     from transformers.utils import logging
 
     if task["register"]:
-        __import__(task["register"])
+        import hf_decoder  # noqa: F401
     logging.set_verbosity_error()
     torch.set_num_threads(task["threads"])
     config = AutoConfig.from_pretrained(task["folder"], trust_remote_code=task["trust_remote_code"])

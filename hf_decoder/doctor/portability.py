@@ -18,7 +18,7 @@ from hf_decoder.doctor.subject import Subject
 from hf_decoder.engine.switches import settings
 from hf_decoder.interop.backends import backend_conditions
 from hf_decoder.interop.families import FAMILIES, OURS, obstacle, read_config
-from hf_decoder.safety.fresh_process import PACKAGE, run_fresh
+from hf_decoder.safety.fresh_process import run_fresh
 from hf_decoder.safety.quiet import quiet
 
 CHILD = Path(__file__).with_name("child.py")
@@ -42,7 +42,7 @@ def _fresh_logits(subject: Subject, folder: Path, ids: torch.Tensor, *, hidden: 
                     "threads": torch.get_num_threads(),
                     "attention": subject.model.config._attn_implementation,
                     "trust_remote_code": subject.trust_remote_code or (hidden and subject.may_run_code),
-                    "register": PACKAGE if subject.is_ours and not hidden else "",
+                    "register": subject.is_ours and not hidden,
                     "output": str(output),
                 }
             ),
