@@ -249,7 +249,7 @@ def _measure_and_show(
         eval_metrics = score_held_out(model, args, rows.evaluation, rows.eval_report, rows.held_out)
     train_metrics = {**metrics, **sizes_and_machine(model, rows.train_report), **seconds}
     prompts = training.held_out_prompts(rows.held_out)
-    samples = training.complete(model, tokenizer, prompts, seed=args.seed)
+    samples = training.draw_samples(model, tokenizer, prompts, seed=args.seed)
     write_outputs(trainer, train_metrics, eval_metrics, samples, words)
 
 

@@ -26,6 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM
 from hf_decoder.costs.accounting import flops_per_token
+from hf_decoder.data.packing import IGNORE_INDEX
 from hf_decoder.data.tokenization import train_tokenizer
 from hf_decoder.engine.precision import fast_dtype
 from hf_decoder.engine.training.loss import linear_causal_lm_loss
@@ -243,7 +244,7 @@ def training_flops(setting: Setting, inputs: dict[str, torch.Tensor]) -> int:
     config, length = HfDecoderConfig(**setting.shape), inputs["input_ids"].shape[1]
     if "position_ids" in inputs:
         length = int(inputs["position_ids"].max()) + 1
-    without_label = int((inputs["labels"][:, 1:] == -100).sum())
+    without_label = int((inputs["labels"][:, 1:] == IGNORE_INDEX).sum())
     per_token = flops_per_token(config, length)
     return per_token * inputs["input_ids"].numel() - 6 * config.vocab_size * config.hidden_size * without_label
 
@@ -256,7 +257,7 @@ def measure_train(setting: Setting, batch_size: int = 8, length: int = 512) -> I
         inputs = {"input_ids": ids[:rows], "labels": ids[:rows]}
         yield _measure_training("train", f"{rows} x {length}", setting, inputs)
     masked = ids.clone()
-    masked[:, : int(0.7 * length)] = -100
+    masked[:, : int(0.7 * length)] = IGNORE_INDEX
     yield _measure_training("train", "70% of labels masked", setting, {"input_ids": ids, "labels": masked})
     whole = {"input_ids": ids, "labels": ids}
     yield _measure_training("train", f"{batch_size} x {length}, compiled", setting, whole, compiled=True)

@@ -319,7 +319,7 @@ def _beginning(text: str, max_chars: int) -> str:
 
 
 @torch.no_grad()
-def complete(
+def draw_samples(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
@@ -362,7 +362,7 @@ class SampleText(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step % self._steps or not (state.is_world_process_zero or is_sharded(model)):
             return
-        completions = complete(model, self._tokenizer, self._prompts, seed=self._seed)
+        completions = draw_samples(model, self._tokenizer, self._prompts, seed=self._seed)
         if not state.is_world_process_zero:
             return
         lines = [f"# Step {state.global_step}", ""]
