@@ -16,9 +16,9 @@ from urllib.request import urlopen
 import openai
 import pytest
 import torch
+from small_folder import write_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM
 from hf_decoder.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,21 +28,8 @@ MESSAGES = [{"role": "user", "content": "def main("}]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tokenizer):
     """A random model that can write, with its tokenizer and chat template."""
-    torch.manual_seed(0)
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
-    config = HfDecoderConfig(
-        vocab_size=len(tokenizer),
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        initializer_range=0.3,
-        **shape,
-        **special,
-    )
-    path = tmp_path_factory.mktemp("serving") / "model"
-    HfDecoderForCausalLM(config).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
+    shape = {"intermediate_size": 48, "max_position_embeddings": 256, "initializer_range": 0.3}
+    return write_folder(tmp_path_factory.mktemp("serving") / "model", tokenizer, **shape)
 
 
 @contextmanager
