@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import logging
 
 from hf_decoder.cli import load_model, load_tokenizer
 from hf_decoder.cli.arguments import takes_argv
@@ -15,7 +16,6 @@ from hf_decoder.evaluation import metrics
 from hf_decoder.interop import quantization
 from hf_decoder.interop.checkpoint import check_absent, written_aside
 from hf_decoder.reporting.model_card import write_conversion_card
-from hf_decoder.safety.quiet import quiet
 
 BLOCK_SIZE = 512
 
@@ -28,6 +28,7 @@ def main(args: QuantizeArguments) -> int:
         quantization.quantization_config(method)  # checks every name before the first load
     if args.output_dir is not None and len(methods) != 1:
         raise ValueError(f"--output_dir saves one model; give one of --methods {' '.join(methods)}")
+    logging.disable_progress_bar()  # of the files that transformers writes
     tokenizer = load_tokenizer(args.model_name_or_path)
     documents = load_text(args.validation_file, encoding=args.encoding, validation_fraction=0)["train"]
     if args.output_dir is None:
@@ -51,8 +52,7 @@ def _save(args: QuantizeArguments, method: str, tokenizer: Any, documents: Any, 
     context_length = model.config.max_position_embeddings
     with written_aside(destination, 2 * quantization.tensor_bytes(model)) as aside:
         try:
-            with quiet():
-                model.save_pretrained(aside)
+            model.save_pretrained(aside)
         except ValueError:  # from transformers and torchao
             raise ValueError(f"method {method} cannot be saved; it only works while a model is loaded") from None
         tokenizer.save_pretrained(aside)
