@@ -89,7 +89,7 @@ def open_source(name: str, revision: str | None = None) -> Source:
     return Source(source.path, config, source.family, tensors, source.write_tokenizer)
 
 
-class Named(NamedTuple):
+class SourceName(NamedTuple):
     """The source as the caller named it: a folder, a file or a Hub name."""
 
     name: str
@@ -141,7 +141,7 @@ def convert(
     max_bytes = checkpoint.parse_size(max_shard_size)
     source = open_source(name, revision)
     is_ours = source.family is None and not source.is_gguf
-    named = Named(name, revision)
+    named = SourceName(name, revision)
     if to == "auto":
         to = "auto" if is_ours else OURS
     elif to == (OURS if is_ours else source.family and source.family.model_type):
@@ -174,7 +174,9 @@ def _write_gguf(
     return f"{plan.architecture} in GGUF, {outtype}"
 
 
-def _write_card(source: Source, named: Named, folder: Path, title: str, kind: str, difference: float | None) -> None:
+def _write_card(
+    source: Source, named: SourceName, folder: Path, title: str, kind: str, difference: float | None
+) -> None:
     words = {"title": title, "kind": kind, "source_kind": source.kind, **named.describe(source)}
     card = source.path / "README.md" if not source.is_gguf else None
     parameters = sum(math.prod(tensor.shape) for tensor in source.tensors.values())
@@ -188,7 +190,7 @@ def _write_card(source: Source, named: Named, folder: Path, title: str, kind: st
     )
 
 
-def _write_onnx(source: Source, named: Named, destination: Path, *, verify: bool) -> str:
+def _write_onnx(source: Source, named: SourceName, destination: Path, *, verify: bool) -> str:
     onnx_export.check_config(source.config)
     num_bytes = sum(tensor.num_bytes // tensor.dtype.itemsize for tensor in source.tensors.values()) * 4
     side = sum((source.path / path).stat().st_size for path in checkpoint.side_files(source.path))
@@ -203,7 +205,7 @@ def _write_onnx(source: Source, named: Named, destination: Path, *, verify: bool
 
 def _write_folder(
     source: Source,
-    named: Named,
+    named: SourceName,
     destination: Path,
     family: Family | None,
     config: Any,
