@@ -1,10 +1,10 @@
-"""Parses a verb's arguments. Dataclass fields are its flags; values come from the command line or a config file.
+"""Parses a verb's flags, which are fields of dataclasses, from the command line and a config file.
 
-A field's metadata may hold `help`, `choices`, `metavar`, `nargs` and `const` as in argparse, and `positional` for a
-value that is given without its name, `rare` for a flag that only `--help-all` lists. A group of flags is the class
-that declares them, and its heading the first line of that class's docstring.
+A field's metadata may hold `help`, `choices`, `metavar`, `nargs` and `const` as in argparse. `positional` allows the
+value without the flag's name, and `rare` hides the flag from all but `--help-all`. The flags of a class are a group of
+the help, and the first line of the class's docstring is its heading.
 
-transformers' HfArgumentParser reads the same dataclasses, but importing it takes longer than help may take.
+transformers' HfArgumentParser reads the same dataclasses, but importing it takes longer than help should.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ import shutil
 import sys
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from hf_decoder.safety.quiet import on_terminal
 
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
-# Former spellings, which go in the next version: (verb, former name) -> name.
+# Former names, accepted until the next version: (verb, former name) -> name.
 RENAMED = {
     ("compare", "prompts"): "input_file",
     ("eval", "eval_file"): "test_file",
@@ -51,11 +51,10 @@ def parse_arguments(
 ) -> tuple[Any, ...]:
     """Fills `dataclass_types` from a config file and from flags, which override the file.
 
-    The file is `--config FILE` or a first argument that ends in .yaml, .yml or .json; its keys are the flags' names.
+    The file is `--config FILE`, or a first argument that ends in .yaml, .yml or .json. Its keys are names of flags.
 
     Raises:
-        ValueError: for an unknown, missing or malformed argument, a file that cannot be read, or a flag that needs a
-            package that is not installed.
+        ValueError: for an unknown, missing or malformed argument, an unreadable file, or a missing package.
         SystemExit: after `--help` and `--help-all`.
     """
     parser = Parser(verb, dataclass_types, description)
@@ -69,13 +68,13 @@ def parse_arguments(
             kind(**{field.name: values[field.name] for field in dataclasses.fields(kind) if field.name in values})
             for kind in dataclass_types
         )
-    except json.JSONDecodeError as error:  # of a value that transformers takes for JSON, without the flag's name
+    except json.JSONDecodeError as error:  # transformers parses some values as JSON, and does not name the flag
         name = next((name for name, value in values.items() if value == error.doc), "a flag")
         raise ValueError(f"--{name} {error.doc} is not valid JSON: {error}") from None
 
 
 def check_arguments(verb: str, dataclass_types: Sequence[type], argv: Sequence[str], description: str) -> None:
-    """Answers help and complains about the flags of `dataclass_types`, of which a verb may have more than these.
+    """Checks the flags of `dataclass_types`, of which a verb may have more, and answers `--help`.
 
     Raises:
         ValueError: for a missing or malformed argument.
@@ -85,7 +84,7 @@ def check_arguments(verb: str, dataclass_types: Sequence[type], argv: Sequence[s
 
 
 def find_value(argv: Sequence[str], name: str) -> str | None:
-    """The value of `--name` in flags or config file, before the flags are parsed: it decides which flags there are."""
+    """The value of `--name` in flags or config file, before parsing: it decides which flags exist."""
     config_file, flags = _split_config_file(list(argv))
     value = None if config_file is None else _read_config_file(config_file).get(name)
     for number, flag in enumerate(flags):
@@ -97,7 +96,7 @@ def find_value(argv: Sequence[str], name: str) -> str | None:
 
 
 def did_you_mean(name: str, known: Sequence[str], lists: str = "--help") -> str:
-    """Names what `name` may stand for: names of these initials, around this one, spelled alike, or sharing a word."""
+    """Suggests known names: with these initials, containing `name`, spelled alike, or sharing a word."""
     bare = name.lstrip("-").replace("-", "_")
     plain = {option.lstrip("-"): option for option in known}
     words = {option: {word.rstrip("s") for word in option.split("_")} for option in (bare, *plain)}
@@ -111,13 +110,12 @@ def did_you_mean(name: str, known: Sequence[str], lists: str = "--help") -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """The flags of a verb. `partial`: `dataclass_types` declare only those that are known without transformers."""
+    """The parser of a verb. `partial` says that it knows only the flags that need no import of transformers."""
 
     def __init__(self, verb: str, dataclass_types: Sequence[type], description: str, *, partial: bool = False) -> None:
         super().__init__(
             prog=f"hf-decoder {verb}",
             description=description,
-            formatter_class=_Help,
             add_help=False,
             allow_abbrev=False,
             argument_default=argparse.SUPPRESS,
@@ -126,20 +124,21 @@ class Parser(argparse.ArgumentParser):
         self.flags: dict[str, _Flag] = {}
         groups: dict[str, argparse._ArgumentGroup] = {}
         declared = [flag for kind in dataclass_types for flag in _flags_of(kind)]
-        for flag in sorted(declared, key=lambda flag: flag.foreign):  # what other libraries declare comes last
+        for flag in sorted(declared, key=lambda flag: flag.foreign):  # flags of other libraries come last
             if flag.heading not in groups:
                 groups[flag.heading] = self.add_argument_group(flag.heading)
             flag.add_to(groups[flag.heading])
             self.flags[flag.name] = flag
         self.positionals = [flag for flag in self.flags.values() if flag.metadata.get("positional")]
         needed = [flag for flag in self.flags.values() if flag.required and flag not in self.positionals]
+        self.formatter_class = functools.partial(_Help, positionals={flag.name for flag in self.positionals})
         words = [flag.shown if flag.required else f"[{flag.shown}]" for flag in self.positionals]
         words += [f"--{flag.name} {flag.shown}" for flag in needed]
         self.usage = " ".join([self.prog, *words, "[options]"])
-        self.epilog = "--config FILE, or a FILE.yaml or FILE.json in the first place, gives flags as `name: value`."
+        self.epilog = "--config FILE, or FILE.yaml or FILE.json as the first argument, gives flags as `name: value`."
 
     def values(self, argv: Sequence[str]) -> dict[str, Any]:
-        """What flags and config file say, by name. Raises as `parse_arguments`."""
+        """The values of flags and config file by name. Raises as `parse_arguments` does."""
         words, plain = list(argv), []
         if "--" in words:
             words, plain = words[: words.index("--")], words[words.index("--") + 1 :]
@@ -172,7 +171,7 @@ class Parser(argparse.ArgumentParser):
         return values
 
     def help_text(self, *, everything: bool) -> str:
-        """The help, with the rare flags or without."""
+        """The help, with or without the rare flags."""
         hidden = [flag.action for flag in self.flags.values() if flag.rare and not everything]
         helps = [action.help for action in hidden]
         for action in hidden:
@@ -180,7 +179,7 @@ class Parser(argparse.ArgumentParser):
         text = self.format_help().rstrip()
         for action, help in zip(hidden, helps, strict=True):
             action.help = help
-        return text + (f"\n{self.prog} --help-all lists the other flags, too." if hidden or self.partial else "")
+        return text + (f"\n{self.prog} --help-all lists all flags." if hidden or self.partial else "")
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message.removeprefix("argument "))
@@ -190,7 +189,7 @@ class Parser(argparse.ArgumentParser):
             raise ValueError(f"--{action.dest} {value!r} is unknown; choose one of: {', '.join(action.choices)}")
 
     def _spell(self, words: Sequence[str]) -> list[str]:
-        """Flags as they are declared: with underscores, by their present names, and booleans with their value."""
+        """Rewrites flags as they are declared: with underscores, under present names, booleans with a value."""
         spelled, left = [], list(words)
         while left:
             word = left.pop(0)
@@ -208,17 +207,17 @@ class Parser(argparse.ArgumentParser):
         return spelled
 
     def _renamed(self, name: str) -> str:
-        """The present name of a flag, with a warning where `name` is a former one."""
+        """The present name of a flag. Warns of a former one."""
         new = RENAMED.get((self.verb, name))
         if new is None or name in self.flags:
             return name
         if not self.partial:
-            warning = f"--{name} is called --{new} now; the next version does not know the former name"
+            warning = f"--{name} is now --{new}; the next version will not know the former name"
             print(f"{self.prog}: warning: {warning}", file=sys.stderr)
         return new
 
     def _config_values(self, path: Path) -> dict[str, Any]:
-        """The values of a config file, checked as those of flags are."""
+        """The values of a config file, checked like those of flags."""
         values = {}
         for key, value in _read_config_file(path).items():
             name = self._renamed(key)
@@ -254,12 +253,12 @@ class _Flag:
         self.choices = None if choices is None else tuple(choices)
 
     def takes(self, word: str) -> bool:
-        """Whether the word after a boolean flag is its value."""
+        """Whether the word after this boolean flag is its value."""
         return word.lower() in BOOLEANS or (str in self.kinds and not word.startswith("-"))
 
     @property
     def shown(self) -> str:
-        """What stands for the value in help and usage."""
+        """The placeholder of the value in help and usage."""
         if "metavar" in self.metadata:
             return str(self.metadata["metavar"])
         if self.choices is not None:
@@ -279,16 +278,14 @@ class _Flag:
         self.action = group.add_argument(
             f"--{self.name}", type=self._type(), choices=self.choices, metavar=self.shown, help=text, **options
         )
-        heads = f"{self.shown}, --{self.name}" if self.metadata.get("positional") else ""
-        self.action.heads = heads  # type: ignore[attr-defined]
 
     def typed(self, parser: argparse.ArgumentParser, value: Any) -> Any:
-        """A value of a config file, converted and checked as the word on the command line would be.
+        """Converts and checks a value of a config file like a word of the command line.
 
         Raises:
             ValueError, argparse.ArgumentError: if it is of another kind.
         """
-        if value is None or (value is False and not self.boolean):  # a bare `no` of what is no switch: without it
+        if value is None or (value is False and not self.boolean):  # a bare `no` leaves out a flag that is no switch
             if not self.optional and self.default is not None:
                 raise ValueError(f"--{self.name} has no value; give one, or leave the line out")
             return None
@@ -301,7 +298,7 @@ class _Flag:
             return value
         words = value if isinstance(value, list) else [value]
         if not words or any(word is None or isinstance(word, dict | list | bool) for word in words):
-            raise ValueError(f"--{self.name} takes one value or several, each a text or a number, not {value}")
+            raise ValueError(f"--{self.name} takes texts or numbers, not {value}")
         found = [parser._get_value(self.action, str(word)) for word in words]
         for word in found:
             parser._check_value(self.action, word)
@@ -319,7 +316,7 @@ class _Flag:
 
 
 def _flags_of(kind: type) -> list[_Flag]:
-    """The fields of a dataclass, class by class from the class itself to its bases."""
+    """The fields of a dataclass, those of the class itself first, then those of its bases."""
     hints = typing.get_type_hints(kind)
     fields = {field.name: field for field in dataclasses.fields(kind) if field.init}
     found = []
@@ -331,7 +328,7 @@ def _flags_of(kind: type) -> list[_Flag]:
 
 
 def _members(hint: Any) -> list[Any]:
-    """The types that a hint allows, the one that a word is read as first: text where that goes, and no None."""
+    """The types that a hint allows, without None. The first is the one to parse a word as: text where possible."""
     origin = typing.get_origin(hint)
     members = list(typing.get_args(hint)) if origin in (typing.Union, types.UnionType) else [hint]
     order = (str, bool, float)
@@ -360,19 +357,22 @@ def _is_number(word: str) -> bool:
 
 
 class _Help(argparse.HelpFormatter):
-    """A line or two a flag: its name, what its value is, what it does."""
+    """One or two lines for each flag: name, value, what it does."""
 
-    def __init__(self, prog: str) -> None:
+    def __init__(self, prog: str, positionals: Collection[str]) -> None:
         width = min(shutil.get_terminal_size().columns, MAX_WIDTH)
         super().__init__(prog, max_help_position=36, width=width)
+        self._positionals = positionals
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
+        if action.dest in self._positionals:
+            return f"{action.metavar}, {action.option_strings[0]}"
         value = action.metavar if action.type is not _boolean else ""
-        return getattr(action, "heads", "") or f"{action.option_strings[0]} {value}".rstrip()
+        return f"{action.option_strings[0]} {value}".rstrip()
 
 
 def _split_config_file(argv: list[str]) -> tuple[Path | None, list[str]]:
-    """Takes the config file out of `argv`."""
+    """Splits `argv` into the config file and the rest."""
     if argv and not argv[0].startswith("-") and argv[0].endswith(CONFIG_SUFFIXES):
         return Path(argv[0]), argv[1:]
     for i, argument in enumerate(argv):
@@ -391,19 +391,19 @@ def _read_config_file(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"config file {path} does not exist")
     try:
-        # JSON is YAML, so one reader does for both.
+        # JSON is YAML, so one reader serves both.
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"config file {path} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
-        raise ValueError(f"config file {path} must hold `key: value` lines that name the flags")
-    # A bare `no` is False in YAML; of eval_strategy and its like it is one of the words.
+        raise ValueError(f"config file {path} must hold lines `flag: value`")
+    # YAML reads a bare `no` as False. For eval_strategy and its like it is a word.
     named = ((str(key), value) for key, value in values.items())
     return {key: "no" if value is False and key.endswith("_strategy") else value for key, value in named}
 
 
 def parse_verb(verb: str, argv: Sequence[str]) -> tuple[Any, ...]:
-    """The parsed arguments of a verb, by the flags that its file in `cli/flags` declares."""
+    """Parses the arguments of a verb, whose flags are in its file in `cli/flags`."""
     flags = importlib.import_module(f"hf_decoder.cli.flags.{verb}")
     argv = list(argv) or list(getattr(flags, "WITHOUT_ARGUMENTS", ()))
     if not getattr(flags, "PARTIAL", False):
@@ -414,7 +414,7 @@ def parse_verb(verb: str, argv: Sequence[str]) -> tuple[Any, ...]:
 
 
 def takes_argv(main: Callable[..., int]) -> Callable[..., int]:
-    """Lets a command's `main` be called with a list of words, as they stand on the command line, too."""
+    """Lets a command's `main` also take a list of words from the command line."""
     verb = main.__module__.rpartition(".")[2]
 
     @functools.wraps(main)

@@ -1,4 +1,4 @@
-"""`hf-decoder benchmark`: compares our model's speed with the stock class of the same shape and weights."""
+"""`hf-decoder benchmark`: compares our speed with that of the stock class of the same shape and weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.utils import logging
 
-from hf_decoder.cli import parse_overrides
+from hf_decoder.cli import check_at_least, parse_overrides, select_device
 from hf_decoder.cli.arguments import takes_argv
 from hf_decoder.cli.flags.benchmark import BenchmarkArguments
 from hf_decoder.costs import accounting
@@ -22,7 +22,7 @@ from hf_decoder.training.callbacks import bf16_supported
 
 @takes_argv
 def main(args: BenchmarkArguments) -> int:
-    """Prints one line a comparison as soon as it is measured."""
+    """Prints a line for each comparison as soon as it is measured."""
     setting = _setting(args)
     facts = accounting.hardware()
     logging.set_verbosity_error()
@@ -67,22 +67,22 @@ def _setting(args: BenchmarkArguments) -> Setting:
     dtype = getattr(torch, name, None)
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ValueError(f"--dtype {args.dtype} is unknown; choose auto, bfloat16, float16 or float32")
-    if args.repeats < 1:
-        raise ValueError(f"--repeats {args.repeats} must be at least 1")
-    device = args.device
-    if device == "auto":
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        device = accelerator.type if accelerator is not None else "cpu"
+    check_at_least("--repeats", args.repeats, 1)
     shape = {**get_preset(args.preset), **parse_overrides(args.config_overrides)}
     shape.pop("qk_norm", None)  # Llama has none
     unknown = [name for name in shape if name not in LlamaConfig().to_dict()]
     if unknown:
-        raise ValueError(f"--config_overrides names {unknown[0]!r}, which the stock class that we measure has not")
-    return Setting({"vocab_size": args.vocab_size, **shape}, device=device, dtype=dtype, repeats=args.repeats)
+        raise ValueError(f"--config_overrides names {unknown[0]!r}, which the stock class does not have")
+    return Setting(
+        {"vocab_size": args.vocab_size, **shape},
+        device=str(select_device(args.device)),
+        dtype=dtype,
+        repeats=args.repeats,
+    )
 
 
 def plot(rows: Sequence[Row], path: str) -> None:
-    """Bar chart of stock's time over ours, one bar a comparison."""
+    """Draws a bar chart of the stock class's time over ours."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 0.45 * len(rows) + 1.2), layout="constrained")

@@ -16,7 +16,7 @@ from hf_decoder.interop.verification import VerificationError
 
 @takes_argv
 def main(args: ConvertArguments) -> int:
-    """Converts; exit code 1 when the result does not compute the same as its source."""
+    """Converts a checkpoint. Exit code 1 says that the result computes something else than its source."""
     try:
         result = convert(
             args.source,

@@ -1,4 +1,4 @@
-"""`hf-decoder crossvalidate`: measures a classifier from scratch on rows it has not seen, fold by fold."""
+"""`hf-decoder crossvalidate`: trains a classifier from scratch, and measures it on unseen rows, fold by fold."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def main(args: CrossvalidateArguments) -> int:
 
 
 def crossvalidate(args: CrossvalidateArguments) -> dict[str, Any]:
-    """Runs the folds that are missing, prints each and the mean, and writes results and predictions.
+    """Runs the missing folds, prints each and the mean, and writes results and predictions.
 
     Raises:
-        ValueError: for what the user can get wrong, before anything is trained.
+        ValueError: for what the user can get wrong, before training starts.
     """
     for name in ("dropout", "pretraining_dropout", "word_dropout"):
         if not 0 <= getattr(args, name) < 1:
@@ -65,8 +65,8 @@ def crossvalidate(args: CrossvalidateArguments) -> dict[str, Any]:
 
     def kept() -> str:
         if not done:
-            return " before the first fold was done; the same command starts from the beginning"
-        return f"; {len(done)} of {args.num_folds} folds are kept in {folder}; the same command goes on"
+            return " before the first fold was complete; the same command starts from the beginning"
+        return f"; {folder} keeps {len(done)} of {args.num_folds} folds; the same command goes on"
 
     with going_on(kept, folder):
         for fold in range(len(done), min(args.num_folds, args.max_folds or args.num_folds)):
@@ -109,7 +109,7 @@ def _recipe(args: CrossvalidateArguments) -> crossvalidation.Recipe:
 def _train_on_all(
     args: CrossvalidateArguments, rows: list[records.Row], label2id: dict[str, int], recipe: crossvalidation.Recipe
 ) -> dict[str, Any]:
-    """Trains the classifier to be used, on all rows, saves it, and returns its sizes."""
+    """Trains the final classifier on all rows, saves it, and returns its sizes."""
     folder, start = Path(args.output_dir), time.perf_counter()
     history: list[dict[str, Any]] = []
     model, tokenizer = crossvalidation.train_classifier(rows, label2id, recipe, str(folder), history)
@@ -128,14 +128,16 @@ def _train_on_all(
 
 
 def _show(args: CrossvalidateArguments, results: dict[str, Any], text: str) -> None:
-    """Confusion matrix, model card, and the last lines that are printed."""
+    """Draws the confusion matrix, writes the model card, and prints the last lines."""
     folder, name, folds = Path(args.output_dir), Path(args.train_file).name, len(results["folds"])
     title = f"{name}, held out in {folds} of {args.num_folds} folds"
     plot_confusion(results, folder / "confusion_matrix.png", title)
     means = results["classification_report"]["macro avg"]
     measured = {"eval_accuracy": results["accuracy"], "eval_f1": means["f1-score"], "eval_rows": means["support"]}
     words = {"task": "classification", "base": f"a new {args.preset} model", "dataset": name, "prompt": text}
-    words["method"] = f"all parameters; measured on {folds} of {args.num_folds} folds, each by a model of the others"
+    words["method"] = (
+        f"all parameters; measured on {folds} of {args.num_folds} folds, each by a model trained on the others"
+    )
     write_finetuning_card(folder, {**results["model"], **measured, **accounting.hardware()}, words, is_adapter=False)
     print(f"{folder} holds crossvalidation_results.json, confusion_matrix.png and predictions.jsonl")
     print_load_lines(folder, "model, trained on all rows", classifier_load_lines(folder.as_posix(), text))
@@ -151,7 +153,7 @@ def _run_fold(
     folder: Path,
     fold: int,
 ) -> dict[str, Any]:
-    """Trains on `train`, appends the predictions for `held_out` to the file, and returns the measures."""
+    """Trains on `train`, appends the predictions for `held_out` to predictions.jsonl, and returns the measures."""
     labels = [str(row["label"]) for row in held_out]
     start, cpu = time.perf_counter(), time.process_time()
     model, tokenizer = crossvalidation.train_classifier(train, label2id, recipe, str(folder))
@@ -175,7 +177,7 @@ def _run_fold(
 def _results_so_far(
     folder: Path, settings: dict[str, Any], *, overwrite: bool
 ) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
-    """The folds that an earlier run with the same settings has measured, and its model of all rows if there is one.
+    """The folds that an earlier run with the same settings measured, and the sizes of its final model, if any.
 
     Raises:
         ValueError: if the folder holds something else.

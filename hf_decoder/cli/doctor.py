@@ -18,13 +18,12 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 STYLES = {PASS: "green", FAIL: "bold red", WARN: "yellow", SKIP: "dim"}
-# Where the output goes to a file or a pipe.
-WIDTH = 120
+WIDTH = 120  # of output to a file or a pipe
 
 
 @takes_argv
 def main(args: DoctorArguments) -> int:
-    """Runs the rows and prints them; exit code 1 if a row of any checkpoint fails."""
+    """Runs the rows and prints them. Exit code 1 says that a row of some checkpoint fails."""
     if args.quick and args.deep:
         raise ValueError("--quick and --deep exclude each other; choose one")
     if args.json is not None and not Path(args.json).absolute().parent.is_dir():
@@ -58,7 +57,7 @@ def _examine(name: str, level: str, args: DoctorArguments) -> DoctorReport:
 
 
 def _printable(report: DoctorReport) -> DoctorReport:
-    """The report as rich may print it, which writes past what guards the streams."""
+    """The report without control characters. rich bypasses the guard of the streams."""
     rows = tuple(replace(row, detail=printable(row.detail), remedy=printable(row.remedy)) for row in report.rows)
     names = {"checkpoint": printable(report.checkpoint), "model_type": printable(report.model_type)}
     return replace(report, rows=rows, **names)
@@ -75,7 +74,7 @@ def _print(reports: Sequence[DoctorReport]) -> None:
     for report in reports:
         for row in report.failures:
             console.print(f"\n{report.checkpoint}: {row.name}: {row.claim}", style=STYLES[FAIL], markup=False)
-            console.print(f"  seen:  {row.detail}\n  means: {row.means}\n  mend:  {row.remedy}", markup=False)
+            console.print(f"  seen:  {row.detail}\n  means: {row.means}\n  fix:   {row.remedy}", markup=False)
     console.print()
     for report in reports:
         counts = {status: sum(row.status == status for row in report.rows) for status in (PASS, FAIL, WARN, SKIP)}
@@ -95,13 +94,13 @@ def _print_one(console: Console, report: DoctorReport) -> None:
     for heading in ("row", "claim", "", "seen"):
         table.add_column(heading, no_wrap=heading != "seen", overflow="fold")
     for row in report.rows:
-        seen = row.detail if row.status != WARN else f"{row.detail}. To mend: {row.remedy}"
+        seen = row.detail if row.status != WARN else f"{row.detail}. To fix: {row.remedy}"
         table.add_row(row.name, Text(row.claim), Text(row.status, STYLES[row.status]), Text(seen))
     console.print(table)
 
 
 def _print_side_by_side(console: Console, reports: Sequence[DoctorReport]) -> None:
-    """One column a checkpoint; below, what the warnings and skips are about."""
+    """Prints one column for each checkpoint, and the warnings below."""
     from rich.table import Table
     from rich.text import Text
 
@@ -116,5 +115,5 @@ def _print_side_by_side(console: Console, reports: Sequence[DoctorReport]) -> No
     for report in reports:
         for row in report.rows:
             if row.status == WARN:
-                seen = f"{report.checkpoint}: {row.name}: {row.detail}. To mend: {row.remedy}"
+                seen = f"{report.checkpoint}: {row.name}: {row.detail}. To fix: {row.remedy}"
                 console.print(seen, style=STYLES[WARN], markup=False)

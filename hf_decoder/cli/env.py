@@ -10,19 +10,20 @@ import shutil
 import subprocess
 
 from hf_decoder import __version__
+from hf_decoder.cli import select_device
 from hf_decoder.cli.arguments import takes_argv
 from hf_decoder.cli.flags.env import EnvArguments
 from hf_decoder.costs import accounting
 from hf_decoder.costs.devices import GIB, cpu_count, cpu_features, cpu_name, machine_memory
 
-# In the order in which torch and its extensions look for one.
+# In the order in which torch and its extensions look for them.
 COMPILERS = ("g++", "clang++", "c++", "cl")
 VARIABLES = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "HF_DECODER_ENGINE")
 
 
 @takes_argv
 def main(args: EnvArguments) -> int:
-    """Prints a line a fact."""
+    """Prints one line for each fact."""
     import torch
 
     facts = {
@@ -44,7 +45,7 @@ def main(args: EnvArguments) -> int:
 
 
 def _device() -> str:
-    """The accelerator, with the version of what drives it; of CUDA, the compute capability too."""
+    """The accelerator and its driver; with CUDA also memory and compute capability."""
     import torch
 
     if torch.cuda.is_available():
@@ -52,12 +53,12 @@ def _device() -> str:
         driver = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"HIP {torch.version.hip}"
         memory = torch.cuda.get_device_properties(0).total_memory / GIB
         return f"{accounting.hardware()['device']}, {memory:.1f} GiB, compute capability {capability}, {driver}"
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return str(accelerator or "no accelerator")
+    device = select_device(None)
+    return "no accelerator" if device.type == "cpu" else str(device)
 
 
 def _compiler() -> str:
-    """The C++ compiler that is found first and its version; without one, nothing is compiled on this machine."""
+    """The first C++ compiler found, with its version. Without one nothing is compiled."""
     for name in filter(None, (os.environ.get("CXX"), *COMPILERS)):
         if path := shutil.which(name):
             try:
@@ -69,7 +70,7 @@ def _compiler() -> str:
 
 
 def _packages() -> dict[str, str]:
-    """The packages that this one asks for, needed or optional, and their versions."""
+    """The required and optional packages, with their versions."""
     try:
         asked = importlib.metadata.requires("hf-decoder") or []
     except importlib.metadata.PackageNotFoundError:  # a checkout that is not installed

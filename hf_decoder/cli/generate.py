@@ -35,7 +35,7 @@ from hf_decoder.evaluation.batch_generation import (
     generate_settings,
 )
 from hf_decoder.safety.interrupts import going_on
-from hf_decoder.training.run_report import is_of_pretraining
+from hf_decoder.training.run_report import is_pretrained_only
 
 GENERATION_FLAGS = (
     "max_new_tokens",
@@ -56,7 +56,7 @@ GENERATION_FLAGS = (
 
 @takes_argv
 def main(args: GenerateArguments) -> int:
-    """Loads the model, and continues, chats or answers a file."""
+    """Loads the model, and continues a prompt, chats, or answers a file."""
     talks = args.chat or (args.prompt is None and args.input_file is None and sys.stdin.isatty())
     _check(args, talks=talks)
     rows = _read(args) if args.input_file else []
@@ -95,7 +95,7 @@ def _check(args: GenerateArguments, *, talks: bool) -> None:
 
 
 def _given(args: GenerateArguments) -> dict[str, Any]:
-    """The settings that the flags name."""
+    """The generation settings that the flags give."""
     return {name: getattr(args, name) for name in GENERATION_FLAGS if getattr(args, name) is not None}
 
 
@@ -108,16 +108,16 @@ def stream(
     skip_prompt: bool,
     **settings: Any,
 ) -> str:
-    """Continues the token ids of a prompt, printing text as it comes; returns the new text.
+    """Continues the token ids of a prompt, prints text as it comes, and returns the new text.
 
-    `settings` of `generate` go before those of `args`.
+    `settings` override those of `args`.
 
     Raises:
         ValueError: if the prompt is too long for the model, or holds an id outside its vocabulary.
     """
     check_ids(model, ids)
     settings = generate_settings(model, tokenizer, len(ids), _given(args)) | settings
-    # Beams change their minds, and a stop string is only seen when it is whole: their text is shown at the end.
+    # Beams may change earlier text, and a stop string is known only when complete: print their text at the end.
     beams = settings.get("num_beams") or model.generation_config.num_beams or 1
     streams = beams == 1 and not args.stop_strings
     streamer = TextStreamer(tokenizer, skip_prompt=skip_prompt, skip_special_tokens=True) if streams else None
@@ -131,26 +131,18 @@ def stream(
     return completion
 
 
-def _is_base(folder: Path) -> bool:
-    """Whether `pretrain` made this folder, and nothing has tuned it since."""
-    try:
-        return is_of_pretraining(json.loads((folder / "all_results.json").read_text("utf-8")))
-    except (OSError, ValueError):
-        return False
-
-
 class Chat:
-    """A talk in the terminal: reads messages and commands, and answers with the whole talk as context.
+    """A chat in the terminal. It reads messages and commands, and answers with the whole chat as context.
 
-    Answers go to standard output, whatever else is said to standard error.
+    Answers go to standard output, all else to standard error.
     """
 
     COMMANDS = {
         "/help": "lists the commands",
-        "/clear": "forgets the talk, but not the system message",
-        "/system": "TEXT sets the system message; without a text there is none",
-        "/save": "FILE appends the talk to a JSONL file as `messages`, which finetune reads",
-        "/exit": "ends, as Ctrl-D does; Ctrl-C stops an answer",
+        "/clear": "forgets the chat, but not the system message",
+        "/system": "TEXT sets the system message; without TEXT it removes it",
+        "/save": "FILE appends the chat to a JSONL file as `messages`, which finetune reads",
+        "/exit": "ends the chat, as Ctrl-D does; Ctrl-C stops an answer",
     }
 
     def __init__(self, model: Any, tokenizer: Any, args: GenerateArguments) -> None:
@@ -162,7 +154,7 @@ class Chat:
         self._ends = end_ids(model, tokenizer, chat=True)
 
     def run(self) -> None:
-        """Goes on until `/exit` or the end of input."""
+        """Answers until `/exit` or the end of input."""
         self._introduce()
         said = self.args.prompt
         while said != "/exit":
@@ -186,13 +178,13 @@ class Chat:
         kind, dtype = type(model).__name__, str(model.dtype).removeprefix("torch.")
         _note(f"{name}: {kind}, {size}{length}, {dtype} on {model.device}")
         if self.tokenizer.chat_template is None:
-            _note("It was never taught to chat (no chat template): it goes on with each text, and remembers none.")
-        elif self.args.adapter_name_or_path is None and _is_base(Path(self.args.model_name_or_path)):
-            _note("It was never taught to chat: it has a chat template, but was pretrained alone.")
+            _note("It was never taught to chat (no chat template): it continues each text, and remembers none.")
+        elif self.args.adapter_name_or_path is None and is_pretrained_only(Path(self.args.model_name_or_path)):
+            _note("It was never taught to chat: it has a chat template, but was only pretrained.")
         _note("/help lists the commands; /exit or Ctrl-D ends.")
 
     def _take(self, said: str) -> None:
-        """Answers a message or does what a command says; whatever is wrong with it is one line."""
+        """Answers a message or runs a command. An error becomes one line."""
         try:
             if said.startswith("/"):
                 self._obey(*said.split(maxsplit=1))
@@ -232,7 +224,7 @@ class Chat:
         """Prints the answer as it comes.
 
         Raises:
-            ValueError: if the message alone is too long for the model; the talk stays as it was.
+            ValueError: if the message alone is too long for the model. The chat stays as it was.
         """
         turn = {"role": "user", "content": said}
         ids = self._fit(turn)
@@ -252,7 +244,7 @@ class Chat:
         self.turns += [turn, {"role": "assistant", "content": answer}]
 
     def _fit(self, turn: dict[str, str]) -> list[int]:
-        """The talk with `turn` as token ids, without its oldest exchanges where they leave no room for an answer."""
+        """The token ids of the chat with `turn`, without the oldest exchanges if there is no room for an answer."""
         if self.tokenizer.chat_template is None:
             ids = encode_prompt(self.tokenizer, turn["content"])
             check_ids(self.model, ids)
@@ -274,7 +266,7 @@ class Chat:
 
 @contextmanager
 def _interruptible() -> Iterator[Any]:
-    """Gives a function that tells whether Ctrl-C came; the second one interrupts at once."""
+    """Yields a function that tells whether Ctrl-C came. A second Ctrl-C interrupts at once."""
     event = threading.Event()
 
     def stop(number: int, frame: Any) -> None:
@@ -290,7 +282,7 @@ def _interruptible() -> Iterator[Any]:
 
 
 def _read_line() -> str:
-    """The next line; on a terminal with a prompt, editing and the lines before. Raises EOFError at the end."""
+    """Reads the next line; on a terminal with prompt, editing and history. Raises EOFError at the end."""
     if not sys.stdin.isatty():
         return input()
     if importlib.util.find_spec("readline") is not None:
@@ -304,11 +296,11 @@ def _note(text: str) -> None:
 
 def _check_template(tokenizer: Any, args: GenerateArguments) -> None:
     if tokenizer.chat_template is None:
-        raise ValueError(f"{args.model_name_or_path} has no chat template, so it knows no messages")
+        raise ValueError(f"{args.model_name_or_path} has no chat template, so it takes no messages")
 
 
 def _read(args: GenerateArguments) -> list[Row]:
-    """The rows of --input_file, each with its `prompt`: text, or messages."""
+    """The rows of --input_file, whose `prompt` is text or messages."""
     rows = read_prompts(str(args.input_file), args.prompt_column)
     empty = [number for number, row in enumerate(rows, 1) if not row["prompt"] or not str(row["prompt"]).strip()]
     if empty:
@@ -317,28 +309,30 @@ def _read(args: GenerateArguments) -> list[Row]:
 
 
 def _done(args: GenerateArguments, rows: Sequence[Row]) -> int:
-    """How many rows --output_file holds already.
+    """The number of answers that --output_file holds already.
 
     Raises:
-        ValueError: if they are not the first rows of --input_file.
+        ValueError: if they do not answer the first rows of --input_file.
     """
     path = Path(str(args.output_file))
     if not args.input_file or not path.exists():
         return 0
-    # An interrupted write leaves part of a line behind, which is not counted.
+    # An interrupted write leaves part of a line, which does not count.
     lines = path.read_bytes().split(b"\n")[:-1]
     for number, line in enumerate(lines):
         try:
             prompt = json.loads(line)["prompt"]
         except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{path}, line {number + 1} is not an answer of this command; name another") from None
+            raise ValueError(
+                f"{path}, line {number + 1} is no answer of this command; name another --output_file"
+            ) from None
         if number >= len(rows) or prompt != rows[number]["prompt"]:
             raise ValueError(f"{path} holds answers to other prompts (line {number + 1}); name another --output_file")
     return len(lines)
 
 
 def answer_file(model: Any, tokenizer: Any, rows: Sequence[Row], done: int, args: GenerateArguments) -> None:
-    """Appends the rows from `done` on, each with its `completion`, to --output_file as they are answered."""
+    """Answers the rows from `done` on, and appends each with its `completion` to --output_file."""
     path = Path(str(args.output_file))
     system = [{"role": "system", "content": args.system}] if args.system else []
     prompts = [row["prompt"] for row in rows[done:]]

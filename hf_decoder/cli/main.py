@@ -1,4 +1,4 @@
-"""`hf-decoder VERB ...`: finds the verb, runs it, and turns what a user got wrong into one line and exit code 2."""
+"""`hf-decoder VERB ...`: finds the verb, runs it, and turns a user's error into one line and exit code 2."""
 
 from __future__ import annotations
 
@@ -17,23 +17,22 @@ VERBS = {
     "tokenizer": "train a tokenizer from raw text and measure how well it fits",
     "eval": "measure a model: perplexity, bits per byte, BLEU, chrF, accuracy, F1, exact match",
     "finetune": "adapt a model to text, prompts, chats, labels or preferences; full, LoRA, DoRA or QLoRA",
-    "crossvalidate": "measure a classifier from scratch on every part of its rows, held out in turn",
+    "crossvalidate": "train a classifier from scratch on all folds but one, measure it on that one, in turn",
     "generate": "continue a prompt, chat, or answer a file of prompts, with a saved model",
     "compare": "judge two models' answers blind, in the terminal or on a local page",
     "doctor": "prove a checkpoint row by row: padding, caches, tying, reload, tokenizer, files, export",
     "push": "check a model, upload it to the Hub, and prove that a stranger can load it",
-    "convert": "bring a checkpoint of another family in, or let ours out: a stock class, GGUF",
+    "convert": "convert a checkpoint from or to another family, or to GGUF or ONNX",
     "quantize": "measure the quantization methods on a model, or save it quantized",
-    "serve": "answer OpenAI clients with a saved model, by the server of transformers",
+    "serve": "serve a saved model to OpenAI clients, by the server of transformers",
     "benchmark": "measure speed against the stock class of the same shape and weights",
     "presets": "list the named model shapes and what each costs to train and serve",
-    "plan": "memory, speed and communication of a training, and the command to launch it",
+    "plan": "estimate memory, speed and communication of a training, and print its launch command",
     "env": "print what a bug report needs: versions, hardware, packages, compilers",
 }
 TRACEBACK_VARIABLE = "HF_DECODER_TRACEBACK"
-# Its flags are those of the server that it starts.
-PASSES_ON = "serve"
-BROKEN_PIPE = 141  # 128 and the number of the signal, as a shell tells it
+PASSES_ON = "serve"  # the server that it starts parses its flags
+BROKEN_PIPE = 141  # 128 plus the number of the signal, as in a shell
 
 
 def _usage() -> str:
@@ -45,7 +44,7 @@ def _usage() -> str:
             "",
             *lines,
             "",
-            "hf-decoder VERB --help lists the options of a verb, hf-decoder --version tells the version.",
+            "hf-decoder VERB --help lists the options of a verb. hf-decoder --version prints the version.",
             f"An error is one line; {TRACEBACK_VARIABLE}=1 in the environment shows where it came from.",
         ]
     )
@@ -57,10 +56,10 @@ def _fail(name: str, message: str) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb.
+    """Runs one verb and returns its exit code.
 
-    Returns the exit code: 0, 2 for an error of the user's, 130 or 143 for Ctrl-C or SIGTERM, 141 if nobody reads the
-    output any more, as of `hf-decoder ... | head`.
+    The code is 2 for a user's error, 130 for Ctrl-C, 143 for SIGTERM, and 141 if nobody reads the output any more, as
+    with `hf-decoder ... | head`.
     """
     guard_streams()
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -87,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{name}: {line}", file=sys.stderr)
         return code
     except BaseException as error:
-        # What libraries make of a stranger's files; a panic of the Rust parts of tokenizers is no Exception.
+        # Libraries raise anything on a stranger's files. A panic in the Rust part of tokenizers is no Exception.
         is_fault = isinstance(error, Exception) or type(error).__name__ == "PanicException"
         if not is_fault or os.environ.get(TRACEBACK_VARIABLE):
             raise
@@ -112,14 +111,9 @@ def _answer(arguments: list[str]) -> int:
     silence()
     if verb == PASSES_ON:
         return _module(verb).main(rest)
-    return _run(verb, rest)
-
-
-def _run(verb: str, argv: list[str]) -> int:
-    """Parses the arguments of a verb, and only then imports what it runs, which takes seconds with torch."""
     from hf_decoder.cli.arguments import parse_verb
 
-    parsed = parse_verb(verb, argv)
+    parsed = parse_verb(verb, rest)  # before the verb is imported, which takes seconds with torch
     return _module(verb).main(*parsed)
 
 

@@ -25,11 +25,11 @@ def main(args: PlanArguments) -> int:
 
 
 def plan(args: PlanArguments) -> planning.Job:
-    """The layout that fits.
+    """Finds the layout that fits.
 
     Raises:
-        ValueError: for an unknown name, a number that is not positive, devices that do not fill their machines or do
-            not work together, a row longer than the model's context, or a model that fits in no layout.
+        ValueError: for an unknown name, a number below 1, devices that do not fill their machines or cannot work
+            together, a row longer than the model's context, or a model that fits in no layout.
     """
     check_choice("--gpu", args.gpu, [*DEVICES, THIS_CPU])
     sizes = ("vocab_size", "gpus", "gpus_per_node", "block_size")
@@ -42,14 +42,14 @@ def plan(args: PlanArguments) -> planning.Job:
         kind = replace(kind, memory=round(args.gpu_memory * GIB))
     gpus = args.gpus or (DEVICES_PER_NODE if kind.link else 1)
     if gpus > 1 and not kind.link:
-        raise ValueError(f"--gpus {gpus}: the plan knows no connection of several {args.gpu}; leave it out")
+        raise ValueError(f"--gpus {gpus}: no connection between several {args.gpu} is known; leave it out")
     if gpus > args.gpus_per_node and gpus % args.gpus_per_node:
         raise ValueError(f"--gpus {gpus} does not fill machines of --gpus_per_node {args.gpus_per_node}")
     config = HfDecoderConfig(vocab_size=args.vocab_size, **get_preset(args.preset))
     context = config.max_position_embeddings
     block_size = args.block_size or min(context, LONGEST_ROW)
     if block_size > context:
-        raise ValueError(f"--block_size {block_size} is more than the context of preset {args.preset}, {context}")
+        raise ValueError(f"--block_size {block_size} is longer than the context of preset {args.preset}, {context}")
     if args.strategy == "deepspeed_zero3" and args.optim == "muon_adamw":
         raise ValueError("--strategy deepspeed_zero3 takes no Muon; add --optim adamw_torch")
     job = planning.Job(
@@ -69,11 +69,11 @@ def plan(args: PlanArguments) -> planning.Job:
 
 
 def report(job: planning.Job, args: PlanArguments) -> list[str]:
-    """The plan in lines."""
+    """The lines of the plan."""
     config, memory, sent = job.config, planning.memory(job), planning.communication(job)
     speed = planning.speed(job, args.mfu)
     parameters = accounting.num_parameters(config)
-    again = ", activations formed again" if job.checkpointing else ""
+    again = ", activations recomputed" if job.checkpointing else ""
     size = f"{parameters / 1e9:.3g} B" if parameters >= 1e9 else f"{parameters / 1e6:.3g} M"
     layout = job.strategy if job.gpu.link else "one process"
     lines = [
@@ -82,14 +82,14 @@ def report(job: planning.Job, args: PlanArguments) -> list[str]:
         f"rows x {job.block_size})",
         "",
         "memory of a device, GiB",
-        *(f"  {name:<14}{amount / 2**30:>10.2f}" for name, amount in memory.items()),
-        f"  {'together':<14}{sum(memory.values()) / 2**30:>10.2f}  of "
-        f"{planning.USABLE * job.gpu.memory / 2**30:.1f} ({planning.USABLE:.0%} of {job.gpu.memory / 2**30:.1f})",
+        *(f"  {name:<14}{amount / GIB:>10.2f}" for name, amount in memory.items()),
+        f"  {'together':<14}{sum(memory.values()) / GIB:>10.2f}  of "
+        f"{planning.USABLE * job.gpu.memory / GIB:.1f} ({planning.USABLE:.0%} of {job.gpu.memory / GIB:.1f})",
     ]
     other = planning.memory(replace(job, checkpointing=not job.checkpointing))["activations"]
     lines += [
-        f"  activations {'kept' if job.checkpointing else 'formed again'} instead: {other / 2**30:.2f}",
-        f"  logits that are never held: {planning.logits_avoided(job) / 2**30:.2f}",
+        f"  activations {'kept' if job.checkpointing else 'recomputed'} instead: {other / GIB:.2f}",
+        f"  logits that are never held: {planning.logits_avoided(job) / GIB:.2f}",
         "",
     ]
     if job.gpus > 1:
@@ -116,7 +116,7 @@ def report(job: planning.Job, args: PlanArguments) -> list[str]:
 
 
 def launch_command(job: planning.Job, args: PlanArguments) -> str:
-    """What starts the training; over several machines, what starts it on each."""
+    """The command that starts the training; with several machines, on each of them."""
     nodes = max(1, job.gpus // job.devices_per_node)
     words = ["accelerate", "launch", "--config_file", str(configuration_file(job.strategy))]
     words += ["--num_processes", str(job.gpus)]
@@ -124,7 +124,7 @@ def launch_command(job: planning.Job, args: PlanArguments) -> str:
         words += ["--num_machines", str(nodes), "--machine_rank", "RANK", "--main_process_ip", "FIRST_MACHINE"]
         words += ["--main_process_port", "29500"]
     words += ["scripts/pretrain.py"]
-    if not job.gpu.link:  # one process, which needs no launcher
+    if not job.gpu.link:  # one process needs no launcher
         words = ["hf-decoder", "pretrain"]
     words += ["--preset", args.preset, "--vocab_size", str(args.vocab_size)]
     words += ["--block_size", str(job.block_size), "--per_device_train_batch_size", str(job.batch_size)]

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from hf_decoder.cli import check_at_least
 from hf_decoder.cli.arguments import takes_argv
 from hf_decoder.cli.flags.presets import PresetsArguments
 from hf_decoder.costs import accounting
+from hf_decoder.costs.devices import GIB
 from hf_decoder.costs.presets import PRESETS, Shape
 
 
 @takes_argv
 def main(args: PresetsArguments) -> int:
-    """Prints one line a preset."""
+    """Prints one line for each preset."""
     for name in ("vocab_size", "per_device_train_batch_size", "block_size"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} {getattr(args, name)} must be positive")
+        check_at_least(f"--{name}", getattr(args, name), 1)
     header = ("preset", "parameters", "width", "layers", "heads", "context", "KV B/token", "train FLOP/token")
     rows = [(*header, "train memory", "serve memory")]
     for name in PRESETS:
@@ -53,4 +54,4 @@ def _si(number: float) -> str:
 
 
 def _gib(number: float) -> str:
-    return f"{number / 2**30:.2f} GiB"
+    return f"{number / GIB:.2f} GiB"

@@ -1,4 +1,4 @@
-"""`hf-decoder pretrain`: makes a tokenizer, a model, its measures and a folder ready for the Hub from raw text."""
+"""`hf-decoder pretrain`: trains a tokenizer and a model from raw text, and leaves a folder ready for the Hub."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     default_data_collator,
     set_seed,
@@ -72,7 +73,7 @@ class PretrainingArguments(PretrainingDefaults, TrainingArguments):  # type: ign
 
     def __post_init__(self) -> None:
         self.uses_muon = self.optim == MUON_ADAMW
-        if self.uses_muon:  # transformers checks the name, which is not one of its own
+        if self.uses_muon:  # transformers would refuse the name
             self.optim = OptimizerNames.ADAMW_TORCH
         if not torch.accelerator.is_available():
             self.use_cpu = True
@@ -91,53 +92,31 @@ class PretrainingArguments(PretrainingDefaults, TrainingArguments):  # type: ign
 
 
 def argument_types(argv: Sequence[str]) -> tuple[type, ...]:
-    """Whose fields are the flags."""
+    """The dataclasses whose fields are the flags."""
     return ModelArguments, DataArguments, PretrainingArguments
 
 
 @takes_argv
 def main(model_args: ModelArguments, data_args: DataArguments, args: PretrainingArguments) -> int:
-    """Runs `pretrain`; of several processes, the first one speaks."""
+    """Runs `pretrain`. Of several processes only the first one prints."""
     with training.quiet_but_for_main_process(args):
         return pretrain(model_args, data_args, args)
 
 
 def pretrain(model_args: ModelArguments, data_args: DataArguments, args: PretrainingArguments) -> int:
-    """The whole job, in order. Returns 0, or 128 + the number of the signal that stopped the training.
+    """Runs the whole job, in order.
+
+    Returns 0, or 128 + the number of the signal that stopped the training.
 
     Raises:
-        ValueError: for anything the user can get wrong, before anything of an earlier run is touched.
+        ValueError: for anything the user can get wrong, before an earlier run is touched.
         OSError: if a checkpoint cannot be written.
     """
     seconds: dict[str, float] = {}
     started = time.monotonic()
     time_limit = parse_duration(args.time_limit) if args.time_limit else None
-    check_reporters(args.report_to or [])
-    template_path()  # the card comes last
-    checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
-    resumes_here = checkpoint is not None and Path(checkpoint).resolve().parent == Path(args.output_dir).resolve()
-    training.check_output_dir(args.output_dir, overwrite=args.overwrite_output_dir, resume=resumes_here)
-    if checkpoint is not None and args.max_steps > 0:
-        training.check_steps_left(checkpoint, args.max_steps, f"--max_steps {args.max_steps}")
-    overrides = parse_overrides(model_args.config_overrides)
-    if overrides and model_args.model_name_or_path:
-        raise ValueError("--config_overrides shapes a new model; it does not go with --model_name_or_path")
-    # A model to go on with brings its own config and tokenizer; a checkpoint of this run brings the tokenizer.
-    source = model_args.model_name_or_path and (checkpoint or model_args.model_name_or_path)
-    config = _config(model_args.preset, overrides, source, data_args.block_size)
-    set_seed(args.seed)
-    if args.use_cpu:
-        training.keep_freed_memory()
-    logging.disable_progress_bar()  # transformers' bars of the files it writes; those of training and data stay
-
-    with args.main_process_first(desc="text"):
-        with training.stage("corpus", seconds):
-            text = open_text(data_args)
-        with training.stage("tokenizer", seconds):
-            tokenizer = _tokenizer(model_args, checkpoint, training_texts(text))
-        _fit_to_tokenizer(config, tokenizer, resize=source is None and "vocab_size" not in overrides)
-        with training.stage("rows", seconds):
-            rows = _rows(text, tokenizer, data_args, args)
+    checkpoint = _checkpoint(args)
+    config, tokenizer, rows = _prepare(model_args, data_args, args, checkpoint, seconds)
     steps = _count_steps(args, rows.train)
     rows_of_a_step = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
     print("\n".join(rows.lines()))
@@ -153,31 +132,18 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, args: Pretrai
     if checkpoint is not None:
         check_same_run(checkpoint, run)
         training.check_steps_left(checkpoint, steps, f"--num_train_epochs {args.num_train_epochs:g}")
-
     finished = checkpoint is not None and training.is_finished(checkpoint, steps)
     model = _model(checkpoint if finished else model_args.model_name_or_path, config, new=checkpoint is None)
-    # What is tuned to chat from it ends its turns, whoever loads it.
+    # A chat model that is tuned from this one ends its turns, whoever loads it.
     model.generation_config.eos_token_id = end_ids(model, tokenizer, chat=tokenizer.chat_template is not None)
     if args.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY and not args.lr_scheduler_kwargs:
         args.lr_scheduler_kwargs = wsd_kwargs(steps)
     if args.fits_logging_steps:
         args.logging_steps = training.logging_steps(steps)
     keeper, stop = CheckpointKeeper(run, args.save_total_limit, checkpoint), StopOnSignal()
-    args.save_total_limit = None  # the keeper's
+    args.save_total_limit = None  # the keeper deletes old checkpoints in Trainer's place
     with keeper.explain_stop(args):
-        trainer = (StreamingTrainer if data_args.streaming else MeasuringTrainer)(
-            model=model,
-            args=args,
-            train_dataset=rows.train,
-            eval_dataset=_spread(rows.evaluation, data_args.max_eval_samples),
-            processing_class=tokenizer,
-            # Not the padding collator: it adds an attention mask, and with one, documents in a row would see each
-            # other.
-            data_collator=training.collate_rows if isinstance(model, HfDecoderForCausalLM) else default_data_collator,
-            optimizer_cls_and_kwargs=muon_adamw(args) if args.uses_muon else grouped_optimizer(args),
-            callbacks=[keeper, stop, StopOnNan(tokenizer), WarnOfSpikes()],
-        )
-        _add_callbacks(trainer, args, tokenizer, data_args.block_size, rows)
+        trainer = _trainer(model, tokenizer, rows, data_args, args, [keeper, stop])
         if time_limit is not None:
             trainer.add_callback(TimeLimit(time_limit, started))
         if checkpoint is None and trainer.is_world_process_zero():
@@ -194,31 +160,74 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, args: Pretrai
     return 0
 
 
-def _measure_and_show(
-    trainer: Trainer, rows: Rows, metrics: dict[str, Any], seconds: dict[str, float], words: dict[str, str]
-) -> None:
-    """Measures the trained model on all of the held-out text, and writes and prints what the run says of itself."""
-    args, model = trainer.args, whole_model(trainer, str(trainer.args.output_dir))
-    tokenizer: Any = trainer.processing_class
-    with training.stage("evaluate", seconds):
-        eval_metrics = score_held_out(model, args, rows.evaluation, rows.eval_report, rows.held_out)
-    train_metrics = {**metrics, **sizes_and_machine(model, rows.train_report), **seconds}
-    prompts = training.held_out_prompts(rows.held_out)
-    samples = training.complete(model, tokenizer, prompts, seed=args.seed)
-    write_outputs(trainer, train_metrics, eval_metrics, samples, words)
+def _checkpoint(args: PretrainingArguments) -> str | None:
+    """The checkpoint to resume from, or None. Checks first what would stop the run only at its end.
+
+    Raises:
+        ValueError: for a missing reporter or card template, a folder in use, or a checkpoint without steps left.
+    """
+    check_reporters(args.report_to or [])
+    template_path()
+    checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
+    resumes_here = checkpoint is not None and Path(checkpoint).resolve().parent == Path(args.output_dir).resolve()
+    training.check_output_dir(args.output_dir, overwrite=args.overwrite_output_dir, resume=resumes_here)
+    if checkpoint is not None and args.max_steps > 0:
+        training.check_steps_left(checkpoint, args.max_steps, f"--max_steps {args.max_steps}")
+    return checkpoint
 
 
-def _add_callbacks(
-    trainer: MeasuringTrainer,
+def _prepare(
+    model_args: ModelArguments,
+    data_args: DataArguments,
     args: PretrainingArguments,
+    checkpoint: str | None,
+    seconds: dict[str, float],
+) -> tuple[PretrainedConfig, PreTrainedTokenizerBase, Rows]:
+    """Makes the config, the tokenizer and the rows; adds the time of each stage to `seconds`."""
+    overrides = parse_overrides(model_args.config_overrides)
+    if overrides and model_args.model_name_or_path:
+        raise ValueError("--config_overrides shapes a new model; it does not go with --model_name_or_path")
+    # A model to go on with brings its config and tokenizer. A checkpoint of this run brings the tokenizer.
+    source = model_args.model_name_or_path and (checkpoint or model_args.model_name_or_path)
+    config = _config(model_args.preset, overrides, source, data_args.block_size)
+    set_seed(args.seed)
+    if args.use_cpu:
+        training.keep_freed_memory()
+    logging.disable_progress_bar()  # of the files that transformers writes; training and data keep their bars
+    with args.main_process_first(desc="text"):
+        with training.stage("corpus", seconds):
+            text = open_text(data_args)
+        with training.stage("tokenizer", seconds):
+            tokenizer = _tokenizer(model_args, checkpoint, training_texts(text))
+        _fit_to_tokenizer(config, tokenizer, resize=source is None and "vocab_size" not in overrides)
+        with training.stage("rows", seconds):
+            rows = _rows(text, tokenizer, data_args, args)
+    return config, tokenizer, rows
+
+
+def _trainer(
+    model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    block_size: int,
     rows: Rows,
-) -> None:
-    """What a training shows of itself: speed, curve and samples."""
-    model: Any = trainer.model
-    if isinstance(model, HfDecoderForCausalLM):
-        trainer.callback_handler.callbacks.insert(0, StepMetrics(trainer, block_size))
+    data_args: DataArguments,
+    args: PretrainingArguments,
+    callbacks: list[TrainerCallback],
+) -> MeasuringTrainer:
+    """The trainer, with `callbacks` and those that watch the loss and show speed, curve and samples."""
+    is_ours = isinstance(model, HfDecoderForCausalLM)
+    trainer = (StreamingTrainer if data_args.streaming else MeasuringTrainer)(
+        model=model,
+        args=args,
+        train_dataset=rows.train,
+        eval_dataset=_spread(rows.evaluation, data_args.max_eval_samples),
+        processing_class=tokenizer,
+        # A padding collator adds an attention mask, and with a mask the documents of a row would see each other.
+        data_collator=training.collate_rows if is_ours else default_data_collator,
+        optimizer_cls_and_kwargs=muon_adamw(args) if args.uses_muon else grouped_optimizer(args),
+        callbacks=[*callbacks, StopOnNan(tokenizer), WarnOfSpikes()],
+    )
+    if is_ours:
+        trainer.callback_handler.callbacks.insert(0, StepMetrics(trainer, data_args.block_size))
     title = f"{model.num_parameters() / 1e6:.1f}M parameters"
     trainer.add_callback(training.CurveAtSave(title=title, bytes_per_token=rows.eval_report.bytes_per_token))
     if args.sample_steps is not None:
@@ -227,20 +236,35 @@ def _add_callbacks(
     if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(training.SpeedBar())
+    return trainer
+
+
+def _measure_and_show(
+    trainer: Trainer, rows: Rows, metrics: dict[str, Any], seconds: dict[str, float], words: dict[str, str]
+) -> None:
+    """Measures the trained model on all held-out text, and writes and prints the results."""
+    args, model = trainer.args, whole_model(trainer, str(trainer.args.output_dir))
+    tokenizer: Any = trainer.processing_class
+    with training.stage("evaluate", seconds):
+        eval_metrics = score_held_out(model, args, rows.evaluation, rows.eval_report, rows.held_out)
+    train_metrics = {**metrics, **sizes_and_machine(model, rows.train_report), **seconds}
+    prompts = training.held_out_prompts(rows.held_out)
+    samples = training.draw_samples(model, tokenizer, prompts, seed=args.seed)
+    write_outputs(trainer, train_metrics, eval_metrics, samples, words)
 
 
 def _count_steps(args: PretrainingArguments, rows: Dataset | StreamedRows) -> int:
-    """Optimizer steps of the whole run."""
+    """The number of optimizer steps of the whole run."""
     if args.max_steps > 0:
         return args.max_steps
     if isinstance(rows, StreamedRows):
-        raise ValueError("--streaming needs --max_steps: how long the text is shows only when it is read")
+        raise ValueError("--streaming needs --max_steps: the length of the text is unknown until it is read")
     batches = math.ceil(len(rows) / (args.train_batch_size * args.world_size))
     return math.ceil(args.num_train_epochs * math.ceil(batches / args.gradient_accumulation_steps))
 
 
 def _config(preset: str, overrides: dict[str, Any], source: str | None, block_size: int) -> PretrainedConfig:
-    """The config of the model in `source`, or of a new one from preset and overrides."""
+    """The config of the model in `source`; without one, of a new model from preset and overrides."""
     shape = get_preset(preset)
     config = HfDecoderConfig(**{**shape, **overrides}) if source is None else load_config(source)
     limit = getattr(config, "max_position_embeddings", None) or block_size
@@ -252,9 +276,9 @@ def _config(preset: str, overrides: dict[str, Any], source: str | None, block_si
 
 
 def _model(name: str | None, config: PretrainedConfig, *, new: bool) -> Any:
-    """The model of the folder or Hub name that training starts from or that a finished checkpoint is; else a new one.
+    """The model called `name`, which training starts from or a finished checkpoint holds; without a name, a new one.
 
-    The weights of a checkpoint to resume are loaded by Trainer, together with the optimizer's state.
+    Trainer loads the weights of a checkpoint to resume, together with the optimizer's state.
     """
     if name is not None and (new or training.is_checkpoint(name)):
         return load_model(name, dtype=torch.float32)
@@ -266,7 +290,7 @@ def _model(name: str | None, config: PretrainedConfig, *, new: bool) -> Any:
 
 
 def _tokenizer(model_args: ModelArguments, checkpoint: str | None, texts: Iterable[str]) -> PreTrainedTokenizerBase:
-    """The tokenizer that is given by name or belongs to a checkpoint or model; else one trained on the text."""
+    """The tokenizer that was named, or that of the checkpoint or model; else one trained on `texts`."""
     name = model_args.tokenizer_name or checkpoint or model_args.model_name_or_path
     if name is not None:
         return load_tokenizer(name)
@@ -285,7 +309,7 @@ def _rows(
 
 
 def _trained_tokenizer(model_args: ModelArguments) -> dict[str, Any]:
-    """The settings of the tokenizer that the run trains; none if it takes one."""
+    """The settings of the tokenizer that the run trains; empty if it loads one."""
     if model_args.tokenizer_name or model_args.model_name_or_path:
         return {}
     size = {"vocab_size": model_args.vocab_size} if model_args.tokenizer_type == "bpe" else {}
@@ -293,7 +317,7 @@ def _trained_tokenizer(model_args: ModelArguments) -> dict[str, Any]:
 
 
 def _fit_to_tokenizer(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, *, resize: bool) -> None:
-    """Gives a new model the tokenizer's vocabulary and special tokens, and checks that every id has an embedding."""
+    """Gives the config the tokenizer's special tokens, with `resize` its size, and checks that every id fits."""
     if resize:
         config.vocab_size = len(tokenizer)
     check_tokenizer_fits(tokenizer, config)
@@ -303,14 +327,14 @@ def _fit_to_tokenizer(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBa
 
 
 def _spread(rows: Dataset, count: int | None) -> Dataset:
-    """`count` of the rows, evenly spread over all of them; all, if `count` is None."""
+    """`count` rows, spread evenly over all; all of them if `count` is None."""
     if count is None or count >= len(rows):
         return rows
     return rows.select([i * len(rows) // count for i in range(count)])
 
 
 def _words(args: PretrainingArguments, model_args: ModelArguments, data_args: DataArguments) -> dict[str, str]:
-    """What the model card says in words: of the text, what was held out of it, the tokenizer and the training."""
+    """The model card's words about the text, its held-out part, the tokenizer and the training."""
     own_text = names_of(data_args)
     if data_args.validation_file is not None:
         held_out = f"text of its own, {Path(data_args.validation_file).name}"

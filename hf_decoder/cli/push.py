@@ -12,7 +12,7 @@ from hf_decoder.safety.interrupts import going_on
 
 @takes_argv
 def main(args: PushArguments) -> int:
-    """Pushes; exit code 1 when what arrived is not what was sent."""
+    """Pushes a model. Exit code 1 says that what arrived differs from what was sent."""
     from hf_decoder.publishing.push import push
 
     try:
@@ -39,7 +39,7 @@ def main(args: PushArguments) -> int:
             "and every logit, are the same"
         )
         print(
-            f"warning: {pushed.repo_id} holds {len(pushed.foreign)} files besides, which this push neither sent nor "
+            f"warning: {pushed.repo_id} holds {len(pushed.foreign)} other files, which this push neither sent nor "
             f"looked at: {', '.join(pushed.foreign)}",
             file=sys.stderr,
         )

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import logging
 
 from hf_decoder.cli import load_model, load_tokenizer
 from hf_decoder.cli.arguments import takes_argv
@@ -21,12 +22,13 @@ BLOCK_SIZE = 512
 
 @takes_argv
 def main(args: QuantizeArguments) -> int:
-    """Prints one line a method as soon as it is measured."""
+    """Prints a line for each method as soon as it is measured."""
     methods = args.methods or [name for name in quantization.METHODS if quantization.installed(name)]
     for method in methods:
-        quantization.quantization_config(method)  # all names are checked before the first load
+        quantization.quantization_config(method)  # checks every name before the first load
     if args.output_dir is not None and len(methods) != 1:
         raise ValueError(f"--output_dir saves one model; give one of --methods {' '.join(methods)}")
+    logging.disable_progress_bar()  # of the files that transformers writes
     tokenizer = load_tokenizer(args.model_name_or_path)
     documents = load_text(args.validation_file, encoding=args.encoding, validation_fraction=0)["train"]
     if args.output_dir is None:
@@ -38,12 +40,12 @@ def main(args: QuantizeArguments) -> int:
 
 
 def _save(args: QuantizeArguments, method: str, tokenizer: Any, documents: Any, destination: Path) -> None:
-    """The model, its tokenizer, and a card with what is measured; what cannot be saved is not measured."""
+    """Saves the quantized model and its tokenizer, measures it, and writes a card."""
     check_absent(destination)
-    model = _load(args.model_name_or_path, method)  # as it is before bitsandbytes rounds its scales in a forward pass
+    model = _load(args.model_name_or_path, method)  # fresh: bitsandbytes rounds its scales in a forward pass
     folder, kind = Path(args.model_name_or_path).expanduser(), type(model).__name__
     words = {"title": destination.name, "kind": kind, "source_kind": f"`{kind}`", "method": method}
-    if folder.is_dir():  # a path says where it lies on this machine only
+    if folder.is_dir():  # the card shows no path of this machine
         words["source"] = folder.resolve().name
     else:
         words["source"] = words["base_model"] = args.model_name_or_path
@@ -51,8 +53,8 @@ def _save(args: QuantizeArguments, method: str, tokenizer: Any, documents: Any, 
     with written_aside(destination, 2 * quantization.tensor_bytes(model)) as aside:
         try:
             model.save_pretrained(aside)
-        except ValueError:  # what transformers and torchao raise
-            raise ValueError(f"method {method} has no form on disk; it can only be applied on load") from None
+        except ValueError:  # from transformers and torchao
+            raise ValueError(f"method {method} cannot be saved; it only works while a model is loaded") from None
         tokenizer.save_pretrained(aside)
         del model
         rows = _measure_all(args.model_name_or_path, [method], tokenizer, documents)
@@ -72,7 +74,7 @@ def _save(args: QuantizeArguments, method: str, tokenizer: Any, documents: Any, 
 
 
 def _measure_all(name: str, methods: list[str], tokenizer: Any, documents: Any) -> list[quantization.Measurement]:
-    """The model in bfloat16 and by each method, one printed line each."""
+    """Measures the model in bfloat16 and by each method, and prints a line for each."""
     print(f"{'method':20}{'on disk':>10}{'in memory':>11}{'perplexity':>12}{'tokens/s':>10}")
     rows = []
     for method in [quantization.NONE, *methods]:

@@ -1,7 +1,7 @@
 """`hf-decoder serve FOLDER`: runs the OpenAI-compatible server of `transformers serve` with our classes registered.
 
-transformers' own command looks a checkpoint's class up in its own namespace and imports nothing besides, so that it
-serves no class of a plugin, and no adapter. Every flag is its own: `hf-decoder serve --help`.
+transformers' command finds a class only in its own namespace, so it serves neither plugins nor adapters. All flags are
+those of that command: `hf-decoder serve --help`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
         if Path(name).is_dir():
             check_folder(Path(name))
     for formatter in LOGGING_CONFIG["formatters"].values():
-        formatter["use_colors"] = False  # no sequence reaches the terminal, a server's own neither
+        formatter["use_colors"] = False  # no escape sequence reaches the terminal, not even uvicorn's
     try:
         app(args=["serve", *argv], prog_name="hf-decoder", standalone_mode=False)
     except click.exceptions.Abort:
@@ -50,12 +50,12 @@ def main(argv: Sequence[str]) -> int:
     except click.ClickException as error:
         raise ValueError(error.format_message()) from None
     if "--help" in argv:
-        raise SystemExit(0)  # as the other verbs end after their help
+        raise SystemExit(0)  # like the other verbs after their help
     return 0
 
 
 def _manager() -> type[Any]:
-    """transformers' manager of models, which loads folders as every command here does: adapters, too."""
+    """transformers' manager of models, which loads folders like every command here, adapters included."""
     from transformers.cli.serving.model_manager import ModelManager
 
     from hf_decoder.interop.adapters import merge

@@ -1,4 +1,4 @@
-"""`hf-decoder tokenizer`: trains a tokenizer on the text that `pretrain` would train on, and says how well it fits."""
+"""`hf-decoder tokenizer`: trains a tokenizer on the text of `pretrain`, and measures how well it fits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hf_decoder.training.run_rows import held_out_texts, open_text, training_tex
 
 @takes_argv
 def main(args: TokenizerArguments, text_args: TextArguments) -> int:
-    """Trains, saves and reports."""
+    """Trains, saves and measures the tokenizer."""
     callbacks.check_output_dir(args.output_dir, overwrite=args.overwrite_output_dir)
     seconds: dict[str, float] = {}
     with callbacks.stage("corpus", seconds):

@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from hf_decoder.safety.terminal import first_line
+
 PathLike = str | os.PathLike[str]
 
 # A compressed file may unpack to `MOST_GROWTH` times its size, or to `FREE_BYTES`. Text shrinks to a third or a tenth,
@@ -327,7 +329,7 @@ def explain_table(builder: str, paths: list[Path], name: str, error: BaseExcepti
         found = find_invalid_byte(path)
         if found is not None:
             return not_utf8(path, *found)
-    return ValueError(f"{name} cannot be read as {builder}: {_reason(error)}")
+    return ValueError(f"{name} cannot be read as {builder}: {first_line(error)}")
 
 
 def bytes_of_text(builder: str, path: Path, text_column: str) -> int | None:
@@ -358,9 +360,9 @@ def load_hub(dataset_name: str, dataset_config_name: str | None, *, streaming: b
     try:
         loaded: Any = load_dataset(dataset_name, dataset_config_name, streaming=streaming)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{name} is not on the Hub, nor a folder here: {_reason(error)}") from error
+        raise FileNotFoundError(f"{name} is not on the Hub, nor a folder here: {first_line(error)}") from error
     except (DatasetsError, ValueError, RuntimeError, OSError) as error:
-        raise ValueError(f"{name} cannot be loaded: {_reason(error)}") from error
+        raise ValueError(f"{name} cannot be loaded: {first_line(error)}") from error
     if "train" not in loaded:
         raise ValueError(f"{name} has no train split; its splits are {', '.join(loaded)}")
     return loaded, name
@@ -374,11 +376,3 @@ def check_text_column(columns: Sequence[str], kind: str, text_column: str, name:
         )
     if kind not in ("string", "large_string", "str"):
         raise ValueError(f"column {text_column!r} of {name} holds {kind}, not text; name another one as text_column")
-
-
-def _reason(error: BaseException) -> str:
-    """The innermost cause of an error, in one line."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -1,7 +1,6 @@
-"""`run_doctor` examines a checkpoint row by row. It takes any causal language model, ours or a stock class.
+"""Examines a checkpoint of any causal language model row by row, and only reads it.
 
-Every row states a claim, and a row that fails says what that means to a user and how to mend it. The checkpoint is
-only read.
+Every row states a claim. A row that fails says what that means to a user, and how to fix it.
 """
 
 from __future__ import annotations
@@ -23,9 +22,10 @@ from hf_decoder.doctor import (
     training,
 )
 from hf_decoder.doctor.report import FAIL, LEVELS, PASS, SKIP, WARN, Check, DoctorReport, Finding, Row, failed, skipped
-from hf_decoder.doctor.subject import Subject, Unloadable, first_line
+from hf_decoder.doctor.subject import Subject, Unloadable
+from hf_decoder.safety.terminal import first_line
 
-# In the order in which they run: files before the model, and rows that free the model's memory at the end.
+# The order in which the rows run: files before the model, and last the rows that free the model's memory.
 CHECKS: tuple[Check, ...] = (
     *files.CHECKS,
     *tokenizer.CHECKS,
@@ -52,13 +52,13 @@ def run_doctor(
     """Examines a folder or Hub name.
 
     Args:
-        level: "quick", "default" or "deep"; each includes the rows of those before it.
-        rows: names of the rows to run, whatever their level; None: all of the level.
-        trust_remote_code: run code that lies in the folder. Without it, only the classes of transformers and of this
-            package are used, and code of the folder only where it is the package's to the byte.
+        level: "quick", "default" or "deep". Each level includes the rows of those before it.
+        rows: names of the rows to run, of any level. None runs all rows of the level.
+        trust_remote_code: runs code of the folder. Without it, code of the folder runs only if it is this package's to
+            the byte.
         revision: branch, tag or commit of a Hub name.
-        text_file: text that is like the training's, to measure the model on; a file, a table or a folder.
-        progress: called with the claim of each row before it is run.
+        text_file: text like the training's to measure the model on: a file, a table or a folder.
+        progress: called with the claim of each row before it runs.
 
     Raises:
         ValueError: if there is no such checkpoint, level, row or text.
@@ -86,7 +86,7 @@ def run_doctor(
 
 
 def examine_adapter(folder: str | Path) -> tuple[Row, ...]:
-    """The rows about files, for the folder of an adapter: it has no numbers without its base."""
+    """Runs the rows about files on an adapter's folder. Without its base an adapter has no logits."""
     subject = Subject(folder, adapter=True)
     return tuple(_run(check, subject) for check in files.CHECKS)
 
@@ -95,13 +95,13 @@ def _run(check: Check, subject: Subject) -> Row:
     start = time.perf_counter()
     try:
         if check.needs == "logits" and not numerics.has_numbers(subject):
-            finding = skipped("the logits are not finite: nothing can be compared")
+            finding = skipped("the logits are not finite, so nothing can be compared")
         else:
             finding = check.run(subject)
     except Unloadable as error:
         needs = "tokenizer" if check.needs == "tokenizer" else "model"
         finding = skipped(f"needs a {needs} that loads: {error}")
-    except Exception as error:  # a foreign model may raise anything, and that is a finding
+    except Exception as error:  # a foreign model may raise anything
         finding = failed(f"{type(error).__name__}: {first_line(error)}")
     seconds = time.perf_counter() - start
     amiss = finding.status in (FAIL, WARN)
@@ -117,7 +117,7 @@ def _run(check: Check, subject: Subject) -> Row:
 
 
 def _printable(text: str) -> str:
-    """What a stranger's file says, on one line and without control characters."""
+    """A stranger's text on one line, without control characters."""
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split()))
 
 

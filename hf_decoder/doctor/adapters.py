@@ -1,4 +1,4 @@
-"""The row about LoRA: attach, merge, restore."""
+"""The row about LoRA: attach, merge, remove."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ import torch
 
 from hf_decoder.doctor.numerics import TOLERANCE, difference
 from hf_decoder.doctor.report import Check, Finding, failed, passed, warned
-from hf_decoder.doctor.subject import Subject, first_line, quiet
+from hf_decoder.doctor.subject import Subject
+from hf_decoder.safety.quiet import quiet
+from hf_decoder.safety.terminal import first_line
 
 
 def check_lora(subject: Subject) -> Finding:
-    """An adapter with PEFT's defaults changes the logits; merged it gives the same ones; without it the old return."""
+    """A LoRA adapter changes the logits, keeps them when merged, and restores the old ones when removed."""
     from peft import LoraConfig, get_peft_model
 
     ids = subject.ids(2)
@@ -38,7 +40,7 @@ def check_lora(subject: Subject) -> Finding:
             try:
                 tuned = get_peft_model(model, LoraConfig(target_modules="all-linear", **settings))
             except ValueError as error:
-                return warned(f"PEFT has no LoRA for this class: {first_line(error)}", "tune all weights instead")
+                return warned(f"PEFT has no LoRA for this class: {first_line(error)}", "train all weights instead")
     torch.random.set_rng_state(torch_state)
     tuned.eval()
     adapted = logits(tuned)
@@ -46,7 +48,7 @@ def check_lora(subject: Subject) -> Finding:
         return failed("a random adapter does not change the logits")
     with tuned.disable_adapter():
         steps = {"switched off": (base, logits(tuned))}
-    if not subject.is_quantized:  # which would round what is merged into it
+    if not subject.is_quantized:  # quantized weights round what is merged into them
         tuned.merge_adapter()
         steps["merged"] = (adapted, logits(tuned))
         tuned.unmerge_adapter()
@@ -66,7 +68,7 @@ CHECKS = (
         "lora",
         "LoRA attaches, merges, restores",
         "fine-tuning an adapter fails, or the merged model is not the tuned one",
-        "the class computes with its weights past the modules that hold them: tune all weights instead",
+        "the class uses its weights without calling the modules that hold them: train all weights instead",
         check_lora,
         needs="logits",
         level="default",

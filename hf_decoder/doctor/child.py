@@ -1,8 +1,8 @@
-"""Loads a checkpoint in a fresh process, and writes its logits to a file.
+"""Program of a fresh process that loads a checkpoint and writes its logits to a file.
 
-It is handed to a new interpreter as text, because it must also work where this package cannot be found.
-Argument: the path of a JSON file with `folder`, `ids`, `threads`, `attention`, `trust_remote_code`, `register`,
-`output`.
+The interpreter gets it as text, because it must also run where this package cannot be found. Its argument is the path
+of a JSON file with `folder`, `ids`, `threads`, `attention`, `trust_remote_code`, `register` (whether to
+import hf_decoder, which registers our classes) and `output`.
 """
 
 import json
@@ -18,11 +18,11 @@ def main() -> None:
     from transformers.utils import logging
 
     if task["register"]:
-        __import__(task["register"])
+        import hf_decoder  # noqa: F401
     logging.set_verbosity_error()
     torch.set_num_threads(task["threads"])
     config = AutoConfig.from_pretrained(task["folder"], trust_remote_code=task["trust_remote_code"])
-    config._attn_implementation = task["attention"]  # not what it asks for, which may be a kernel of the Hub
+    config._attn_implementation = task["attention"]  # its own choice may be a kernel of the Hub
     model = AutoModelForCausalLM.from_pretrained(
         task["folder"],
         config=config,

@@ -1,6 +1,6 @@
-"""Tells whose code lies in a checkpoint's folder: nobody's, this package's own, an older version's, or a stranger's.
+"""Tells whose code lies in a checkpoint's folder: no one's, this package's, another version's, or a stranger's.
 
-The files are read and compared; nothing of them is run or imported here.
+The files are read and compared. None of them is run or imported.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ RUNNABLE_SUFFIXES = {
     *(".py", ".pyw", ".pyc", ".pyd", ".so", ".dll", ".dylib", ".exe"),
     *(".sh", ".bat", ".cmd", ".ps1", ".ipynb", ".js", ".jar"),
 }
-# A file that transformers or PEFT reads settings from: config.json, tokenizer_config.json, config.5.0.0.json, ...
+# Files that transformers or PEFT reads settings from: config.json, tokenizer_config.json, config.5.0.0.json, ...
 CONFIG_FILE = re.compile(r"config[^/]*\.json|[^/]*config\.json", re.IGNORECASE)
-# Every version of this package names the files that travel with a checkpoint like this.
+# How every version of this package names the files that it saves beside a checkpoint.
 OWN_NAME = re.compile(r"\w+_hf_decoder\.py")
 # The libraries whose classes an adapter may have been put on.
 PARENT_LIBRARIES = ("transformers", "transformers_modules", "hf_decoder")
 
 
 class Origin(Enum):
-    """Whose code it is. Only `OWN` may run without the user's trust: every file is the installed package's."""
+    """Whose code it is. Only `OWN`, where every file equals the installed one, may run without the user's trust."""
 
     NONE = "none"
     OWN = "own, of this version"
@@ -41,7 +41,7 @@ class Origin(Enum):
 
 @dataclass(frozen=True)
 class Code:
-    """The code of a folder. `elsewhere` says which code or model of another place the JSON files ask for, if any."""
+    """The code of a folder. `elsewhere` names code or a model of another place that the JSON files ask for, if any."""
 
     origin: Origin
     files: tuple[str, ...]
@@ -50,19 +50,19 @@ class Code:
 
 
 def own_code() -> dict[str, bytes]:
-    """Name -> content of the files that this version of the package saves beside a checkpoint."""
+    """Name -> content of the files that this version saves beside a checkpoint."""
     folder = Path(hf_decoder.__file__).parent / "model"
     return {path.name: path.read_bytes() for path in folder.glob("*.py") if path.name != "__init__.py"}
 
 
 def code_of(folder: Path, files: Sequence[str]) -> Code:
-    """Compares the code among `files`, all that the checkpoint holds by posix path, with the package's own.
+    """Compares the code of a checkpoint with the package's. `files` are the posix paths of all its files.
 
-    A file that is named but not on disk is a stranger's. A link to a folder is one, too: what lies behind it is not
-    among the files, and is found by whoever loads the checkpoint.
+    A named file that is not on disk counts as a stranger's. So does a link to a folder: loading follows it, and its
+    content is not among `files`.
     """
     runnable = tuple(file for file in files if _may_run(folder, file))
-    configs = {file: read_json(folder / file) for file in files if CONFIG_FILE.fullmatch(file)}
+    configs = {file: values_of(folder / file) for file in files if CONFIG_FILE.fullmatch(file)}
     references = [found for file, values in configs.items() for found in _references(file, values)]
     elsewhere = _elsewhere(folder, files, configs, references)
     if elsewhere is not None:
@@ -85,15 +85,15 @@ def code_of(folder: Path, files: Sequence[str]) -> Code:
         parts = {"differs": changed, "not of this version": other, "absent": absent, "in auto_map": unknown}
         listed = "; ".join(f"{what}: {', '.join(names)}" for what, names in parts.items() if names)
         detail = (
-            f"by its names the code of another version of hf_decoder, {len(runnable)} files, or changed since; "
-            f"compared with the installed package's, {listed}"
+            f"{len(runnable)} files with names of hf_decoder, of another version or changed since; compared with the "
+            f"installed package, {listed}"
         )
         return Code(Origin.OLDER, runnable, detail)
     return Code(Origin.OWN, runnable)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The values of a JSON file; empty where it is absent or damaged."""
+def values_of(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty where it is absent or damaged."""
     try:
         values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except (OSError, ValueError):
@@ -106,13 +106,13 @@ def _may_run(folder: Path, file: str) -> bool:
 
 
 def _is_own(file: str, reference: str) -> bool:
-    """Whether a config of ours, of any version, may name this class."""
+    """Whether a config of any version of ours may name this class."""
     module, _, name = reference.partition(".")
     return file == "config.json" and bool(OWN_NAME.fullmatch(f"{module}.py")) and name.isidentifier()
 
 
 def _fields(values: Any) -> Iterator[tuple[str, Any]]:
-    """Every key with its value, at any depth."""
+    """Yields every key with its value, at any depth."""
     if isinstance(values, dict):
         yield from values.items()
     for value in values.values() if isinstance(values, dict) else values if isinstance(values, list) else ():
@@ -128,7 +128,7 @@ def _leaves(value: Any) -> Iterator[Any]:
 
 
 def _references(file: str, values: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """(file, field, `module.Class`) of every class that a config has taken from the folder."""
+    """Yields (file, field, `module.Class`) for every class that a config takes from the folder."""
     for field, value in _fields(values):
         if field == "auto_map":
             for reference in _leaves(value):
@@ -142,7 +142,7 @@ def _references(file: str, values: dict[str, Any]) -> Iterator[tuple[str, str, s
 def _elsewhere(
     folder: Path, files: Sequence[str], configs: dict[str, Any], references: Sequence[tuple[str, str, str]]
 ) -> str | None:
-    """What the configs ask to run or load that is no file of this folder; None if nothing."""
+    """Says what the configs ask to run or load that is no file of this folder, or returns None."""
     for file, field, reference in references:
         if "--" in reference:
             return f"{file} takes {field} from another repository: {reference}"
@@ -157,7 +157,7 @@ def _elsewhere(
             if field == "custom_generate" and value:
                 return f"{file} asks for code of its own in generate(): custom_generate={value!r}"
             if field in ("configuration_files", "fast_tokenizer_files") and value:
-                return f"{file} has other files read in its place: {field}={value!r}"
+                return f"{file} has other files read instead: {field}={value!r}"
             if field in ("trust_remote_code", "megatron_config", "tokenizer_kwargs") and value:
                 return f"{file} asks for code of another place: {field}={value!r}"
             if field == "auto_mapping" and isinstance(value, dict):

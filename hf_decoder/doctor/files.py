@@ -1,4 +1,4 @@
-"""Rows about the files of a checkpoint: formats, code, whole weights, model card."""
+"""Rows about the files of a checkpoint: formats, code, weights, model card."""
 
 from __future__ import annotations
 
@@ -10,22 +10,19 @@ from safetensors.torch import load_file
 
 from hf_decoder.doctor.code import Origin
 from hf_decoder.doctor.report import Check, Finding, failed, passed, skipped, warned
-from hf_decoder.doctor.subject import Subject
+from hf_decoder.doctor.subject import OTHER_WEIGHTS, PICKLES, Subject
 from hf_decoder.interop.adapters import ADAPTER_WEIGHTS
 from hf_decoder.interop.checkpoint import INDEX_NAME, WEIGHTS_NAME, read_tensors
+from hf_decoder.safety.terminal import first_line
 
-PICKLE_SUFFIXES = {
-    *(".bin", ".pt", ".pt2", ".pth", ".ckpt", ".pkl", ".pk", ".pickle", ".joblib", ".npy", ".npz", ".dill"),
-}
-OTHER_WEIGHTS = {".h5", ".msgpack", ".onnx", ".tflite", ".ot"}
-# A pickle of protocol 2 or later starts with these; torch.save wraps one into a zip.
+# A pickle of protocol 2 or later starts like this. torch.save wraps a pickle into a zip.
 PICKLE_START = re.compile(rb"\x80[\x02-\x05]")
 ZIP_START = b"PK\x03\x04"
 PLACEHOLDERS = ("[More Information Needed]", "{{", "TODO")
 
 
 def check_formats(subject: Subject) -> Finding:
-    """No file that unpickles, by its name and by its first bytes; weights in safetensors."""
+    """No file is a pickle, by its name and its first bytes, and the weights are in safetensors."""
     pickles = [file for file in subject.files if _is_pickle(subject.folder / file)]
     if pickles:
         remedy = None
@@ -37,16 +34,14 @@ def check_formats(subject: Subject) -> Finding:
         return failed("the folder holds no safetensors file")
     others = [file for file in subject.files if PurePosixPath(file).suffix.lower() in OTHER_WEIGHTS]
     if others:
-        return warned(
-            f"the same weights once more in another format: {', '.join(others)}", "delete them if not needed"
-        )
-    apart = f"; not looked at: {', '.join(subject.passed_over)}" if subject.passed_over else ""
+        return warned(f"the same weights again in another format: {', '.join(others)}", "delete them if not needed")
+    apart = f"; not examined: {', '.join(subject.passed_over)}" if subject.passed_over else ""
     return passed(f"{len(weights)} safetensors file{'s' if len(weights) > 1 else ''}, no pickle{apart}")
 
 
 def _is_pickle(path: Path) -> bool:
     suffix = path.suffix.lower()
-    if suffix in PICKLE_SUFFIXES:
+    if suffix in PICKLES:
         return True
     if not path.is_file() or suffix in (".safetensors", ".json", ".md", ".txt", ".py"):
         return False
@@ -56,12 +51,12 @@ def _is_pickle(path: Path) -> bool:
 
 
 def check_code(subject: Subject) -> Finding:
-    """No code but the model's own, unchanged; nothing in the JSON files that fetches code from elsewhere."""
+    """The only code is the model's own, unchanged, and no JSON file fetches code from elsewhere."""
     code = subject.code
     if code.elsewhere is not None:
         return failed(code.elsewhere)
     if code.origin is Origin.OLDER:
-        remedy = "load and save it again with this version of hf_decoder, or install the version that wrote it"
+        remedy = "load it and save it again with this version of hf_decoder, or install the version that wrote it"
         return warned(code.detail, remedy) if subject.trust_remote_code else failed(code.detail, remedy)
     if code.origin is Origin.FOREIGN:
         if subject.trust_remote_code and not subject.is_ours:
@@ -69,26 +64,26 @@ def check_code(subject: Subject) -> Finding:
             return warned(f"trusted by --trust_remote_code: {listed}", "read these files before every new revision")
         return failed(code.detail)
     if code.origin is Origin.OWN:
-        return passed(f"{len(code.files)} files, each as in the installed package")
+        return passed(f"{len(code.files)} files, all equal to the installed package's")
     if subject.is_ours:
         return warned(
-            "no code: a receiver needs the hf_decoder package",
-            "load it and save_pretrained it into a new folder, which writes the code beside the weights",
+            "no code: other users need the hf_decoder package",
+            "load it and save_pretrained it into a new folder: that writes the code beside the weights",
         )
     return passed("no code" if subject.is_adapter else "no code: the class is part of transformers")
 
 
 def check_weights(subject: Subject) -> Finding:
-    """Every file that the index names is there, readable, and holds what the index places in it."""
+    """Every file of the index exists, can be read, and holds the tensors that the index places in it."""
     if subject.is_quantized:
-        return skipped("quantized weights: the loader of their method checks them")
+        return skipped("quantized weights: the loader of that method checks them")
     if subject.is_adapter:
         return _check_adapter_weights(subject.folder / ADAPTER_WEIGHTS)
     shards = [file for file in subject.files if file.endswith(".safetensors") and "/" not in file]
     index = (subject.folder / INDEX_NAME).is_file()
     named = {WEIGHTS_NAME}
     if index:
-        named = set(map(str, (subject.read_json(INDEX_NAME).get("weight_map") or {}).values()))
+        named = set(map(str, (subject.values_of(INDEX_NAME).get("weight_map") or {}).values()))
     try:
         tensors = read_tensors(subject.folder)
     except ValueError as error:
@@ -110,7 +105,7 @@ def _check_adapter_weights(path: Path) -> Finding:
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
-        return failed(f"{path.name} is absent, damaged or cut short: {str(error).splitlines()[0]}")
+        return failed(f"{path.name} is absent, damaged or cut short: {first_line(error)}")
     for name, tensor in tensors.items():
         if not bool(tensor.isfinite().all()):
             return failed(f"{name} holds values that are not finite")
@@ -118,7 +113,7 @@ def _check_adapter_weights(path: Path) -> Finding:
 
 
 def check_card(subject: Subject) -> Finding:
-    """README.md has metadata that can be read, names licence, library and task, says how to load, and is filled."""
+    """README.md names licence, library and task, says how to load the model, and has no placeholders left."""
     from huggingface_hub import ModelCard
 
     path = subject.folder / "README.md"
@@ -126,7 +121,7 @@ def check_card(subject: Subject) -> Finding:
         return failed("there is no README.md")
     try:
         card = ModelCard.load(path)
-    except Exception as error:  # YAML errors and those of the card's own checks
+    except Exception as error:  # errors of YAML, and of the checks of ModelCard
         return failed(f"the metadata at the top of README.md cannot be read: {' '.join(str(error).split())}")
     text, data = card.text, card.data.to_dict()
     lacking = [field for field in ("library_name", "pipeline_tag") if not data.get(field)]
@@ -147,7 +142,7 @@ def check_card(subject: Subject) -> Finding:
 
 
 def local_links(text: str) -> list[str]:
-    """The files of its own folder that a card refers to."""
+    """The files of the card's own folder that it refers to."""
     links = re.findall(r"\]\(([^)\s]+)\)", text)
     return [link.partition("#")[0] for link in links if not re.match(r"[a-z]+:|#|/", link)]
 
@@ -156,15 +151,15 @@ CHECKS = (
     Check(
         "formats",
         "safetensors only, no pickle",
-        "a pickle runs whatever its author wrote, on everybody who loads it",
-        "load it once where you trust it and save_pretrained it: that writes safetensors",
+        "a pickle runs its author's code on the machine of everyone who loads it",
+        "load it once, if you trust it, and save_pretrained it: that writes safetensors",
         check_formats,
         needs="",
     ),
     Check(
         "code",
         "no code but the model's own",
-        "with trust_remote_code=True a receiver would run it",
+        "with trust_remote_code=True a user would run it",
         "read it; then delete it, or pass --trust_remote_code if you trust it",
         check_code,
         needs="",
@@ -180,8 +175,8 @@ CHECKS = (
     Check(
         "card",
         "model card complete",
-        "a reader does not learn what the model is, may be used for, or how to load it",
-        "write README.md: hf-decoder pretrain, finetune and convert do; the Hub's guide is at https://hf.co/docs/hub/model-cards",
+        "a reader does not learn what the model is, what it may be used for, or how to load it",
+        "write README.md, as hf-decoder pretrain, finetune and convert do; see https://hf.co/docs/hub/model-cards",
         check_card,
         needs="",
     ),

@@ -1,4 +1,4 @@
-"""Rows about generation: caches, greedy decoding, and the settings that `generate` starts from."""
+"""Rows about generation: caches, greedy decoding, and the generation settings."""
 
 from __future__ import annotations
 
@@ -20,14 +20,16 @@ from hf_decoder.doctor.numerics import (
     too_short,
 )
 from hf_decoder.doctor.report import Check, Finding, failed, passed, skipped
-from hf_decoder.doctor.subject import Subject, first_line, quiet
+from hf_decoder.doctor.subject import Subject
+from hf_decoder.safety.quiet import quiet
+from hf_decoder.safety.terminal import first_line
 
 NEW_TOKENS = 12
 
 
 @torch.inference_mode()
 def _cached(subject: Subject, ids: torch.Tensor, cache: Any) -> torch.Tensor:
-    """Logits with a cache: a long first piece, single tokens, and a piece of several at the end."""
+    """Logits with a cache, computed in pieces: many tokens, then single ones, then a few at once."""
     length = ids.shape[1]
     logits, start = [], 0
     for stop in (length - 8, *range(length - 7, length - 2), length):
@@ -38,9 +40,9 @@ def _cached(subject: Subject, ids: torch.Tensor, cache: Any) -> torch.Tensor:
 
 
 def check_dynamic_cache(subject: Subject) -> Finding:
-    """Keys and values kept from earlier calls give the logits of one call."""
+    """Calls with a growing cache give the logits of a single call."""
     if subject.cache_argument is None:
-        return skipped("the class keeps no keys and values")
+        return skipped("the class has no cache of keys and values")
     if skip := too_short(subject):
         return skip
     ids = subject.ids(2)
@@ -49,11 +51,11 @@ def check_dynamic_cache(subject: Subject) -> Finding:
 
 
 def check_static_cache(subject: Subject) -> Finding:
-    """The same with a cache of fixed size, which compiled decoding needs."""
+    """Calls with a cache of fixed size, which compiled decoding needs, give the logits of a single call."""
     if subject.cache_argument is None:
-        return skipped("the class keeps no keys and values")
+        return skipped("the class has no cache of keys and values")
     if not getattr(type(subject.model), "_can_compile_fullgraph", False):
-        return skipped("the class does not declare that it can be compiled with a static cache")
+        return skipped("the class does not say that it can be compiled with a static cache")
     if skip := too_short(subject):
         return skip
     ids = subject.ids(2)
@@ -73,7 +75,7 @@ def _settings(model: Any, generation_config: GenerationConfig) -> Iterator[None]
 
 
 def check_generate(subject: Subject) -> Finding:
-    """Greedy `generate`, for prompts of two lengths at once, takes the likeliest token of a plain forward pass."""
+    """Greedy `generate` of two prompts of different length takes the likeliest token of a plain forward pass."""
     model = subject.model
     if not model.can_generate():
         return failed(f"{type(model).__name__} has no generate()")
@@ -103,11 +105,11 @@ def check_generate(subject: Subject) -> Finding:
                 f"before it gives {int(logits[step].argmax())}"
             )
         behind = max(behind, float(gaps.max()))
-    return passed(f"2 rows of {NEW_TOKENS} tokens, left-padded, each the likeliest of a plain forward pass")
+    return passed(f"2 left-padded rows of {NEW_TOKENS} tokens, each the likeliest of a plain forward pass")
 
 
 def check_generation_config(subject: Subject) -> Finding:
-    """generation_config.json holds no contradiction, and `generate` runs with it."""
+    """generation_config.json does not contradict itself, and `generate` runs with it."""
     try:
         with quiet():
             config = subject.generation_config
@@ -131,7 +133,7 @@ CHECKS = (
     Check(
         "dynamic_cache",
         "cached is uncached, growing cache",
-        "what generate() writes is not what the model would say",
+        "what generate() writes is not what the model predicts",
         CLASS_REMEDY + "generate with use_cache=False",
         check_dynamic_cache,
         needs="logits",
@@ -139,7 +141,7 @@ CHECKS = (
     Check(
         "static_cache",
         "cached is uncached, fixed cache",
-        "compiled decoding writes something else than the model would say",
+        "compiled decoding writes something else than the model predicts",
         CLASS_REMEDY + "generate without cache_implementation='static'",
         check_static_cache,
         needs="logits",
@@ -149,7 +151,7 @@ CHECKS = (
         "generate",
         "generate is an argmax loop",
         "greedy decoding does not take the likeliest token",
-        CLASS_REMEDY + "write the loop yourself",
+        CLASS_REMEDY + "write the decoding loop yourself",
         check_generate,
         needs="logits",
     ),
@@ -157,7 +159,7 @@ CHECKS = (
         "generation_config",
         "generation settings are valid",
         "generate() warns or fails, and save_pretrained refuses a changed copy",
-        "mend generation_config.json until GenerationConfig.from_pretrained(folder).validate(strict=True) passes",
+        "correct generation_config.json until GenerationConfig.from_pretrained(folder).validate(strict=True) passes",
         check_generation_config,
         needs="logits",
     ),

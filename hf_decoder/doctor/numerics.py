@@ -1,8 +1,8 @@
-"""Rows about one forward pass. Some changes must leave the logits as they are, and others must change them.
+"""Rows about one forward pass: what must leave the logits as they are, and what must change them.
 
-The model runs in fp32. Two ways to compute the same logits differ by the order of additions; measured on shapes of 2M
-to 125M parameters that is at most 2e-6 of the largest logit, and a mask or a position that is wrong moves them by
-1e-2 and more. `TOLERANCE` lies between.
+The model runs in fp32. Two ways to compute the same logits differ by the order of additions. On models of 2M to 125M
+parameters that moved the logits by at most 2e-6 of the largest; a wrong mask or position moves them by 1e-2 or more.
+`TOLERANCE` lies between.
 """
 
 from __future__ import annotations
@@ -12,57 +12,58 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from hf_decoder.data.packing import IGNORE_INDEX
 from hf_decoder.doctor.report import Check, Finding, failed, passed, skipped, warned
-from hf_decoder.doctor.subject import Subject, Unloadable, quiet
+from hf_decoder.doctor.subject import Subject, Unloadable
+from hf_decoder.safety.quiet import quiet
 
 TOLERANCE = 1e-4
-# A row proves nothing where the logits feel their context less than this, relative to the largest.
+# A row proves nothing if another context moves the logits by less than this, relative to the largest.
 MIN_EFFECT = 100 * TOLERANCE
-# What products of quantized weights may add where their library rounds what they multiply (bitsandbytes: 2.2e-2).
+# Libraries of quantized products round their inputs, too. Measured with bitsandbytes: 2.2e-2.
 QUANTIZED_TOLERANCE = 5e-2
 PADDING = 7
 MIN_TOKENS = 12  # of a row that is padded or cut into pieces
 
 
 def difference(expected: torch.Tensor, found: torch.Tensor) -> float:
-    """Largest difference of two logit tensors relative to the largest logit; infinite where one is not a number."""
+    """The largest difference of two logit tensors relative to the largest logit; infinite if one is not finite."""
     gap = (expected.float() - found.float()).abs().max() / expected.float().abs().max().clamp(min=1e-30)
     return float(gap) if bool(gap.isfinite()) else float("inf")
 
 
 @torch.inference_mode()
 def logits_of(subject: Subject, ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-    """Logits (B, S, V) without a cache; arguments that the model's forward does not name are left out."""
+    """Logits (B, S, V) without a cache. Arguments that the model's forward does not name are left out."""
     wanted = {"use_cache": False, **kwargs}
     return subject.model(ids, **{name: value for name, value in wanted.items() if subject.accepts(name)}).logits
 
 
 def has_numbers(subject: Subject) -> bool:
-    """Whether the logits of a plain row are finite, without which nothing can be compared."""
+    """Whether the logits of a plain row are finite. Otherwise nothing can be compared."""
     if subject.has_numbers is None:
         subject.has_numbers = bool(logits_of(subject, subject.ids(1)).isfinite().all())
     return subject.has_numbers
 
 
 def too_short(subject: Subject, least: int = MIN_TOKENS) -> Finding | None:
-    """A row about rows in pieces is skipped where the context has no room for them."""
+    """A skip if the model's context has fewer than `least` tokens."""
     tokens = subject.probe_tokens
     return skipped(f"a context of {tokens} tokens is too short to try it") if tokens < least else None
 
 
 def unproven(subject: Subject, gap: float, what: str) -> Finding | None:
-    """A warning about a `gap` that may be the rounding of quantized products, or a mistake."""
+    """A warning if `gap` may be a mistake or the rounding of quantized products."""
     if not (subject.is_quantized and TOLERANCE < gap <= QUANTIZED_TOLERANCE):
         return None
     return warned(
-        f"{what}: {gap:.1e} apart, relative to the largest, which the rounding of quantized products may be: not "
-        "proven",
+        f"{what}: {gap:.1e} of the largest apart, which may be the rounding of quantized products: not proven",
         "examine the checkpoint that was quantized",
     )
 
 
 def judge(subject: Subject, gap: float, what: str) -> Finding:
-    """Passes a `gap` that rounding explains, if the model feels its context enough for a mistake to show."""
+    """Passes a `gap` that rounding explains, if the context matters enough for a mistake to show."""
     if warning := unproven(subject, gap, what):
         return warning
     if not gap <= TOLERANCE:
@@ -70,14 +71,14 @@ def judge(subject: Subject, gap: float, what: str) -> Finding:
     effect = context_effect(subject)
     if effect < MIN_EFFECT:
         return warned(
-            f"{what}: logits differ by {gap:.1e}, but another context moves them by {effect:.1e} only: not proven",
-            "train the model: it does not use its context yet",
+            f"{what}: logits differ by {gap:.1e}, but another context moves them by only {effect:.1e}: not proven",
+            "train the model, which does not use its context yet",
         )
     return passed(f"{what}: logits differ by {gap:.1e} of the largest")
 
 
 def context_effect(subject: Subject) -> float:
-    """By how much the last token's logits move, relative to the largest, when the first half of a row is another."""
+    """How far another first half of a row moves the last token's logits, relative to the largest."""
     if subject.context_effect is None:
         ids = subject.ids(1)
         other = ids.clone()
@@ -88,13 +89,13 @@ def context_effect(subject: Subject) -> float:
 
 
 def check_loads(subject: Subject) -> Finding:
-    """transformers finds a place for every tensor and a tensor for every place; the logits are numbers."""
+    """Every tensor of the files has a place in the model, every place has a tensor, and the logits are finite."""
     try:
         info = subject.loading_info
     except Unloadable as error:
         return failed(str(error))
     for kind, said in (
-        ("missing_keys", "lacks {}; the model starts with random values there"),
+        ("missing_keys", "lacks {}, and the model starts with random values there"),
         ("mismatched_keys", "holds {} in another shape than config.json asks for"),
         ("unexpected_keys", "holds {}, which the model has no place for"),
     ):
@@ -109,7 +110,7 @@ def check_loads(subject: Subject) -> Finding:
 
 
 def check_causal(subject: Subject) -> Finding:
-    """A later token leaves the logits before it as they are."""
+    """A token does not change the logits before it."""
     ids = subject.ids(1)
     half = ids.shape[1] // 2
     other = ids.clone()
@@ -119,7 +120,7 @@ def check_causal(subject: Subject) -> Finding:
 
 
 def check_batching(subject: Subject) -> Finding:
-    """Each row of a batch has the logits that it has alone."""
+    """Each row of a batch has the same logits as alone."""
     ids = subject.ids(3)
     together = logits_of(subject, ids)
     gap = max(difference(logits_of(subject, ids[i : i + 1]), together[i : i + 1]) for i in range(len(ids)))
@@ -127,7 +128,7 @@ def check_batching(subject: Subject) -> Finding:
 
 
 def left_padded(subject: Subject, ids: torch.Tensor, lengths: list[int]) -> dict[str, torch.Tensor]:
-    """The first `lengths[i]` tokens of each row at the right end, as `generate` hands them to the model."""
+    """Inputs of `generate`: the first `lengths[i]` tokens of each row, padded on the left."""
     width = max(lengths) + PADDING
     pad = getattr(subject.config.get_text_config(), "pad_token_id", None)
     padded = torch.full((len(ids), width), pad if isinstance(pad, int) and pad >= 0 else int(ids[0, 0]))
@@ -140,7 +141,7 @@ def left_padded(subject: Subject, ids: torch.Tensor, lengths: list[int]) -> dict
 
 
 def check_padding(subject: Subject) -> Finding:
-    """Rows of several lengths, padded on the left, have the logits that they have alone."""
+    """Rows of several lengths, padded on the left, have the same logits as alone."""
     if not subject.accepts("attention_mask"):
         return failed("the model takes no attention_mask")
     if skip := too_short(subject):
@@ -158,9 +159,9 @@ def check_padding(subject: Subject) -> Finding:
 
 
 def check_packing(subject: Subject) -> Finding:
-    """Documents packed into one row, told apart by positions that restart, have the logits that they have alone."""
+    """Documents packed into one row, told apart by their positions, have the same logits as alone."""
     if not subject.accepts("position_ids"):
-        return warned("the class takes no position_ids: it cannot pack", "pad instead")
+        return warned("the class takes no position_ids, so it cannot pack", "pad instead")
     total = subject.probe_tokens
     lengths = [total // 2, total // 3, total - total // 2 - total // 3]
     documents = subject.ids(1).split(lengths, dim=1)
@@ -182,7 +183,7 @@ def check_packing(subject: Subject) -> Finding:
 
 
 def check_attention(subject: Subject) -> Finding:
-    """Attention written out (eager) gives the logits of the fused kernel (sdpa), with padding and without."""
+    """Eager attention gives the logits of sdpa, with padding and without."""
     model = subject.model
     if model.config._attn_implementation != "sdpa":
         return skipped("the class has no sdpa attention")
@@ -208,13 +209,15 @@ def check_attention(subject: Subject) -> Finding:
 
 @torch.no_grad()
 def check_loss(subject: Subject) -> Finding:
-    """The loss is the cross-entropy of the next token, -100 left out, in evaluation and in training mode."""
+    """The loss is the next token's cross-entropy without ignored labels, in evaluation and in training mode."""
     model = subject.model
     ids = subject.ids(2)
     labels = ids.clone()
-    labels[0, : ids.shape[1] // 2] = -100
+    labels[0, : ids.shape[1] // 2] = IGNORE_INDEX
     logits = logits_of(subject, ids).float()
-    expected = functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+    expected = functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX
+    )
     found = {"evaluation": model(ids, labels=labels).loss}
     values = subject.config.get_text_config().to_dict().items()
     if not any(value for name, value in values if ("drop" in name or name == "z_loss_coef") and type(value) is float):
@@ -231,23 +234,23 @@ def check_loss(subject: Subject) -> Finding:
             return warning
         if not gap <= TOLERANCE:
             return failed(f"the loss in {mode} mode is {float(loss):.5f}; that of the logits is {float(expected):.5f}")
-    return passed(f"{float(expected):.4f} in {' and '.join(found)} mode, as of the logits")
+    return passed(f"{float(expected):.4f} in {' and '.join(found)} mode, equal to that of the logits")
 
 
-CLASS_REMEDY = "the class is at fault, not the weights: report it to its author, and until then "
+CLASS_REMEDY = "the fault is in the class, not in the weights: report it to the author, and until then "
 
 CHECKS = (
     Check(
         "load",
         "loads, and every tensor has its place",
-        "the model cannot be used, or computes with weights that nobody trained",
+        "the model cannot be used, or computes with untrained weights",
         "save it again with save_pretrained, or copy the files again",
         check_loads,
     ),
     Check(
         "causal",
         "no token sees a later one",
-        "training reads the answer, and its loss means nothing",
+        "training sees the answers, and its loss means nothing",
         CLASS_REMEDY + "do not train or evaluate with it",
         check_causal,
         needs="logits",
@@ -255,7 +258,7 @@ CHECKS = (
     Check(
         "batching",
         "a row in a batch is as alone",
-        "an answer depends on what else runs at the same time",
+        "an answer depends on the other rows of its batch",
         CLASS_REMEDY + "run one row at a time",
         check_batching,
         needs="logits",
@@ -263,7 +266,7 @@ CHECKS = (
     Check(
         "padding",
         "left padding changes nothing",
-        "answers in a batch of prompts of several lengths are wrong",
+        "answers to a batch of prompts of different lengths are wrong",
         CLASS_REMEDY + "batch rows of one length only",
         check_padding,
         needs="logits",
@@ -272,15 +275,15 @@ CHECKS = (
         "packing",
         "packed documents do not see each other",
         "training on packed rows learns across documents",
-        CLASS_REMEDY + "do not pack: pad instead",
+        CLASS_REMEDY + "pad instead of packing",
         check_packing,
         needs="logits",
     ),
     Check(
         "attention",
         "eager attention is sdpa",
-        "a tool that picks another attention computes another model",
-        CLASS_REMEDY + "use the attention that it was trained with",
+        "a tool that chooses another attention gets other results",
+        CLASS_REMEDY + "use the attention of its training",
         check_attention,
         needs="logits",
     ),
@@ -288,7 +291,7 @@ CHECKS = (
         "loss",
         "loss is next-token cross-entropy",
         "training optimises something else: labels shifted twice or not at all, or masked tokens counted",
-        CLASS_REMEDY + "form the loss yourself from the logits",
+        CLASS_REMEDY + "compute the loss from the logits yourself",
         check_loss,
         needs="logits",
     ),

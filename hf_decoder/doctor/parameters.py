@@ -1,4 +1,4 @@
-"""Rows about what the loaded model holds: rotary frequencies, tied embeddings, half precision."""
+"""Rows about the loaded model: rotary frequencies, tied embeddings, half precision."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from hf_decoder.doctor.numerics import CLASS_REMEDY, difference, left_padded
 from hf_decoder.doctor.report import Check, Finding, failed, passed, skipped, warned
-from hf_decoder.doctor.subject import Subject, quiet
+from hf_decoder.doctor.subject import Subject
 from hf_decoder.interop.checkpoint import read_tensors
+from hf_decoder.safety.quiet import quiet
 
-# An angle is a product in fp32: its error is up to 2**-24 of it, and the frequency's own rounding adds as much again.
+# An angle is a product in fp32. Its relative error is up to 2**-24, and as much again from its frequency.
 ANGLE_ERROR = 2.0**-22
-NO_FORMULA = "no rotary embedding of the form that one formula describes"
+NO_FORMULA = "no rotary embedding that one set of rope_parameters describes"
 
 
 def _rotary_modules(model: Any) -> dict[str, nn.Module]:
-    """The rotary embeddings, by name, if one set of `rope_parameters` describes them."""
+    """The rotary embeddings by name, if one set of `rope_parameters` describes them all."""
     if "rope_type" not in (getattr(model.config.get_text_config(), "rope_parameters", None) or {}):
         return {}
     return {
@@ -31,16 +32,16 @@ def _rotary_modules(model: Any) -> dict[str, nn.Module]:
 
 
 def _frequencies(config: Any, pairs: int) -> tuple[torch.Tensor, float]:
-    """The inverse frequencies that the config asks for, (pairs,), in fp64, and the factor on cosine and sine.
+    """The inverse frequencies that the config asks for, (pairs,) in fp64, and the factor on cosine and sine.
 
-    The plain ones from their definition, theta**(-2i/R) (Su et al. 2021, section 3.2.2); scaled ones from
-    transformers' tables of the published scalings.
+    Plain frequencies follow their definition, theta**(-2i/R) (Su et al. 2021, section 3.2.2). Scaled ones come from
+    transformers' functions.
     """
     rope = config.rope_parameters
     if rope["rope_type"] == "default":
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         rotary_dim = int(head_dim * (rope.get("partial_rotary_factor") or 1.0))
-        if -(-rotary_dim // 2) != pairs:  # a class that turns another number of dimensions than the fields say
+        if -(-rotary_dim // 2) != pairs:  # a class that rotates another number of dimensions than the config says
             rotary_dim = 2 * pairs
         exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float64) / rotary_dim
         return rope["rope_theta"] ** -exponents, 1.0
@@ -49,7 +50,7 @@ def _frequencies(config: Any, pairs: int) -> tuple[torch.Tensor, float]:
 
 
 def _positions(config: Any) -> torch.Tensor:
-    """Positions from the first to the last that the plain frequencies are meant for."""
+    """64 positions (1, 64) over the context that the plain frequencies are meant for."""
     rope = config.rope_parameters
     longest = config.max_position_embeddings
     if rope["rope_type"] == "longrope":
@@ -59,7 +60,7 @@ def _positions(config: Any) -> torch.Tensor:
 
 @torch.no_grad()
 def _angle_error(module: nn.Module, config: Any) -> float:
-    """Largest error of cosine and sine over the context, as a multiple of what fp32 angles explain."""
+    """The largest error of cosine and sine over the context, as a multiple of what fp32 explains."""
     positions = _positions(config)
     module = copy.deepcopy(module)  # some scalings change their buffers when they are called
     frequencies, scale = _frequencies(config, module.inv_freq.numel())  # type: ignore[operator]
@@ -76,7 +77,7 @@ def _angle_error(module: nn.Module, config: Any) -> float:
 
 
 def check_rope(subject: Subject) -> Finding:
-    """The frequencies after loading are those of the formula, and cosines and sines follow over the whole context."""
+    """The loaded frequencies follow the formula, and so do cosine and sine over the whole context."""
     config = subject.model.config.get_text_config()
     modules = _rotary_modules(subject.model)
     if not modules:
@@ -99,7 +100,7 @@ def check_rope(subject: Subject) -> Finding:
 
 
 def check_rope_cast(subject: Subject) -> Finding:
-    """`model.to(bfloat16)` leaves the angles what they were."""
+    """`model.to(bfloat16)` does not change the angles."""
     config = subject.model.config.get_text_config()
     modules = _rotary_modules(subject.model)
     if not modules:
@@ -115,7 +116,7 @@ def check_rope_cast(subject: Subject) -> Finding:
 
 
 def check_tied(subject: Subject) -> Finding:
-    """Tied embeddings are one tensor in memory and one in the files; untied ones are two."""
+    """Tied embeddings are one tensor, in memory and in the files. Untied ones are two."""
     model = subject.model
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     if table is None or head is None:
@@ -126,7 +127,7 @@ def check_tied(subject: Subject) -> Finding:
     if not tied:
         if shared:
             return failed(f"tie_word_embeddings is false, but {names['head']} is {names['table']} once loaded")
-        return passed("separate head, as the config says")
+        return passed("a separate head, as the config says")
     try:
         saved = {} if subject.is_quantized else read_tensors(subject.folder)
     except ValueError as error:
@@ -141,7 +142,7 @@ def check_tied(subject: Subject) -> Finding:
         return failed(f"tie_word_embeddings is true, but {names['head']} is a tensor of its own once loaded")
     if both:
         size = saved[names["head"]].num_bytes / 1e6
-        return failed(f"{names['head']} is saved once more beside {names['table']}: {size:,.1f} MB too many")
+        return failed(f"{names['head']} is saved again beside {names['table']}: {size:,.1f} MB too many")
     return passed(f"{names['head']} is {names['table']}, saved once")
 
 
@@ -157,10 +158,10 @@ def _half_logits(model: Any, inputs: dict[str, torch.Tensor], attention: str) ->
 
 
 def check_half(subject: Subject) -> Finding:
-    """bf16 and fp16 give numbers everywhere, also in rows and columns that are nothing but padding."""
+    """Logits are finite in bf16 and fp16, even in rows and columns of padding alone."""
     length = subject.probe_tokens // 2
     inputs = left_padded(subject, subject.ids(3, length), [length, length // 2, length])
-    inputs["attention_mask"][2] = 0  # a row of nothing
+    inputs["attention_mask"][2] = 0  # a row of padding alone
     if not subject.accepts("position_ids"):
         del inputs["position_ids"]
     plain = {"input_ids": subject.ids(1, length)}
@@ -175,10 +176,10 @@ def check_half(subject: Subject) -> Finding:
         for attention in attentions:
             if not bool(_half_logits(model, inputs, attention).isfinite().all()):
                 if bool(_half_logits(model, plain, attention).isfinite().all()):
-                    return failed(f"padding gives values that are no numbers in {name} with {attention} attention")
+                    return failed(f"padding gives values that are not finite in {name} with {attention} attention")
                 if dtype is torch.float16:
                     return warned("overflows in float16, without any padding", "run it in bfloat16")
-                return failed(f"the logits are no numbers in {name} with {attention} attention", "run it in float32")
+                return failed(f"the logits are not finite in {name} with {attention} attention", "run it in float32")
         seen.append(f"{name} within {difference(expected, _half_logits(model, plain, attentions[0])):.0e}")
         del model
     return passed(f"a row of padding alone is fine; {', '.join(seen)} of fp32")
@@ -188,14 +189,14 @@ CHECKS = (
     Check(
         "rope",
         "RoPE frequencies follow the formula",
-        "positions are wrong: the model reads its context garbled, the more the longer it is",
+        "positions are wrong: the longer the context, the more garbled the model reads it",
         CLASS_REMEDY + "compare rope_parameters in config.json with what it was trained with",
         check_rope,
     ),
     Check(
         "rope_cast",
         "RoPE survives .to(bfloat16)",
-        "positions far into a text are rounded to others",
+        "distant positions of a text become indistinct",
         "load with dtype=torch.bfloat16 instead of calling .to(torch.bfloat16)",
         check_rope_cast,
         level="default",
@@ -203,7 +204,7 @@ CHECKS = (
     Check(
         "tied",
         "embeddings tied or not, as said",
-        "the head comes out untrained, or follows no more when the embeddings are trained",
+        "the head is untrained, or no longer follows the embeddings in training",
         "load it and save_pretrained it again",
         check_tied,
     ),

@@ -1,4 +1,4 @@
-"""Rows about the checkpoint elsewhere: another process, no package, another class, another engine."""
+"""Rows about the checkpoint elsewhere: in a new process, without the package, as another class, in another engine."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from safetensors.torch import load_file
 from hf_decoder.doctor.code import Origin
 from hf_decoder.doctor.numerics import difference, logits_of
 from hf_decoder.doctor.report import Check, Finding, failed, passed, skipped, warned
-from hf_decoder.doctor.subject import Subject, quiet
+from hf_decoder.doctor.subject import Subject
 from hf_decoder.engine.switches import settings
 from hf_decoder.interop.backends import backend_conditions
 from hf_decoder.interop.families import FAMILIES, OURS, obstacle, read_config
-from hf_decoder.safety.fresh_process import PACKAGE, run_fresh
+from hf_decoder.safety.fresh_process import run_fresh
+from hf_decoder.safety.quiet import quiet
 
 CHILD = Path(__file__).with_name("child.py")
 MAX_SECONDS = 1800
 
 
 def _fresh_logits(subject: Subject, folder: Path, ids: torch.Tensor, *, hidden: bool) -> torch.Tensor:
-    """The logits that a new process computes from `folder`, with this package or where it cannot be found.
+    """The logits that a new process computes from `folder`. With `hidden` it cannot find this package.
 
     Raises:
         RuntimeError: if the process fails, with its last line.
@@ -41,7 +42,7 @@ def _fresh_logits(subject: Subject, folder: Path, ids: torch.Tensor, *, hidden: 
                     "threads": torch.get_num_threads(),
                     "attention": subject.model.config._attn_implementation,
                     "trust_remote_code": subject.trust_remote_code or (hidden and subject.may_run_code),
-                    "register": PACKAGE if subject.is_ours and not hidden else "",
+                    "register": subject.is_ours and not hidden,
                     "output": str(output),
                 }
             ),
@@ -52,13 +53,14 @@ def _fresh_logits(subject: Subject, folder: Path, ids: torch.Tensor, *, hidden: 
 
 
 def _compare(subject: Subject, folder: Path, where: str, *, hidden: bool = False) -> Finding:
+    """Compares the logits of this process with those of a new process that loads `folder`."""
     ids = subject.ids(2)
     subject.renew_quantized()
-    # a process without the package has the plain modules alone, which round in another order than the engine
+    # Without the package only the plain modules run, which add in another order than the engine.
     with settings.override(all=False) if hidden else nullcontext():
         here = logits_of(subject, ids)
         if not torch.equal(here, logits_of(subject, ids)):
-            return failed("the same call gives other logits the second time, in this very process")
+            return failed("the same call gives other logits the second time, in this process")
     try:
         there = _fresh_logits(subject, folder, ids, hidden=hidden)
     except RuntimeError as error:
@@ -69,24 +71,24 @@ def _compare(subject: Subject, folder: Path, where: str, *, hidden: bool = False
 
 
 def check_reload(subject: Subject) -> Finding:
-    """A new process that loads the folder computes the same bits."""
+    """A new process that loads the folder computes the same logits, bit for bit."""
     return _compare(subject, subject.folder, "a fresh process")
 
 
 def check_remote_code(subject: Subject) -> Finding:
-    """A new process that cannot find hf_decoder loads the folder with the code in it, and computes the same bits."""
+    """A new process without hf_decoder loads the folder by the code in it, and computes the same logits."""
     code = subject.code
     if code.origin is Origin.NONE:
         if not subject.is_ours:
-            return skipped("the class is part of transformers: a receiver needs no code")
+            return skipped("the class is part of transformers, so no code is needed")
         return failed("the folder holds no model code")
     if not subject.may_run_code:
-        return skipped(f"--trust_remote_code would run code that is not the installed package's: {code.detail}")
+        return skipped(f"the code is not the installed package's ({code.detail}); --trust_remote_code would run it")
     return _compare(subject, subject.folder, "a fresh process without the package", hidden=True)
 
 
 def check_save_again(subject: Subject) -> Finding:
-    """`save_pretrained` into another folder gives a checkpoint of the same bits."""
+    """`save_pretrained` into another folder gives a checkpoint with the same logits."""
     with tempfile.TemporaryDirectory() as folder:
         subject.renew_quantized()
         with quiet():
@@ -95,16 +97,16 @@ def check_save_again(subject: Subject) -> Finding:
             except NotImplementedError:
                 if not subject.is_quantized:
                     raise
-                return skipped("transformers has no way to save what it loaded quantized like this")
+                return skipped("transformers cannot save weights that are quantized like this")
         return _compare(subject, Path(folder), "saved again")
 
 
 def check_export(subject: Subject) -> Finding:
-    """Which stock class computes the same, and what stands in the way of the others."""
+    """A stock class computes the same. The row names it, and what stands in the way of others."""
     try:
         config, family = read_config(subject.folder)
     except ValueError as error:
-        return warned(f"cannot be read as ours: {str(error).replace(f'{subject.folder}/', '')}")
+        return warned(f"cannot be read as our family: {str(error).replace(f'{subject.folder}/', '')}")
     if family is not None:
         return passed(f"{family.model_class} already; hf-decoder convert makes it {OURS}")
     reasons = {name: obstacle(target, config) for name, target in FAMILIES.items()}
@@ -117,14 +119,14 @@ def check_export(subject: Subject) -> Finding:
 
 
 def check_backends(subject: Subject) -> Finding:
-    """What vLLM and SGLang ask of a model before they run it with their own attention and cache."""
+    """The model meets what vLLM and SGLang ask before they run it with their attention and cache."""
     with quiet():
         conditions = backend_conditions(subject.model)
     broken = [condition for condition in conditions if not condition.ok]
     if broken:
         return warned(
             f"{len(broken)} of {len(conditions)} conditions fail: {broken[0].name}: {broken[0].why}",
-            "serve it with `transformers serve`, or convert it to a class that the engine has of its own",
+            "serve it with `transformers serve`, or convert it to a class that the engine knows",
         )
     return passed(f"{len(conditions)} conditions hold: {', '.join(condition.name for condition in conditions)}")
 
@@ -133,16 +135,16 @@ CHECKS = (
     Check(
         "reload",
         "same logits in a fresh process",
-        "what you measured here is not what anybody else gets",
-        "some weight or buffer is not in the files: find what is computed or drawn at loading, and save it",
+        "what you measured here is not what others get",
+        "a weight or buffer is missing from the files: find what loading computes or draws, and save it",
         check_reload,
         needs="logits",
     ),
     Check(
         "remote_code",
         "same logits without the package",
-        "a receiver who has only transformers cannot load it, or gets another model",
-        "load it here and save_pretrained it into a new folder, which writes the code beside the weights",
+        "a user who has only transformers cannot load it, or gets another model",
+        "load it here and save_pretrained it into a new folder: that writes the code beside the weights",
         check_remote_code,
         needs="logits",
         level="default",
@@ -150,8 +152,8 @@ CHECKS = (
     Check(
         "save_again",
         "saved again, the same logits",
-        "training further and saving loses something",
-        "compare the two folders' tensors; what is missing must be a parameter or a persistent buffer",
+        "further training loses something when it saves",
+        "compare the tensors of both folders; what is missing must become a parameter or a persistent buffer",
         check_save_again,
         needs="logits",
         level="default",
@@ -159,8 +161,8 @@ CHECKS = (
     Check(
         "export",
         "leaves for a stock class",
-        "tools that know only stock classes cannot take it",
-        "hf-decoder convert says more; GGUF or another shape may do",
+        "tools that know only stock classes cannot load it",
+        "hf-decoder convert says more; GGUF or another shape may help",
         check_export,
     ),
     Check(

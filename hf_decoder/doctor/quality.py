@@ -1,4 +1,4 @@
-"""Rows about quality: the model beats chance on text, no weights are dead, and the settings can hold a chat."""
+"""Rows about quality: likelihood on text, dead weights, and the settings of generation and chat."""
 
 from __future__ import annotations
 
@@ -13,18 +13,20 @@ from torch.nn import functional
 from hf_decoder.data.documents import load_standard_library
 from hf_decoder.doctor.numerics import logits_of
 from hf_decoder.doctor.report import Check, Finding, failed, passed, skipped, warned
-from hf_decoder.doctor.subject import Subject, first_line, quiet
+from hf_decoder.doctor.subject import Subject
 from hf_decoder.interop.checkpoint import read_tensors
-from hf_decoder.training.run_report import is_of_pretraining
+from hf_decoder.safety.quiet import quiet
+from hf_decoder.safety.terminal import first_line
+from hf_decoder.training.run_report import is_pretrained_only
 
-TEXT_CHARACTERS = 60_000  # of a text that the model is tried on
+TEXT_CHARACTERS = 60_000  # read of the text that the model is measured on
 TEXT_TOKENS, BLOCK = 8192, 256
 LEAST_TOKENS = 64
 OWN_CORPUS = "the standard library of Python"  # as pretrain's card names it
 OUTLIER = 1e4  # times the median row's largest value
-ALIKE = 0.9  # cosine of two embeddings that only the softmax has moved, both the same way
+ALIKE = 0.9  # cosine of embeddings that never occurred in training: only the softmax moved them, all the same way
 SAID = {"system": "Answer in verse.", "user": "What is the capital of France?", "assistant": "Paris."}
-# Settings of generate() that hold token ids, some of them in lists or as keys.
+# Settings of generate() that hold token ids, alone, in lists or as keys.
 ID_SETTINGS = (
     *("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "force_words_ids", "sequence_bias"),
     *("forced_bos_token_id", "forced_eos_token_id", "decoder_start_token_id"),
@@ -32,22 +34,22 @@ ID_SETTINGS = (
 
 
 def _card_figure(subject: Subject) -> tuple[float | None, str]:
-    """The held-out loss that the card states, or the run's results beside it, and the name of its text."""
+    """The held-out loss in the card, or in the results beside it, and the name of its text."""
     try:
         results = ModelCard.load(subject.folder / "README.md").data.eval_results or []
-    except Exception:  # no card, or a stranger's that cannot be read: another row says so
+    except Exception:  # the row about the card says what is wrong with it
         results = []
     for result in results:
         if result.metric_type == "loss" and isinstance(result.metric_value, int | float):
             return float(result.metric_value), str(result.dataset_name)
-    value = subject.read_json("all_results.json").get("eval_loss")
+    value = subject.values_of("all_results.json").get("eval_loss")
     return (float(value), "its held-out text") if isinstance(value, int | float) else (None, "")
 
 
 def _loss_and_chance(subject: Subject, text: str) -> tuple[float, float] | None:
-    """Nats per token of the second half of a text: the model's, and those of a table of the first half's counts.
+    """Nats per token of a text's second half, by the model and by chance; None if the text is too short.
 
-    The table adds one to each count, and blind guessing takes its place where that is better. None: too short a text.
+    Chance is a table of the token counts of the first half, each plus one, or blind guessing where that is better.
     """
     tokenizer = subject.tokenizer
     ids = torch.tensor(tokenizer(text[:TEXT_CHARACTERS], add_special_tokens=False)["input_ids"][: 2 * TEXT_TOKENS])
@@ -76,7 +78,7 @@ def _loss_and_chance(subject: Subject, text: str) -> tuple[float, float] | None:
 
 
 def check_likelihood(subject: Subject) -> Finding:
-    """The model predicts text better than a table of how often each token occurs."""
+    """The model predicts text better than a table of token counts."""
     if subject.tokenizer is None:
         return skipped("no tokenizer")
     stated, source = _card_figure(subject)
@@ -90,7 +92,7 @@ def check_likelihood(subject: Subject) -> Finding:
         name = "the standard library's held-out files" if is_own else "the standard library of Python"
     measured = _loss_and_chance(subject, text)
     if measured is None:
-        return skipped(f"{name} has fewer than {2 * LEAST_TOKENS} tokens: nothing can be measured on it")
+        return skipped(f"{name} has fewer than {2 * LEAST_TOKENS} tokens, too few to measure on")
     loss, chance = measured
     blind = math.log(subject.model.get_input_embeddings().num_embeddings)
     seen = f"{loss:.2f} nats a token on {name}, where counting tokens gives {chance:.2f} and guessing {blind:.2f}"
@@ -102,14 +104,14 @@ def check_likelihood(subject: Subject) -> Finding:
         return failed(seen)
     if stated is not None and loss > (stated + chance) / 2:
         return warned(
-            f"{seen}: nearer to that than to the {stated:.2f} that the card states on {source}",
-            "give a text like the training's; if it is, compare the weights with those that the card measured",
+            f"{seen}: nearer to chance than to the {stated:.2f} that the card states on {source}",
+            "measure on a text like the training's; if this one is, compare the weights with those of the card",
         )
     return passed(seen)
 
 
 def check_values(subject: Subject) -> Finding:
-    """No matrix is all zeros, and no row of one dwarfs the others."""
+    """No matrix is all zeros, and no row is far larger than the others."""
     if subject.is_quantized:
         return skipped("quantized weights hold no plain numbers")
     count = 0
@@ -121,18 +123,18 @@ def check_values(subject: Subject) -> Finding:
         rows = values.float().flatten(1).abs().amax(1)
         largest = float(rows.max())
         if largest == 0:
-            return warned(f"{name} is all zeros", "it was never filled, or never trained: save the model again")
+            return warned(f"{name} is all zeros", "it was never initialised or never trained: save the model again")
         typical = float(rows[rows > 0].median())
         if not largest <= OUTLIER * typical:
             return warned(
                 f"row {int(rows.argmax())} of {name} holds {largest:.1e}, and half of the rows no more than "
                 f"{typical:.1e}"
             )
-    return passed(f"{count} matrices, none of zeros, no row {OUTLIER:.0e} times the others")
+    return passed(f"{count} matrices, none all zeros, no row {OUTLIER:.0e} times the others")
 
 
 def check_stop_ids(subject: Subject) -> Finding:
-    """What ends generation is a special token, and every id in its settings is in the vocabulary."""
+    """Generation ends at a special token, and every id in its settings is in the vocabulary."""
     settings = subject.generation_config
     held = subject.config.get_text_config().vocab_size
     for setting in ID_SETTINGS:
@@ -153,11 +155,11 @@ def check_stop_ids(subject: Subject) -> Finding:
 
 
 def _ids_in(value: Any) -> list[int]:
-    """The numbers in a setting, whatever holds them."""
+    """The token ids in a setting, whether alone, in a list or as keys."""
     if isinstance(value, dict):
         return [one for key in value for one in _ids_in(key)]
     if isinstance(value, list | tuple):
-        if len(value) == 2 and isinstance(value[1], float):  # sequence_bias as JSON holds it: ids and a bias
+        if len(value) == 2 and isinstance(value[1], float):  # an entry of sequence_bias in JSON: ids and a bias
             return _ids_in(value[0])
         return [one for part in value for one in _ids_in(part)]
     return [int(value)] if isinstance(value, int) else []
@@ -168,11 +170,6 @@ def _special_ids(tokenizer: Any) -> set[int]:
     return {*tokenizer.all_special_ids, *(index for index, token in added if token.special)}
 
 
-def _is_base(subject: Subject) -> bool:
-    """Whether the results of a run beside the model are those of `pretrain`: no chat was ever shown to it."""
-    return is_of_pretraining(subject.read_json("all_results.json"))
-
-
 def _render(tokenizer: Any, *roles: str) -> str:
     messages = [{"role": role, "content": SAID[role]} for role in roles]
     with quiet():
@@ -180,7 +177,7 @@ def _render(tokenizer: Any, *roles: str) -> str:
 
 
 def check_chat_roles(subject: Subject) -> Finding:
-    """Roles look different, the system turn is there, and an answer ends with a token that ends generation."""
+    """Roles differ, the system turn is rendered, and an answer closes with a token that ends generation."""
     tokenizer = subject.tokenizer
     if tokenizer is None or not tokenizer.chat_template:
         return skipped("no chat template")
@@ -205,7 +202,7 @@ def check_chat_roles(subject: Subject) -> Finding:
     closing = [one for one in tail["input_ids"] if one in ends]
     if not closing:
         said = f"an answer closes with {tokenizer.decode(tail['input_ids'])!r}, and no token of it ends generation"
-        if not _is_base(subject):
+        if not is_pretrained_only(subject.folder):
             return warned(said)
         seen.append(f"{said}; right for a base model")
     else:
@@ -214,13 +211,13 @@ def check_chat_roles(subject: Subject) -> Finding:
 
 
 def _head(part: str, follows: bool) -> str:
-    """What opens a turn: of the text between two contents, without what closed the one before."""
+    """The part of the text between two contents that opens a turn, without what closes the turn before."""
     lines = part.strip().splitlines()
     return lines[-1] if lines and follows else part.strip()
 
 
 def _wrong_mask(tokenizer: Any, roles: tuple[str, ...]) -> str | None:
-    """What is wrong with the tokens that `{% generation %}` marks for the loss; None: nothing, or it marks none."""
+    """Says what is wrong with the tokens that `{% generation %}` marks for the loss; None if nothing is."""
     template = tokenizer.chat_template
     if not isinstance(template, str) or not re.search(r"{%-?\s*generation\b", template):
         return None
@@ -234,12 +231,12 @@ def _wrong_mask(tokenizer: Any, roles: tuple[str, ...]) -> str | None:
     if any(SAID[role] in text for role in roles if role != "assistant"):
         return f"{{% generation %}} marks more than answers: {text!r}"
     if text.rstrip().endswith(SAID["assistant"]):
-        return "{% generation %} leaves out what closes an answer: the model would not learn to stop"
+        return "{% generation %} leaves out the token that closes an answer: the model would not learn to stop"
     return None
 
 
 def check_chat_tokens(subject: Subject) -> Finding:
-    """The special tokens of the chat template have embeddings that tell them apart."""
+    """The special tokens of the chat template have distinct embeddings."""
     tokenizer = subject.tokenizer
     if tokenizer is None or not tokenizer.chat_template:
         return skipped("no chat template")
@@ -259,8 +256,8 @@ def check_chat_tokens(subject: Subject) -> Finding:
         least = float((rows @ rows.T).min())
         if least > ALIKE:
             said = f"{names} are all alike in the {where} (cosine {least:.3f} and more): they were never trained"
-            if _is_base(subject):
-                return passed(f"{said}, as in a base model; to tune it by LoRA, train these rows, too")
+            if is_pretrained_only(subject.folder):
+                return passed(f"{said}, as in a base model; LoRA must train these rows, too")
             return warned(said)
     return passed(f"{names} differ")
 
@@ -269,7 +266,7 @@ CHECKS = (
     Check(
         "values",
         "no dead and no exploded weights",
-        "a part of the model does nothing, or drowns the rest",
+        "a part of the model does nothing, or outweighs the rest",
         "training diverged or a file is damaged: go back to an earlier checkpoint",
         check_values,
         needs="",
@@ -277,9 +274,9 @@ CHECKS = (
     Check(
         "likelihood",
         "better than chance on text",
-        "the weights do not belong into this model, this order or this vocabulary: what it writes is noise",
-        "compare with the model that was trained: names and order of tensors, norms, the tokenizer's ids; if the text "
-        "is of another kind than the training's, give one that is like it",
+        "the weights do not belong to this model, in this order, with this vocabulary: it writes noise",
+        "compare names and order of tensors, norms and the tokenizer's ids with the trained model, or measure on a "
+        "text like the training's",
         check_likelihood,
         needs="logits",
     ),
@@ -287,15 +284,15 @@ CHECKS = (
         "stop_ids",
         "generation ends at special tokens",
         "answers break off at an ordinary word, or generate() fails on a setting",
-        "set eos_token_id in generation_config.json to the tokenizer's end of text, and end of turn in a chat",
+        "set eos_token_id in generation_config.json to the tokenizer's end of text, and for a chat to its end of turn",
         check_stop_ids,
         needs="tokenizer",
     ),
     Check(
         "chat_roles",
         "roles, system turn, end of an answer",
-        "the model cannot tell who speaks, or generate() does not stop at the end of an answer",
-        "mend chat_template.jinja, and name the token that closes an answer in generation_config.json's eos_token_id",
+        "the model cannot tell who speaks, or generate() does not stop after an answer",
+        "correct chat_template.jinja, or add what closes an answer to eos_token_id in generation_config.json",
         check_chat_roles,
         needs="tokenizer",
     ),
@@ -303,8 +300,8 @@ CHECKS = (
         "chat_tokens",
         "chat tokens have rows of their own",
         "the model cannot tell the end of a turn from its start",
-        "train the embeddings with the adapter (modules_to_save or trainable_token_indices): tuned by LoRA alone, the "
-        "model would not stop",
+        "train the embeddings with the adapter (modules_to_save or trainable_token_indices): by LoRA alone the model "
+        "does not learn to stop",
         check_chat_tokens,
     ),
 )

@@ -1,8 +1,7 @@
-"""Defines the report. A check gives a finding, a finding becomes a row, and all rows make the report."""
+"""Defines the report. A check returns a finding, a finding becomes a row, and the rows make the report."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
@@ -16,7 +15,7 @@ PASS, FAIL, SKIP, WARN = "pass", "fail", "skip", "warn"
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check saw. A `remedy` here takes the place of the check's own."""
+    """The result of one check. A `remedy` here replaces that of the check."""
 
     status: str
     detail: str
@@ -41,10 +40,10 @@ def warned(detail: str, remedy: str | None = None) -> Finding:
 
 @dataclass(frozen=True)
 class Check:
-    """One row before it is run.
+    """A row before it runs.
 
-    `claim`: what holds where it passes. `means`: what a failure does to a user. `remedy`: the way to mend it.
-    `level`: the quickest level that includes it. `needs`: "model", "logits" (of a model, which must be numbers),
+    `claim` holds where the row passes. `means` says what a failure does to a user, and `remedy` how to fix it.
+    `level` is the quickest level that includes the row. `needs` is "model", "logits" (a model with finite logits),
     "tokenizer", or "" for files alone.
     """
 
@@ -59,7 +58,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a report. `means` and `remedy` are empty unless it failed or warns; `seconds` is its duration."""
+    """A row of a report. A row that passes has no `remedy`, and only one that fails has `means`."""
 
     name: str
     status: str
@@ -72,7 +71,7 @@ class Row:
 
 @dataclass(frozen=True)
 class DoctorReport:
-    """All rows for one checkpoint, in the order in which they ran."""
+    """All rows of one checkpoint, in the order in which they ran."""
 
     checkpoint: str
     model_type: str
@@ -96,6 +95,3 @@ class DoctorReport:
             "ok": self.ok,
             "rows": [asdict(row) for row in self.rows],
         }
-
-    def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"

@@ -1,6 +1,6 @@
-"""A `Subject` is the checkpoint under examination. It loads model and tokenizer when first asked for them.
+"""A `Subject` is the checkpoint under examination. It loads model and tokenizer on first use.
 
-Nothing here writes into the checkpoint. Weights are read as safetensors only, and code of the folder is run only if
+Nothing here writes into the checkpoint. Weights are read from safetensors only. Code of the folder runs only if
 the caller trusts it.
 """
 
@@ -11,43 +11,43 @@ import gc
 import inspect
 import os
 import re
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-from transformers.utils import logging
 
 import hf_decoder  # noqa: F401  (registers the model type)
-from hf_decoder.doctor.code import Code, Origin, code_of, read_json
+from hf_decoder.doctor.code import Code, Origin, code_of, values_of
 from hf_decoder.interop.adapters import is_adapter
-from hf_decoder.interop.checkpoint import read_config_values
+from hf_decoder.interop.checkpoint import download, local_folder, read_config_values
 from hf_decoder.interop.families import OURS
 from hf_decoder.interop.untrusted_files import check_folder
 from hf_decoder.interop.weight_sizes import check_sizes
 from hf_decoder.safety.limits import bound_templates
+from hf_decoder.safety.quiet import quiet
+from hf_decoder.safety.terminal import first_line
 
-# Weights in formats other than safetensors are reported by name, not downloaded.
-NOT_DOWNLOADED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.tflite")
-# Folders that no loader looks into and no receiver gets: states of a training, git's and huggingface_hub's records.
+# Files that may hold a pickle, and weights in formats besides safetensors: reported by name, and not downloaded.
+PICKLES = {".bin", ".pt", ".pt2", ".pth", ".ckpt", ".pkl", ".pk", ".pickle", ".joblib", ".npy", ".npz", ".dill"}
+OTHER_WEIGHTS = {".h5", ".msgpack", ".onnx", ".tflite", ".ot"}
+# Folders that no loader reads: checkpoints of a training, records of git and huggingface_hub.
 PASSED_OVER = re.compile(r"checkpoint-\d+|\.git|\.cache/huggingface")
 PROBE_TOKENS = 72
 LONGEST_WINDOW = 496
 
 
 class Unloadable(Exception):
-    """The model or the tokenizer cannot be had; the text says why."""
+    """The model or the tokenizer cannot be loaded; the text says why."""
 
 
 class Subject:
-    """A folder or Hub name, opened for examination; with `adapter`, that of an adapter, for the rows about files.
+    """A folder or Hub name under examination. `adapter` also allows an adapter's folder, for the rows about files.
 
     Raises:
-        ValueError: if there is no such folder or name, or it is no checkpoint of a model.
+        ValueError: if there is no such folder or name, or it holds no model.
     """
 
     def __init__(
@@ -60,8 +60,8 @@ class Subject:
     ):
         self.name = str(name)
         self.trust_remote_code = trust_remote_code
-        self.text: str | None = None  # that the caller gives to measure the model on
-        # measured by the first row that asks
+        self.text: str | None = None  # from the caller, to measure the model on
+        # Measured by the first row that needs them.
         self.context_effect: float | None = None
         self.has_numbers: bool | None = None
         self.folder, self.files, self.passed_over = _open(self.name, revision)
@@ -69,13 +69,13 @@ class Subject:
         if self.is_adapter and adapter:
             return
         if self.is_adapter:
-            raise ValueError(f"{name} is an adapter, no model; merge it into its base and examine the result")
+            raise ValueError(f"{name} is an adapter and no model; merge it into its base, and examine the result")
         if not (self.folder / "config.json").is_file():
             raise ValueError(f"folder {name} holds no model: it has no config.json")
 
     @cached_property
     def values(self) -> dict[str, Any]:
-        """What config.json says; empty where it is damaged."""
+        """The content of config.json; empty if it is damaged."""
         try:
             return read_config_values(self.folder)
         except ValueError:
@@ -101,7 +101,7 @@ class Subject:
 
     @property
     def may_run_code(self) -> bool:
-        """Whether the code in the folder may be run: it is ours to the byte, or the caller trusts it."""
+        """Whether code of the folder may run: it is ours to the byte, or the caller trusts it."""
         return self.trust_remote_code or self.code.origin is Origin.OWN
 
     @cached_property
@@ -109,11 +109,11 @@ class Subject:
         try:
             read_config_values(self.folder)
             return AutoConfig.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
-        except Exception as error:  # whatever a stranger's config makes of itself
+        except Exception as error:  # a stranger's config may raise anything
             raise Unloadable(f"config.json cannot be read: {first_line(error)}") from None
 
     def load(self, dtype: torch.dtype = torch.float32, folder: Path | None = None) -> tuple[Any, dict[str, Any]]:
-        """A new instance of the model on the CPU, in evaluation mode, and transformers' report on its tensors.
+        """Loads the model anew on the CPU, in evaluation mode. Also returns transformers' report on its tensors.
 
         Raises:
             Unloadable: if transformers cannot load it.
@@ -127,21 +127,18 @@ class Subject:
             try:
                 check_folder(self.folder)
                 check_sizes(folder or self.folder, self.config, trust_remote_code=self.trust_remote_code)
-            except Exception as error:  # damaged weights, missing code, a class that fails
-                raise Unloadable(first_line(error)) from None
-            try:
                 try:
                     model, info = auto_class.from_pretrained(folder or self.folder, **self._with("sdpa"), **kwargs)
                 except ValueError as error:
                     if "scaled_dot_product_attention" not in str(error):
                         raise
                     model, info = auto_class.from_pretrained(folder or self.folder, **self._with("eager"), **kwargs)
-            except Exception as error:  # damaged weights, missing code, a class that fails: all of it is a finding
+            except Exception as error:  # damaged weights, missing code, a class that fails
                 raise Unloadable(first_line(error)) from None
         return model.eval(), info
 
     def _with(self, attention: str) -> dict[str, Any]:
-        """The config with this attention in place of the one that it asks for, which may be a kernel of the Hub."""
+        """The config with this attention. Its own choice may be a kernel of the Hub."""
         config = copy.deepcopy(self.config)
         config._attn_implementation = attention
         return {"config": config, "attn_implementation": attention}
@@ -150,12 +147,12 @@ class Subject:
     def _loaded(self) -> tuple[Any, dict[str, Any]] | Unloadable:
         try:
             return self.load()
-        except Unloadable as error:  # kept, so that it is not tried again for every row
+        except Unloadable as error:  # kept, so that not every row tries again
             return error
 
     @property
     def model(self) -> Any:
-        """The model in fp32; checks leave it as they found it."""
+        """The model in fp32. A check leaves it as it was."""
         if isinstance(self._loaded, Unloadable):
             raise self._loaded
         return self._loaded[0]
@@ -167,18 +164,18 @@ class Subject:
         return self._loaded[1]
 
     def release_model(self) -> None:
-        """Frees the memory of the model; the next use loads it again."""
+        """Frees the model's memory. The next use loads it again."""
         self.__dict__.pop("_loaded", None)
         gc.collect()
 
     def renew_quantized(self) -> None:
-        """Has quantized weights loaded again, which a library may change while it computes, as bitsandbytes does."""
+        """Loads quantized weights again on next use. bitsandbytes, for one, changes them while it computes."""
         if self.is_quantized:
             self.release_model()
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The tokenizer, or None where there is none.
+        """The tokenizer, or None if there is none.
 
         Raises:
             Unloadable: if its files are damaged.
@@ -195,21 +192,21 @@ class Subject:
 
     @cached_property
     def generation_config(self) -> GenerationConfig:
-        """What `generate` takes when nothing is said: generation_config.json, else what follows from the config."""
+        """The default settings of `generate`: those of generation_config.json, or else of the config."""
         if (self.folder / "generation_config.json").is_file():
             with quiet():
                 return GenerationConfig.from_pretrained(self.folder)
         return GenerationConfig.from_model_config(self.config)
 
-    def read_json(self, file: str) -> dict[str, Any]:
-        """A JSON file of the folder; empty where it is absent or damaged."""
-        return read_json(self.folder / file)
+    def values_of(self, file: str) -> dict[str, Any]:
+        """The object in a JSON file of the folder; empty where it is absent or damaged."""
+        return values_of(self.folder / file)
 
     # ------------------------------------------------------------------------------------------ inputs
 
     @property
     def probe_tokens(self) -> int:
-        """Length of the rows that the model is tried on: past a sliding window, where that is short."""
+        """The length of the rows that the model is tried on. It reaches past a short sliding window."""
         config = self.config.get_text_config()
         window = getattr(config, "sliding_window", None)
         length = PROBE_TOKENS
@@ -217,12 +214,12 @@ class Subject:
             length = max(length, window + 16)
         rope = getattr(config, "rope_parameters", None) or {}
         limits = [getattr(config, "max_position_embeddings", None)]
-        if rope.get("rope_type") in ("dynamic", "longrope"):  # past it, the frequencies depend on the row's length
+        if rope.get("rope_type") in ("dynamic", "longrope"):  # beyond it the frequencies depend on the length
             limits.append(rope.get("original_max_position_embeddings"))
         return min([length, *(limit for limit in limits if limit)])
 
     def ids(self, rows: int, length: int | None = None, seed: int = 0) -> torch.Tensor:
-        """Random token ids (rows, length) that are no special tokens."""
+        """Random token ids (rows, length) without special tokens."""
         config = self.config.get_text_config()
         special = set()
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
@@ -234,12 +231,12 @@ class Subject:
 
     @property
     def cache_argument(self) -> str | None:
-        """What the model's forward calls keys and values of earlier tokens; None where it keeps none."""
+        """The name of the cache argument of the model's forward; None if it has none."""
         names = ("cache", "past_key_values")  # from transformers 5.24 on, and before
         return next((name for name in names if self.accepts(name)), None)
 
     def accepts(self, argument: str) -> bool:
-        """Whether the model's forward has this argument by name; one that hands all on is asked for its parent's."""
+        """Whether the model's forward names this argument. A forward that passes all on is judged by its parent's."""
         classes: tuple[Any, ...] = type(self.model).__mro__
         for model_class in classes:
             parameters = inspect.signature(model_class.forward).parameters
@@ -249,33 +246,23 @@ class Subject:
 
 
 def _open(name: str, revision: str | None) -> tuple[Path, list[str], list[str]]:
-    """The local folder, the names of all files that the checkpoint has, by posix path, and the folders passed over."""
-    folder = Path(name).expanduser()
-    if folder.is_dir():
+    """The local folder, the posix paths of all files of the checkpoint, and the folders that were passed over."""
+    if (folder := local_folder(name)) is not None:
         return folder, *_files_in(folder)
-    if folder.exists():
-        raise ValueError(f"{name} is a file; give the folder that holds config.json and the weights")
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or ("/" in name and folder.parent.is_dir()):
-        raise ValueError(f"folder {name} does not exist")
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub import HfApi
 
-    try:
-        path = Path(snapshot_download(name, revision=revision, ignore_patterns=list(NOT_DOWNLOADED)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        raise ValueError(
-            f"{name} is neither a folder here nor a model that the Hub gives us: {first_line(error)}"
-        ) from None
+    others = sorted({*PICKLES, *OTHER_WEIGHTS, ".gguf"})
+    path = download(name, revision, ignore_patterns=[f"*{suffix}" for suffix in others])
     files, passed_over = _files_in(path)
-    # offline, what is in the cache is all there is; else the list of the very commit that was fetched
-    with suppress(HfHubHTTPError, OfflineModeIsEnabled, OSError):
+    # Offline, the cache is all there is. Online, the commit that was downloaded lists all its files.
+    with suppress(OSError):
         commit = path.name if re.fullmatch(r"[0-9a-f]{40}", path.name) else revision
         files = sorted({*files, *HfApi().list_repo_files(name, revision=commit)})
     return path, files, passed_over
 
 
 def _files_in(folder: Path) -> tuple[list[str], list[str]]:
-    """All files below a folder, a link to a folder as one of them; and the folders that hold no part of the model."""
+    """The files below a folder, where a link to a folder counts as one, and the folders passed over."""
     files, passed_over = [], []
     for place, folders, names in os.walk(folder):
         here = Path(place).relative_to(folder)
@@ -288,27 +275,3 @@ def _files_in(folder: Path) -> tuple[list[str], list[str]]:
                 folders.remove(name)
         files.extend((here / name).as_posix() for name in names)
     return sorted(files), sorted(passed_over)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of what went wrong first."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keeps warnings and bars off the screen: the report says what matters."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()

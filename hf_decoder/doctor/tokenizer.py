@@ -1,11 +1,12 @@
-"""Rows about the tokenizer and about the special ids that three files have to agree on."""
+"""Rows about the tokenizer, and about the special ids that three files must agree on."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from hf_decoder.doctor.report import Check, Finding, failed, passed, skipped, warned
-from hf_decoder.doctor.subject import Subject, Unloadable, quiet
+from hf_decoder.doctor.subject import Subject, Unloadable
+from hf_decoder.safety.quiet import quiet
 
 SAMPLES = (
     "The quick brown fox jumps over the lazy dog.",
@@ -27,7 +28,7 @@ def _ids(value: Any) -> set[int]:
 
 
 def check_round_trip(subject: Subject) -> Finding:
-    """Decoding the ids of a text gives the text, and every id has an embedding."""
+    """Decoding the ids of a text gives the text back, and every id has an embedding."""
     try:
         tokenizer = subject.tokenizer
     except Unloadable as error:
@@ -47,7 +48,7 @@ def check_round_trip(subject: Subject) -> Finding:
         if back == text:
             continue
         if unknown is not None and unknown in ids:
-            return warned(f"{text!r} holds characters that it has no token for", "fine if no such text is expected")
+            return warned(f"{text!r} holds characters without a token", "this is fine if no such text is expected")
         return failed(f"{text!r} comes back as {back!r}")
     again = tokenizer(SAMPLES[0])["input_ids"]
     if not set(again) <= set(range(held)):
@@ -61,17 +62,19 @@ def check_pad(subject: Subject) -> Finding:
     if tokenizer is None:
         return skipped("no tokenizer")
     if tokenizer.pad_token_id is None:
-        return warned("it has no padding token: batches need one", "tokenizer.pad_token = an unused special token")
+        return warned("it has no padding token, which batches need", "tokenizer.pad_token = an unused special token")
     if tokenizer.pad_token_id == tokenizer.eos_token_id:
         return failed(f"pad and eos are the same token, {tokenizer.eos_token!r}")
     ending = _ids(subject.generation_config.eos_token_id)
     if tokenizer.pad_token_id in ending:
-        return warned(f"{tokenizer.pad_token!r} pads, and also ends generation", "leave it out of eos_token_id")
+        return warned(
+            f"{tokenizer.pad_token!r} is the padding token, and also ends generation", "leave it out of eos_token_id"
+        )
     return passed(f"pad {tokenizer.pad_token!r}, eos {tokenizer.eos_token!r}")
 
 
 def check_special_ids(subject: Subject) -> Finding:
-    """config, generation_config and tokenizer name the same special tokens, wherever they name one."""
+    """config, generation_config and tokenizer do not contradict each other about special tokens."""
     if subject.tokenizer is None:
         return skipped("no tokenizer")
     sources = {
@@ -106,7 +109,7 @@ def _show(ids: set[int]) -> str:
 
 
 def check_chat_template(subject: Subject) -> Finding:
-    """The template renders a conversation with all that was said, and a prompt for the next answer."""
+    """The template renders a whole conversation in order, and a prompt for the next answer."""
     tokenizer = subject.tokenizer
     if tokenizer is None:
         return skipped("no tokenizer")
@@ -120,12 +123,12 @@ def check_chat_template(subject: Subject) -> Finding:
         ]
     lost = [message["content"] for message in CHAT if message["content"] not in whole]
     if lost:
-        return failed(f"it loses what was said: {lost[0]!r}")
+        return failed(f"it leaves a message out: {lost[0]!r}")
     order = [whole.index(message["content"]) for message in CHAT]
     if order != sorted(order):
-        return failed("it changes the order of what was said")
+        return failed("it changes the order of the messages")
     if ids != tokenizer(prompt, add_special_tokens=False)["input_ids"]:
-        return failed("its text has other ids than the conversation")
+        return failed("the ids of its text differ from the ids that it gives")
     unknown = tokenizer.unk_token_id
     if unknown is not None and unknown in ids:
         return warned(
@@ -136,21 +139,21 @@ def check_chat_template(subject: Subject) -> Finding:
     return passed(f"{len(CHAT)} turns, {len(ids)} tokens, answer prompt {prompt[len(whole) :]!r}")
 
 
-FIX_TEMPLATE = "mend chat_template.jinja (or chat_template in tokenizer_config.json)"
+FIX_TEMPLATE = "correct chat_template.jinja (or chat_template in tokenizer_config.json)"
 
 CHECKS = (
     Check(
         "tokenizer",
         "tokenizer round trip",
-        "the model is trained on, and answers with, another text than yours",
-        "take the tokenizer files that the model was trained with",
+        "the model is trained on another text than yours, and answers with another",
+        "use the tokenizer files of the model's training",
         check_round_trip,
         needs="tokenizer",
     ),
     Check(
         "pad",
         "pad is not eos",
-        "fine-tuning masks the padding, and the end of text with it: the model never learns to stop",
+        "fine-tuning masks the end of text together with the padding: the model never learns to stop",
         "tokenizer.add_special_tokens({'pad_token': ...}), then save tokenizer, config and generation config again",
         check_pad,
         needs="tokenizer",
@@ -166,7 +169,7 @@ CHECKS = (
     Check(
         "chat_template",
         "chat template renders",
-        "chats fail, or reach the model without what was said",
+        "chats fail, or reach the model incomplete",
         FIX_TEMPLATE,
         check_chat_template,
         needs="tokenizer",

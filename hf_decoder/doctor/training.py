@@ -1,4 +1,4 @@
-"""Rows about training. Level `deep` runs them, on copies in memory and in temporary folders."""
+"""Rows about training, at level `deep`. They work on copies in memory and in temporary folders."""
 
 from __future__ import annotations
 
@@ -10,19 +10,21 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
+from hf_decoder.data.packing import IGNORE_INDEX
 from hf_decoder.doctor.numerics import CLASS_REMEDY
 from hf_decoder.doctor.report import Check, Finding, failed, passed, skipped
-from hf_decoder.doctor.subject import Subject, quiet
+from hf_decoder.doctor.subject import Subject
+from hf_decoder.safety.quiet import quiet
 
 STEPS = 8
-# Change of the loss that a finite difference steps over: large against fp32 rounding, small against curvature.
+# A finite difference changes the loss by so much: far more than fp32 rounding, too little for curvature.
 LOSS_CHANGE = 0.02
 SLOPE_TOLERANCE = 0.02
 GRADIENT_TOLERANCE = 1e-3
 
 
 def _fresh(subject: Subject) -> Any:
-    """A copy to train; the examined model's memory is freed for it."""
+    """A new copy of the model to train. The examined one is released to free its memory."""
     subject.release_model()
     model, _ = subject.load()
     return model.train()
@@ -36,9 +38,9 @@ def _gradients(model: Any, ids: torch.Tensor) -> tuple[float, dict[str, torch.Te
 
 
 def _gap(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> tuple[float, str]:
-    """Largest difference of two sets of tensors, each relative to its tensor's largest value, and where it is.
+    """The largest difference of two sets of tensors, relative to each tensor's largest value, and its name.
 
-    Tensors that are zero but for rounding are measured by the largest value of all.
+    A tensor that is zero up to rounding is compared with 1e-3 of the largest value of all.
     """
     if expected.keys() != found.keys():
         return float("inf"), sorted(expected.keys() ^ found.keys())[0]
@@ -53,7 +55,7 @@ def _gap(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> t
 
 
 def check_learns(subject: Subject) -> Finding:
-    """A few steps of AdamW on one batch lower its loss."""
+    """A few steps of AdamW lower the loss of one batch."""
     ids = subject.ids(4)
     model = _fresh(subject)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, weight_decay=0.0)
@@ -73,7 +75,7 @@ def check_learns(subject: Subject) -> Finding:
 
 
 def check_gradients(subject: Subject) -> Finding:
-    """Gradients are those of eager attention, and the slope along them is that of finite differences."""
+    """Gradients agree with finite differences of the loss, and with those of eager attention."""
     ids = subject.ids(2)
     model = _fresh(subject)
     model.eval()  # no dropout: the same function each time
@@ -105,7 +107,7 @@ def check_gradients(subject: Subject) -> Finding:
 
 
 def check_checkpointing(subject: Subject) -> Finding:
-    """Gradient checkpointing saves memory and changes no gradient."""
+    """Gradient checkpointing changes no gradient."""
     if not subject.model.supports_gradient_checkpointing:
         return skipped("the class does not support it")
     ids = subject.ids(2)
@@ -123,7 +125,7 @@ def check_checkpointing(subject: Subject) -> Finding:
 
 
 class _Rows(torch.utils.data.Dataset):
-    """Rows of several lengths, right-padded to the longest, with most labels of some left out."""
+    """Four rows of several lengths, right-padded to the longest. Padding has no label."""
 
     def __init__(self, subject: Subject):
         self.ids = subject.ids(4, min(24, subject.probe_tokens))
@@ -134,7 +136,7 @@ class _Rows(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         mask = (torch.arange(self.ids.shape[1]) < self.lengths[index]).long()
-        labels = torch.where(mask.bool(), self.ids[index], -100)
+        labels = torch.where(mask.bool(), self.ids[index], IGNORE_INDEX)
         return {"input_ids": self.ids[index], "attention_mask": mask, "labels": labels}
 
 
@@ -151,7 +153,7 @@ def _trainer(model: Any, rows: _Rows, folder: str, **kwargs: Any) -> Iterator[Tr
 
 
 def check_accumulation(subject: Subject) -> Finding:
-    """One step of Trainer on four ragged rows at once, and on one row four times, give the same weights."""
+    """One step of Trainer gives the same weights for four ragged rows at once and for one row four times."""
     rows = _Rows(subject)
     weights = []
     for batch, times in ((4, 1), (1, 4)):
@@ -171,7 +173,7 @@ def check_accumulation(subject: Subject) -> Finding:
 
 
 def check_resume(subject: Subject) -> Finding:
-    """Six steps of Trainer, and four with two more after a restart from their checkpoint, give the same bits."""
+    """Six steps of Trainer give the same weights as four steps and, after a restart, two more."""
     rows = _Rows(subject)
     results = []
     settings: dict[str, Any] = {"max_steps": 6, "per_device_train_batch_size": 1, "learning_rate": 1e-3}
@@ -190,7 +192,7 @@ def check_resume(subject: Subject) -> Finding:
             return failed(
                 f"{name} differs by {float((expected - results[1][name]).abs().max()):.1e} after a resumed run"
             )
-    return passed("4 + 2 steps of AdamW are 6, to the bit")
+    return passed("4 + 2 steps of AdamW equal 6, bit for bit")
 
 
 CHECKS = (
@@ -198,7 +200,7 @@ CHECKS = (
         "learns",
         "loss falls on one batch",
         "the model does not train",
-        "look for parameters without a gradient, and for a loss that is not of these labels",
+        "look for parameters without a gradient, and for a loss of other labels",
         check_learns,
         needs="logits",
         level="deep",
@@ -206,7 +208,7 @@ CHECKS = (
     Check(
         "gradients",
         "gradients are the loss's slope",
-        "training goes another way than downhill",
+        "training does not go downhill",
         CLASS_REMEDY + "train with attn_implementation='eager'",
         check_gradients,
         needs="logits",
@@ -214,8 +216,8 @@ CHECKS = (
     ),
     Check(
         "checkpointing",
-        "gradient checkpointing = none",
-        "training with less memory is other training",
+        "gradient checkpointing changes nothing",
+        "training with less memory gives another model",
         CLASS_REMEDY + "train without gradient_checkpointing",
         check_checkpointing,
         needs="logits",
@@ -224,7 +226,7 @@ CHECKS = (
     Check(
         "accumulation",
         "accumulation 1 x k = k x 1",
-        "a run on a smaller machine is another run: short rows count more",
+        "a smaller machine trains another model: short rows count more",
         CLASS_REMEDY + "accept num_items_in_batch in forward and divide the summed loss by it",
         check_accumulation,
         needs="logits",
@@ -233,7 +235,7 @@ CHECKS = (
     Check(
         "resume",
         "resumed is uninterrupted",
-        "an interrupted run is not the run it would have been",
+        "an interrupted run ends with another model",
         "look for state that is neither a parameter nor a persistent buffer",
         check_resume,
         needs="logits",

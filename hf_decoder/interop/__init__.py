@@ -1,1 +1,1 @@
-"""Converts checkpoints between model families, tensor by tensor, and verifies the result."""
+"""Brings models in and out: other families, GGUF, ONNX, quantization, adapters, serving engines."""

@@ -1,4 +1,4 @@
-"""PEFT adapters of a base model: finds them, checks them against the base, loads them and merges them."""
+"""Finds PEFT adapters, checks them against their base, loads and merges them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ import torch
 from hf_decoder.interop.checkpoint import read_json, read_shapes
 from hf_decoder.interop.untrusted_files import check_numbers
 from hf_decoder.safety.limits import bounded
+from hf_decoder.safety.terminal import first_line
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-LANGUAGE_MODEL, CLASSIFIER = "CAUSAL_LM", "SEQ_CLS"  # what PEFT calls the tasks of these heads
+LANGUAGE_MODEL, CLASSIFIER = "CAUSAL_LM", "SEQ_CLS"  # PEFT's names of the tasks
 MOST_LAYERS = 1 << 12
-MOST_RANK = 1 << 10  # whatever the weights are
+MOST_RANK = 1 << 10  # allowed whatever the size of the weights
 
 
 def is_adapter(folder: str | Path) -> bool:
@@ -27,7 +28,7 @@ def is_adapter(folder: str | Path) -> bool:
 
 
 def base_of(folder: str | Path) -> str:
-    """The base model that an adapter's folder names.
+    """The name of an adapter's base model.
 
     Raises:
         ValueError: if its adapter_config.json is damaged or names none.
@@ -35,33 +36,35 @@ def base_of(folder: str | Path) -> str:
     path = Path(folder) / ADAPTER_CONFIG
     base = read_adapter_config(path).get("base_model_name_or_path")
     if not base:
-        raise ValueError(f"{path} names no base model; give the base as the model and this folder as the adapter")
+        raise ValueError(f"{path} names no base model; give the base as the model, and this folder as the adapter")
     return str(base)
 
 
 def read_adapter_config(path: Path) -> dict[str, Any]:
-    """What an adapter_config.json says.
+    """The content of an adapter_config.json.
 
     Raises:
-        ValueError: if it is damaged, or has PEFT import a module, or make layers without end.
+        ValueError: if it is damaged, makes PEFT import a module, or makes it build too many layers.
     """
     values = read_json(path)
     check_numbers(path, values)
     if values.get("megatron_config"):
-        raise ValueError(f"{path} sets megatron_config, which has PEFT import the module that it names: not held here")
+        raise ValueError(f"{path} sets megatron_config, which makes PEFT import a module: not supported")
     pairs = values.get("layer_replication")
     if pairs is not None:
         try:
             count = sum(end - start for start, end in pairs)
         except (TypeError, ValueError):
-            raise ValueError(f"{path} has a layer_replication that is no list of pairs of numbers") from None
+            raise ValueError(f"{path} has a layer_replication that is not a list of pairs of numbers") from None
         if len(pairs) > MOST_LAYERS or not 0 < count <= MOST_LAYERS:
-            raise ValueError(f"{path} has a layer_replication of {count:,} layers; at most {MOST_LAYERS:,} are made")
+            raise ValueError(
+                f"{path} has a layer_replication of {count:,} layers; at most {MOST_LAYERS:,} are allowed"
+            )
     return values
 
 
 def task_of(name: str) -> str | None:
-    """What an adapter was trained for, by PEFT's name of the task (`CLASSIFIER`, ...); None where it does not tell.
+    """The task of an adapter by PEFT's name (`CLASSIFIER`, ...); None if its config names none.
 
     Raises:
         ValueError: if PEFT cannot read its config.
@@ -75,24 +78,20 @@ def task_of(name: str) -> str | None:
 
 @contextlib.contextmanager
 def _explained(name: str) -> Iterator[None]:
-    """What goes wrong with the files of an adapter, in one line."""
+    """Turns errors in the files of an adapter into a ValueError of one line."""
     try:
         yield
-    except Exception as error:  # whatever PEFT makes of a stranger's config
-        raise ValueError(f"{name} holds no adapter that PEFT can read: {_first_line(error)}") from None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    except Exception as error:  # PEFT may raise anything on a stranger's config
+        raise ValueError(f"{name} holds no adapter that PEFT can read: {first_line(error)}") from None
 
 
 def load_adapter(model: Any, name: str, *, is_trainable: bool = False) -> Any:
-    """`PeftModel.from_pretrained(model, name)`, refused where the adapter was trained on another base or head.
+    """`PeftModel.from_pretrained(model, name)` for an adapter that fits the model.
 
-    An adapter that fits but names another base is loaded, and one line on standard error says so.
+    An adapter that fits but names another base is loaded with a warning on standard error.
 
     Raises:
-        ValueError: naming the first tensor or module that differs and the base the adapter was made for, or its task.
+        ValueError: if the adapter was made for another base or task; names both, and the first module that differs.
     """
     from peft import PeftConfig, PeftModel
     from peft.utils import load_peft_weights
@@ -108,23 +107,23 @@ def load_adapter(model: Any, name: str, *, is_trainable: bool = False) -> Any:
     given = model.name_or_path
     if given and config.base_model_name_or_path and not _same_base(config.base_model_name_or_path, given):
         print(
-            f"warning: adapter {name} was trained on {config.base_model_name_or_path} and is put on {given}",
+            f"warning: adapter {name} was trained on {config.base_model_name_or_path}, and is put on {given}",
             file=sys.stderr,
         )
     try:
         return PeftModel.from_pretrained(model, name, is_trainable=is_trainable)
-    except Exception as error:  # whatever PEFT makes of a stranger's config
+    except Exception as error:  # PEFT may raise anything on a stranger's config
         raise ValueError(
             f"adapter {name} does not fit the base model (it was made for {config.base_model_name_or_path}): "
-            f"{_first_line(error)}"
+            f"{first_line(error)}"
         ) from None
 
 
 def merge(model: Any) -> Any:
-    """The base model with the adapter's change added to its weights: the same logits, up to rounding.
+    """Merges an adapter into its base model, which then gives the same logits up to rounding.
 
-    An adapter on an embedding that is tied to the head would be added to both; so the two are untied first, and tied
-    again where they come out equal.
+    An adapter on an embedding that is tied to the head would be added to both. So the two are untied first, and tied
+    again if they come out equal.
 
     Raises:
         ValueError: if a merged weight is not finite.
@@ -144,7 +143,7 @@ def merge(model: Any) -> Any:
 
 
 def _untie_adapted(base: Any) -> bool:
-    """Gives the head weights of its own where it shares them with an embedding and either has an adapter."""
+    """Gives the head its own weights if it shares them with an embedding and either has an adapter."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = [base.get_input_embeddings(), base.get_output_embeddings()]
@@ -159,23 +158,23 @@ def _untie_adapted(base: Any) -> bool:
 
 
 def _check_task(model: Any, task: str | None, name: str) -> None:
-    """Compares the head that the adapter was trained with and the model's; whatever else there is, PEFT compares."""
+    """Raises ValueError if the adapter was trained with another head than the model has."""
     heads = {LANGUAGE_MODEL: "a language model", CLASSIFIER: "a sequence classifier"}
     here = CLASSIFIER if type(model).__name__.endswith("ForSequenceClassification") else LANGUAGE_MODEL
     if task in heads and task != here:
-        raise ValueError(f"adapter {name} is of {heads[task]}, and here it is put on {heads[here]}")
+        raise ValueError(f"adapter {name} belongs to {heads[task]}, and cannot be put on {heads[here]}")
 
 
 def _check_config(name: str) -> dict[str, Any] | None:
-    """What the config of an adapter's folder says, once it is looked into; None for a name of the Hub."""
+    """The checked config of an adapter's folder; None for a Hub name."""
     path = Path(name).expanduser() / ADAPTER_CONFIG
     return read_adapter_config(path) if path.is_file() else None
 
 
 def _check_sizes(model: Any, values: dict[str, Any], weights: Path) -> None:
-    """Raises ValueError for sizes in an adapter's config that its weights do not have: PEFT makes room for them first.
+    """Raises ValueError for sizes in an adapter's config that its weights do not have: PEFT allocates them first.
 
-    The expressions that name modules are tried, too, within the limits of time.
+    It also tries the expressions that name modules, within a time limit.
     """
     shapes = read_shapes(weights) if weights.is_file() else {}
     largest = max((size for shape in shapes.values() for size in shape), default=0)
@@ -200,11 +199,11 @@ def _check_sizes(model: Any, values: dict[str, Any], weights: Path) -> None:
                     for module in modules:
                         expression.fullmatch(module)
     except re.error as error:
-        raise ValueError(f"{weights.parent} names modules by {pattern!r}, which is no expression: {error}") from None
+        raise ValueError(f"{weights.parent} names modules by an invalid expression, {pattern!r}: {error}") from None
 
 
 def _same_base(named: str, given: str) -> bool:
-    """Whether two names may be of one base: where only one is a folder here, it may have been moved or downloaded."""
+    """Whether two names may mean one base. If only one is a folder here, the last parts are compared."""
     one, other = Path(named).expanduser(), Path(given).expanduser()
     if one.exists() == other.exists():
         return one.resolve() == other.resolve()
@@ -212,7 +211,7 @@ def _same_base(named: str, given: str) -> bool:
 
 
 def _check_fits(model: Any, weights: dict[str, Any], name: str, base: str | None) -> None:
-    """Compares each LoRA factor with the module it goes on: A is [r, in], B is [out, r]."""
+    """Compares each LoRA factor with its module: A is (r, in), B is (out, r)."""
     modules = dict(model.named_modules())
     for key, tensor in weights.items():
         path = key.removeprefix("base_model.model.")

@@ -1,9 +1,9 @@
-"""Tests what vLLM and SGLang require of a model that they run by their "transformers backend".
+"""Tests what the "transformers backends" of vLLM and SGLang require of a model.
 
-Both load the base model through `auto_map`, put an attention of their own in place of ours and keep keys and values
-outside of the model. The conditions are those of vLLM's page on custom models and of the two loaders
-(vllm/model_executor/models/transformers, sglang/srt/models/transformers.py); here they are tried, not read: a small
-engine with such an attention runs the model, and its hidden states are compared with the model's own.
+Both load the base model through `auto_map`, replace its attention, and keep keys and values outside of it. Their
+conditions are in vLLM's page on custom models and in the two loaders (vllm/model_executor/models/transformers,
+sglang/srt/models/transformers.py). Here a small engine with such an attention runs the model, and its hidden states
+are compared with the model's.
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import logging
+
+from hf_decoder.safety.quiet import quiet
+from hf_decoder.safety.terminal import first_line
 
 ENGINE = "hf_decoder_engine"
-# Sizes under which a class is tried when no model is given; the names are the canonical ones of transformers.
+# The shape in which a class is tried, in the field names of transformers.
 SMALL = {
     "vocab_size": 64,
     "hidden_size": 32,
@@ -38,21 +40,21 @@ SMALL = {
     "max_position_embeddings": 64,
     "pad_token_id": 0,
 }
-# How each matrix of a decoder layer is split over devices: by its outputs, or by its inputs. Matrices that are stacked
-# into one are cut apart where every device has the whole of them.
+# How each matrix of a decoder layer is split over devices: by outputs or by inputs. Outputs of stacked matrices are
+# gathered before they are cut apart.
 SPLITS = {
     "colwise": ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"),
     "rowwise": ("o_proj", "down_proj"),
     "colwise_gather_output": ("qkv_proj", "gate_up_proj"),
 }
-# Names of transformers 4 that the engines know, and what they are today.
+# Names of transformers 4 that the engines know -> names of today.
 OLD_STYLES = {"colwise_rep": "colwise_gather_output", "rowwise_rep": "rowwise_split_input"}
-# What hands its outputs on whole, and what splits whole inputs: one asks for the other.
+# The first gives whole outputs, the second takes whole inputs: they go together.
 WHOLE = ("colwise_gather_output", "rowwise_split_input")
 
 
 class Condition(NamedTuple):
-    """One thing an engine asks for: whether it holds, and what was seen."""
+    """One requirement of the engines, whether it holds, and why."""
 
     name: str
     ok: bool
@@ -60,11 +62,10 @@ class Condition(NamedTuple):
 
 
 def backend_conditions(model: PreTrainedModel | type[PreTrainedModel]) -> list[Condition]:
-    """What vLLM and SGLang need of a causal model, each condition tried on it; nothing about it is changed.
+    """Tries each requirement of vLLM and SGLang on a causal model, which stays as it is.
 
-    A class is tried in a small shape with random weights. The engine runs two requests, 9 tokens long or just past the
-    sliding window, flattened into one row, and one more token of each; so it costs the forward passes of about
-    40 tokens.
+    A class is tried in a small shape with random weights. The engine runs two requests of up to 9 tokens, or just past
+    the sliding window, flattened into one row, and then one more token of each: about 40 tokens in all.
     """
     if isinstance(model, type):
         torch_state = torch.random.get_rng_state()
@@ -93,12 +94,12 @@ def backend_conditions(model: PreTrainedModel | type[PreTrainedModel]) -> list[C
 
 
 def _auto_map(model: PreTrainedModel) -> Condition:
-    """The engines take the base model's class from the config.json of the folder, unless transformers has it."""
+    """The engines find the base model's class by `auto_map`, unless it is part of transformers."""
     name = "auto_map"
-    # by the module: a server in this process may have made our classes attributes of transformers
+    # Not by attribute: a server in this process may have put our classes into transformers.
     if type(model).__module__.partition(".")[0] == "transformers":
         return Condition(name, True, "the class is part of transformers")
-    with tempfile.TemporaryDirectory() as folder, _no_progress_bar():
+    with tempfile.TemporaryDirectory() as folder, quiet():
         with torch.device("meta"):
             skeleton = type(model)(deepcopy(model.config))
         skeleton.save_pretrained(folder, state_dict={})
@@ -112,19 +113,8 @@ def _auto_map(model: PreTrainedModel) -> Condition:
     return Condition(name, True, f"auto_map.AutoModel={reference}")
 
 
-@contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            logging.enable_progress_bar()
-
-
 def _arguments(model: PreTrainedModel) -> Condition:
-    """vLLM marks these arguments' lengths as dynamic by their names when it compiles the base model."""
+    """The base model's forward names the arguments whose length vLLM makes dynamic when it compiles."""
     base: Any = model.base_model
     parameters = inspect.signature(type(base).forward).parameters
     lacking = [name for name in ("input_ids", "inputs_embeds", "position_ids") if name not in parameters]
@@ -135,7 +125,7 @@ def _arguments(model: PreTrainedModel) -> Condition:
 
 
 class _Held:
-    """Keys and values of one layer, request by request, as an engine holds them: (G, K, E) each."""
+    """The keys and values of one layer, (G, K, E) each, held for each request as an engine does."""
 
     def __init__(self, window: int | None):
         self.window = window
@@ -145,7 +135,7 @@ class _Held:
         self.masked = False
 
     def attend(self, request: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float):
-        """query (H, S, E), key and value (G, S, E) of the newest S tokens -> (S, H, E)."""
+        """Attends from the newest S tokens: query (H, S, E), key and value (G, S, E) -> (S, H, E)."""
         if request in self.keys:
             key = torch.cat([self.keys[request], key], dim=1)
             value = torch.cat([self.values[request], value], dim=1)
@@ -184,7 +174,7 @@ def _engine_attention(
 
 @contextmanager
 def _engine(config: Any) -> Iterator[None]:
-    """Puts the engine's attention in place of the config's own."""
+    """Replaces the config's attention by the engine's within the block."""
     before = config._attn_implementation
     ALL_ATTENTION_FUNCTIONS[ENGINE] = _engine_attention
     config._attn_implementation = ENGINE
@@ -197,11 +187,11 @@ def _engine(config: Any) -> Iterator[None]:
 
 @torch.no_grad()
 def _try(model: PreTrainedModel) -> list[Condition]:
-    """Two requests through the engine, first together and then one token of each, against the model by itself."""
+    """Runs two requests through the engine, then one more token of each, and compares with the model alone."""
     base: Any = model.base_model
     config: Any = base.config
     window = getattr(config, "sliding_window", None)
-    # a config that lists no kinds has one for all layers, as Mistral's
+    # A config without layer_types, such as Mistral's, has one kind for all layers.
     only_kind = "full_attention" if window is None else "sliding_attention"
     kinds = getattr(config, "layer_types", None) or [only_kind] * config.num_hidden_layers
     instances = {i: _Held(window if kind == "sliding_attention" else None) for i, kind in enumerate(kinds)}
@@ -231,9 +221,8 @@ def _try(model: PreTrainedModel) -> list[Condition]:
             second = step({r: row[-1:] for r, row in ids.items()}, [torch.tensor([n]) for n in lengths.values()])
     except LookupError as error:
         return [Condition(interface, True, "used"), Condition(kwargs, False, str(error))]
-    except Exception as error:  # whatever a foreign model says
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        return [Condition(interface, False, f"a forward pass fails: {reason}")]
+    except Exception as error:  # a foreign model may raise anything
+        return [Condition(interface, False, f"a forward pass fails: {first_line(error)}")]
     calls = [held.calls for held in instances.values()]
     if calls != [2] * len(calls):
         why = f"layers called it {calls} times in two passes; each must look it up in ALL_ATTENTION_FUNCTIONS"
@@ -241,7 +230,7 @@ def _try(model: PreTrainedModel) -> list[Condition]:
     masked = [i for i, held in instances.items() if held.masked]
     used = "every layer calls the attention function of the engine once"
     if masked:
-        used = f"layer {masked[0]} passes a mask to the engine, which has its own"
+        used = f"layer {masked[0]} passes a mask to the engine, which makes its own"
     ours = torch.cat([torch.cat([alone[r][:-1] for r in ids]), torch.stack([alone[r][-1] for r in ids])]).float()
     difference = (torch.cat([first, second]).float() - ours).abs().max().item()
     limit = max(1e-4, 32 * torch.finfo(model.dtype).eps) * max(1.0, ours.abs().max().item())
@@ -251,25 +240,25 @@ def _try(model: PreTrainedModel) -> list[Condition]:
         Condition(
             "hidden states",
             difference <= limit,
-            f"flattened requests with keys and values outside of the model differ by {difference:.1e} of at most "
-            f"{limit:.1e}",
+            f"flattened requests with keys and values outside of the model differ by {difference:.1e}, at most "
+            f"{limit:.1e} is allowed",
         ),
     ]
 
 
 def _tp_plan(model: PreTrainedModel) -> Condition:
-    """Every matrix of a layer must be split, heads by outputs first, and every pattern must mean something."""
+    """The plan splits every matrix of a layer in the right way, and every pattern of it matches something."""
     name = "tensor parallel plan"
     base: Any = model.base_model
     plan = {pattern.removeprefix("model."): style for pattern, style in (base.config.base_model_tp_plan or {}).items()}
     if not plan:
         return Condition(name, False, f"{type(base.config).__name__}.base_model_tp_plan is empty")
     modules = dict(base.named_modules())
-    # the experts of a mixture are parameters without a module of their own
+    # Experts of a mixture are parameters without modules.
     places = [*modules, *(parameter for parameter, _ in base.named_parameters())]
     for pattern in plan:
         parents = [modules[place] for place in modules if re.fullmatch(pattern.rpartition(".")[0], place)]
-        # a plan of experts also names the matrices of dense layers, of which a model may have none
+        # A plan for experts also names the matrices of dense layers, which the model may lack.
         elsewhere = any(hasattr(parent, "experts") for parent in parents)
         if not elsewhere and not any(re.fullmatch(pattern, place) for place in places):
             return Condition(name, False, f"{pattern!r} matches no module")
@@ -294,7 +283,7 @@ def _tp_plan(model: PreTrainedModel) -> Condition:
 
 
 def _pp_plan(model: PreTrainedModel) -> Condition:
-    """The plan names direct children of the base model, in the order of their calls, one list of layers among them."""
+    """The plan names direct children of the base model in order of their calls, with one list of layers."""
     name = "pipeline parallel plan"
     base: Any = model.base_model
     plan = base.config.base_model_pp_plan or {}
@@ -302,7 +291,7 @@ def _pp_plan(model: PreTrainedModel) -> Condition:
     foreign = [part for part in plan if part not in children]
     lists = [part for part in plan if isinstance(children.get(part), nn.ModuleList)]
     if not plan or foreign or len(lists) != 1:
-        reason = f"{foreign[0]!r} is no child of {type(base).__name__}" if foreign else f"lists of layers: {lists}"
+        reason = f"{foreign[0]!r} is not a child of {type(base).__name__}" if foreign else f"lists of layers: {lists}"
         return Condition(name, False, reason if plan else f"{type(base.config).__name__}.base_model_pp_plan is empty")
     parameters = {part for part, child in children.items() if any(True for _ in child.parameters())}
     if parameters - set(plan):
@@ -312,7 +301,7 @@ def _pp_plan(model: PreTrainedModel) -> Condition:
 
 @torch.no_grad()
 def _head(model: PreTrainedModel) -> Condition:
-    """The engines form logits by themselves: output embeddings, `logit_scale`, `final_logit_softcapping`."""
+    """Output embeddings, `logit_scale` and `final_logit_softcapping` give the logits, as the engines compute them."""
     name = "head"
     config: Any = model.config
     head = model.get_output_embeddings()
@@ -326,4 +315,4 @@ def _head(model: PreTrainedModel) -> Condition:
         expected = torch.tanh(expected / cap) * cap
     difference = (model(input_ids=ids, use_cache=False).logits.float() - expected).abs().max().item()
     limit = max(1e-4, 32 * torch.finfo(model.dtype).eps) * max(1.0, expected.abs().max().item())
-    return Condition(name, difference <= limit, f"logits formed outside of the model differ by {difference:.1e}")
+    return Condition(name, difference <= limit, f"logits computed outside of the model differ by {difference:.1e}")

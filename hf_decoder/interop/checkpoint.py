@@ -1,7 +1,7 @@
-"""Reads and writes checkpoints on disk one tensor at a time. Memory never holds more than one.
+"""Reads and writes checkpoints one tensor at a time, so that memory holds no more than one.
 
-The format is safetensors: 8 bytes that hold the length of a JSON header, the header with type, shape and place of
-every tensor, and then their bytes.
+The format is safetensors: 8 bytes with the length of a JSON header, the header with type, shape and place of every
+tensor, and the bytes of the tensors.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ import psutil
 import torch
 from safetensors import SafetensorError, safe_open
 
+from hf_decoder.safety.terminal import first_line
+
 INDEX_NAME = "model.safetensors.index.json"
 WEIGHTS_NAME = "model.safetensors"
 GENERATION_NAME = "generation_config.json"
@@ -32,9 +34,9 @@ DTYPES = {
     "BF16": torch.bfloat16,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-# Rotary frequencies that checkpoints of earlier years carry along; they follow from the config.
+# Old checkpoints hold rotary frequencies, which follow from the config.
 IGNORED = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
-# What belongs to a checkpoint besides config and weights.
+# Files of a checkpoint besides config and weights.
 SIDE_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -48,18 +50,18 @@ SIDE_FILES = (
     "NOTICE*",
     "USE_POLICY*",
 )
-# Largest JSON files that tokenizers come with have some 30 MB.
+# The largest JSON files of tokenizers have about 30 MB.
 MOST_JSON_BYTES = 256 << 20
 MOST_LEVELS = 64
-MAY_BE_INFINITE = ("time_step_limit",)  # of Mamba's kin, which have no upper one
+MAY_BE_INFINITE = ("time_step_limit",)  # Mamba and its kin have no upper limit
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", re.IGNORECASE)
 
 
 def read_config_values(folder: Path) -> dict[str, Any]:
-    """What config.json of a checkpoint folder says, a `model_type` among it.
+    """The content of config.json, with a `model_type`.
 
     Raises:
-        ValueError: if the folder holds no config.json, or one that cannot be read or names no model type.
+        ValueError: if the folder has no config.json, or one that is damaged or names no model type.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -71,10 +73,10 @@ def read_config_values(folder: Path) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of a checkpoint, as `parse_json` allows.
+    """Reads the object in a JSON file of a checkpoint, with the limits of `parse_json`.
 
     Raises:
-        ValueError: naming the file and what is wrong with it.
+        ValueError: if the file is too large or damaged.
     """
     size = path.stat().st_size
     if size > MOST_JSON_BYTES:
@@ -87,10 +89,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def parse_json(text: Any, where: str) -> dict[str, Any]:
-    """The object that a stranger's JSON holds: no key twice, no number that is none, no endless nesting.
+    """Parses a stranger's JSON, which must be an object.
 
     Raises:
-        ValueError: naming `where`, and what is wrong.
+        ValueError: naming `where`, for a repeated key, a number that is not finite, deep nesting or invalid JSON.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -98,7 +100,7 @@ def parse_json(text: Any, where: str) -> dict[str, Any]:
         if len(found) < len(pairs):
             keys = [key for key, _ in pairs]
             twice = next(key for key in keys if keys.count(key) > 1)
-            raise ValueError(f"the key {twice!r} is there twice")
+            raise ValueError(f"the key {twice!r} occurs twice")
         return found
 
     try:
@@ -114,19 +116,19 @@ def parse_json(text: Any, where: str) -> dict[str, Any]:
 
 
 def _check_values(values: Any, key: str = "", depth: int = 0) -> None:
-    """Raises ValueError where values lie more than `MOST_LEVELS` deep, and for a number that is not finite."""
+    """Raises ValueError for values more than `MOST_LEVELS` deep, and for numbers that are not finite."""
     if depth > MOST_LEVELS:
         raise ValueError("it is nested too deeply")
     for name, value in values.items() if isinstance(values, dict) else ((key, value) for value in values):
         if isinstance(value, dict | list):
             _check_values(value, name, depth + 1)
         elif isinstance(value, float) and not math.isfinite(value) and name not in MAY_BE_INFINITE:
-            raise ValueError(f"{name}={value} is no number")
+            raise ValueError(f"{name}={value} is not a finite number")
 
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor that is still on disk: its shape and type, and how to read it."""
+    """A tensor that is still on disk: its shape, its type, and a function that reads it."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -140,15 +142,12 @@ class LazyTensor:
 Tensors = dict[str, LazyTensor]
 
 
-def locate(name: str, revision: str | None = None) -> Path:
-    """The folder that `name` is, or that the Hub's files for it are fetched into.
+def local_folder(name: str) -> Path | None:
+    """The folder that `name` leads to; None where `name` can only be one of the Hub.
 
     Raises:
-        ValueError: if it is neither.
+        ValueError: if `name` is a file, or a path that leads nowhere.
     """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
@@ -156,24 +155,46 @@ def locate(name: str, revision: str | None = None) -> Path:
         raise ValueError(f"{name} is a file; give the folder that holds config.json and the weights")
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or ("/" in name and folder.parent.is_dir()):
         raise ValueError(f"folder {name} does not exist")
-    patterns = ["config.json", "*.safetensors", INDEX_NAME, "README.md", *SIDE_FILES]
+    return None
+
+
+def not_on_hub(name: str, error: Exception) -> ValueError:
+    """The error for a `name` that is no folder, and that the Hub answers with `error`."""
+    return ValueError(f"{name} is neither a folder here nor a model that the Hub gives us: {first_line(error)}")
+
+
+def download(name: str, revision: str | None, **patterns: list[str]) -> Path:
+    """Downloads the files of a Hub name into the cache; returns their folder. `patterns` choose the files.
+
+    Raises:
+        ValueError: if the Hub does not give them.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
     try:
-        # the root alone: some repositories hold the same weights once more in folders, in other formats
-        return Path(
-            snapshot_download(
-                name, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*.safetensors", "*/*.json"]
-            )
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{name} is neither a folder here nor a model that the Hub gives us: {reason}") from None
+        return Path(snapshot_download(name, revision=revision, **patterns))
+    except (OSError, HFValidationError) as error:  # the client's own errors are OSErrors, too
+        raise not_on_hub(name, error) from None
+
+
+def locate(name: str, revision: str | None = None) -> Path:
+    """The folder that `name` is, or that the files of this Hub name are downloaded into.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    patterns = ["config.json", "*.safetensors", INDEX_NAME, "README.md", *SIDE_FILES]
+    # The root alone: some repositories hold the same weights in folders, in other formats.
+    elsewhere = ["*/*.safetensors", "*/*.json"]
+    return local_folder(name) or download(name, revision, allow_patterns=patterns, ignore_patterns=elsewhere)
 
 
 def read_weight_map(index_file: Path) -> dict[str, str]:
-    """Tensor name -> file of the index of a checkpoint in several files.
+    """Reads the index of a checkpoint in several files: tensor name -> file.
 
     Raises:
-        ValueError: if it is damaged, or names a file outside of its own folder.
+        ValueError: if it is damaged, or names a file outside its folder.
     """
     try:
         weight_map = json.loads(index_file.read_text(encoding="utf-8"))["weight_map"]
@@ -182,16 +203,16 @@ def read_weight_map(index_file: Path) -> dict[str, str]:
         raise ValueError(f"{index_file} is damaged: {error}") from None
     for file in files:
         if not isinstance(file, str) or not file or re.search(r"[/\\\0]", file) or file in (".", ".."):
-            raise ValueError(f"{index_file} names the shard {file!r}, which is not a file of its own folder")
+            raise ValueError(f"{index_file} names the shard {file!r}, which is not a file of its folder")
     return weight_map
 
 
 def read_tensors(folder: Path) -> Tensors:
-    """Every tensor of a folder's safetensors files, by name.
+    """All tensors of a folder's safetensors files by name, still on disk.
 
     Raises:
-        ValueError: if there are none, the index names a file that is absent or lies outside the folder, the index
-            and the files disagree, or a file is damaged.
+        ValueError: if there are none, a file is damaged, the index and the files disagree, or the index names a file
+            that is absent or outside the folder.
     """
     index_file, single = folder / INDEX_NAME, folder / WEIGHTS_NAME
     if not index_file.is_file():
@@ -224,7 +245,9 @@ def _read_file(path: Path) -> Tensors:
             for name in file.keys():  # noqa: SIM118  (not a dictionary)
                 part = file.get_slice(name)
                 if part.get_dtype() not in DTYPES:
-                    raise ValueError(f"{name!r} in {path} is of type {part.get_dtype()}; held are {', '.join(DTYPES)}")
+                    raise ValueError(
+                        f"{name!r} in {path} is of type {part.get_dtype()}; supported are {', '.join(DTYPES)}"
+                    )
                 tensors[name] = LazyTensor(tuple(part.get_shape()), DTYPES[part.get_dtype()], _reader(path, name))
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or cut short ({error}); copy or download it again") from None
@@ -232,7 +255,7 @@ def _read_file(path: Path) -> Tensors:
 
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of the tensors of a safetensors file, of whatever type, from its header.
+    """Reads the shapes of a safetensors file by name from its header, whatever the types.
 
     Raises:
         ValueError: if the file is damaged.
@@ -246,7 +269,7 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 def _reader(path: Path, name: str) -> Callable[[], torch.Tensor]:
     def load() -> torch.Tensor:
-        # opened for every tensor: pages that were read stay in memory for as long as the file is open
+        # Opened anew for each tensor: pages that were read stay in memory while the file is open.
         with safe_open(path, framework="pt") as file:
             return file.get_tensor(name)
 
@@ -254,7 +277,7 @@ def _reader(path: Path, name: str) -> Callable[[], torch.Tensor]:
 
 
 def split_rows(tensor: LazyTensor, sizes: list[int]) -> list[LazyTensor]:
-    """The blocks of `sizes` rows that `tensor` stacks."""
+    """Splits `tensor` into blocks of `sizes` rows."""
 
     def rows(start: int, stop: int) -> Callable[[], torch.Tensor]:
         return lambda: tensor.load()[start:stop]
@@ -267,13 +290,13 @@ def split_rows(tensor: LazyTensor, sizes: list[int]) -> list[LazyTensor]:
 
 
 def stack_rows(parts: list[LazyTensor]) -> LazyTensor:
-    """One tensor of all the parts' rows."""
+    """Stacks the rows of all parts into one tensor."""
     shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
     return LazyTensor(shape, parts[0].dtype, lambda: torch.cat([part.load() for part in parts]))
 
 
 def check(tensors: Tensors, expected: Mapping[str, tuple[int, ...]], where: str) -> None:
-    """Raises ValueError where names or shapes of `tensors` are not the `expected` ones, and names the first."""
+    """Raises ValueError, naming the first tensor whose name or shape differs from the `expected`."""
     missing = [name for name in expected if name not in tensors]
     if missing:
         raise ValueError(
@@ -297,14 +320,14 @@ def _and_more(count: int, state: str) -> str:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of `5GB`, `500MB`, `2GiB`.
+    """Parses sizes such as `5GB`, `500MB` or `2GiB` into bytes.
 
     Raises:
         ValueError: if `text` is not of that form.
     """
     match = _SIZE.fullmatch(text.strip())
     if match is None or not float(match[1]):
-        raise ValueError(f"max_shard_size {text!r} is no size; write it as 5GB, 500MB or 2GiB")
+        raise ValueError(f"max_shard_size {text!r} is not a size; write it as 5GB, 500MB or 2GiB")
     return int(float(match[1]) * (1024 if match[3] else 1000) ** ("", "K", "M", "G", "T").index(match[2].upper()))
 
 
@@ -322,16 +345,16 @@ def check_disk(destination: Path, num_bytes: int) -> None:
 
 
 def check_absent(destination: Path) -> None:
-    """Raises ValueError if there is something in the place of what is to be written."""
+    """Raises ValueError if `destination` exists."""
     if destination.exists() or destination.is_symlink():
         raise ValueError(f"{destination} exists; delete it or choose another name")
 
 
 @contextmanager
 def written_aside(destination: Path, num_bytes: int) -> Iterator[Path]:
-    """A path beside `destination` to write to, which takes its name when all is done and is deleted if it fails.
+    """Yields a path to write to, and renames it to `destination` at the end. If the block fails, the path is deleted.
 
-    What a process that was killed began to write for the same destination is deleted first.
+    What a killed process left for the same destination is deleted first.
 
     Raises:
         ValueError: if `destination` exists, or its disk has no room for `num_bytes`.
@@ -359,7 +382,7 @@ def _delete(path: Path) -> None:
 
 
 def write_tensors(folder: Path, tensors: Tensors, max_shard_size: int, progress: Callable[[int], None]) -> None:
-    """Writes `tensors` as safetensors: one file, or shards of at most `max_shard_size` bytes with their index."""
+    """Writes `tensors` as one safetensors file, or as shards of at most `max_shard_size` bytes with an index."""
     shards: list[Tensors] = [{}]
     size = 0
     for name, tensor in tensors.items():
@@ -382,7 +405,7 @@ def write_tensors(folder: Path, tensors: Tensors, max_shard_size: int, progress:
 
 
 def _write_file(path: Path, tensors: Tensors, progress: Callable[[int], None]) -> None:
-    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))  # so that all are aligned
+    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))  # keeps all aligned
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     start = 0
     for name, tensor in tensors.items():
@@ -403,7 +426,7 @@ def _write_file(path: Path, tensors: Tensors, progress: Callable[[int], None]) -
 
 
 def side_files(folder: Path) -> list[Path]:
-    """Tokenizer, chat template, generation config and licence in `folder`, as paths relative to it."""
+    """The `SIDE_FILES` in `folder`, as paths relative to it."""
     found = {path for pattern in SIDE_FILES for path in folder.glob(pattern) if path.is_file()}
     return sorted(path.relative_to(folder) for path in found)
 

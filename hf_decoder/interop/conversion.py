@@ -5,37 +5,36 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import transformers
+from tqdm import tqdm
 from transformers import GenerationConfig
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
-from transformers.utils import logging
 
 from hf_decoder import HfDecoderForCausalLM, HfDecoderPreTrainedModel
 from hf_decoder.interop import checkpoint, gguf_read, gguf_write, onnx_export, verification
 from hf_decoder.interop.checkpoint import LazyTensor, Tensors
 from hf_decoder.interop.families import FAMILIES, OURS, BuiltConfig, Family, fused_names, read_config, to_stock
 from hf_decoder.interop.untrusted_files import check_folder
-from hf_decoder.interop.weight_sizes import check_layers
+from hf_decoder.interop.weight_sizes import check_layers, parameter_shapes
 from hf_decoder.model.configuration_hf_decoder import AUTO_MAP
 from hf_decoder.reporting.model_card import DIFFERENCE, NOT_MEASURED, write_conversion_card
 
 GGUF, ONNX = "gguf", "onnx"
 TARGETS = ("auto", OURS, *FAMILIES, GGUF, ONNX)
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-# Room for configs, code and index, besides the tensors and the copied files, in bytes.
+# Bytes for configs, code and index, besides tensors and copied files.
 SMALL_FILES = 1 << 20
 
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint under our names, whatever family it is of; `family` is `None` for ours and for GGUF."""
+    """A checkpoint of any family, with our names. `family` is None for our own and for GGUF."""
 
     path: Path
     config: BuiltConfig
@@ -49,7 +48,7 @@ class Source:
 
     @property
     def kind(self) -> str:
-        """What it is, in words."""
+        """What the source is, in Markdown."""
         if self.is_gguf:
             return "a GGUF file"
         return f"`{HfDecoderForCausalLM.__name__ if self.family is None else self.family.model_class}`"
@@ -60,10 +59,10 @@ class Source:
 
 
 def open_source(name: str, revision: str | None = None) -> Source:
-    """Reads config and tensor table of a folder, a Hub name or a .gguf file; no weights yet.
+    """Reads config and tensor table of a folder, a Hub name or a .gguf file, but no weights yet.
 
     Raises:
-        ValueError: if anything about it is wrong or not held here, in one line.
+        ValueError: if it is damaged or not supported.
     """
     file = Path(name).expanduser()
     if file.suffix == ".gguf" and file.is_file():
@@ -90,18 +89,22 @@ def open_source(name: str, revision: str | None = None) -> Source:
     return Source(source.path, config, source.family, tensors, source.write_tokenizer)
 
 
-class Origin(NamedTuple):
-    """What the caller named: a folder, a file or a name of the Hub."""
+class SourceName(NamedTuple):
+    """The source as the caller named it: a folder, a file or a Hub name."""
 
     name: str
     revision: str | None
 
     def describe(self, source: Source) -> dict[str, str]:
-        """The words of a card about it; a path says where it lies on this machine only, so its last part must do."""
+        """The words of a card about the source. Of a path it shows only the last part."""
         if source.path == Path(self.name).expanduser():
             return {"source": source.path.resolve().name}
         commit = source.path.name if source.path.parent.name == "snapshots" else self.revision
         return {"source": self.name, "base_model": self.name} | ({"revision": commit} if commit else {})
+
+
+def _no_progress(_title: str, _total: int) -> Any:
+    return tqdm(disable=True)
 
 
 def convert(
@@ -113,18 +116,17 @@ def convert(
     max_shard_size: str = "5GB",
     verify: bool = True,
     revision: str | None = None,
-    progress: Callable[[str, int], Any] = verification.no_progress,
+    progress: Callable[[str, int], Any] = _no_progress,
 ) -> str:
-    """Converts the checkpoint `name` into the new folder, or .gguf file, `destination`; returns what it became.
+    """Converts the checkpoint `name` into a new folder or .gguf file, and returns the kind of the result.
 
-    `to="auto"` brings other families in as ours, and ours out as the stock class that expresses it. What leaves as a
-    stock class or as ONNX is loaded beside its source and their logits compared, and a GGUF file is read back, number
-    by number, unless `verify` is off. A folder gets a README.md that says what it was made from.
-    `progress(title, total)` makes the object whose `update(bytes)` is called as tensors are written.
+    `to="auto"` turns other families into ours, and ours into the stock class that expresses it. With `verify`, the
+    logits of a stock class or ONNX are compared with the source's, and a GGUF file is read back number by number. A
+    folder gets a model card. `progress(title, total)` returns an object whose `update(bytes)` each tensor calls.
 
     Raises:
-        ValueError: if the source is damaged or not held here, the target cannot express it, or there is no room.
-        verification.VerificationError: if the result computes something else. No destination is left.
+        ValueError: if the source is damaged or not supported, the target cannot express it, or the disk is full.
+        verification.VerificationError: if the result computes something else. Then no destination is left.
     """
     if to not in TARGETS:
         raise ValueError(f"--to {to!r} is unknown; choose one of: {', '.join(TARGETS)}")
@@ -139,22 +141,22 @@ def convert(
     max_bytes = checkpoint.parse_size(max_shard_size)
     source = open_source(name, revision)
     is_ours = source.family is None and not source.is_gguf
-    origin = Origin(name, revision)
+    named = SourceName(name, revision)
     if to == "auto":
         to = "auto" if is_ours else OURS
     elif to == (OURS if is_ours else source.family and source.family.model_type):
-        raise ValueError(f"{name} is a {to} checkpoint already; there is nothing to convert")
+        raise ValueError(f"{name} is already a {to} checkpoint; there is nothing to convert")
     if to == GGUF:
         return _write_gguf(source, destination, outtype, progress, verify=verify)
     if to == ONNX:
         if not is_ours:
-            raise ValueError(f"--to onnx takes our own checkpoints; bring {name} in first, by convert without --to")
-        return _write_onnx(source, origin, destination, verify=verify)
+            raise ValueError(f"--to onnx takes our own checkpoints; first convert {name} without --to")
+        return _write_onnx(source, named, destination, verify=verify)
     if to == OURS:
-        _write_folder(source, origin, destination, None, source.config, max_bytes, progress, verify=False)
+        _write_folder(source, named, destination, None, source.config, max_bytes, progress, verify=False)
         return HfDecoderForCausalLM.__name__
     family, stock_config = to_stock(source.config, to)
-    _write_folder(source, origin, destination, family, stock_config, max_bytes, progress, verify=verify)
+    _write_folder(source, named, destination, family, stock_config, max_bytes, progress, verify=verify)
     return family.model_class
 
 
@@ -172,8 +174,10 @@ def _write_gguf(
     return f"{plan.architecture} in GGUF, {outtype}"
 
 
-def _write_card(source: Source, origin: Origin, folder: Path, title: str, kind: str, difference: float | None) -> None:
-    words = {"title": title, "kind": kind, "source_kind": source.kind, **origin.describe(source)}
+def _write_card(
+    source: Source, named: SourceName, folder: Path, title: str, kind: str, difference: float | None
+) -> None:
+    words = {"title": title, "kind": kind, "source_kind": source.kind, **named.describe(source)}
     card = source.path / "README.md" if not source.is_gguf else None
     parameters = sum(math.prod(tensor.shape) for tensor in source.tensors.values())
     write_conversion_card(
@@ -186,7 +190,7 @@ def _write_card(source: Source, origin: Origin, folder: Path, title: str, kind: 
     )
 
 
-def _write_onnx(source: Source, origin: Origin, destination: Path, *, verify: bool) -> str:
+def _write_onnx(source: Source, named: SourceName, destination: Path, *, verify: bool) -> str:
     onnx_export.check_config(source.config)
     num_bytes = sum(tensor.num_bytes // tensor.dtype.itemsize for tensor in source.tensors.values()) * 4
     side = sum((source.path / path).stat().st_size for path in checkpoint.side_files(source.path))
@@ -195,13 +199,13 @@ def _write_onnx(source: Source, origin: Origin, destination: Path, *, verify: bo
         onnx_export.export(model, aside)
         source.write_tokenizer(aside)
         difference = onnx_export.verify(model, aside) if verify else None
-        _write_card(source, origin, aside, destination.name, "onnx", difference)
+        _write_card(source, named, aside, destination.name, "onnx", difference)
     return "ONNX"
 
 
 def _write_folder(
     source: Source,
-    origin: Origin,
+    named: SourceName,
     destination: Path,
     family: Family | None,
     config: Any,
@@ -229,11 +233,11 @@ def _write_folder(
             config.save_pretrained(aside)
         difference = verification.verify(source.path, aside) if verify else None
         kind = HfDecoderForCausalLM.__name__ if family is None else family.model_class
-        _write_card(source, origin, aside, destination.name, kind, difference)
+        _write_card(source, named, aside, destination.name, kind, difference)
 
 
 def _save_our_config(config: BuiltConfig, folder: Path) -> None:
-    """Config and code as `save_pretrained` of the model writes them."""
+    """Writes config and code as the model's `save_pretrained` does."""
     config.architectures = [HfDecoderForCausalLM.__name__]
     config.auto_map = dict(AUTO_MAP)
     custom_object_save(HfDecoderPreTrainedModel, folder)
@@ -241,7 +245,7 @@ def _save_our_config(config: BuiltConfig, folder: Path) -> None:
 
 
 def _under_our_names(family: Family, config: BuiltConfig, stored: Tensors, where: str) -> Tensors:
-    """Splits what the family fuses; anything that is out of place keeps its name, to be reported."""
+    """Splits the matrices that the family fuses. A tensor out of place keeps its name, and is reported later."""
     shapes = _shapes(HfDecoderForCausalLM, config)
     tensors = dict(stored)
     for whole, parts in fused_names(family, list(shapes)).items():
@@ -268,7 +272,7 @@ def _under_their_names(family: Family, tensors: Tensors) -> Tensors:
 
 
 def _without_tied_head(source: Source) -> Tensors:
-    """Leaves the copy of a tied head out."""
+    """The source's tensors without the copy of a tied head."""
     tensors = dict(source.tensors)
     if source.config.tie_word_embeddings and {HEAD, EMBEDDING} <= set(tensors):
         if not torch.equal(tensors[HEAD].load(), tensors[EMBEDDING].load()):
@@ -280,28 +284,13 @@ def _without_tied_head(source: Source) -> Tensors:
     return tensors
 
 
-@contextmanager
-def _quiet():
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-
-
 def _shapes(model_class: Any, config: Any) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors that a checkpoint of this model holds."""
-    with torch.device("meta"), _quiet():
-        model = model_class(config)
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if config.tie_word_embeddings:
-        del shapes[HEAD]
-    return shapes
+    """The names and shapes of the tensors in a checkpoint of this model."""
+    return parameter_shapes(lambda: model_class(config))
 
 
 def _name_tokenizer_class(folder: Path, family: Family) -> None:
-    """Older checkpoints leave the tokenizer's class to the model type; it is written down when the type changes."""
+    """Writes the tokenizer's class into its config. Older checkpoints leave it to the model type, which changes."""
     path = folder / "tokenizer_config.json"
     if path.is_file():
         values = json.loads(path.read_text(encoding="utf-8"))

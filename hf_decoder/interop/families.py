@@ -1,8 +1,7 @@
-"""Tables of the transformers classes that share our architecture: which config fields and weights each one holds.
+"""Tables of the transformers classes that share our architecture: which config fields and weights each one has.
 
-A table says which of our fields a class holds and which it fixes; from it follow the config in either direction, and
-the field that stands in the way where there is no exact counterpart. Weights have our names, because ours are Llama's,
-except where a family fuses projections.
+A table says which of our fields a class has and which it fixes. The config in either direction follows from it, or the
+field that has no counterpart. Weights have our names, which are Llama's, except where a family fuses projections.
 """
 
 from __future__ import annotations
@@ -24,12 +23,13 @@ from transformers import (
 
 from hf_decoder.interop.checkpoint import read_config_values
 from hf_decoder.model.configuration_hf_decoder import ROPE_TYPES, HfDecoderConfig
+from hf_decoder.safety.terminal import first_line
 
 OURS = HfDecoderConfig.model_type
-# An `HfDecoderConfig` once built: fields that are optional to give have their values then, which its annotations lack.
+# An `HfDecoderConfig` once built: its optional fields then have values, which its annotations do not say.
 BuiltConfig: TypeAlias = Any
 
-# Fields of ours that every stock class holds under the same name.
+# Our fields that every stock class has under the same name.
 COMMON_FIELDS = (
     "vocab_size",
     "hidden_size",
@@ -53,13 +53,13 @@ FLAG = (False, True)
 
 @dataclass(frozen=True)
 class Family:
-    """What one stock class can say.
+    """What one stock class can express.
 
-    `holds`: our fields that it has under the same name, with the values it can take (`None`: any).
-    `fixes`: our fields that it has no name for, with the value that its computation implies.
+    `holds`: our fields that it has under the same name, with the values it can take (None: any).
+    `fixes`: our fields that it lacks, with the value that its computation implies.
     `windows`: "none", "uniform" (all layers or none) or "layers" (each layer as `layer_types` says).
-    `needs`: fields of its own that must have this value, because we have nothing for another.
-    `fused`: names of its matrices, with ours whose rows they stack.
+    `needs`: its own fields that must have this value, because we have no counterpart for another.
+    `fused`: names of its matrices, with our matrices whose rows they stack.
     """
 
     config_class: type[PreTrainedConfig]
@@ -135,7 +135,7 @@ FAMILIES = {
     )
 }
 
-# Fields that only other architectures set, with what they stand for: the reason that a refusal gives.
+# Fields that only other architectures set -> what they stand for, as the error says.
 FOREIGN_FIELDS = {
     "quantization_config": "quantized weights; convert the unquantized checkpoint",
     "vision_config": "images",
@@ -165,48 +165,48 @@ FOREIGN_FIELDS = {
 
 
 def read_config(folder: Path) -> tuple[BuiltConfig, Family | None]:
-    """The config of a checkpoint folder as ours, and the family that it is of; `None` for our own.
+    """Reads the config of a checkpoint folder as ours, and its family, which is None for our own.
 
     Raises:
-        ValueError: if there is no readable config.json, or it says something that we have no field for.
+        ValueError: if there is no readable config.json, or it sets something that we have no field for.
     """
     path, values = folder / "config.json", read_config_values(folder)
     model_type = values["model_type"]
     for name, meaning in FOREIGN_FIELDS.items():
         if values.get(name):
             raise ValueError(
-                f"{path} ({model_type}) sets {name}={_short(values[name])}, that is {meaning}: not held here"
+                f"{path} ({model_type}) sets {name}={_short(values[name])}, that is {meaning}: not supported"
             )
     if model_type != OURS and model_type not in FAMILIES:
         raise ValueError(
-            f"{path} has model_type={model_type!r}, a family that is not held here; held are {', '.join(FAMILIES)}"
+            f"{path} has model_type={model_type!r}, which is not supported; supported are {', '.join(FAMILIES)}"
         )
     config_class = HfDecoderConfig if model_type == OURS else FAMILIES[model_type].config_class
     try:
         config = config_class.from_dict(values)
     except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
-        raise ValueError(f"{path} is not a possible {config_class.__name__}: {_cause(error)}") from None
+        raise ValueError(f"{path} is not a valid {config_class.__name__}: {first_line(error)}") from None
     if model_type == OURS:
         return config, None
     return to_ours(FAMILIES[model_type], config), FAMILIES[model_type]
 
 
 def to_ours(family: Family, stock: PreTrainedConfig) -> BuiltConfig:
-    """Our config of what `stock`, a config of `family`, computes.
+    """Our config for the computation of `stock`, a config of `family`.
 
     Raises:
         ValueError: naming the field that we cannot express.
     """
     for name, value in family.needs.items():
         if getattr(stock, name, value) != value:
-            raise ValueError(f"{name}={getattr(stock, name)} of {family.model_type} is not held here, only {value} is")
+            raise ValueError(f"{name}={getattr(stock, name)} of {family.model_type} is not supported, only {value} is")
     rope = dict(stock.rope_parameters)
     factor = rope.get("partial_rotary_factor") or 1.0
     if factor != 1.0 and not family.partial_rotary:
-        raise ValueError(f"partial_rotary_factor={factor} is nothing that {family.model_class} computes; remove it")
+        raise ValueError(f"{family.model_class} does not compute partial_rotary_factor={factor}; remove it")
     values = {name: getattr(stock, name) for name in COMMON_FIELDS}
     values |= family.fixes | {name: getattr(stock, name) for name in family.holds}
-    # classes without the field still read it where a config.json has it
+    # Classes without the field still read it from config.json.
     values["head_dim"] = getattr(stock, "head_dim", None) or stock.hidden_size // stock.num_attention_heads
     if family.windows != "none":
         values["sliding_window"] = stock.sliding_window
@@ -216,7 +216,7 @@ def to_ours(family: Family, stock: PreTrainedConfig) -> BuiltConfig:
 
 
 def obstacle(family: Family, config: BuiltConfig) -> str | None:
-    """The first field of `config`, as `name=value`, that a class of `family` cannot express; `None` if it can all."""
+    """The first field of `config`, as `name=value`, that `family` cannot express; None if it expresses all."""
     for name, value in family.fixes.items():
         if _value(config, name) != value:
             return f"{name}={_short(getattr(config, name))}"
@@ -239,14 +239,14 @@ def obstacle(family: Family, config: BuiltConfig) -> str | None:
     try:
         _stock_config(family, config)
     except (ValueError, StrictDataclassError) as error:
-        return _cause(error)
+        return first_line(error)
     return None
 
 
 def to_stock(config: BuiltConfig, to: str = "auto") -> tuple[Family, PreTrainedConfig]:
-    """The family `to`, or the first that expresses `config` exactly, and its config.
+    """The family `to`, or the first that expresses `config` exactly, with its config.
 
-    `z_loss_coef` stays behind: it is a part of training, and no stock class has it.
+    `z_loss_coef` is dropped: it belongs to training, and no stock class has it.
 
     Raises:
         ValueError: naming the field that stands in the way.
@@ -262,7 +262,7 @@ def to_stock(config: BuiltConfig, to: str = "auto") -> tuple[Family, PreTrainedC
         if reason is None:
             return family, _stock_config(family, config)
         reasons.append(f"{family.model_type}: {reason}")
-    raise ValueError(f"no stock class expresses this config; what stands in the way is, for {'; '.join(reasons)}")
+    raise ValueError(f"no stock class expresses this config: {'; '.join(reasons)}")
 
 
 def _stock_config(family: Family, config: BuiltConfig) -> PreTrainedConfig:
@@ -289,7 +289,7 @@ def _stock_config(family: Family, config: BuiltConfig) -> PreTrainedConfig:
 
 
 def fused_names(family: Family, names: list[str]) -> dict[str, list[str]]:
-    """Name in a checkpoint of `family` -> our names whose rows it holds, one after the other, for all our `names`."""
+    """Name in a checkpoint of `family` -> those of our `names` whose rows it stacks, in order."""
     held = {part: whole for whole, parts in family.fused.items() for part in parts}
     table: dict[str, list[str]] = {}
     for name in names:
@@ -320,9 +320,3 @@ def _value(config: BuiltConfig, name: str) -> Any:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _cause(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return " ".join(str(error).split())

@@ -1,8 +1,8 @@
-"""Parses a GGUF file into fields and tensors. Every count is checked against the bytes that are there.
+"""Parses a GGUF file into fields and tensors, and checks every count against the bytes of the file.
 
-The format: a magic number, a version, two counts; then fields (a key, a type, a value), then names, sizes, types and
-places of the tensors, then their bytes. The reader of the package `gguf` believes the counts, and keeps an object for
-every element of an array.
+The format: a magic number, a version and two counts; fields (key, type, value); names, sizes, types and places of the
+tensors; their bytes. The reader of the package `gguf` trusts the counts, and makes an object for every element of an
+array.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ import numpy as np
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
-# Types of a field: number in the file -> the value's type.
+# Type of a field: number in the file -> numpy type.
 SCALARS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
 STRING, ARRAY = 8, 9
 MOST_DIMENSIONS = 4
-# Bytes that a string, a field and an entry of a tensor take at least.
+# The fewest bytes of a string, of a field and of a tensor's entry.
 LEAST_STRING, LEAST_FIELD, LEAST_TENSOR = 8, 13, 32
-# Strings and numbers of one array become objects of Python, of some 50 bytes each; a tokenizer has no more.
+# Elements of an array become Python objects of about 50 bytes each. No tokenizer has more.
 MOST_ELEMENTS = 1 << 22
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor of the file: its type of `gguf`, its sizes with the innermost first, and its rows, still on disk."""
+    """A tensor of the file: its type in `gguf`, its sizes, innermost first, and its rows, still on disk."""
 
     tensor_type: Any
     shape: tuple[int, ...]
@@ -36,7 +36,7 @@ class StoredTensor:
 
 
 def read_file(path: Path, gguf: Any) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
-    """Fields by key and tensors by name; `gguf` is the package, which knows the types of tensors.
+    """Reads fields by key and tensors by name. `gguf` is the package, which knows the tensor types.
 
     Raises:
         ValueError: if the file is damaged, cut short, or asks for more than its bytes can hold.
@@ -44,7 +44,7 @@ def read_file(path: Path, gguf: Any) -> tuple[dict[str, Any], dict[str, StoredTe
     try:
         return _Reader(np.memmap(path, mode="r")).read(gguf)
     except (ValueError, OSError) as error:
-        raise ValueError(f"{path} is no GGUF file, or is cut short ({error})") from None
+        raise ValueError(f"{path} is not a GGUF file, or is cut short ({error})") from None
 
 
 class _Reader:
@@ -57,21 +57,21 @@ class _Reader:
             raise ValueError("it does not begin with GGUF")
         version = self._scalar("<u4")
         if version not in VERSIONS:
-            raise ValueError(f"its version is {version}; held are {' and '.join(map(str, VERSIONS))}")
+            raise ValueError(f"its version is {version}; supported are {' and '.join(map(str, VERSIONS))}")
         tensor_count, field_count = self._scalar("<u8"), self._scalar("<u8")
         self._check_count(field_count, LEAST_FIELD, "fields")
         fields: dict[str, Any] = {}
         for _ in range(field_count):
             key = self._string()
             if key in fields:
-                raise ValueError(f"the field {key!r} is there twice")
+                raise ValueError(f"the field {key!r} occurs twice")
             fields[key] = self._value(key, self._scalar("<u4"))
         self._check_count(tensor_count, LEAST_TENSOR, "tensors")
         entries: dict[str, tuple[tuple[int, ...], int, int]] = {}
         for _ in range(tensor_count):
             name, entry = self._entry()
             if name in entries:
-                raise ValueError(f"the tensor {name!r} is there twice")
+                raise ValueError(f"the tensor {name!r} occurs twice")
             entries[name] = entry
         alignment = fields.get("general.alignment", 32)
         if type(alignment) is not int or not 0 < alignment <= 1 << 20:
@@ -82,7 +82,7 @@ class _Reader:
     def _take(self, count: int) -> np.ndarray:
         """The next `count` bytes."""
         if count > len(self._data) - self._place:
-            raise ValueError(f"it ends at byte {len(self._data):,}, {count:,} more were announced at {self._place:,}")
+            raise ValueError(f"it ends at byte {len(self._data):,}, but announces {count:,} bytes at {self._place:,}")
         self._place += count
         return self._data[self._place - count : self._place]
 
@@ -111,12 +111,12 @@ class _Reader:
             return [self._string() for _ in range(count)]
         if kind not in SCALARS:
             raise ValueError(
-                f"the field {key!r} is an array of type {kind}; held are arrays of numbers and of strings"
+                f"the field {key!r} is an array of type {kind}; supported are arrays of numbers and of strings"
             )
         return self._take(count * np.dtype(SCALARS[kind]).itemsize).view(SCALARS[kind]).tolist()
 
     def _entry(self) -> tuple[str, tuple[tuple[int, ...], int, int]]:
-        """Name, and sizes, number of the type and offset of a tensor."""
+        """A tensor's name, with its sizes, the number of its type, and its offset."""
         name, dimensions = self._string(), self._scalar("<u4")
         if not 0 < dimensions <= MOST_DIMENSIONS:
             raise ValueError(f"the tensor {name!r} has {dimensions:,} dimensions")

@@ -1,4 +1,4 @@
-"""Maps names between GGUF and our model, in both directions: architectures, tensors, pre-tokenizers."""
+"""Maps architectures, tensor names and pre-tokenizers between GGUF and our model, in both directions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hf_decoder.interop.families import BuiltConfig
 
 @dataclass(frozen=True)
 class Architecture:
-    """A graph of llama.cpp. `permuted`: it rotates neighbouring dimensions, where we rotate halves."""
+    """A graph of llama.cpp. `permuted` says that it rotates neighbouring dimensions where we rotate halves."""
 
     qk_norm: bool
     attention_biases: tuple[bool | str, ...]
@@ -28,14 +28,14 @@ ARCHITECTURES = {
 }
 # Fields that all three graphs fix.
 FIXED: dict[str, Any] = {"hidden_act": "silu", "mlp_bias": False, "final_logit_softcapping": None}
-# RoPE types, with the parameters besides theta that llama.cpp is told.
+# RoPE types -> the parameters besides theta that the file holds.
 ROPE_TYPES = {
     "default": (),
     "linear": ("factor",),
     "yarn": ("factor", "original_max_position_embeddings"),
     "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
 }
-# llama3's frequencies travel as factors in a tensor; the parameters behind them under a key of our own.
+# The file holds llama3's frequencies as factors in a tensor, and their parameters under a key of ours.
 ROPE_FREQUENCIES = "rope_freqs.weight"
 ROPE_KEY = "hf_decoder.rope_parameters"
 
@@ -63,8 +63,8 @@ LLAMA3_SPLIT = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 QWEN2_OWN_SPLIT = LLAMA3_SPLIT.replace("{1,3}", "")
-# llama.cpp's names of byte-level pre-tokenizers, with the expressions that split the text in that way; the first is
-# the one to rebuild a tokenizer with.
+# llama.cpp's names of byte-level pre-tokenizers -> the expressions that split text in that way. A tokenizer is rebuilt
+# with the first.
 SPLITS = {LLAMA_CPP_PRE_TOKENIZER: (QWEN2_SPLIT, QWEN2_OWN_SPLIT), "llama-bpe": (LLAMA3_SPLIT,)}
 GPT2, SMOLLM = "gpt-2", "smollm"  # ByteLevel's own expression, alone and after single digits
 
@@ -82,7 +82,7 @@ def to_gguf(name: str) -> str:
 
 
 def to_ours(name: str) -> str | None:
-    """`blk.3.ffn_up.weight` -> `model.layers.3.mlp.up_proj.weight`; `None` for a name that we have nothing for."""
+    """`blk.3.ffn_up.weight` -> `model.layers.3.mlp.up_proj.weight`; None for a name without a counterpart."""
     module, _, kind = name.rpartition(".")
     match = re.fullmatch(r"blk\.(\d+)\.(.+)", module)
     prefix, table, leaf = (
@@ -93,14 +93,14 @@ def to_ours(name: str) -> str | None:
 
 
 def permuted_heads(name: str, config: BuiltConfig) -> int | None:
-    """Number of heads in the rows of a query or key projection; `None` for any other tensor."""
+    """The number of heads in the rows of a query or key projection; None for any other tensor."""
     if ".q_proj." in name:
         return config.num_attention_heads
     return config.num_key_value_heads if ".k_proj." in name else None
 
 
 def interleave(rows: torch.Tensor, heads: int) -> torch.Tensor:
-    """Within each head, (a0 .. an, b0 .. bn) -> (a0, b0, .. an, bn): pairs that RoPE turns become neighbours."""
+    """Reorders each head from (a0 .. an, b0 .. bn) to (a0, b0, .. an, bn), so that RoPE rotates neighbours."""
     return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(rows.shape)
 
 

@@ -17,15 +17,16 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from hf_decoder.interop import gguf_names as names
 from hf_decoder.interop.checkpoint import LazyTensor, Tensors
 from hf_decoder.interop.families import BuiltConfig
+from hf_decoder.safety.terminal import first_line
 
 OUTTYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
-# The embedding table and the head keep 8 bits where the rest has 4: their errors reach every token.
+# Embeddings and head keep 8 bits where the rest has 4: their errors reach every token.
 KEPT = {"q4_0": "q8_0"}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a file will hold; `types` are names of GGML types."""
+    """The content of a file to write. `types` are names of GGML types."""
 
     config: BuiltConfig
     architecture: str
@@ -37,7 +38,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A byte-level tokenizer as GGUF tells it."""
+    """A byte-level tokenizer in the terms of GGUF."""
 
     pre_tokenizer: str
     tokens: list[str]
@@ -49,7 +50,7 @@ class Vocabulary:
 
     @property
     def num_bytes(self) -> int:
-        """Room in the file: every string has its length, 8 bytes, in front, and every token its type behind."""
+        """Its size in the file: each string has 8 bytes of length in front, each token 4 bytes of type behind."""
         return sum(len(text.encode()) + 12 for text in (*self.tokens, *self.merges, self.chat_template or ""))
 
 
@@ -67,10 +68,10 @@ def require_package() -> Any:
 
 
 def plan(config: BuiltConfig, tensors: Tensors, outtype: str) -> Plan:
-    """Names, shapes and types of the file's tensors.
+    """Plans the names, shapes and types of the file's tensors.
 
     Raises:
-        ValueError: naming the field that no graph of llama.cpp computes.
+        ValueError: naming a field that no graph of llama.cpp computes.
     """
     gguf = require_package()
     architecture = _architecture(config)
@@ -117,7 +118,7 @@ def _obstacle(config: BuiltConfig) -> str | None:
         return f"rope_type={rope['rope_type']!r}"
     told = {"rope_type", "rope_theta", "partial_rotary_factor", *names.ROPE_TYPES[rope["rope_type"]]}
     surplus = sorted(name for name in rope if name not in told and rope[name] is not None)
-    # the context before scaling changes nothing where the type does not read it
+    # The context before scaling does not matter to types that do not read it.
     surplus = [name for name in surplus if name != "original_max_position_embeddings"]
     return f"rope_parameters[{surplus[0]!r}]={rope[surplus[0]]}" if surplus else None
 
@@ -129,14 +130,14 @@ def _permute(tensor: LazyTensor, heads: int | None) -> LazyTensor:
 
 
 def _llama3_factors(config: BuiltConfig) -> torch.Tensor:
-    """What llama.cpp divides each plain frequency by."""
+    """The factors by which llama.cpp divides the plain frequencies."""
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config)
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
     return 1.0 / config.rope_parameters["rope_theta"] ** exponents / scaled
 
 
 def _type(gguf: Any, name: str, shape: tuple[int, ...], outtype: str) -> str:
-    if len(shape) == 1:  # norms and biases are small, and llama.cpp wants them so
+    if len(shape) == 1:  # llama.cpp wants norms and biases in F32
         return "F32"
     if name.startswith(("token_embd.", "output.")):
         outtype = KEPT.get(outtype, outtype)
@@ -145,27 +146,26 @@ def _type(gguf: Any, name: str, shape: tuple[int, ...], outtype: str) -> str:
 
 
 def read_vocabulary(folder: Path, config: BuiltConfig) -> Vocabulary:
-    """The tokenizer in `folder`, with a filler for every row of the embedding table that has no token.
+    """Reads the tokenizer in `folder`. An embedding without a token gets a filler.
 
     Raises:
-        ValueError: if there is none, or llama.cpp would split text in another way than it does.
+        ValueError: if there is none, or llama.cpp would split text in another way.
     """
     if not (folder / "tokenizer.json").is_file():
-        raise ValueError(f"{folder} holds no tokenizer.json, and a GGUF file cannot be run without its tokenizer")
+        raise ValueError(f"{folder} holds no tokenizer.json, and a GGUF file cannot run without a tokenizer")
     try:
         backend = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
         pre_tokenizer = _pre_tokenizer(backend)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare Exception for a damaged file
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"the tokenizer in {folder} cannot be loaded: {reason[0]}") from None
+        raise ValueError(f"the tokenizer in {folder} cannot be loaded: {first_line(error)}") from None
     if pre_tokenizer is None:
         raise ValueError(
-            f"the tokenizer in {folder} is none that llama.cpp knows: it must be byte-level BPE that splits text as "
+            f"llama.cpp does not know the tokenizer in {folder}: it must be byte-level BPE that splits text as "
             f"{', '.join([*names.SPLITS, names.GPT2, names.SMOLLM])} do"
         )
     highest = max([len(tokenizer) - 1, *tokenizer.get_vocab().values(), *tokenizer.added_tokens_decoder])
-    if highest >= config.vocab_size:  # ids may leave gaps
+    if highest >= config.vocab_size:  # ids may have gaps
         raise ValueError(f"the tokenizer has ids up to {highest}, but vocab_size is {config.vocab_size}")
     tokens = [f"[PAD{i}]" for i in range(config.vocab_size)]
     token_types = [names.UNUSED] * config.vocab_size
@@ -192,11 +192,11 @@ def read_vocabulary(folder: Path, config: BuiltConfig) -> Vocabulary:
 
 
 def _pre_tokenizer(backend: dict[str, Any]) -> str | None:
-    """llama.cpp's name of the way in which a tokenizer.json splits text, if it has one."""
+    """llama.cpp's name for the way in which a tokenizer.json splits text, or None."""
     model, normalizer = backend["model"], backend.get("normalizer")
     if model.get("type") != "BPE" or model.get("byte_fallback") or not model["merges"]:
         return None
-    if normalizer is not None and normalizer["type"] != "NFC":  # what Qwen2 has, and llama.cpp leaves out
+    if normalizer is not None and normalizer["type"] != "NFC":  # Qwen2 has NFC, which llama.cpp leaves out
         return None
     outer = backend.get("pre_tokenizer") or {}
     steps = outer["pretokenizers"] if outer.get("type") == "Sequence" else [outer]
@@ -218,7 +218,7 @@ def write(path: Path, model_name: str, plan: Plan, vocabulary: Vocabulary, progr
     """Writes the file, one tensor in memory at a time.
 
     Raises:
-        ValueError: naming the tensor that holds what is no number, or more than its type in the file can hold.
+        ValueError: naming a tensor with values that are not finite, or too large for its type in the file.
     """
     gguf = require_package()
     with closing(gguf.GGUFWriter(path, plan.architecture)) as writer:
@@ -241,16 +241,16 @@ def write(path: Path, model_name: str, plan: Plan, vocabulary: Vocabulary, progr
 
 
 def _in_type(gguf: Any, name: str, values: Any, kind: str) -> Any:
-    """The bytes of these numbers in fp32; numpy would write infinity for what is too large, with a warning."""
+    """Converts fp32 values to the bytes of a GGML type. Raises ValueError where numpy would write infinity."""
     np, ours = gguf.np, names.to_ours(name) or name
     largest = np.abs(values).max(initial=0.0)
     if not np.isfinite(largest):
-        raise ValueError(f"{ours} holds values that are not finite; no runtime computes with them")
+        raise ValueError(f"{ours} holds values that are not finite, and no runtime can compute with them")
     with np.errstate(over="ignore", invalid="ignore"):
         data = gguf.quantize(values, gguf.GGMLQuantizationType[kind])
         fits = kind == "F32" or np.isfinite(gguf.dequantize(data, gguf.GGMLQuantizationType[kind])).all()
     if not fits:
-        raise ValueError(f"{ours} holds {largest:g}, which {kind.lower()} cannot; choose --outtype bf16 or f32")
+        raise ValueError(f"{ours} holds {largest:g}, too large for {kind.lower()}; choose --outtype bf16 or f32")
     return data
 
 

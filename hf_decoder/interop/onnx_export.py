@@ -1,8 +1,8 @@
-"""Exports one ONNX graph for prefill and every cached step by transformers' exporter, and runs it in onnxruntime.
+"""Exports one ONNX graph for prefill and cached steps by transformers' exporter, and runs it in onnxruntime.
 
-Inputs of the graph: `input_ids` and `position_ids` (B, S), `attention_mask` (B, P + S) with 0 on padding, and the keys
-and values of the P tokens before, (B, G, P, E) each, where P is 0 at first. Outputs: the logits (B, S, V) and the keys
-and values of all P + S tokens. Everything is fp32.
+Inputs of the graph: `input_ids` and `position_ids` (B, S), `attention_mask` (B, P + S) with 0 for padding, and keys
+and values of the P earlier tokens, (B, G, P, E) each, where P starts at 0. Outputs: logits (B, S, V), and keys and
+values of all P + S tokens. All is fp32.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import contextlib
 import importlib.util
 import io
 import logging
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,26 +18,26 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import DynamicCache
-from transformers.utils import logging as transformers_logging
 
 from hf_decoder.interop.verification import TOLERANCE, VerificationError
 from hf_decoder.model.modeling_hf_decoder import CACHE_NAME
+from hf_decoder.safety.quiet import quiet
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 FILE = "model.onnx"
-# Another runtime adds in another order than torch, in every layer.
+# onnxruntime adds in another order than torch in every layer.
 ROUNDING = 10 * TOLERANCE
 
 
 def require_packages() -> None:
-    """Raises ValueError unless what the exporter and its check need is installed."""
+    """Raises ValueError unless the packages of exporter and check are installed."""
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f"--to onnx needs {', '.join(missing)}: pip install 'hf-decoder[onnx]'")
 
 
 def check_config(config: Any) -> None:
-    """Raises ValueError, naming the field, for what no graph holds whose frequencies are constants."""
+    """Raises ValueError for RoPE frequencies that are not constant."""
     if config.rope_parameters["rope_type"] == "dynamic":
         raise ValueError(
             "--to onnx cannot express rope_type='dynamic': its frequencies change with the length of the text"
@@ -46,23 +45,23 @@ def check_config(config: Any) -> None:
 
 
 def load(folder: Path) -> PreTrainedModel:
-    """The model of a checkpoint folder as it is exported: fp32, in evaluation mode."""
-    with _quiet():
+    """Loads a checkpoint folder for export: fp32, in evaluation mode."""
+    with quiet():
         return AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
         ).eval()
 
 
 def export(model: PreTrainedModel, folder: Path) -> None:
-    """Writes `model.onnx`, its weights beside it, and config.json into the new `folder`."""
+    """Writes model.onnx, its weights beside it, and config.json into the new `folder`."""
     from transformers.exporters import OnnxConfig, OnnxExporter
     from transformers.exporters.utils import decompose_for_generation
 
-    # Two rows of two lengths, so that no size becomes a constant and the mask stays an input.
+    # Two rows of different length: no size becomes a constant, and the mask stays an input.
     ids = _ids(model, 2, 6)
     mask = torch.ones_like(ids)
     mask[0, :2] = 0
-    with _quiet():
+    with _quiet_exporters():
         stages = decompose_for_generation(model, {"input_ids": ids, "attention_mask": mask}, multi_token_decode=True)
         step: Any
         step, inputs = stages["decode"]
@@ -76,7 +75,7 @@ def export(model: PreTrainedModel, folder: Path) -> None:
 
 
 class OnnxModel:
-    """An exported folder in onnxruntime on the CPU, called as the model is; it keeps keys and values between calls."""
+    """An exported folder in onnxruntime on the CPU. It keeps keys and values between calls."""
 
     def __init__(self, folder: Path, config: Any):
         import onnxruntime
@@ -89,9 +88,9 @@ class OnnxModel:
         self.state: dict[str, torch.Tensor] = {}
 
     def start(self, rows: int) -> None:
-        """Forgets all tokens, and prepares for `rows` texts."""
+        """Starts `rows` new texts."""
         nothing = torch.zeros(rows, self.config.num_key_value_heads, 0, self.config.head_dim)
-        # a layer with a window carries its length along
+        # A layer with a window keeps its length as state.
         window = torch.tensor(self.config.sliding_window or 0)
         names = [name.removeprefix("input.") for name in self.inputs if name.startswith("input.")]
         self.state = {name: nothing if name.endswith((".keys", ".values")) else window for name in names}
@@ -111,9 +110,8 @@ class OnnxModel:
 def verify(model: PreTrainedModel, folder: Path) -> float:
     """Compares prefill and three cached steps in onnxruntime with `model`, with and without padding.
 
-    Returns the largest difference of two logits.
-
-    The lengths reach past a sliding window, if it is short enough, and are none of those that were exported with.
+    The lengths differ from those of the export, and reach past a short sliding window. Returns the largest difference
+    of two logits.
 
     Raises:
         VerificationError: if a logit differs by more than `ROUNDING` of the largest.
@@ -135,7 +133,7 @@ def verify(model: PreTrainedModel, folder: Path) -> float:
                 ids[:, start:stop], attention_mask=mask[:, :stop], position_ids=positions, **{CACHE_NAME: cache}
             ).logits
             logits = runtime(ids[:, start:stop], mask[:, :stop])
-            seen = mask[:, start:stop].bool()  # what a model says of padding means nothing
+            seen = mask[:, start:stop].bool()  # the logits of padding mean nothing
             difference = (logits - expected)[seen].abs().max().item()
             limit = ROUNDING * max(1.0, expected.abs().max().item())
             if not difference <= limit:  # also when it is not a number
@@ -154,16 +152,12 @@ def _ids(model: PreTrainedModel, *shape: int) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporters report every stage to stdout, and guesses about every size to loggers without a common name."""
-    disabled, bar = logging.root.manager.disable, transformers_logging.is_progress_bar_enabled()
+def _quiet_exporters() -> Iterator[None]:
+    """Silences the exporters, which print every stage, and warn of every size by loggers without a common name."""
+    disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
-    transformers_logging.disable_progress_bar()
     try:
-        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
+        with quiet(), contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
         logging.disable(disabled)
-        if bar:
-            transformers_logging.enable_progress_bar()

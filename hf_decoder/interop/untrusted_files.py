@@ -1,6 +1,6 @@
 """Checks the small files of an untrusted folder before anything of it is loaded.
 
-A library believes them: it nests as deep as they say, makes as many beams, imports what they name.
+Libraries trust these files: they nest as deep, make as many beams and import what the files say.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from transformers import GenerationConfig
 
 from hf_decoder.interop.checkpoint import GENERATION_NAME, read_json, side_files
 
-# Of a Hub name, what is looked into besides config.json.
+# Files of a Hub name that are checked besides config.json.
 FETCHED = (GENERATION_NAME, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 LARGEST_INTEGER = 1 << 63
-# Settings of generation that multiply memory or time, with what is far more than anybody takes.
+# Generation settings that multiply memory or time -> a value far above any use.
 MOST = {
     "num_beams": 256,
     "num_beam_groups": 256,
@@ -32,18 +32,18 @@ MOST = {
     "min_length": 1 << 28,
     "min_new_tokens": 1 << 28,
 }
-# Those that are numbers and multiply nothing, and token ids: one or several.
+# Settings that are numbers and multiply nothing; settings that are one token id or several.
 NUMBERS = (
     *("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "max_time"),
     *("repetition_penalty", "encoder_repetition_penalty", "length_penalty", "diversity_penalty", "guidance_scale"),
 )
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "suppress_tokens", "begin_suppress_tokens")
 MOST_ADDED_TOKENS = 1 << 18
-MOST_GROWTH = 256  # of a text by what its normalizer puts in
+MOST_GROWTH = 256  # factor by which a normalizer may lengthen a text
 
 
 def check_model(name: str) -> None:
-    """`check_folder` of a folder or Hub name, whose small files are fetched for it."""
+    """Runs `check_folder` on a folder, or on the small files of a Hub name, which it downloads."""
     from transformers.utils.hub import cached_files
 
     folder = Path(name).expanduser()
@@ -54,14 +54,14 @@ def check_model(name: str) -> None:
     options: dict[str, Any] = {f"_raise_exceptions_for_{what}": value for what, value in optional.items()}
     try:
         found = cached_files(name, ["config.json", *FETCHED], **options)
-    except Exception:  # no such name, no connection: loading it says so
+    except Exception:  # no such name or no connection: loading will say so
         return
     if found:
         check_folder(Path(found[0]).parent)
 
 
 def check_folder(folder: Path) -> None:
-    """Raises ValueError, in one line that names the file, for what is damaged, or asks for what no model needs."""
+    """Raises ValueError, naming the file, if one is damaged or asks for what no model needs."""
     files = [folder / "config.json", *(folder / path for path in side_files(folder) if path.suffix == ".json")]
     for path in files:
         if path.is_file():
@@ -71,7 +71,7 @@ def check_folder(folder: Path) -> None:
 
 @functools.lru_cache(maxsize=64)
 def _check_file(path: Path, size: int, time: int) -> None:
-    """One file; what was found in order is not read again until it changes."""
+    """Checks one file. A file that passed is read again only after it changed."""
     values = read_json(path)
     try:
         if path.name in ("config.json", GENERATION_NAME):
@@ -90,16 +90,16 @@ def _check_file(path: Path, size: int, time: int) -> None:
 
 
 def check_numbers(path: Path, values: dict[str, Any]) -> None:
-    """Raises ValueError for a whole number of a config that is no size, and for settings of generation past `MOST`."""
+    """Raises ValueError for integers of a config too large to be a size, and for generation settings above `MOST`."""
     for name, number in _numbers(values):
         if abs(number) >= LARGEST_INTEGER:
-            raise ValueError(f"{path} has {name}={_short(number)}, which is no size that can be")
+            raise ValueError(f"{path} has {name}={_short(number)}, which is too large")
     for name in (*MOST, *NUMBERS):
         value = values.get(name)
         if value is not None and not isinstance(value, int | float):
-            raise ValueError(f"{path} has {name}={str(value)[:80]!r}, which is no number")
+            raise ValueError(f"{path} has {name}={str(value)[:80]!r}, which is not a number")
         if value is not None and value > (most := MOST.get(name, LARGEST_INTEGER)):
-            raise ValueError(f"{path} has {name}={_short(value)}; at most {most:,} is taken")
+            raise ValueError(f"{path} has {name}={_short(value)}; at most {most:,} is allowed")
 
 
 def _check_ids(path: Path, values: dict[str, Any]) -> None:
@@ -107,11 +107,11 @@ def _check_ids(path: Path, values: dict[str, Any]) -> None:
         value = values.get(name)
         ids = value if isinstance(value, list) else [] if value is None else [value]
         if not all(type(one) is int for one in ids):
-            raise ValueError(f"{path} has {name}={str(value)[:80]!r}, which is no token id")
+            raise ValueError(f"{path} has {name}={str(value)[:80]!r}, which is not a token id")
 
 
 def _numbers(values: Any, key: str = "") -> Iterator[tuple[str, int]]:
-    """Every whole number below `values`, with the key that it stands under."""
+    """Yields every integer in `values`, at any depth, with its key."""
     for name, value in values.items() if isinstance(values, dict) else ((key, value) for value in values):
         if isinstance(value, dict | list):
             yield from _numbers(value, name)
@@ -122,7 +122,7 @@ def _numbers(values: Any, key: str = "") -> Iterator[tuple[str, int]]:
 def _check_names(path: Path, values: dict[str, Any]) -> None:
     names = values.get("architectures")
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-        raise ValueError(f"{path} has architectures={str(names)[:80]!r}, which is no list of names")
+        raise ValueError(f"{path} has architectures={str(names)[:80]!r}, which is not a list of names")
 
 
 def _short(value: float) -> str:
@@ -134,7 +134,7 @@ def _short(value: float) -> str:
 def _check_generation(path: Path) -> None:
     try:
         GenerationConfig.from_pretrained(path.parent)
-    except Exception as error:  # whatever its fields make of it
+    except Exception as error:  # its fields may raise anything
         raise ValueError(f"{path} cannot be used: {' '.join(str(error).split())}") from None
 
 
@@ -155,7 +155,7 @@ def _check_tokenizer(path: Path, values: dict[str, Any]) -> None:
 
 
 def _steps(normalizer: Any) -> Iterator[dict[str, Any]]:
-    """The steps of a normalizer, sequences of them opened."""
+    """Yields the steps of a normalizer, also those inside sequences."""
     if isinstance(normalizer, dict):
         yield normalizer
         for inner in normalizer.get("normalizers") or []:
@@ -169,4 +169,4 @@ def _check_tokenizer_config(path: Path, values: dict[str, Any]) -> None:
     template = values.get("chat_template")
     named = template if isinstance(template, list) else [] if template is None else [{"template": template}]
     if not all(isinstance(one, dict) and isinstance(one.get("template"), str) for one in named):
-        raise ValueError(f"{path} has a chat_template that is no text")
+        raise ValueError(f"{path} has a chat_template that is not text")

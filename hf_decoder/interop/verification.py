@@ -1,4 +1,4 @@
-"""Verifies a conversion. Both checkpoints are loaded, one after the other, and must compute the same logits."""
+"""Verifies a conversion: both checkpoints, loaded one after the other, must compute the same logits."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging
 
-# Largest difference of two logits, relative to the largest logit, that the order of additions in fp32 explains.
+from hf_decoder.safety.quiet import quiet
+
+# The largest difference of two logits, relative to the largest, that the order of additions in fp32 explains.
 TOLERANCE = 1e-5
 MIN_TOKENS = 64
 MAX_TOKENS = 1024
@@ -20,29 +21,14 @@ TEXT = (
 
 
 class VerificationError(RuntimeError):
-    """The converted model computes something else than its source."""
-
-
-class _NoProgress:
-    def update(self, _: int) -> None:
-        """Says nothing."""
-
-    def close(self) -> None:
-        """Says nothing."""
-
-
-def no_progress(_title: str, _total: int) -> _NoProgress:
-    """In place of a progress bar."""
-    return _NoProgress()
+    """Raised when the result computes something else than its source."""
 
 
 def verify(source: Path, result: Path) -> float:
     """Compares token ids and fp32 logits of two checkpoint folders on random ids and on text.
 
-    Returns the largest difference of two logits.
-
-    One model is in memory at a time. The random rows reach past a sliding window and past RoPE's original context,
-    if those are short enough.
+    One model is in memory at a time. The random rows reach past a sliding window and past RoPE's original context, if
+    these are short. Returns the largest difference of two logits.
 
     Raises:
         VerificationError: if a logit differs by more than `TOLERANCE` of the largest, or a token id differs.
@@ -54,7 +40,7 @@ def verify(source: Path, result: Path) -> float:
     largest = 0.0
     for kind in first:
         if not first[kind].isfinite().all():
-            raise VerificationError(f"logits of the source on {kind} are not finite: there is nothing to compare with")
+            raise VerificationError(f"logits of the source on {kind} are not finite, so nothing can be compared")
         difference = (first[kind] - second[kind]).abs().max().item()
         limit = TOLERANCE * max(1.0, first[kind].abs().max().item())
         if not difference <= limit:  # also when it is not a number
@@ -67,7 +53,7 @@ def verify(source: Path, result: Path) -> float:
 
 
 def text_ids(folder: Path) -> list[int] | None:
-    """Ids of the sample text, if there is a tokenizer."""
+    """The token ids of the sample text; None if there is no tokenizer."""
     if not (folder / "tokenizer_config.json").is_file():
         return None
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)(TEXT)["input_ids"]
@@ -75,10 +61,10 @@ def text_ids(folder: Path) -> list[int] | None:
 
 @torch.inference_mode()
 def _logits(folder: Path, ids_of_text: list[int] | None) -> dict[str, torch.Tensor]:
-    logging.disable_progress_bar()
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
-    ).eval()
+    with quiet():
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
+        ).eval()
     config = model.config
     borders = [
         getattr(config, "sliding_window", None),

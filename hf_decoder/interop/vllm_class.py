@@ -1,4 +1,4 @@
-"""The class that vLLM loads for our architecture. Importing this needs vLLM; `vllm_plugin.py` names it there."""
+"""The class that vLLM loads for our architecture. `vllm_plugin.py` registers its name; importing it needs vLLM."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from hf_decoder.interop.vllm_plugin import TRANSFORMERS_BACKEND, native_config
 
 
 class HfDecoderForCausalLM(LlamaForCausalLM):
-    """Becomes, when vLLM makes one, the class of vLLM that computes the same as the checkpoint's config.
+    """Creates an instance of the vLLM class that computes the same as the checkpoint's config.
 
-    vLLM asks the class what it can do (LoRA, pipelines, generation) before it makes one; Llama's answers, which are
-    those of all candidates, are inherited.
+    vLLM first asks the class what it supports (LoRA, pipelines, generation). It inherits Llama's answers, which hold
+    for all candidates.
     """
 
     def __new__(cls, *, vllm_config: Any, prefix: str = "") -> nn.Module:  # type: ignore[misc]

@@ -1,7 +1,7 @@
 """The vLLM plugin. It registers our architecture, and uses vLLM's own class where that computes the same.
 
-vLLM finds `register` by the entry point `vllm.general_plugins` in every process that it starts, so a saved folder runs
-with `vllm serve FOLDER` and nothing else. Nothing here imports vLLM until vLLM calls it.
+vLLM calls `register` in each of its processes by the entry point `vllm.general_plugins`, so `vllm serve FOLDER` runs a
+saved folder. Nothing here imports vLLM before that call.
 """
 
 from __future__ import annotations
@@ -14,27 +14,27 @@ from hf_decoder.interop.families import to_stock
 from hf_decoder.model.configuration_hf_decoder import HfDecoderConfig
 
 ARCHITECTURE = "HfDecoderForCausalLM"
-# vLLM's general way for every class of transformers that keeps the conditions of `backends.py`.
+# vLLM's class for any transformers model that meets the conditions of `backends.py`.
 TRANSFORMERS_BACKEND = "TransformersForCausalLM"
-# Stock classes that vLLM has written anew, with the RoPE types that these compute as transformers does.
+# Stock classes that vLLM has rewritten, and the RoPE types that these compute as transformers does.
 NATIVE = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 NATIVE_ROPE_TYPES = ("default", "linear", "llama3")
 
 
 def register() -> None:
-    """Enters our architecture into vLLM's table of models; vLLM calls this, more than once in some processes."""
+    """Registers our architecture with vLLM, which may call this several times in a process."""
     from vllm import ModelRegistry
 
     if ARCHITECTURE not in ModelRegistry.get_supported_archs():
-        # a name and not the class: importing vLLM's models here would initialise CUDA before vLLM forks
+        # A name, not the class: importing vLLM's models here would start CUDA before vLLM forks.
         ModelRegistry.register_model(ARCHITECTURE, f"hf_decoder.interop.vllm_class:{ARCHITECTURE}")
 
 
 def native_config(config: Any) -> PreTrainedConfig | None:
-    """The stock config that vLLM computes by itself as `config` does, or `None` where it must run our own class.
+    """The stock config that vLLM's own class computes as `config` says, or None where vLLM must run our class.
 
-    Left to our class: whatever no stock class expresses, and what vLLM's rewritten classes are not known to compute as
-    transformers does (sliding windows, other activations and RoPE types, Qwen3 with a bias on `o_proj`).
+    Our class runs what no stock class expresses, and what vLLM's classes are not known to compute like transformers:
+    sliding windows, other activations and RoPE types, Qwen3 with a bias on `o_proj`.
     """
     if not isinstance(config, HfDecoderConfig):
         return None

@@ -1,1 +1,1 @@
-"""Uploads a model that was examined, and proves that it arrived."""
+"""Uploads an examined model, and proves that it arrived."""

@@ -1,4 +1,4 @@
-"""Chooses by name the files that go to the Hub: those that make up a model or an adapter, and no others."""
+"""Chooses by name the files of a model or an adapter that go to the Hub."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from hf_decoder.interop.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_adap
 from hf_decoder.interop.checkpoint import GENERATION_NAME, INDEX_NAME
 
 CARD = "README.md"
-# `*` stands for any part of a name, never for a folder.
+# `*` stands for any part of a name, but never for a folder.
 COMMON = (
     CARD,
     *("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "NOTICE.md", "USE_POLICY.md"),
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json", "*.tiktoken"),
     *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
-    # what this package's commands write about a model
+    # written by this package's commands
     *("*_results.json", "eval_results.png", "loss_curve.png", "samples.md", "samples_in_training.md"),
     *("tokenizer_report.json", LABELS_FILE),
 )
@@ -28,12 +28,12 @@ MODEL = (
     *("config.json", GENERATION_NAME, "quantize_config.json"),
     *("processor_config.json", "preprocessor_config.json"),
     *("model*.safetensors", INDEX_NAME, "*.gguf", "*.onnx", "*.onnx.data", "*.onnx_data"),
-    "*_hf_decoder.py",  # which the doctor compares with the package's own
+    "*_hf_decoder.py",  # the doctor compares them with the package's own
 )
 ADAPTER = (*COMMON, ADAPTER_CONFIG, ADAPTER_WEIGHTS)
-# What a card may show or refer to, in folders too.
+# Files that a card may show or refer to, in inner folders too.
 SHOWN_SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".md")
-# What an earlier push may have left and a loader would look at: weights in another number of files, older code.
+# Files of an earlier push that a loader would read: weights in another number of files, older code.
 STALE = ("model*.safetensors", INDEX_NAME, "*_hf_decoder.py", "adapter_model*.safetensors")
 
 
@@ -41,8 +41,8 @@ def files_to_push(folder: str | Path) -> list[Path]:
     """The files of a model's or an adapter's folder that belong on the Hub.
 
     Raises:
-        ValueError: if the folder does not exist, holds no config or no weights in safetensors, or a link in it leads
-            out of it.
+        ValueError: if the folder does not exist, holds no config or no weights in safetensors, or a link leads out of
+            it.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -63,7 +63,7 @@ def files_to_push(folder: str | Path) -> list[Path]:
 
 
 def left_out(folder: Path, sent: list[Path]) -> list[str]:
-    """Everything in a folder that is not among `sent`; of an inner folder, its name and the number of files."""
+    """Lists what is in a folder and not among `sent`: files by name, inner folders with the number of their files."""
     found: dict[str, int] = {}
     for name in _walk(folder):
         if folder / name not in sent:
@@ -74,7 +74,7 @@ def left_out(folder: Path, sent: list[Path]) -> list[str]:
 
 
 def matches(name: str, patterns: tuple[str, ...]) -> bool:
-    """Whether a posix path is of one of the patterns, folder by folder and letter by letter."""
+    """Whether a posix path matches one of the patterns, folder by folder and with case."""
     parts = name.split("/")
     for pattern in patterns:
         wanted = pattern.split("/")
@@ -84,7 +84,7 @@ def matches(name: str, patterns: tuple[str, ...]) -> bool:
 
 
 def _walk(folder: Path) -> list[str]:
-    """Every file below a folder by posix path; of a link to a folder, and of an empty one, only its name."""
+    """The posix paths of all files below a folder. A link to a folder counts as a file."""
     found = []
     for place, folders, names in os.walk(folder):
         here = Path(place).relative_to(folder)
@@ -94,18 +94,13 @@ def _walk(folder: Path) -> list[str]:
 
 
 def _check_links(folder: Path, names: list[str]) -> None:
-    """Refuses a link out of the folder: what lies behind it is another place's business.
-
-    Raises:
-        ValueError: naming it.
-    """
+    """Raises ValueError for a link that leads out of the folder."""
     root = folder.resolve()
     for name in names:
         path = folder / name
         if path.is_symlink() and not path.resolve().is_relative_to(root):
             raise ValueError(
-                f"nothing was pushed: {path} is a link out of the folder; put the file itself there, or take the link "
-                "away"
+                f"nothing was pushed: {path} is a link out of the folder; put the file there, or delete the link"
             )
 
 

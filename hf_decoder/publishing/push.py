@@ -21,21 +21,22 @@ from hf_decoder.doctor.code import Code, Origin, code_of
 from hf_decoder.interop.adapters import ADAPTER_CONFIG, base_of, is_adapter
 from hf_decoder.publishing import verified_download
 from hf_decoder.publishing.files import CARD, STALE, files_to_push, left_out, matches
+from hf_decoder.publishing.verified_download import Job
 from hf_decoder.reporting.model_card import pin_load_lines, pinned_revision
 from hf_decoder.safety.fresh_process import run_fresh
 from hf_decoder.training.checkpoints import file_digest
 
 RECEIVE_TIMEOUT = 3600  # seconds
-LARGE_SUFFIXES = (".safetensors", ".gguf", ".onnx", ".data", ".onnx_data")  # linked where the rest is copied
-# Of the HTTP client, httpx in one version of huggingface_hub and httpx2 in another: what no server answered, too.
+LARGE_SUFFIXES = (".safetensors", ".gguf", ".onnx", ".data", ".onnx_data")  # linked; all other files are copied
+# The HTTP client is httpx or httpx2, by the version of huggingface_hub. Its error also covers a server out of reach.
 HttpError: Any = HfHubHTTPError.__bases__[0]
 
 
 @dataclass(frozen=True)
 class Pushed:
-    """What a push left on the Hub. `commit` holds everything, `pr_url` is None without `create_pr`.
+    """The result of a push. `commit` holds everything; `pr_url` is None without `create_pr`.
 
-    `foreign` are the files of the repo that this push did not send: nobody examined or compared them.
+    `foreign` are the files of the repo that this push neither sent nor looked at.
     """
 
     repo_id: str
@@ -58,26 +59,25 @@ def push(
     base_model: str | None = None,
     trust_remote_code: bool = False,
 ) -> Pushed:
-    """Examines a model or an adapter, uploads it, and proves that what arrived computes what was sent.
+    """Examines a model or an adapter, uploads it, and proves that what arrived computes the same.
 
-    The card goes last, with the commit before it in the lines that load the model. An upload that was cut short is
-    made up for by pushing again: files that have arrived are not sent twice. What is no part of a model is named on
-    standard error and stays.
+    The card goes last. Its lines load the commit before it. Pushing again completes an upload that was cut short:
+    files that have arrived are not sent twice. Standard error names each file that is no part of a model and stays.
 
     Args:
-        folder: of `save_pretrained`, of Trainer, or of PEFT.
+        folder: a folder that `save_pretrained`, Trainer or PEFT wrote.
         repo_id: `user/name`; made if it does not exist.
-        private: makes a new repo private; one that exists must be private already.
+        private: makes a new repo private; an existing one must be private already.
         revision: branch to push to, made if it does not exist; the default branch if None.
         create_pr: opens a pull request instead of changing the branch.
         commit_message: title of the commit.
         base_model: Hub name of an adapter's base, where its config names a folder.
-        trust_remote_code: run the code of an adapter's base where it is not this package's own.
+        trust_remote_code: runs the code of an adapter's base where it is not this package's own.
 
     Raises:
-        ValueError: for a folder that the doctor finds fault with or that changes meanwhile, a name or token that will
-            not do, a base whose code is not trusted, or a server that cannot be reached.
-        RuntimeError: if what arrived is not what was sent or cannot be loaded.
+        ValueError: if the doctor finds fault with the folder or it changes meanwhile, if a name or token does not do,
+            if the base's code is not trusted, or if the server cannot be reached.
+        RuntimeError: if what arrived differs from what was sent, or cannot be loaded.
     """
     _check_name(repo_id)
     if create_pr and revision is not None:
@@ -91,26 +91,16 @@ def push(
         base = _stage(folder, files, sent, base_model)
         digests = {name: file_digest(sent / name) for name in _names(sent)}
         rewritten = _name_base(sent, base)
-        own = _code(sent).origin is Origin.OWN
-        job = verified_download.Job(str(sent), repo_id, "", base, trust_remote_code=own)
+        job = Job(str(sent), repo_id, "", base, trust_remote_code=_code(sent).origin is Origin.OWN)
         _examine(sent, folder)
         _check_card(sent / CARD)
         api = HfApi()
         if base is not None:
             job.trust_remote_code = _pin_base(api, sent / ADAPTER_CONFIG, base, trust_remote_code, cache)
-        now = {name: file_digest(folder / name) if (folder / name).is_file() else None for name in digests}
-        changed = [name for name in digests if now[name] != digests[name]]
-        if changed:
-            raise ValueError(f"nothing was pushed: {folder / changed[0]} changed while the folder was examined")
-        api.create_repo(repo_id, private=private or None, exist_ok=True)
-        if private and not api.model_info(repo_id).private:
-            raise ValueError(
-                f"{repo_id} exists and is public; make it private on the Hub first, or leave out --private"
-            )
-        if revision is not None:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        _check_unchanged(folder, digests)
+        _prepare_repo(api, repo_id, private, revision)
         pushed = _upload(api, sent, repo_id, revision, create_pr, commit_message or f"Upload {folder.name}")
-        # what was written here, the card's commit among it, has digests of its own
+        # Files that were rewritten here, the card among them, have new digests.
         digests |= {name: file_digest(sent / name) for name in (*rewritten, CARD) if (sent / name).is_file()}
         job.revision = pushed.commit
         _receive(api, job, digests, cache)
@@ -132,7 +122,7 @@ def _names(folder: Path) -> list[str]:
 
 
 def _stage(folder: Path, files: list[Path], sent: Path, base_model: str | None) -> str | None:
-    """Lays out in `sent` what is uploaded, weights as links; returns the Hub name of the base model of an adapter."""
+    """Copies into `sent` what is uploaded, weights as links. Returns the Hub name of an adapter's base, else None."""
     for path in files:
         target = sent / path.relative_to(folder)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -152,14 +142,14 @@ def _stage(folder: Path, files: list[Path], sent: Path, base_model: str | None) 
         is_folder = True
     if is_folder:
         raise ValueError(
-            f"the adapter in {folder} was made for {base}, a folder that nobody else has; push that model first and "
-            "name it: --base_model user/name"
+            f"the adapter in {folder} was made for {base}, a folder that nobody else has; push that model first, and "
+            "name it by --base_model user/name"
         )
     return base
 
 
 def _name_base(sent: Path, base: str | None) -> list[str]:
-    """Writes the base's name on the Hub into an adapter's config and card; returns the names of both."""
+    """Writes the base's Hub name into an adapter's config and card. Returns the names of the files it may change."""
     if base is None:
         return []
     _replace(sent / ADAPTER_CONFIG, {"base_model_name_or_path": base})
@@ -175,11 +165,7 @@ def _code(sent: Path) -> Code:
 
 
 def _check_card(path: Path) -> None:
-    """Asks the server whether the card's metadata is in order, before anything is sent.
-
-    Raises:
-        ValueError: with what the server says.
-    """
+    """Has the server validate the card's metadata. Raises ValueError with what it objects to."""
     if not path.is_file():
         return
     try:
@@ -189,15 +175,15 @@ def _check_card(path: Path) -> None:
         with contextlib.suppress(ValueError, KeyError, TypeError):
             said = "; ".join(problem["message"] for problem in json.loads(said)["errors"])
         raise ValueError(f"the metadata of {CARD} is refused by {constants.ENDPOINT}: {said}") from None
-    except HttpError:  # huggingface_hub 1 asks huggingface.co whatever HF_ENDPOINT says; the upload asks once more
+    except HttpError:  # huggingface_hub 1 asks huggingface.co whatever HF_ENDPOINT says; the upload validates again
         return
 
 
 def _pin_base(api: HfApi, path: Path, base: str, trust_remote_code: bool, cache: Path) -> bool:
-    """Writes the commit that the base is at into an adapter's config; returns whether the base's code may run.
+    """Writes the base's present commit into an adapter's config. Returns whether the base's code may run.
 
     Raises:
-        ValueError: if the base is not on the Hub, or brings code that is not this package's own and nobody trusts.
+        ValueError: if the base is not on the Hub, or brings foreign code that the user does not trust.
     """
     given = json.loads(path.read_text(encoding="utf-8")).get("revision")
     try:
@@ -206,8 +192,7 @@ def _pin_base(api: HfApi, path: Path, base: str, trust_remote_code: bool, cache:
         raise ValueError(f"the adapter's base {base} is not on {constants.ENDPOINT}; push it first") from None
     _replace(path, {"revision": commit})
     files = api.list_repo_files(base, revision=commit)
-    looked_at = ["*.json", "*.py"]
-    folder = api.snapshot_download(base, revision=commit, cache_dir=cache, allow_patterns=looked_at)
+    folder = api.snapshot_download(base, revision=commit, cache_dir=cache, allow_patterns=["*.json", "*.py"])
     code = code_of(Path(folder), files)
     if code.elsewhere is not None:
         raise ValueError(f"nothing was pushed: the adapter's base {base} cannot be run as it is: {code.elsewhere}")
@@ -219,15 +204,31 @@ def _pin_base(api: HfApi, path: Path, base: str, trust_remote_code: bool, cache:
     return code.origin is not Origin.NONE
 
 
+def _check_unchanged(folder: Path, digests: dict[str, str]) -> None:
+    """Raises ValueError if a file of `folder` is no longer the one that was copied."""
+    for name, digest in digests.items():
+        if not (folder / name).is_file() or file_digest(folder / name) != digest:
+            raise ValueError(f"nothing was pushed: {folder / name} changed while the folder was examined")
+
+
+def _prepare_repo(api: HfApi, repo_id: str, private: bool, revision: str | None) -> None:
+    """Makes the repo and the branch if they do not exist. Raises ValueError for a public repo if `private`."""
+    api.create_repo(repo_id, private=private or None, exist_ok=True)
+    if private and not api.model_info(repo_id).private:
+        raise ValueError(f"{repo_id} exists and is public; make it private on the Hub first, or leave out --private")
+    if revision is not None:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+
+
 def _examine(sent: Path, folder: str | Path) -> None:
-    """Asks the doctor about the files that would be sent. Raises ValueError naming the rows that fail."""
+    """Has the doctor examine the files to send. Raises ValueError, naming the rows that fail."""
     from hf_decoder.doctor import FAIL, examine_adapter, run_doctor
 
     rows = examine_adapter(sent) if is_adapter(sent) else run_doctor(sent, level="quick").rows
     failures = [row for row in rows if row.status == FAIL]
     if failures:
         first = failures[0]
-        way_out = first.remedy if is_adapter(sent) else f"`hf-decoder doctor {folder}` says how to mend it"
+        way_out = first.remedy if is_adapter(sent) else f"`hf-decoder doctor {folder}` says how to fix it"
         raise ValueError(
             f"nothing was pushed: the doctor finds fault with {folder}, {', '.join(row.name for row in failures)}; "
             f"{first.name}: {first.detail.replace(str(sent), str(folder))}; {way_out}"
@@ -240,6 +241,11 @@ def _replace(path: Path, values: dict[str, Any]) -> None:
 
 
 def _upload(api: HfApi, sent: Path, repo_id: str, revision: str | None, create_pr: bool, message: str) -> Pushed:
+    """Uploads `sent`, the card in a second commit, and deletes stale files of earlier pushes.
+
+    Raises:
+        ValueError: for an adapter over a whole model, or the other way round.
+    """
     before = api.model_info(repo_id, revision=revision).sha
     there = api.list_repo_files(repo_id, revision=before)
     other = "config.json" if is_adapter(sent) else ADAPTER_CONFIG
@@ -247,8 +253,8 @@ def _upload(api: HfApi, sent: Path, repo_id: str, revision: str | None, create_p
         kinds = ("an adapter", "a whole model")
         here, is_there = kinds if is_adapter(sent) else kinds[::-1]
         raise ValueError(
-            f"{repo_id} holds {other}: it is of {is_there}, and here is {here}, which would load together; push to "
-            "another name, or delete that file on the Hub first"
+            f"{repo_id} holds {other} of {is_there}, which would load together with {here}; push to another name, or "
+            "delete that file on the Hub first"
         )
     stale = [glob.escape(name) for name in there if matches(name, STALE)]
     common: dict[str, Any] = {"repo_id": repo_id, "folder_path": sent, "commit_message": message}
@@ -261,7 +267,7 @@ def _upload(api: HfApi, sent: Path, repo_id: str, revision: str | None, create_p
         pin = (_pinned_before(api, repo_id, done.oid) if done.oid == before else None) or done.oid
         text = pin_load_lines(card.read_text(encoding="utf-8"), repo_id, pin)
         card.write_text(text, encoding="utf-8")
-        # a change of the card alone may have no pull request yet
+        # Where only the card changed, the first upload opened no pull request.
         done = api.upload_folder(
             **common, revision=revision, create_pr=create_pr and pr_url is None, allow_patterns=CARD
         )
@@ -271,7 +277,7 @@ def _upload(api: HfApi, sent: Path, repo_id: str, revision: str | None, create_p
 
 
 def _pinned_before(api: HfApi, repo_id: str, commit: str) -> str | None:
-    """The commit that the card on the Hub pins; it still holds what was just found to be there already."""
+    """The commit that the card on the Hub pins. It still holds the same files where an upload changed nothing."""
     if not api.file_exists(repo_id, CARD, revision=commit):
         return None
     with tempfile.TemporaryDirectory() as scratch:
@@ -279,23 +285,21 @@ def _pinned_before(api: HfApi, repo_id: str, commit: str) -> str | None:
         return pinned_revision(Path(path).read_text(encoding="utf-8"), repo_id)
 
 
-def _receive(api: HfApi, job: verified_download.Job, digests: dict[str, str], cache: Path) -> None:
-    """Downloads what arrived, compares it with what was examined, and has it loaded where this package is not found.
+def _receive(api: HfApi, job: Job, digests: dict[str, str], cache: Path) -> None:
+    """Downloads what arrived, compares it with what was sent, and has a process without this package load it.
 
-    The download is done here, with the owner's token; the process that loads has no token and asks nobody.
+    This process downloads, with the owner's token. The process that loads has no token and is offline.
 
     Raises:
-        RuntimeError: if a file differs, which is then not loaded; if the process cannot load the model; or if its
-            logits differ.
+        RuntimeError: if a file differs, and then nothing is loaded; if the model cannot be loaded; or if its logits
+            differ.
     """
     sent = Path(job.sent)
     if shutil.disk_usage(sent).free < 2 * sum((sent / name).stat().st_size for name in digests):
         raise RuntimeError(f"{job.repo_id} is uploaded, but {sent.parent} has no room to download and check it")
     where = f"{job.repo_id} at {job.revision[:12]} is uploaded, but"
-    patterns = [glob.escape(name) for name in digests]
-    received = Path(
-        api.snapshot_download(job.repo_id, revision=job.revision, cache_dir=cache, allow_patterns=patterns)
-    )
+    files = [glob.escape(name) for name in digests]
+    received = Path(api.snapshot_download(job.repo_id, revision=job.revision, cache_dir=cache, allow_patterns=files))
     for name, expected in digests.items():
         if not (received / name).is_file() or file_digest(received / name) != expected:
             raise RuntimeError(f"{where} {name} is not the file that was sent")
@@ -316,7 +320,7 @@ def _receive(api: HfApi, job: verified_download.Job, digests: dict[str, str], ca
 
 @contextlib.contextmanager
 def _explained(repo_id: str) -> Iterator[None]:
-    """Turns what the client or the server refuses into a ValueError of one line with the way out."""
+    """Turns errors of the client and the server into a ValueError of one line with the way out."""
     login = "log in with `hf auth login`, or set HF_TOKEN"
     try:
         yield
@@ -335,7 +339,7 @@ def _explained(repo_id: str) -> Iterator[None]:
             ) from None
         raise ValueError(f"{constants.ENDPOINT} refuses the push to {repo_id} ({status}: {said})") from None
     except (HttpError, ConnectionError, RuntimeError) as error:
-        # LFS uploads wrap what went wrong; the Xet client tells everything in one text
+        # LFS uploads wrap the cause; the Xet client puts everything into one text.
         cause = error.__cause__ if isinstance(error, RuntimeError) else error
         if not isinstance(cause, HttpError | ConnectionError):
             raise

@@ -1,8 +1,8 @@
-"""Loads a pushed model as somebody does who has only transformers. `fresh_process` runs it.
+"""Program that loads a pushed model as a user does who has only transformers.
 
-Its argument is the JSON of a `Job`. It finds the repo in the cache that the environment names, whose files were
-compared with those that were sent; loads the model twice, as it was sent and by its name; and prints one line of JSON:
-the largest difference of their logits. It has no token, it is offline, and hf_decoder is hidden from it.
+`fresh_process` runs it, offline, without a token, and with hf_decoder hidden. Its argument is the JSON of a `Job`. It
+loads the model twice, from the folder that was sent and by name from the cache, whose files were compared before. It
+prints the largest difference of the logits as one line of JSON.
 """
 
 import json
@@ -16,9 +16,9 @@ LENGTH = 32  # tokens
 
 @dataclass
 class Job:
-    """`sent` is the folder that was uploaded, `base` the Hub name of an adapter's base model.
+    """What to load. `sent` is the folder that was uploaded, `base` the Hub name of an adapter's base model.
 
-    `trust_remote_code`: the code of the model, or of the base, is this package's own, or the user trusts it.
+    `trust_remote_code` says that the code of the model, or of the base, is this package's own or trusted by the user.
     """
 
     sent: str
@@ -29,7 +29,7 @@ class Job:
 
 
 def load(name: str, revision: str | None, base: str | None, trust: bool) -> Any:
-    """The model of a folder or Hub name, in evaluation mode, on the CPU."""
+    """Loads a folder or Hub name on the CPU, in evaluation mode."""
     import transformers
 
     if base is not None:
@@ -59,7 +59,7 @@ def _load_adapter(name: str, revision: str | None, base: str, trust: bool) -> An
 
 
 def logits_of(model: Any) -> Any:
-    """Logits for a fixed row of ids: [1, tokens, vocabulary], or [1, classes]."""
+    """Logits of a fixed row of ids: (1, S, V), or (1, classes)."""
     import torch
 
     config = model.config
@@ -70,14 +70,12 @@ def logits_of(model: Any) -> Any:
 
 
 def receive(job: Job) -> dict[str, Any]:
-    """Loads twice and computes; the figures of the comparison."""
+    """Loads the model twice, and compares the logits."""
     expected = logits_of(load(job.sent, None, job.base, job.trust_remote_code))
-    model = load(job.repo_id, job.revision, job.base, job.trust_remote_code)
-    logits = logits_of(model)
+    logits = logits_of(load(job.repo_id, job.revision, job.base, job.trust_remote_code))
     same_shape = expected.shape == logits.shape
     return {
         "max_difference": float((expected - logits).abs().max()) if same_shape else float("inf"),
-        "model_class": type(model).__name__,
         "package_hidden": PACKAGE not in sys.modules,
     }
 

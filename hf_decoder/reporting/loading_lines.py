@@ -1,4 +1,4 @@
-"""Builds the lines of Python that load and use a model, classifier or adapter, for cards and for the end of a run."""
+"""Builds lines of Python that load and use a model, classifier or adapter, for cards and the end of a run."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ DEFAULT_PROMPT = "Once upon a time"
 
 
 def neutral(prompt: Prompt | None) -> Prompt:
-    """A prompt of the kind of `prompt` that holds nothing of it: a card shows no row of anyone's data."""
+    """A neutral prompt of the same kind as `prompt`. A card shows no row of anyone's data."""
     return DEFAULT_PROMPT if prompt is None or isinstance(prompt, str) else [{"role": "user", "content": "Hello!"}]
 
 
 def load_lines(folder: str, prompt: Prompt = DEFAULT_PROMPT, *, trust: bool = True) -> str:
-    """Three lines of Python that load the model of `folder` and let it continue `prompt`, or answer its messages.
+    """Three lines of Python that load the model of `folder`, and continue `prompt` or answer its messages.
 
-    `trust` says that its class is not part of transformers.
+    `trust` says that the class is not part of transformers.
     """
     code = ", trust_remote_code=True" if trust else ""
     answer = "" if isinstance(prompt, str) else '[-1]["content"]'
@@ -37,7 +37,7 @@ def load_lines(folder: str, prompt: Prompt = DEFAULT_PROMPT, *, trust: bool = Tr
 
 
 def classifier_load_lines(folder: str, text: str) -> str:
-    """Three lines of Python that load the classifier of `folder` and ask it about `text`."""
+    """Three lines of Python that load the classifier of `folder` and classify `text`."""
     return "\n".join(
         [
             "from transformers import pipeline",
@@ -54,9 +54,9 @@ def _literal(prompt: Prompt) -> str:
 def adapter_load_lines(
     folder: str, task: str, id2label: Mapping[int, str] | None = None, prompt: Prompt = DEFAULT_PROMPT
 ) -> str:
-    """Lines of Python that load an adapter with its base and the tokenizer that lies beside it, and use them.
+    """Lines of Python that load and use an adapter, its base, and the tokenizer beside it.
 
-    `id2label` are the classes of a classifier, which the base does not know.
+    `id2label` names the classes of a classifier, which the base does not know.
     """
     head = "SequenceClassification" if task == "classification" else "CausalLM"
     name = quoted(folder)
@@ -89,7 +89,7 @@ def adapter_load_lines(
 
 
 def finetuned_load_lines(folder: str, task: str, prompt: Prompt, *, adapter: Path | None) -> str:
-    """Lines of Python that load and use what a fine-tuning left in `folder`; `adapter` is where an adapter lies."""
+    """Lines of Python that load and use a fine-tuned model in `folder`. `adapter` is the folder of an adapter."""
     if adapter is not None:
         return adapter_load_lines(folder, task, read_label_names(adapter), prompt)
     return classifier_load_lines(folder, str(prompt)) if task == "classification" else load_lines(folder, prompt)

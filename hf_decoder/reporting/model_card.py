@@ -1,4 +1,4 @@
-"""Fills the template model_card.md with measured results. A missing result is written as not measured."""
+"""Fills the templates of model cards with measured results. A missing result is written as not measured."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from hf_decoder.reporting.markup import code, line, plain, quoted
 from hf_decoder.safety.terminal import printable
 
 NOT_MEASURED = "not measured"
-TEMPLATE_NAME = "model_card.md"
 LOAD_BLOCK = re.compile(r"(## How to load it\n+```python\n)(.*?\n)(```)", re.DOTALL)
 _NAME = re.compile(r'(model=|from_pretrained\()"(?:[^"\\]|\\.)*"(?:, revision="[0-9a-f]{40}")?')
 
@@ -27,20 +26,20 @@ METRICS = {
 }
 
 
-def template_path() -> Path:
-    """Where the template of the card lies: in the package, which holds the same file as the root of a clone.
+def template_path(name: str = "model_card.md") -> Path:
+    """The path of a card's template, a file of this room.
 
     Raises:
-        ValueError: if it is missing, which a training should know before it starts.
+        ValueError: if it is missing. A training asks before it starts.
     """
-    path = Path(__file__).with_name(TEMPLATE_NAME)
+    path = Path(__file__).with_name(name)
     if not path.is_file():
         raise ValueError(f"the template of the model card, {path}, is missing; install hf-decoder again")
     return path
 
 
 def pin_load_lines(text: str, repo_id: str, revision: str) -> str:
-    """The card `text` with lines that load `repo_id` at the commit `revision`; unchanged where it has none."""
+    """Makes the load lines of the card `text` load `repo_id` at the commit `revision`. A card without them stays."""
 
     def pin(found: re.Match[str]) -> str:
         return found[1] + _NAME.sub(rf'\1"{repo_id}", revision="{revision}"', found[2]) + found[3]
@@ -49,38 +48,44 @@ def pin_load_lines(text: str, repo_id: str, revision: str) -> str:
 
 
 def pinned_revision(text: str, repo_id: str) -> str | None:
-    """The commit that the card's lines load `repo_id` at, or None."""
+    """The commit at which the card's lines load `repo_id`, or None."""
     lines = LOAD_BLOCK.search(text)
     found = re.search(rf'"{re.escape(repo_id)}", revision="([0-9a-f]{{40}})"', lines[2]) if lines else None
     return found[1] if found else None
 
 
-def write_model_card(
-    folder: str | Path,
-    results: Mapping[str, Any],
-    words: Mapping[str, str],
-    *,
-    model_name: str | None = None,
-) -> ModelCard:
-    """Writes README.md of `folder` from the metrics in `results` (the content of all_results.json).
+def write_model_card(folder: str | Path, results: Mapping[str, Any], words: Mapping[str, str]) -> ModelCard:
+    """Writes README.md of a model trained from scratch.
 
     Args:
-        folder: where the model lies.
-        results: metrics under Hugging Face's names; a metric that is missing is written as "not measured".
-        words: `dataset` (what the text is), `held_out` (how its held-out part was chosen), `tokenizer` (where it
-            comes from) and `start` (what training started from), which are text; and Markdown for `procedure`. One
-            that is missing is written as "not stated". `license` is a licence id for the metadata, if there is one.
-        model_name: the card's title and the name in its model-index; the folder's name if None.
+        folder: folder of the model, whose name becomes the title.
+        results: content of all_results.json; the card says "not measured" for a missing metric.
+        words: text for `dataset`, `held_out` (how that part was chosen), `tokenizer` and `start` (random weights or a
+            model), Markdown for `procedure`, and a licence id for `license`. The card says "not stated" for a missing
+            one.
     """
     folder = Path(folder)
-    name = model_name or folder.resolve().name
+    name = folder.resolve().name
     card_data = ModelCardData(
         model_name=line(name),
         license=words.get("license"),
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["hf_decoder", "causal-lm", "custom_code"],
-        eval_results=_eval_results(results, words.get("dataset", "text")) or None,
+        eval_results=[
+            _result(
+                "text-generation",
+                words.get("dataset", "text"),
+                metric,
+                results[key],
+                part=", held-out part",
+                dataset_type="text",
+                dataset_split="validation",
+            )
+            for key, metric in METRICS.items()
+            if key in results
+        ]
+        or None,
     )
     fields = {"title": plain(name), "load_lines": load_lines(_address(folder)), **_measured(results), **_stated(words)}
     card = ModelCard.from_template(card_data, template_path=str(template_path()), **fields)
@@ -100,13 +105,13 @@ EVALUATION_METRICS = {
 
 
 def update_model_index(folder: str | Path, results: Mapping[str, Any], *, dataset: str) -> ModelCard:
-    """Writes measured results into the model-index of README.md in `folder`, which is made where it is missing.
+    """Writes measured results into the model-index of README.md in `folder`, and makes a README.md if there is none.
 
-    A result for the same task, data set and metric is replaced; everything else of the card stays as it is.
+    A result for the same task, data set and metric is replaced. The rest of the card stays.
 
     Args:
-        results: names of `EVALUATION_METRICS` to values, and `NAME_signature` to how one was measured.
-        dataset: name of the text or the rows that were measured.
+        results: value of each metric of `EVALUATION_METRICS`; `NAME_signature` says how NAME was measured.
+        dataset: name of the text or rows that were measured.
 
     Raises:
         ValueError: if the metadata of an existing README.md cannot be read.
@@ -119,14 +124,7 @@ def update_model_index(folder: str | Path, results: Mapping[str, Any], *, datase
     except (ValueError, TypeError) as error:
         raise ValueError(f"the metadata at the top of {path} cannot be read: {error}") from None
     new = [
-        EvalResult(
-            task_type=task,
-            dataset_type=line(Path(dataset).stem),
-            dataset_name=line(dataset),
-            metric_type=metric,
-            metric_name=f"{shown} {signature}" if (signature := results.get(f"{key}_signature")) else shown,
-            metric_value=results[key],
-        )
+        _result(task, dataset, (metric, f"{shown} {results.get(f'{key}_signature', '')}".rstrip()), results[key])
         for key, (task, metric, shown) in EVALUATION_METRICS.items()
         if key in results
     ]
@@ -138,47 +136,6 @@ def update_model_index(folder: str | Path, results: Mapping[str, Any], *, datase
     return card
 
 
-FINETUNING_TEMPLATE = """---
-{{ card_data }}
----
-
-# {{ title }}
-
-{{ kind }} of {{ base }}, fine-tuned with hf_decoder: {{ task }}.
-
-## How to load it
-
-```python
-{{ load_lines }}
-```
-
-`trust_remote_code=True` runs the model code that lies beside the weights of the base model; without such code it does
-nothing. Read it before you trust it, and load it from the Hub at the commit that you have read (`revision="..."`).
-
-## Training
-
-| | |
-|---|---|
-| rows | {{ dataset }}: {{ train_rows }} trained on, {{ eval_rows }} held out, {{ skipped_rows }} skipped |
-| held-out rows that also stand in the training rows | {{ overlapping_rows }} |
-| method | {{ method }} |
-| parameters trained | {{ trainable_parameters }} of {{ parameters }} |
-| optimizer steps | {{ steps }} |
-| training time | {{ train_time }} |
-| energy | {{ energy }} |
-| peak memory (resident) | {{ peak_memory }} |
-| hardware | {{ hardware }} |
-
-![Loss](loss_curve.png)
-
-## Results on the held-out rows
-
-{{ results }}
-
-## Limits
-
-What holds for the base holds here. Bias, safety and factual accuracy: not measured.
-"""
 TASK_WORDS = {
     "sft": "supervised fine-tuning",
     "classification": "sequence classification",
@@ -198,10 +155,14 @@ FINETUNING_METRICS = {
 def write_finetuning_card(
     folder: str | Path, results: Mapping[str, Any], words: Mapping[str, Any], *, is_adapter: bool
 ) -> ModelCard:
-    """Writes README.md of a fine-tuned model or adapter from the metrics in `results` (all_results.json).
+    """Writes README.md of a fine-tuned model or adapter.
 
-    `words` holds `task`, `base` (name of the base model), `dataset`, `method`, and where they are known `base_model`
-    (its Hub name), `license` and `prompt`, text or messages: the lines that load it have a neutral one of its kind.
+    Args:
+        folder: folder of the model or adapter, whose name becomes the title.
+        results: content of all_results.json.
+        words: `task`, `base` (name of the base model), `dataset` and `method`; where known, `base_model` (its Hub
+            name), `license` and `prompt`. The card shows a neutral prompt of the same kind.
+        is_adapter: whether the folder holds an adapter.
     """
     folder = Path(folder)
     name = folder.resolve().name
@@ -215,15 +176,8 @@ def write_finetuning_card(
         pipeline_tag=kind,
         tags=["hf_decoder", words["task"]],
         eval_results=[
-            EvalResult(
-                task_type=kind,
-                dataset_type=line(Path(words["dataset"]).stem),
-                dataset_name=line(f"{words['dataset']}, held-out rows"),
-                metric_type=metric,
-                metric_name=shown,
-                metric_value=results[key],
-            )
-            for key, (metric, shown) in found.items()
+            _result(kind, words["dataset"], shown, results[key], part=", held-out rows")
+            for key, shown in found.items()
         ]
         or None,
     )
@@ -234,7 +188,7 @@ def write_finetuning_card(
     fields |= {key: measured[key] for key in ("steps", "train_time", "energy", "peak_memory", "hardware")}
     card = ModelCard.from_template(
         card_data,
-        template_str=FINETUNING_TEMPLATE,
+        template_path=str(template_path("finetuned_card.md")),
         title=plain(name),
         kind="An adapter" if is_adapter else "A version",
         task=TASK_WORDS[words["task"]],
@@ -253,36 +207,6 @@ def write_finetuning_card(
     return _save(card, folder)
 
 
-CONVERSION_TEMPLATE = """---
-{{ card_data }}
----
-
-# {{ title }}
-
-{{ source_code }}, {{ source_kind }}, {{ done }} with hf_decoder.
-
-## How to load it
-
-```python
-{{ load_lines }}
-```
-
-{{ trust }}
-
-## {{ heading }}
-
-| | |
-|---|---|
-| source | {{ source }}{{ revision }} |
-| parameters | {{ parameters }} |
-| context | {{ context_length }} tokens |
-{% for what, value in measured.items() %}| {{ what }} | {{ value }} |
-{% endfor %}| software | {{ software }} |
-
-## Training data, results and limits
-
-Not part of this step, which measured no more than stands above: {{ elsewhere }}. Licence: {{ license }}.
-"""
 ONNX = "onnx"
 DIFFERENCE = "largest difference of two logits, here and in the source"
 
@@ -296,76 +220,69 @@ def write_conversion_card(
     measured: Mapping[str, str],
     source_card: Path | None,
 ) -> ModelCard:
-    """Writes README.md of a converted or quantized folder: what it was made from, and what was found by doing so.
+    """Writes README.md of a converted or quantized folder.
 
     Args:
-        folder: where the result lies.
-        words: `title`, `kind` (class of the result, or `ONNX`), `source` (what it was made from), `source_kind` (its
-            class, in Markdown), for a name of the Hub `base_model` and, where it is known, `revision`, and where the
-            weights were quantized the `method`.
-        measured: what, and its value.
-        source_card: the source's README.md, whose licence is kept; None, absent or damaged: unknown.
+        folder: folder of the result.
+        words: `title`, `kind` (class of the result, or `ONNX`), `source` (its name) and `source_kind` (its class, in
+            Markdown). For a source on the Hub also `base_model` and, where known, `revision`. For quantized weights
+            also `method`.
+        parameters: number of parameters.
+        context_length: tokens of the context.
+        measured: name and value of each measurement.
+        source_card: the source's README.md, whose licence is kept. Without a readable one the licence is "unknown".
     """
     is_onnx, is_ours = words["kind"] == ONNX, words["kind"].startswith("HfDecoder")
-    is_quantized = "method" in words
-    kind = "ONNX" if is_onnx else f"`{words['kind']}`"
     source_data = _metadata(source_card)
     known: dict[str, Any] = {
         key: line(source_data[key]) for key in ("license", "license_name", "license_link") if source_data.get(key)
     }
-    if is_quantized and "base_model" in words:
+    if "method" in words and "base_model" in words:
         known["base_model_relation"] = "quantized"
     card_data = ModelCardData(
         model_name=line(words["title"]),
         base_model=words.get("base_model"),
         library_name=ONNX if is_onnx else "transformers",
         pipeline_tag="text-generation",
-        tags=["hf_decoder", "quantized" if is_quantized else "converted", *(["custom_code"] if is_ours else [])],
+        tags=["hf_decoder", "quantized" if "method" in words else "converted", *(["custom_code"] if is_ours else [])],
         language=source_data.get("language"),
         **known,
     )
     card = ModelCard.from_template(
         card_data,
-        template_str=CONVERSION_TEMPLATE,
+        template_path=str(template_path("converted_card.md")),
         title=plain(words["title"]),
-        done=f"quantized by `{words['method']}`" if is_quantized else f"converted to {kind}",
-        heading="Quantization" if is_quantized else "Conversion",
+        kind="ONNX" if is_onnx else f"`{words['kind']}`",
+        is_ours=is_ours,
+        method=words.get("method"),
         source=plain(words["source"]),
         source_code=code(words["source"]),
         source_kind=words["source_kind"],
-        revision=f" at {plain(words['revision'])}" if "revision" in words else "",
+        revision=plain(words.get("revision", "")),
         load_lines=_onnx_load_lines(words["title"]) if is_onnx else load_lines(words["title"], trust=is_ours),
-        trust=TRUST if is_ours else "No code of this folder is run.",
         parameters=f"{parameters:,}",
         context_length=f"{context_length:,}",
         measured={plain(what): plain(value) for what, value in measured.items()},
         software=", ".join(f"{package} {version(package)}" for package in ("torch", "transformers")),
-        elsewhere="see the card of the source" if source_data else "unknown, the source had no card",
+        has_card=bool(source_data),
         license=plain(known.get("license_name") or known.get("license") or "unknown"),
     )
     return _save(card, folder)
 
 
-TRUST = (
-    "`trust_remote_code=True` runs the model code that lies beside the weights. From the Hub, pin the commit that you "
-    'have\nread with `revision="..."`. Where the `hf_decoder` package is installed, `import hf_decoder` registers the '
-    "model and\nno code of this folder is run."
-)
-
-
 def _save(card: ModelCard, folder: str | Path) -> ModelCard:
-    """Writes a new README.md, in which names and words of others are text alone."""
+    """Writes README.md, without control characters."""
     (Path(folder) / "README.md").write_text(printable(card.content), encoding="utf-8")
     return card
 
 
 def _metadata(path: Path | None) -> dict[str, Any]:
-    """What stands at the top of a card; empty where there is none that can be read."""
+    """The metadata at the top of a card; empty if it cannot be read."""
     if path is None or not path.is_file():
         return {}
     try:
         return ModelCard.load(path).data.to_dict()
-    except Exception:  # a stranger's card: YAML errors and those of the card's own checks
+    except Exception:  # errors of YAML, and of the checks of ModelCard
         return {}
 
 
@@ -381,7 +298,7 @@ def _onnx_load_lines(folder: str) -> str:
 
 
 def _address(folder: Path) -> str:
-    """How a card names its folder: an absolute path says where it lies on this machine only."""
+    """The name of the folder in a card, which shows no absolute path."""
     return folder.name if folder.is_absolute() else folder.as_posix()
 
 
@@ -390,20 +307,17 @@ def _same_measure(one: EvalResult, other: EvalResult) -> bool:
     return all(getattr(one, key) == getattr(other, key) for key in keys)
 
 
-def _eval_results(results: Mapping[str, Any], dataset: str) -> list[EvalResult]:
-    return [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type="text",
-            dataset_name=line(f"{dataset}, held-out part"),
-            dataset_split="validation",
-            metric_type=metric,
-            metric_name=shown,
-            metric_value=results[key],
-        )
-        for key, (metric, shown) in METRICS.items()
-        if key in results
-    ]
+def _result(task: str, dataset: str, metric: tuple[str, str], value: float, part: str = "", **more: Any) -> EvalResult:
+    """One entry of the model-index. `metric` is the Hub's id and the name shown, `part` the part of the data set."""
+    kind, name = metric
+    return EvalResult(
+        task_type=task,
+        dataset_name=line(dataset + part),
+        metric_type=kind,
+        metric_name=name,
+        metric_value=value,
+        **{"dataset_type": line(Path(dataset).stem), **more},
+    )
 
 
 def _stated(words: Mapping[str, str]) -> dict[str, str]:
@@ -412,12 +326,12 @@ def _stated(words: Mapping[str, str]) -> dict[str, str]:
 
 
 def _energy(seconds: float) -> str:
-    """What a reader who knows the machine's power can work out: E = P t, and a kilowatt hour is 3.6e6 joules."""
+    """The formula for the energy, E = P t, for a reader who knows the machine's power. 1 kWh is 3.6e6 J."""
     return f"{NOT_MEASURED}; a machine that draws P watts took P x {seconds:,.0f} s / 3,600,000 kWh"
 
 
 def steps_taken(results: Mapping[str, Any]) -> str:
-    """How many steps of its schedule a training took."""
+    """The steps that a training took, with their share of the schedule where it was cut short."""
     taken, planned = results["train_steps"], results["planned_steps"]
     return f"{taken:,}" + (f" of {planned:,}, {taken / planned:.1%} of the schedule" if taken < planned else "")
 
@@ -426,15 +340,10 @@ def _measured(results: Mapping[str, Any]) -> dict[str, str]:
     def say(key: str, form: Callable[[Any], str]) -> str:
         return form(results[key]) if results.get(key) is not None else NOT_MEASURED
 
-    counts: tuple[str, ...] = (
-        "parameters",
-        "context_length",
-        "vocab_size",
-        "train_documents",
-        "train_bytes",
-        "train_tokens",
+    counts = (
+        *("parameters", "context_length", "vocab_size"),
+        *("train_documents", "train_bytes", "train_tokens", "eval_documents", "eval_bytes", "eval_tokens"),
     )
-    counts += ("eval_documents", "eval_bytes", "eval_tokens")
     measures = ("eval_loss", "perplexity", "eval_bits_per_byte", "xz_bits_per_byte")
     versions = [
         f"{library} {results[library]}" for library in ("python", "torch", "transformers") if library in results

@@ -1,4 +1,4 @@
-"""Silences messages that other libraries log on import.
+"""Silences other libraries: their messages on import, and those of transformers while it loads or saves.
 
 transformers imports torchao and PEFT imports bitsandbytes if they are installed, and these report every kernel that
 does not run on this machine. A command's stderr is for its own errors.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -34,7 +35,7 @@ def on_terminal() -> bool:
 
 @contextmanager
 def quiet_imports() -> Iterator[None]:
-    """Silences the libraries within the block, and restores their levels."""
+    """Silences the libraries within the block alone."""
     levels = {name: logging.getLogger(name).level for name in LOGGERS}
     silence()
     try:
@@ -42,3 +43,21 @@ def quiet_imports() -> Iterator[None]:
     finally:
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Within the block, transformers logs errors alone and draws no bars, and Python warns of nothing."""
+    from transformers.utils import logging as transformers_logging
+
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()

@@ -28,6 +28,13 @@ def printable(text: str) -> str:
     return _UNPRINTABLE.sub(lambda found: found.group().encode("unicode_escape").decode(), text)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's innermost cause, or the name of its class where it says nothing."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def guard_streams() -> None:
     """Makes standard error, and standard output on a terminal, print only what `printable` returns from now on.
 

@@ -1,4 +1,4 @@
-"""Serves models by `transformers serve`, and honours or refuses each parameter of a request."""
+"""Serves models by `transformers serve`, which here honours or refuses each parameter of a request."""
 
 from hf_decoder.moved import names_went_to
 

@@ -1,4 +1,4 @@
-"""Defines the requests that the server takes: their parameters, and the values that it honours."""
+"""Defines the parameters of a request, and the values that the server honours."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from transformers import GenerationConfig
 
 MOST_CHOICES, MOST_STOPS, MOST_SEED = 128, 16, 2**63 - 1
-# Fields of a message that a chat template is given; the name of a tool stands in the call, too.
+# Fields of a message that the chat template gets.
 MESSAGE_FIELDS = {"role", "content", "tool_calls", "tool_call_id"}
 
 
 def refusal(message: str, *, param: str | None = None, code: str | None = None, status: int = 400) -> HTTPException:
-    """An error as OpenAI's clients read it."""
+    """An error in the form of OpenAI's clients."""
     kind = "invalid_request_error" if status < 500 else "server_error"
     detail = {"message": message, "type": kind, "param": param, "code": code}
     return HTTPException(status, detail=detail)
 
 
 class StreamOptions(BaseModel):
-    """`include_usage`: the last piece of a stream always holds the usage."""
+    """Options of a stream. Its last piece holds the usage, whatever `include_usage` says."""
 
     model_config = ConfigDict(extra="forbid")
     include_usage: bool | None = None
 
 
 class AnyRequest(BaseModel):
-    """The parameters that both kinds of completion share. A Literal holds the values that ask for nothing."""
+    """The parameters of both kinds of completion. A Literal lists values that change nothing."""
 
     model_config = ConfigDict(extra="forbid")
     model: str | None = None
@@ -44,7 +44,7 @@ class AnyRequest(BaseModel):
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: dict[int, float] | None = None
-    user: str | None = None  # says who asks, which changes no answer
+    user: str | None = None  # changes no answer
     generation_config: str | None = None
 
     @model_validator(mode="after")
@@ -68,11 +68,13 @@ class AnyRequest(BaseModel):
 
     @property
     def log_count(self) -> int | None:
-        """How many of the likeliest tokens are asked for beside the chosen one; None: no log-probabilities."""
+        """The number of likeliest tokens to list beside the chosen one; None for no log-probabilities."""
         return None
 
 
 class ChatRequest(AnyRequest):
+    """The parameters of a chat completion."""
+
     messages: list[dict[str, Any]] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
@@ -82,7 +84,7 @@ class ChatRequest(AnyRequest):
     parallel_tool_calls: Literal[True] | None = None
     response_format: dict[Literal["type"], Literal["text"]] | None = None
     modalities: list[Literal["text"]] | None = None
-    metadata: dict[str, str] | None = None  # of a stored completion; changes no answer
+    metadata: dict[str, str] | None = None  # changes no answer
     store: Literal[False] | None = None
     service_tier: Literal["auto", "default"] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -103,6 +105,8 @@ class ChatRequest(AnyRequest):
 
 
 class CompletionRequest(AnyRequest):
+    """The parameters of a text completion."""
+
     prompt: str = ""
     logprobs: int | None = Field(None, ge=0, le=5)
     echo: Literal[False] | None = None
@@ -112,7 +116,7 @@ class CompletionRequest(AnyRequest):
     @model_validator(mode="after")
     def check_completion(self) -> CompletionRequest:
         if self.best_of is not None and self.best_of != (self.n or 1):
-            raise ValueError("best_of: this server returns all that it writes; give n alone")
+            raise ValueError("best_of: this server returns all that it writes; give only n")
         return self
 
     @property
@@ -131,7 +135,7 @@ def _check_message(where: str, message: dict[str, Any]) -> None:
     if isinstance(content, list):
         for part in content:
             if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
-                raise ValueError(f"{where}.content: this model reads text parts alone")
+                raise ValueError(f"{where}.content: this model reads only text parts")
     elif not (isinstance(content, str) or (content is None and message.get("tool_calls"))):
         raise ValueError(f"{where}.content: neither text nor a list of text parts")
 
@@ -140,19 +144,19 @@ def _check_generation_config(text: str) -> None:
     try:
         values = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"generation_config: no JSON ({error})") from None
+        raise ValueError(f"generation_config: not JSON ({error})") from None
     if not isinstance(values, dict):
-        raise ValueError("generation_config: no JSON object")
+        raise ValueError("generation_config: not a JSON object")
     unknown = values.keys() - GenerationConfig().to_dict().keys()
     if unknown:
-        raise ValueError(f"generation_config: {min(unknown)!r} is no setting of generate()")
+        raise ValueError(f"generation_config: {min(unknown)!r} is not a setting of generate()")
 
 
 Asked = TypeVar("Asked", bound=AnyRequest)
 
 
 def parse(kind: type[Asked], body: dict[str, Any]) -> Asked:
-    """The request in `body`.
+    """Parses the request in `body`.
 
     Raises:
         HTTPException: 400, naming the first parameter that is unknown, malformed, or not honoured here.
@@ -164,9 +168,9 @@ def parse(kind: type[Asked], body: dict[str, Any]) -> Asked:
         message = first["msg"].removeprefix("Value error, ")
         name = str(first["loc"][0]) if first["loc"] else message.partition(":")[0]
         if first["type"] == "extra_forbidden":
-            message = "this server does not know it"
+            message = "unknown to this server"
         elif first["type"] == "literal_error":
-            message = f"this server honours only {first['ctx']['expected']} (or leave it out)"
+            message = f"this server takes only {first['ctx']['expected']} (or leave it out)"
         if first["loc"]:
             message = f"{'.'.join(map(str, first['loc']))}: {message}"
         raise refusal(message, param=name, code="unsupported_parameter") from None

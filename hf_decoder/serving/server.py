@@ -1,8 +1,8 @@
-"""Changes the server of `transformers serve`. It honours each parameter, or refuses it with a clear error.
+"""Changes the server of `transformers serve`: it honours each parameter, or refuses it with a clear error.
 
-transformers' handlers stay; each request gets a copy of its handler that checks the body first, and whose generation
-knows the context, the stop strings, the seed, the penalties and the log-probabilities that were asked for. Importing
-this module needs the packages of the extra `serve`.
+transformers' handlers stay. Each request gets a copy of its handler, which checks the body first, and whose generation
+knows the context, stop strings, seed, penalties and log-probabilities of the request. Importing this module needs the
+packages of the extra `serve`.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ BUILD_SERVER = server.build_server  # transformers' own
 
 
 class OpenAIPenalties(LogitsProcessor):
-    """OpenAI's penalties on what was written so far: logit - count x frequency - (count > 0) x presence.
+    """OpenAI's penalties on tokens written so far: logit - count x frequency - (count > 0) x presence.
 
-    transformers' repetition_penalty is another thing: it multiplies, and it counts the prompt's words.
+    transformers' repetition_penalty multiplies instead, and counts the prompt's tokens, too.
     """
 
     def __init__(self, prompt: int, presence: float, frequency: float):
@@ -53,12 +53,12 @@ class OpenAIPenalties(LogitsProcessor):
 
 
 class Generation:
-    """A generation manager of transformers for one request; the handlers call it in that one's place."""
+    """transformers' generation manager for one request. The handlers call it in place of the shared one."""
 
     def __init__(self, manager: Any, asked: AnyRequest | None, body: dict[str, Any]):
         self._manager, self._asked, self._body = manager, asked, body
         self.choice = 0  # of `n`
-        self.finish: str | None = None  # "stop" or "length", once it is known
+        self.finish: str | None = None  # "stop" or "length", once known
         self.logprobs: dict[str, Any] | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -68,7 +68,7 @@ class Generation:
         """Checks the prompt against the context, and completes the settings.
 
         Raises:
-            HTTPException: 400, where the prompt and what is to follow it do not fit into the context.
+            HTTPException: 400, if prompt and answer do not fit into the context.
         """
         length = inputs["input_ids"].shape[-1]
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
@@ -76,12 +76,12 @@ class Generation:
         if length + (wanted or 1) > limit:
             raise refusal(
                 f"this model's context is {limit} tokens; the prompt has {length}"
-                + (f", and {wanted} more were asked for" if wanted else ""),
+                + (f", and the answer may have {wanted}" if wanted else ""),
                 param="messages" if "messages" in self._body else "prompt",
                 code="context_length_exceeded",
             )
         if length == 0:
-            raise refusal("prompt: it is empty; give at least one character", param="prompt")
+            raise refusal("prompt: empty; give at least one character", param="prompt")
         if wanted is None:
             config.max_new_tokens = int(min(1024, limit - length))
         ends = end_ids(model, processor, chat="prompt" not in self._body)
@@ -95,7 +95,7 @@ class Generation:
         if asked is not None:
             outside = [token for token in asked.logit_bias or () if not 0 <= token < model.config.vocab_size]
             if outside:
-                raise refusal(f"logit_bias: {outside[0]} is no token of this model", param="logit_bias")
+                raise refusal(f"logit_bias: {outside[0]} is not a token of this model", param="logit_bias")
             if asked.presence_penalty or asked.frequency_penalty:
                 penalties = OpenAIPenalties(length, asked.presence_penalty or 0.0, asked.frequency_penalty or 0.0)
                 inputs["logits_processor"] = LogitsProcessorList([penalties])
@@ -106,7 +106,7 @@ class Generation:
         return self._asked.stops if self._asked is not None else []
 
     def _seeded(self, function: Callable[[], Any]) -> Any:
-        """Runs on the thread that generates, so that no other request draws from this one's seed."""
+        """Calls `function` under the request's seed. Must run on the thread that generates."""
         seed = self._body.get("seed")
         if seed is None:
             return function()
@@ -153,11 +153,11 @@ class Generation:
             seeding, processor, inputs, gen_config, request_id=request_id, response_parser=response_parser
         )
         cut: asyncio.Queue[Any] = asyncio.Queue()
-        self._pump = asyncio.create_task(self._cut_stream(queue, cut))  # kept, or it might be collected
+        self._pump = asyncio.create_task(self._cut_stream(queue, cut))  # a task that nobody holds may be collected
         return cut, streamer
 
     async def _cut_stream(self, queue: asyncio.Queue[Any], cut: asyncio.Queue[Any]) -> None:
-        """Hands on what comes, without a stop string: text that may be the start of one waits."""
+        """Passes a stream on up to a stop string. Text that may start one waits."""
         held, done = "", False
         while True:
             item = await queue.get()
@@ -175,7 +175,7 @@ class Generation:
                     self.finish = "stop"
                 continue
             if isinstance(item, _StreamError):
-                item = _StreamError(json.dumps(item.msg)[1:-1])  # it is written between quotes
+                item = _StreamError(json.dumps(item.msg)[1:-1])  # transformers puts quotes around it
             if held and not done and (item is None or isinstance(item, ToolCall)):
                 cut.put_nowait(held)
                 held = ""
@@ -185,7 +185,7 @@ class Generation:
 
 
 class Seeded:
-    """A model whose `generate` runs with the request's seed, and notes whether its stream came to an end by itself."""
+    """A model whose `generate` uses the request's seed, and notes whether the stream ended by itself."""
 
     def __init__(self, model: Any, seeded: Callable[[Callable[[], Any]], Any], generation: Generation):
         self._model, self._seeded, self._generation = model, seeded, generation
@@ -212,7 +212,7 @@ def _is_end(token: torch.Tensor, config: GenerationConfig) -> bool:
 
 
 def _start_of_stop(text: str, stops: list[str]) -> int:
-    """How many characters at the end of `text` may be the start of a stop string."""
+    """The number of characters at the end of `text` that may start a stop string."""
     longest = max(map(len, stops), default=1) - 1
     for size in range(min(longest, len(text)), 0, -1):
         if any(stop.startswith(text[-size:]) for stop in stops):
@@ -221,10 +221,10 @@ def _start_of_stop(text: str, stops: list[str]) -> int:
 
 
 def _logprobs(tokenizer: Any, ids: torch.Tensor, logits: torch.Tensor, text: str, top: int, chat: bool) -> Any:
-    """Log-probabilities of the tokens that `text` is made of, as either endpoint writes them.
+    """The log-probabilities of the tokens of `text`, in the form of either endpoint.
 
-    They are the model's own: before temperature, penalties and the like. A token that is a part of a character goes by
-    its name in the vocabulary.
+    They are the model's, before temperature and penalties. A token that is part of a character appears by its name in
+    the vocabulary.
     """
 
     def entry(token: int, logprob: float) -> dict[str, Any]:
@@ -256,7 +256,7 @@ def _logprobs(tokenizer: Any, ids: torch.Tensor, logits: torch.Tensor, text: str
 
 
 class Managers:
-    """transformers' state of generations, with one `Generation` for the request."""
+    """transformers' state of generations, which gives the request its `Generation`."""
 
     def __init__(self, state: Any, asked: AnyRequest | None, body: dict[str, Any]):
         self._state, self._asked, self._body = state, asked, body
@@ -271,7 +271,7 @@ class Managers:
 
 
 class Honest:
-    """A handler that honours every parameter or refuses it; mixed into each of transformers' own."""
+    """Mixin of transformers' handlers: it honours every parameter, or refuses it."""
 
     request_kind: type[AnyRequest] | None = None
     generation_state: Any
@@ -282,7 +282,7 @@ class Honest:
         asked = None if self.request_kind is None else parse(self.request_kind, body)
         if asked is None:
             for name in sorted(self._unused_fields & {key for key, value in body.items() if value is not None}):
-                raise refusal(f"{name}: this server does not honour it", param=name, code="unsupported_parameter")
+                raise refusal(f"{name}: not supported by this server", param=name, code="unsupported_parameter")
         answers: list[tuple[Any, Generation]] = []
         for choice in range((asked.n if asked is not None else None) or 1):
             handler: Any = copy.copy(self)  # holds the state of one request
@@ -334,7 +334,7 @@ class Honest:
 
 
 def _merge(answers: list[tuple[dict[str, Any], Generation]]) -> dict[str, Any]:
-    """One answer with the choices of all."""
+    """Merges answers of one choice each into one answer."""
     whole = answers[0][0]
     choices = []
     for index, (answer, generation) in enumerate(answers):
@@ -352,7 +352,7 @@ def _merge(answers: list[tuple[dict[str, Any], Generation]]) -> dict[str, Any]:
 
 
 def _check_template(processor: Any, body: dict[str, Any]) -> None:
-    """Refuses a chat, and what is asked of its template, where that has no place for it."""
+    """Raises HTTPException for messages, tools or template arguments that the chat template would drop."""
     template = processor.chat_template
     if not template:
         raise refusal("messages: this model has no chat template; use /v1/completions", param="messages")
@@ -363,12 +363,12 @@ def _check_template(processor: Any, body: dict[str, Any]) -> None:
             raise refusal(f"{name}: the model's chat template does not use it", param=param)
     try:
         shown = processor.apply_chat_template(body["messages"], tools=body.get("tools"), tokenize=False)
-    except Exception as error:  # a template raises what it likes
+    except Exception as error:  # a template may raise anything
         raise refusal(f"messages: the chat template refuses them: {error}", param="messages") from None
     for number, message in enumerate(body["messages"]):
         content = message.get("content")
         if isinstance(content, str) and content.strip() not in shown:
-            raise refusal(f"messages[{number}]: the chat template leaves it out", param="messages")
+            raise refusal(f"messages[{number}]: the chat template drops it", param="messages")
 
 
 class ChatHandler(Honest, ChatCompletionHandler):
@@ -384,7 +384,7 @@ class ResponsesHandler(Honest, ResponseHandler):
 
 
 def build_server(*args: Any, **kwargs: Any) -> FastAPI:
-    """transformers' application, in which every error is answered in OpenAI's form."""
+    """transformers' application with all errors in OpenAI's form."""
     app = BUILD_SERVER(*args, **kwargs)
 
     async def answer(request: Request, error: Exception) -> JSONResponse:
@@ -392,7 +392,7 @@ def build_server(*args: Any, **kwargs: Any) -> FastAPI:
             is_ours = isinstance(error.detail, dict)
             found = error if is_ours else refusal(str(error.detail), status=error.status_code)
         elif isinstance(error, RequestValidationError):
-            found = refusal("the body is no JSON object")
+            found = refusal("the body is not a JSON object")
         else:
             found = refusal(f"{type(error).__name__}: {' '.join(str(error).split())}", status=500)
         return JSONResponse({"error": found.detail}, status_code=found.status_code)
@@ -403,7 +403,7 @@ def build_server(*args: Any, **kwargs: Any) -> FastAPI:
 
 
 def install(manager: type[ModelManager]) -> None:
-    """Puts our classes, and `manager`, in the place from which `transformers serve` takes its own."""
+    """Replaces the classes of `transformers serve` by ours and by `manager`."""
     chat_completion.ChatCompletionHandler = ChatHandler  # type: ignore[misc]
     completion.CompletionHandler = TextHandler  # type: ignore[misc]
     response.ResponseHandler = ResponsesHandler  # type: ignore[misc]

@@ -32,7 +32,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from hf_decoder.engine.precision import cpu_has
 from hf_decoder.training.checkpoint_formats import is_sharded, resumable
 from hf_decoder.training.checkpoints import checkpoints
-from hf_decoder.training.throughput import steps_planned
+from hf_decoder.training.throughput import TokenClock, steps_planned
 
 # Steps between two points of the loss curve. A shorter run still gets `LEAST_POINTS` points.
 LOGGING_STEPS = 10
@@ -112,12 +112,11 @@ class SpeedBar(ProgressCallback):
 
     def __init__(self) -> None:
         super().__init__()
-        self._clock = 0.0
-        self._tokens = 0
+        self._clock = TokenClock()
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
-        self._clock, self._tokens = time.perf_counter(), state.num_input_tokens_seen
+        self._clock.restart(state)
         if self.training_bar is not None:
             # A resumed run starts where it stopped, so that the time left is right.
             self.current_step = state.global_step
@@ -132,7 +131,7 @@ class SpeedBar(ProgressCallback):
 
     def on_evaluate(self, args, state, control, **kwargs):
         super().on_evaluate(args, state, control, **kwargs)
-        self._clock, self._tokens = time.perf_counter(), state.num_input_tokens_seen
+        self._clock.restart(state)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.training_bar is None or not logs:
@@ -140,9 +139,8 @@ class SpeedBar(ProgressCallback):
         if "eval_loss" in logs:
             self.training_bar.write(f"step {state.global_step}: held-out loss {logs['eval_loss']:.3f}")
         elif "loss" in logs:
-            now, tokens = time.perf_counter(), state.num_input_tokens_seen
-            speed = (tokens - self._tokens) / max(now - self._clock, 1e-9)
-            self._clock, self._tokens = now, tokens
+            _, speed = self._clock.read(state)
+            self._clock.restart(state)
             self.training_bar.set_postfix_str(f"loss {float(logs['loss']):.3f}, {speed:,.0f} tokens/s")
 
 
@@ -318,7 +316,7 @@ def _beginning(text: str, max_chars: int) -> str:
 
 
 @torch.no_grad()
-def complete(
+def draw_samples(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
@@ -361,7 +359,7 @@ class SampleText(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step % self._steps or not (state.is_world_process_zero or is_sharded(model)):
             return
-        completions = complete(model, self._tokenizer, self._prompts, seed=self._seed)
+        completions = draw_samples(model, self._tokenizer, self._prompts, seed=self._seed)
         if not state.is_world_process_zero:
             return
         lines = [f"# Step {state.global_step}", ""]

@@ -62,8 +62,12 @@ def sizes_and_machine(model: Any, report: CorpusReport | StreamReport) -> dict[s
     }
 
 
-def is_of_pretraining(results: Any) -> bool:
-    """Whether an all_results.json was written by `pretrain`, whose models have never seen a chat."""
+def is_pretrained_only(folder: Path) -> bool:
+    """Whether `pretrain` wrote the all_results.json in `folder`: its models have never seen a chat."""
+    try:
+        results = json.loads((folder / "all_results.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
     return isinstance(results, dict) and "train_tokens" in results and "train_rows" not in results
 
 

@@ -128,6 +128,21 @@ class MeasuringTrainer(Trainer):
         return batches
 
 
+class TokenClock:
+    """Measures the throughput of a training between two moments."""
+
+    def __init__(self) -> None:
+        self._start, self._tokens = time.perf_counter(), 0
+
+    def restart(self, state: Any) -> None:
+        self._start, self._tokens = time.perf_counter(), state.num_input_tokens_seen
+
+    def read(self, state: Any) -> tuple[float, float]:
+        """Seconds since the last restart, and tokens per second in them."""
+        seconds = max(time.perf_counter() - self._start, 1e-9)
+        return seconds, (state.num_input_tokens_seen - self._tokens) / seconds
+
+
 class StepMetrics(TrainerCallback):
     """Adds tokens per second, MFU and the share of time spent waiting for data to every log of the loss.
 
@@ -140,10 +155,10 @@ class StepMetrics(TrainerCallback):
         model: Any = trainer.model
         self._flops = flops_per_token(model.config, block_size)
         self._peak = peak
-        self._clock, self._tokens, self._waited = 0.0, 0, 0.0
+        self._clock, self._waited = TokenClock(), 0.0
 
     def _restart(self, state: Any) -> None:
-        self._clock, self._tokens = time.perf_counter(), state.num_input_tokens_seen
+        self._clock.restart(state)
         self._waited = self._trainer.data_seconds
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -160,8 +175,7 @@ class StepMetrics(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not logs or "loss" not in logs:
             return
-        seconds = max(time.perf_counter() - self._clock, 1e-9)
-        speed = (state.num_input_tokens_seen - self._tokens) / seconds
+        seconds, speed = self._clock.read(state)
         measured = {
             "tokens_per_second": round(speed, 1),
             "mfu": round(mfu(speed / args.world_size, self._flops, self._peak or 1.0), 4),

@@ -45,12 +45,12 @@ def run(tmp_path_factory) -> Run:
     flags += [
         "--per_device_train_batch_size",
         "4",
+        "--eval_steps",
+        "3",
         "--save_steps",
         "3",
         "--save_total_limit",
         "2",
-        "--eval_steps",
-        "3",
     ]
     folder = base / "model"
     with pytest.MonkeyPatch.context() as patch:

@@ -160,7 +160,7 @@ def test_interrupt_is_130_and_a_bug_is_not_hidden(monkeypatch, capsys):
 
 def test_traceback_on_request(monkeypatch):
     monkeypatch.setenv("HF_DECODER_TRACEBACK", "1")
-    with pytest.raises(ValueError, match="must be positive"):
+    with pytest.raises(ValueError, match="must be at least 1"):
         main(["presets", "--block_size", "0"])
 
 
@@ -303,7 +303,7 @@ def test_a_former_spelling_goes_on_with_a_line_that_says_so(verb, old, tmp_path,
         (found,) = [getattr(args, new) for args in parsed if hasattr(args, new)]
         assert str(found) == value
         (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith(f"hf-decoder {verb}: warning: --{old} is called --{new} now")
+        assert line.startswith(f"hf-decoder {verb}: warning: --{old} is now --{new}")
     assert f"--{old} " not in help_of(capsys, verb, "--help-all")
 
 

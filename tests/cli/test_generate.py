@@ -86,12 +86,6 @@ def test_chat_sends_the_whole_conversation(run, capsys, monkeypatch):
     assert answer in capsys.readouterr().out
 
 
-def test_chat_forgets_its_oldest_turns_when_the_context_is_full(run, capsys, monkeypatch):
-    monkeypatch.setattr("sys.stdin", io.StringIO("the cat sees the dog\n" * 12))
-    assert main(["generate", str(run.folder), "--chat", "--max_new_tokens", "10"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) >= 12
-
-
 def talk(run, monkeypatch, capsys, *lines: str, flags=(), folder=None) -> tuple[str, list[str]]:
     """What is answered and what is said besides, to these lines of standard input."""
     monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
@@ -169,7 +163,8 @@ def test_the_banner_says_which_model_it_is_and_whether_it_was_taught_to_chat(run
 
 
 def test_what_a_chat_forgets_is_counted(run, monkeypatch, capsys):
-    _, notes = talk(run, monkeypatch, capsys, *["the cat sees the dog"] * 12)
+    out, notes = talk(run, monkeypatch, capsys, *["the cat sees the dog"] * 12)
+    assert len(out.splitlines()) >= 12
     forgotten = [int(re.search(r"the (\d+) oldest messages", note)[1]) for note in notes if "oldest" in note]
     assert forgotten and all(count % 2 == 0 for count in forgotten)
 

@@ -127,7 +127,7 @@ def test_crossvalidate_keeps_its_folds(rows, send, tmp_path, capsys):
     assert "starts from the beginning" in line and not out.exists()
     send(Trainer, "train", signal.SIGINT, call=2)
     line = stopped(capsys, argv, signal.SIGINT)
-    assert f"1 of 3 folds are kept in {out}; the same command goes on" in line
+    assert f"{out} keeps 1 of 3 folds; the same command goes on" in line
     assert main(argv) == 0
     assert len(json.loads((out / "crossvalidation_results.json").read_text())["folds"]) == 3
 

@@ -28,30 +28,11 @@ def test_two_processes_equal_one_and_only_the_first_speaks(tmp_path):
     alone, together = tmp_path / "alone", tmp_path / "together"
     assert main(["pretrain", *flags, "--per_device_train_batch_size", str(ROWS), "--output_dir", str(alone)]) == 0
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [
-        *launch,
-        str(ROOT / "scripts" / "pretrain.py"),
-        *flags,
-        "--ddp_backend",
-        "gloo",
-        "--per_device_train_batch_size",
-        str(ROWS // 2),
-    ]
-    command += ["--ddp_backend", "gloo"]
+    command = [*launch, str(ROOT / "scripts" / "pretrain.py"), *flags, "--ddp_backend", "gloo"]
+    command += ["--per_device_train_batch_size", str(ROWS // 2), "--output_dir", str(together)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
     environment |= {"OMP_NUM_THREADS": "1"}
-
-    def together_(*more: str) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            [*command, "--output_dir", str(together), *more],
-            env=environment,
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=400,
-        )
-
-    done = together_()
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     for once in ("corpus: ", "training text", "bits per byte (xz", "These lines load it"):
         assert done.stdout.count(once) == 1, done.stdout

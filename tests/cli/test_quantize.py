@@ -60,7 +60,7 @@ def test_one_method_is_measured_and_saved(method, run, tmp_path, text_file, caps
     assert float(table[method][4]) == pytest.approx(metrics.perplexity(score.loss), rel=0.02)
 
 
-def test_what_has_no_form_on_disk_is_shown_so(run, text_file, capsys):
+def test_what_cannot_be_saved_is_shown_so(run, text_file, capsys):
     methods = ["--methods", "torchao_int8", "torchao_int4", "quanto_int8"]
     assert main(["quantize", str(run.folder), "--validation_file", text_file, *methods]) == 0
     table = rows(capsys.readouterr().out)
@@ -73,7 +73,7 @@ def test_bad_input_is_one_line(run, tmp_path, text_file, fails, monkeypatch):
     out = str(tmp_path / "saved")
     assert "'int3' is unknown" in fails("quantize", folder, *text, "--methods", "int3")
     assert "--output_dir saves one model" in fails("quantize", folder, *text, "--output_dir", out)
-    assert "no form on disk" in fails("quantize", folder, *text, "--methods", "torchao_int4", "--output_dir", out)
+    assert "cannot be saved" in fails("quantize", folder, *text, "--methods", "torchao_int4", "--output_dir", out)
     assert "exists; delete it" in fails(
         "quantize", folder, *text, "--methods", "torchao_int8", "--output_dir", str(tmp_path)
     )

@@ -147,13 +147,7 @@ def test_what_pretraining_saves_holds_no_pickle(healthy, tmp_path):
     assert set(of("fail", examine(tmp_path / "with arguments", ("formats",)))) == {"formats"}
 
 
-def test_checkpoints_of_training_inside_the_folder_are_not_looked_at(llama):
-    (llama / "checkpoint-10").mkdir()
-    add_training_args(llama / "checkpoint-10")
-    assert of("fail", examine(llama, ("formats",))) == {}
-
-
-SAVED_TWICE = [(1.0, "saved once more"), (2.0, "differs from")]
+SAVED_TWICE = [(1.0, "saved again"), (2.0, "differs from")]
 
 
 @pytest.mark.parametrize(("factor", "words"), SAVED_TWICE)
@@ -172,43 +166,6 @@ def test_a_damaged_config(llama):
     assert set(of("fail", rows)) == {"load"}
     assert {"padding", "generate", "tied"} <= set(of("skip", rows))
     assert "damaged" in rows["load"].detail
-
-
-# ---------------------------------------------------------------------------------------------- strangers' code
-
-
-def booby_trap(path, marker):
-    """Code that leaves a mark where it is run."""
-    path.write_text(f"open({str(marker)!r}, 'w').close()\n" + (path.read_text() if path.is_file() else ""))
-
-
-def test_changed_model_code_is_caught_and_not_run(ours, tmp_path):
-    marker = tmp_path / "it ran"
-    booby_trap(ours / "modeling_hf_decoder.py", marker)
-    rows = examine(ours, (*FILE_ROWS, "remote_code", "generate"))
-    assert set(of("fail", rows)) == {"code"}
-    assert "modeling_hf_decoder.py" in rows["code"].detail
-    assert rows["remote_code"].status == "skip"
-    assert not marker.exists()
-
-
-def test_a_file_that_does_not_belong_to_ours(ours, tmp_path):
-    marker = tmp_path / "it ran"
-    booby_trap(ours / "setup.py", marker)
-    rows = examine(ours, (*FILE_ROWS, "remote_code"))
-    assert set(of("fail", rows)) == {"code"} and rows["remote_code"].status == "skip"
-    assert "setup.py" in rows["code"].detail and not marker.exists()
-
-
-def test_a_stranger_s_class_is_not_run(llama, tmp_path):
-    marker = tmp_path / "it ran"
-    booby_trap(llama / "modeling_x.py", marker)
-    auto_map = {"AutoConfig": "modeling_x.XConfig", "AutoModelForCausalLM": "modeling_x.X"}
-    edit_json(llama / "config.json", model_type="x", auto_map=auto_map)
-    edit_json(llama / "tokenizer_config.json", auto_map={"AutoTokenizer": ["modeling_x.XTokenizer", None]})
-    rows = examine(llama, (*FILE_ROWS, "tokenizer", "padding", "generation_config"))
-    assert {"code", "load"} <= set(of("fail", rows)) and rows["padding"].status == "skip"
-    assert not marker.exists()
 
 
 def test_ours_without_its_code(ours):

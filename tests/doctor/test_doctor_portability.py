@@ -5,7 +5,7 @@ import re
 
 import pytest
 from huggingface_hub import ModelCard
-from patients import ROWS, copy, edit_json, examine, of, patient
+from patients import ROWS, copy, edit_json, examine, of
 from transformers import AutoModelForCausalLM
 
 from hf_decoder.doctor import run_doctor
@@ -40,11 +40,6 @@ def test_without_auto_map_a_receiver_cannot_load_ours(ours):
     rows = examine(ours, ("code", "load", "remote_code", "tied"))
     assert set(of("fail", rows)) == {"remote_code"}
     assert "without the package" in rows["remote_code"].detail
-
-
-def test_a_model_that_draws_its_noise_anew(tokenizer, tmp_path):
-    row = examine(patient(tokenizer, tmp_path / "model", "dropout"), ("reload",))["reload"]
-    assert row.status == "fail" and "the second time" in row.detail
 
 
 # A folder with code of its own; `{}` is what its model does at the end of its constructor.

@@ -6,7 +6,6 @@ import pytest
 import torch
 from huggingface_hub import EvalResult, ModelCard
 from patients import copy, edit_json, edit_weights, examine, of
-from safetensors.torch import load_file
 
 from hf_decoder.cli.main import main
 
@@ -48,7 +47,6 @@ def test_what_was_learnt_is_better_than_chance(trained):
     assert row.status == "pass" and "nats a token on the text given" in row.detail
 
 
-@pytest.mark.parametrize("name", MISPLACED)
 def state(folder, dataset, loss):
     """Writes a held-out loss into the card, as pretrain does."""
     card = ModelCard.load(folder / "README.md")
@@ -194,8 +192,3 @@ def test_a_template_without_a_system_turn_says_so(llama):
     path.write_text(refuse + path.read_text())
     row = examine(llama, ("chat_roles",))["chat_roles"]
     assert row.status == "pass" and "no system turn (no system here)" in row.detail
-
-
-def test_the_damages_leave_the_files_readable(trained):
-    tensors = load_file(trained / "model.safetensors")
-    assert all(bool(tensor.isfinite().all()) for tensor in tensors.values())

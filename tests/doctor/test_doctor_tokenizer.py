@@ -83,7 +83,11 @@ DAMAGES = [
     (no_eos, {"special_ids"}, "generate() does not know it"),
     (template("{{ raise_exception('no chats today') }}"), {"chat_template"}, "no chats today"),
     (template("{{ nothing.at.all }}"), {"chat_template"}, "undefined"),
-    (template("{% for m in messages[-1:] %}{{ m['content'] }}{% endfor %}"), {"chat_template"}, "loses what was said"),
+    (
+        template("{% for m in messages[-1:] %}{{ m['content'] }}{% endfor %}"),
+        {"chat_template"},
+        "leaves a message out",
+    ),
     (template(SAY.replace("messages", "messages | reverse")), {"chat_template"}, "order"),
     (sampling_without_sampling, {"generation_config"}, "temperature"),
     (impossible_setting, {"generation_config"}, "fails with the checkpoint's own settings"),
@@ -114,7 +118,7 @@ def test_characters_that_a_tokenizer_lacks_are_no_fault_of_its_files(llama):
 
     train_tokenizer(["The quick brown fox"], tokenizer_type="char").save_pretrained(llama)
     row = examine(llama, ("tokenizer",))["tokenizer"]
-    assert row.status == "warn" and "no token for" in row.detail
+    assert row.status == "warn" and "without a token" in row.detail
 
 
 def test_several_ends_of_text_are_one_if_they_meet(llama):

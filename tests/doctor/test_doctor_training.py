@@ -40,5 +40,5 @@ def test_healthy_checkpoints_pass_the_deep_examination(name, healthy):
     from hf_decoder.doctor import run_doctor
 
     report = run_doctor(healthy[name], level="deep")
-    assert report.ok, report.to_json()
+    assert report.ok, report.failures
     assert {row.name for row in report.rows} >= {*TRAINING_ROWS, "reload", "padding"}

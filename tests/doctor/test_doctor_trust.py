@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from patients import edit_json, examine
+from patients import edit_json, examine, of
 
 from hf_decoder.safety.fresh_process import run_fresh
 
@@ -66,6 +66,8 @@ def an_adapter_beside(folder, mark):
 
 
 PLANS = {
+    "changed model code": beside("modeling_hf_decoder.py"),
+    "a script": beside("setup.py"),
     "named as a checkpoint": other_map("checkpoint-x.py"),
     "named as git's": other_map(".gitx.py"),
     "named as a cache": other_map(".cachex.py"),
@@ -98,6 +100,17 @@ def test_planted_code_is_found_and_not_run(plan, ours, tmp_path):
     assert rows["remote_code"].status == "skip" and not mark.exists()
 
 
+def test_a_stranger_s_class_is_not_run(llama, tmp_path):
+    mark = tmp_path / "it ran"
+    trap(llama, "modeling_x.py", mark)
+    auto_map = {"AutoConfig": "modeling_x.XConfig", "AutoModelForCausalLM": "modeling_x.X"}
+    edit_json(llama / "config.json", model_type="x", auto_map=auto_map)
+    edit_json(llama / "tokenizer_config.json", auto_map={"AutoTokenizer": ["modeling_x.XTokenizer", None]})
+    rows = examine(llama, ("code", "load", "tokenizer", "padding", "generation_config"))
+    assert {"code", "load"} <= set(of("fail", rows)) and rows["padding"].status == "skip"
+    assert not mark.exists()
+
+
 @pytest.mark.parametrize("name", ["checkpoint-x.pkl", ".gitx.pt", ".cachex/y.bin", "Weights.PKL", "__pycache__/x.pkl"])
 def test_pickles_have_no_hiding_place(name, llama):
     (llama / name).parent.mkdir(exist_ok=True)
@@ -111,7 +124,7 @@ def test_what_is_not_looked_at_is_named(llama):
         (llama / name).parent.mkdir()
         (llama / name).write_bytes(b"x")
     row = examine(llama, ("formats",))["formats"]
-    assert row.status == "pass" and "not looked at: .git/, checkpoint-10/" in row.detail
+    assert row.status == "pass" and "not examined: .git/, checkpoint-10/" in row.detail
 
 
 def test_code_of_another_version_is_called_so(ours, tmp_path):
@@ -120,10 +133,10 @@ def test_code_of_another_version_is_called_so(ours, tmp_path):
     (ours / "configuration_hf_decoder.py").unlink()
     edit_json(ours / "config.json", auto_map={OURS: "heads_hf_decoder.HfDecoderForCausalLM"})
     rows = examine(ours, ("code", "remote_code"))
-    assert rows["code"].status == "fail" and "code of another version of hf_decoder" in rows["code"].detail
+    assert rows["code"].status == "fail" and "of another version or changed" in rows["code"].detail
     for words in ("differs: loss_hf_decoder.py", "not of this version: heads_hf_decoder.py", "absent: configuration_"):
         assert words in rows["code"].detail
-    assert "load and save it again" in rows["code"].remedy
+    assert "save it again" in rows["code"].remedy
     assert rows["remote_code"].status == "skip" and not (tmp_path / "it ran").exists()
 
 

@@ -176,14 +176,14 @@ def test_an_adapter_goes_on_the_head_it_was_trained_with(base, tmp_path):
     classifier = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
     head = get_peft_model(classifier, LoraConfig(task_type="SEQ_CLS", r=4))
     head.save_pretrained(tmp_path / "judge")
-    with pytest.raises(ValueError, match="writer is of a language model, and here it is put on a sequence classifier"):
+    with pytest.raises(ValueError, match="writer belongs to a language model, and cannot be put on a sequence"):
         load_adapter(AutoModelForSequenceClassification.from_pretrained(base), str(tmp_path / "writer"))
-    with pytest.raises(ValueError, match="judge is of a sequence classifier, and here it is put on a language model"):
+    with pytest.raises(ValueError, match="judge belongs to a sequence classifier, and cannot be put on a language"):
         load_adapter(make(), str(tmp_path / "judge"))
     assert task_of(str(tmp_path / "writer")) == LANGUAGE_MODEL and task_of(str(tmp_path / "judge")) == CLASSIFIER
     with pytest.raises(ValueError, match="judge is a sequence classifier, which writes no text"):
         load_model(str(tmp_path / "judge"))
-    with pytest.raises(ValueError, match=r"nothing tells the names of its classes.*id2label\.json"):
+    with pytest.raises(ValueError, match=r"nothing names its classes.*id2label\.json"):
         load_classifier(str(tmp_path / "judge"))
     save_label_names(tmp_path / "judge", {0: "no", 1: "yes", 2: "größer"})
     loaded = load_classifier(str(base), adapter=str(tmp_path / "judge")).eval()

@@ -194,7 +194,7 @@ def test_positions_that_are_ignored(monkeypatch):
         ("base_model_tp_plan", {"layers.*.self_attn.o_proj": "colwise"}, "must be rowwise"),
         ("base_model_tp_plan", {"layers.*.self_attn.qkv_proj": "colwise"}, "matches no module"),
         ("base_model_tp_plan", {"layers.*.mlp.up_proj": None}, "is none; must be colwise"),
-        ("base_model_pp_plan", {"head": ([], [])}, "'head' is no child"),
+        ("base_model_pp_plan", {"head": ([], [])}, "'head' is not a child"),
         ("base_model_pp_plan", {"norm": None}, "'norm' out"),
         ("base_model_pp_plan", {"layers": None}, "lists of layers: []"),
     ],

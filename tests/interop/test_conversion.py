@@ -2,6 +2,7 @@
 
 import json
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -361,21 +362,21 @@ def test_only_what_is_being_written_is_in_memory(case: str, limit: int, tmp_path
         source, to = "ours", "phi3"
     alive: set[int] = set()
     most = []
-    make = checkpoint._reader
+    read = checkpoint.read_tensors
 
-    def counted(path, name):
-        load = make(path, name)
-
-        def load_and_count():
-            tensor = load()
+    def counted(lazy):
+        def load():
+            tensor = lazy.load()
             alive.add(id(tensor))
             weakref.finalize(tensor, alive.discard, id(tensor))
             most.append(len(alive))
             return tensor
 
-        return load_and_count
+        return replace(lazy, load=load)
 
-    monkeypatch.setattr(checkpoint, "_reader", counted)
+    monkeypatch.setattr(
+        checkpoint, "read_tensors", lambda folder: {name: counted(lazy) for name, lazy in read(folder).items()}
+    )
     convert(str(tmp_path / source), tmp_path / "result", to=to, verify=False)
     assert len(most) >= len(stored(tmp_path / "stock"))
     assert max(most) == limit

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections import namedtuple
+from dataclasses import replace
 
 import pytest
 import torch
@@ -62,12 +63,12 @@ def test_a_family_that_is_not_held_is_refused_with_its_field(folder, config, mat
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"model_type": "gpt_bigcode"}, "model_type='gpt_bigcode', a family that is not held here"),
+        ({"model_type": "gpt_bigcode"}, "model_type='gpt_bigcode', which is not supported"),
         ({"model_type": None}, "names no model_type"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantized weights"),
         ({"num_local_experts": 4}, "a mixture of experts"),
         ({"hidden_act": "no_such"}, "hidden_act='no_such'"),
-        ({"num_hidden_layers": "three"}, "is not a possible LlamaConfig"),
+        ({"num_hidden_layers": "three"}, "is not a valid LlamaConfig"),
         ({"num_key_value_heads": 4}, "num_key_value_heads=4"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_"),
         ({"num_hidden_layers": 4}, "lacks 'model.layers.3."),
@@ -190,12 +191,12 @@ def test_a_disk_that_fills_up_meanwhile_leaves_nothing(folder, monkeypatch):
 
 def test_a_result_that_computes_something_else_is_not_kept(folder, monkeypatch):
     convert(str(folder), folder.parent / "ours")
-    load = checkpoint._reader
+    write, name = checkpoint.write_tensors, "model.norm.weight"
 
-    def changed(path, name):
-        return lambda: load(path, name)() + (0.5 if name == "model.norm.weight" else 0.0)
+    def changed(folder, tensors, *more):
+        write(folder, tensors | {name: replace(tensors[name], load=lambda: tensors[name].load() + 0.5)}, *more)
 
-    monkeypatch.setattr(checkpoint, "_reader", changed)
+    monkeypatch.setattr(checkpoint, "write_tensors", changed)
     before = sorted(folder.parent.iterdir())
     with pytest.raises(verification.VerificationError, match="logits of the result differ"):
         convert(str(folder.parent / "ours"), folder.parent / "result", to="llama")
@@ -210,8 +211,8 @@ def test_destinations_and_names(folder, tmp_path):
         with pytest.raises(ValueError, match="does not fit --to"):
             convert(str(folder), tmp_path / path, to=to)
     refused(folder, "--to 'gemma' is unknown", to="gemma")
-    refused(folder, "is a llama checkpoint already", to="llama")
-    refused(folder, "max_shard_size 'big' is no size", max_shard_size="big")
+    refused(folder, "is already a llama checkpoint", to="llama")
+    refused(folder, "max_shard_size 'big' is not a size", max_shard_size="big")
     for name, match in ((tmp_path / "absent", "does not exist"), (folder / "config.json", "is a file")):
         with pytest.raises(ValueError, match=match):
             convert(str(name), tmp_path / "result")

@@ -299,7 +299,7 @@ def test_a_damaged_or_foreign_file_is_one_line(tmp_path, text_tokenizer):
     whole = (tmp_path / "model.gguf").read_bytes()
     for name, content in (("short", whole[: len(whole) // 2]), ("empty", b""), ("text", b"no such thing" * 9)):
         (tmp_path / f"{name}.gguf").write_bytes(content)
-        with pytest.raises(ValueError, match="is no GGUF file, or is cut short"):
+        with pytest.raises(ValueError, match="is not a GGUF file, or is cut short"):
             convert(str(tmp_path / f"{name}.gguf"), tmp_path / "back")
     writer = gguf.GGUFWriter(tmp_path / "other.gguf", "gpt2")
     writer.add_block_count(1)
@@ -354,7 +354,7 @@ def test_counts_are_held_against_the_bytes_that_are_there(tmp_path, capsys, cont
     start = time.process_time()
     assert main(["convert", str(tmp_path / "hostile.gguf"), str(tmp_path / "back")]) == 2
     line = capsys.readouterr().err
-    assert line.count("\n") == 1 and "is no GGUF file, or is cut short" in line and "Traceback" not in line
+    assert line.count("\n") == 1 and "is not a GGUF file, or is cut short" in line and "Traceback" not in line
     assert time.process_time() - start < 2 and not (tmp_path / "back").exists()
 
 

@@ -1,12 +1,18 @@
 """A Hub of one's own for each module, the client turned to it, and a small model to send there."""
 
+import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
 from loopback import Hub
 from small_folder import write_folder
+
+from hf_decoder.cli.main import main
+from hf_decoder.doctor import DoctorReport
+from hf_decoder.publishing import push as push_module
 
 
 @pytest.fixture(scope="module")
@@ -50,3 +56,35 @@ def client(hub, hub_env, monkeypatch):
 def folder(tmp_path_factory, tokenizer) -> Path:
     """Read it, or copy it."""
     return write_folder(tmp_path_factory.mktemp("models") / "small", tokenizer)
+
+
+@pytest.fixture
+def copy(folder, tmp_path) -> Path:
+    return Path(shutil.copytree(folder, tmp_path / "model"))
+
+
+@pytest.fixture
+def unexamined(monkeypatch):
+    """A doctor that finds a model healthy unseen, where a test is about what comes after it."""
+    monkeypatch.setattr("hf_decoder.doctor.run_doctor", lambda *args, **kwargs: DoctorReport("", "", "quick", ()))
+
+
+@pytest.fixture
+def unloaded(monkeypatch):
+    """A fresh process that finds all logits equal unseen, where a test is about what comes before it."""
+    figures = json.dumps({"max_difference": 0.0, "package_hidden": True})
+    monkeypatch.setattr(push_module, "run_fresh", lambda *args, **kwargs: figures)
+
+
+@pytest.fixture
+def pushes(capsys):
+    """Runs the command; returns its exit code and all that it said."""
+
+    def run(*argv: object) -> tuple[int, str]:
+        capsys.readouterr()
+        code = main(["push", *map(str, argv)])
+        said = capsys.readouterr()
+        assert "Traceback" not in said.err
+        return code, said.out + said.err
+
+    return run

@@ -2,7 +2,8 @@
 
 It speaks the plain protocols (git blobs in commits, Git LFS for the rest), not Xet: its clients set
 `HF_HUB_DISABLE_XET=1`.
-Everything lies in memory. `requests` lists what was asked, `before_store` may delay or break an upload.
+Everything lies in memory. `requests` lists what was asked, `before_store` may delay or break an upload, and a commit
+gets the files of `replaced` in place of those that were sent.
 """
 
 from __future__ import annotations
@@ -105,6 +106,7 @@ class Hub:
         self.stored: dict[str, bytes] = {}  # LFS objects by sha256
         self.requests: list[str] = []
         self.before_store: Callable[[str, int], None] = lambda oid, size: None
+        self.replaced: dict[str, bytes] = {}
         hub = self
 
         class Bound(Handler):
@@ -342,6 +344,7 @@ class Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = self.hub.stored[value["oid"]]
             elif item["key"] == "deletedFile":
                 del files[value["path"]]
+        files |= {path: data for path, data in self.hub.replaced.items() if path in files}
         if errors := card_errors(files["README.md"].decode()) if "README.md" in files else []:
             raise Refused(400, errors[0])
         answer: dict[str, Any] = {}

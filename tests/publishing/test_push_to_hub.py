@@ -6,7 +6,6 @@ import pytest
 from huggingface_hub import ModelCard
 
 from hf_decoder.cli.main import main
-from hf_decoder.publishing import push as hub_module
 
 IDS = [[7, 21, 3, 40, 5, 77, 12]]
 
@@ -86,7 +85,7 @@ def adapter_of_ours(folder, tmp_path_factory):
 
 
 def test_everything_that_pushes_is_loaded_by_name(
-    hub, hub_env, client, folder, adapter_of_ours, run_python, tmp_path, capsys, monkeypatch
+    hub, hub_env, client, folder, adapter_of_ours, run_python, tmp_path, pushes, unexamined
 ):
     run_python(PUSHES.format(ids=IDS), folder, tmp_path, **hub_env)
     assert hub.repos["owner/pushed"].private
@@ -97,17 +96,15 @@ def test_everything_that_pushes_is_loaded_by_name(
     assert ModelCard(hub.files("owner/trained")["README.md"].decode()).data.library_name == "transformers"
 
     # a whole model and an adapter by our own verb: its base was a folder, and is named as what it was pushed as
-    with monkeypatch.context() as patch:  # the whole way of a whole model is another test's
-        patch.setattr(hub_module, "_examine", lambda *args: None)
-        patch.setattr(hub_module, "_receive", lambda *args: None)
-        assert main(["push", str(folder), "owner/base"]) == 0
-    capsys.readouterr()
-    assert main(["push", str(adapter_of_ours), "owner/ours"]) == 2
-    assert "--base_model user/name" in capsys.readouterr().err
-    assert main(["push", str(adapter_of_ours), "owner/ours", "--base_model", "owner/nowhere"]) == 2
-    assert "owner/nowhere is not on" in capsys.readouterr().err
-    assert main(["push", str(adapter_of_ours), "owner/ours", "--base_model", "owner/base"]) == 0
-    assert "every file and every logit is the same" in capsys.readouterr().out
+    assert pushes(folder, "owner/base")[0] == 0
+    for flags, words in (
+        ([], "--base_model user/name"),
+        (["--base_model", "owner/nowhere"], "owner/nowhere is not on"),
+    ):
+        code, said = pushes(adapter_of_ours, "owner/ours", *flags)
+        assert code == 2 and words in said
+    code, said = pushes(adapter_of_ours, "owner/ours", "--base_model", "owner/base")
+    assert code == 0 and "every file and every logit is the same" in said
     config = json.loads(hub.files("owner/ours")["adapter_config.json"])
     assert config["base_model_name_or_path"] == "owner/base"
     assert config["revision"] == hub.repos["owner/base"].refs["main"]  # the adapter belongs to these weights

@@ -12,8 +12,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from hf_decoder import HfDecoderForCausalLM
-from hf_decoder.cli.main import main
-from hf_decoder.publishing import push as hub_module
+from hf_decoder.doctor import DoctorReport
 
 CARD = """---
 license: mit
@@ -33,11 +32,6 @@ with open({mark!r}, "w") as _file:
 """
 
 
-@pytest.fixture
-def copy(folder, tmp_path) -> Path:
-    return Path(shutil.copytree(folder, tmp_path / "model"))
-
-
 @pytest.fixture(scope="module")
 def healthy_adapter(folder, tmp_path_factory) -> Path:
     torch.manual_seed(0)
@@ -51,25 +45,6 @@ def healthy_adapter(folder, tmp_path_factory) -> Path:
 @pytest.fixture
 def adapter(healthy_adapter, tmp_path) -> Path:
     return Path(shutil.copytree(healthy_adapter, tmp_path / "adapter"))
-
-
-@pytest.fixture
-def unreceived(monkeypatch):
-    monkeypatch.setattr(hub_module, "_receive", lambda *args: None)
-
-
-@pytest.fixture
-def pushes(capsys):
-    """Runs the command; returns its exit code and all that it said."""
-
-    def run(*argv: object) -> tuple[int, str]:
-        capsys.readouterr()
-        code = main(["push", *map(str, argv)])
-        said = capsys.readouterr()
-        assert "Traceback" not in said.err
-        return code, said.out + said.err
-
-    return run
 
 
 def host(hub, name: str, folder: Path, **others: bytes) -> None:
@@ -122,19 +97,14 @@ def test_a_base_that_leads_elsewhere_is_not_loaded(client, copy, adapter, pushes
     assert code == 2 and words in said and "owner/led" not in client.repos
 
 
-def test_what_came_back_otherwise_is_not_loaded(client, copy, tmp_path, pushes, monkeypatch):
-    monkeypatch.setattr(hub_module, "_examine", lambda *args: None)
-    upload = hub_module._upload
-
-    def swap(*args):
-        pushed = upload(*args)
-        text = PLANTED.format(mark=str(tmp_path / "ran")).encode()
-        client.repos["owner/swapped_code"].files[pushed.commit]["configuration_hf_decoder.py"] = text
-        return pushed
-
-    monkeypatch.setattr(hub_module, "_upload", swap)
-    code, said = pushes(copy, "owner/swapped_code")
-    assert code == 1 and "configuration_hf_decoder.py is not the file that was sent" in said
+@pytest.mark.parametrize("name", ["model.safetensors", "configuration_hf_decoder.py"])
+def test_what_came_back_otherwise_is_not_loaded(client, unexamined, folder, tmp_path, pushes, monkeypatch, name):
+    """A server that keeps another file than it was sent."""
+    other = PLANTED.format(mark=str(tmp_path / "ran")).encode()
+    monkeypatch.setattr(client, "replaced", {name: other})
+    client.stored[oid_of("x.safetensors", other)] = other
+    code, said = pushes(folder, f"owner/swapped-{name}")
+    assert code == 1 and f"{name} is not the file that was sent" in said
     assert not (tmp_path / "ran").exists()
 
 
@@ -156,12 +126,16 @@ def test_a_link_out_of_the_folder_is_refused(client, copy, tmp_path, pushes, nam
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "loss_curve.png"])
 def test_a_folder_that_changes_while_it_is_examined_is_refused(client, copy, pushes, monkeypatch, name):
-    monkeypatch.setattr(hub_module, "_examine", lambda *args: (copy / name).write_bytes(b"x"))
+    def slow_doctor(*args, **kwargs):
+        (copy / name).write_bytes(b"x")
+        return DoctorReport("", "", "quick", ())
+
+    monkeypatch.setattr("hf_decoder.doctor.run_doctor", slow_doctor)
     code, said = pushes(copy, "owner/changing")
     assert code == 2 and f"{name} changed" in said and "owner/changing" not in client.repos
 
 
-def test_of_an_adapter_only_the_adapter_is_sent(client, folder, adapter, pushes, unreceived):
+def test_of_an_adapter_only_the_adapter_is_sent(client, folder, adapter, pushes, unloaded):
     host(client, "owner/base_of_it", folder)
     private = (
         "optimizer.pt",
@@ -214,8 +188,7 @@ def test_an_adapter_is_examined(client, folder, adapter, pushes, damage, words):
 # ------------------------------------------------------------------------------------------ what is vouched for
 
 
-def test_what_lay_there_before_is_named_and_old_code_goes(client, copy, pushes, unreceived, monkeypatch):
-    monkeypatch.setattr(hub_module, "_examine", lambda *args: None)
+def test_what_lay_there_before_is_named_and_old_code_goes(client, unexamined, unloaded, copy, pushes):
     others = {
         "old_hf_decoder.py": b"x",
         "custom_generate/generate.py": b"x",
@@ -225,12 +198,11 @@ def test_what_lay_there_before_is_named_and_old_code_goes(client, copy, pushes, 
     host(client, "owner/shared", copy, **others)
     code, said = pushes(copy, "owner/shared")
     assert code == 0 and "every file and every logit is the same" not in said
-    assert "3 files besides" in said and "custom_generate/generate.py, sub/a_hf_decoder.py, x.pkl" in said
+    assert "3 other files" in said and "custom_generate/generate.py, sub/a_hf_decoder.py, x.pkl" in said
     assert set(client.files("owner/shared")) & set(others) == set(others) - {"old_hf_decoder.py"}
 
 
-def test_a_model_and_an_adapter_do_not_share_a_name(client, folder, adapter, pushes, unreceived, monkeypatch):
-    monkeypatch.setattr(hub_module, "_examine", lambda *args: None)
+def test_a_model_and_an_adapter_do_not_share_a_name(client, unexamined, folder, adapter, pushes):
     host(client, "owner/a_model", folder)
     host(client, "owner/an_adapter", adapter)
     code, said = pushes(adapter, "owner/a_model", "--base_model", "owner/a_model")

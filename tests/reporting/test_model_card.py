@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+from pathlib import Path
 
 import jinja2
 import jinja2.meta
@@ -18,7 +19,6 @@ from hf_decoder.reporting.model_card import (
     pin_load_lines,
     pinned_revision,
     plain,
-    template_path,
     update_model_index,
     write_conversion_card,
     write_finetuning_card,
@@ -42,8 +42,10 @@ WORDS = {"dataset": "made-up text", "procedure": "It was trained."}
 
 
 def test_card_is_read_back_with_its_metadata_and_results(tmp_path):
-    write_model_card(tmp_path, RESULTS, {**WORDS, "license": "apache-2.0"}, model_name="small")
-    card = ModelCard.load(tmp_path / "README.md")
+    folder = tmp_path / "small"
+    folder.mkdir()
+    write_model_card(folder, RESULTS, {**WORDS, "license": "apache-2.0"})
+    card = ModelCard.load(folder / "README.md")
     assert card.data.license == "apache-2.0"
     assert card.data.library_name == "transformers"
     assert card.data.pipeline_tag == "text-generation"
@@ -101,19 +103,24 @@ def test_an_absolute_path_stays_at_home(tmp_path):
     assert 'model="model"' in card.text
 
 
-def test_the_template_and_what_fills_it_name_the_same_things(tmp_path, monkeypatch):
-    template = template_path().read_text(encoding="utf-8")
-    named = jinja2.meta.find_undeclared_variables(jinja2.Environment().parse(template))
+def test_each_template_and_what_fills_it_name_the_same_things(tmp_path, monkeypatch):
     filled: dict = {}
     build = ModelCard.from_template
 
     def keep(card_data, template_path, **fields):
-        filled.update(fields)
+        filled[template_path] = {"card_data", *fields}
         return build(card_data, template_path=template_path, **fields)
 
     monkeypatch.setattr(ModelCard, "from_template", keep)
     write_model_card(tmp_path, RESULTS, WORDS)
-    assert named == {"card_data", *filled}
+    words = {"task": "sft", "base": "a", "dataset": "b", "method": "LoRA"}
+    write_finetuning_card(tmp_path, {"eval_loss": 1.0}, words, is_adapter=False)
+    words = {"title": "a", "kind": "LlamaForCausalLM", "source_kind": "`X`", "source": "b"}
+    write_conversion_card(tmp_path, words, parameters=1, context_length=1, measured={}, source_card=None)
+    assert len(filled) == 3
+    for path, names in filled.items():
+        template = jinja2.Environment().parse(Path(path).read_text(encoding="utf-8"))
+        assert names == jinja2.meta.find_undeclared_variables(template)
 
 
 @pytest.mark.parametrize(

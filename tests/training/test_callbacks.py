@@ -158,12 +158,12 @@ def test_complete_continues_repeatably_and_leaves_the_random_state(model_and_tok
     torch.manual_seed(5)
     # the second prompt is longer than the model reads
     prompts = ["the cat", "the dog sees " * 50]
-    first = callbacks.complete(model, tokenizer, prompts, max_new_tokens=8)
+    first = callbacks.draw_samples(model, tokenizer, prompts, max_new_tokens=8)
     assert torch.equal(torch.rand(1), expected)
     assert model.training
     assert [prompt for prompt, _ in first] == prompts
-    assert first == callbacks.complete(model, tokenizer, prompts, max_new_tokens=8)
-    assert first != callbacks.complete(model, tokenizer, prompts, max_new_tokens=8, seed=1)
+    assert first == callbacks.draw_samples(model, tokenizer, prompts, max_new_tokens=8)
+    assert first != callbacks.draw_samples(model, tokenizer, prompts, max_new_tokens=8, seed=1)
 
 
 def test_samples_are_fenced_whatever_they_hold(tmp_path):

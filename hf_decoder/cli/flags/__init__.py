@@ -1,8 +1,8 @@
-"""The flags of the verbs, one module per verb. Help and errors come from its `ARGUMENTS` and `DESCRIPTION`.
+"""The flags of the verbs, one module for each. Help and errors come from its `ARGUMENTS` and `DESCRIPTION`.
 
-They are apart from the verbs because these import torch, which nobody should wait for who asks for help. `PARTIAL`: a
-verb has the flags of transformers' dataclasses, too; `argument_types(argv)` of its module knows them all.
-`WITHOUT_ARGUMENTS`: what a verb runs with that is given nothing.
+The verbs import torch, and help should not wait for that. `PARTIAL` says that the verb also has flags of transformers'
+dataclasses, which `argument_types(argv)` of the verb's module names. A verb without arguments runs with
+`WITHOUT_ARGUMENTS`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ CAUSAL_MODEL = "Folder or Hub name of a causal language model"
 
 
 def flag(default: Any, help: str, **more: Any) -> Any:
-    """A field of a dataclass that is a flag; what `more` may hold is said in `hf_decoder.cli.arguments`."""
+    """A field of a dataclass that is a flag. `hf_decoder.cli.arguments` lists what `more` may hold."""
     metadata = {"help": help, **more}
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=metadata)
@@ -23,7 +23,7 @@ def flag(default: Any, help: str, **more: Any) -> Any:
 
 
 def needed(help: str, **more: Any) -> Any:
-    """The same without a default."""
+    """A flag without a default, which must be given."""
     return field(metadata={"help": help, **more})
 
 
@@ -38,15 +38,15 @@ class Loading:
 
 @dataclass
 class Answers:
-    """How the model answers; what is not given is as its generation_config says."""
+    """How the model answers. What is not given comes from its generation_config."""
 
-    max_new_tokens: int | None = flag(None, "Longest answer, in tokens; 200 if nothing says.")
+    max_new_tokens: int | None = flag(None, "Longest answer, in tokens; 200 if unset.")
     stop_strings: list[str] | None = flag(None, "Texts that end an answer.")  # noqa: RUF009  (ruff knows it elsewhere)
 
 
 @dataclass
 class Draws(Answers):
-    """How the model answers; what is not given is as its generation_config says."""
+    """How the model answers. What is not given comes from its generation_config."""
 
-    do_sample: bool | None = flag(None, "Draw (true) or take the likeliest (false).")
-    temperature: float | None = flag(None, "Sharpness of the draw: below 1 is sharper, 0 takes the likeliest.")
+    do_sample: bool | None = flag(None, "Sample (true), or take the likeliest token (false).")
+    temperature: float | None = flag(None, "Below 1 sharpens the distribution; 0 takes the likeliest token.")

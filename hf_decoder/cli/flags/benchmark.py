@@ -8,8 +8,8 @@ from hf_decoder.cli.flags import flag
 
 SUITES = ("loss", "train", "packed", "prefill", "generate", "batch", "load")
 DESCRIPTION = (
-    "Measures our model against transformers' Llama of the same shape with the same weights, in one process, "
-    "alternating, medians. Results are compared before anything is timed. Let nothing else run meanwhile."
+    "Measures our model against transformers' Llama of the same shape and weights: one process, alternating calls, "
+    "medians. Results are compared before they are timed. Let nothing else run meanwhile."
 )
 
 

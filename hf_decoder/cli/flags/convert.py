@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from hf_decoder.cli.flags import flag, needed
 
 OUTTYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
-DESCRIPTION = "Converts a checkpoint between families."
+DESCRIPTION = "Converts a checkpoint from or to another family, or to GGUF or ONNX."
 
 
 @dataclass(kw_only=True)
@@ -20,15 +20,15 @@ class ConvertArguments:
     dest: str = needed("Folder to write, or a .gguf file; it must not exist.", positional=True, metavar="DEST")
     to: str = flag(
         "auto",
-        "hf_decoder, a family (llama, mistral, qwen2, qwen3, ...), gguf or onnx. auto: another family comes in, ours "
-        "leaves as the stock class that expresses it exactly.",
+        "hf_decoder, a family (llama, mistral, qwen2, qwen3, ...), gguf or onnx. auto turns another family into ours, "
+        "and ours into the stock class that expresses it exactly.",
     )
     outtype: str = flag("f16", "Type of the matrices in GGUF.", choices=OUTTYPES)
     max_shard_size: str = flag("5GB", "Largest weights file.", metavar="SIZE")
     verify: bool = flag(
         True,
-        "Load what left as a stock class or as ONNX beside its source and compare their logits; read back what left "
-        "as GGUF. --no_verify leaves it out.",
+        "Compare the logits of a stock class or ONNX with those of the source; read GGUF back. --no_verify skips "
+        "this.",
     )
     revision: str | None = flag(None, "Branch, tag or commit of a Hub name.")
 

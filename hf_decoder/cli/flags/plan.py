@@ -10,7 +10,7 @@ from hf_decoder.costs.devices import DEVICES, DEVICES_PER_NODE
 STRATEGIES = ("auto", "ddp", "fsdp2", "deepspeed_zero3")
 OPTIMIZERS = ("muon_adamw", "adamw_torch")
 LONGEST_ROW = 4096
-DESCRIPTION = "Plans a training on one device or many. The estimates are for bf16 autocast over fp32 weights."
+DESCRIPTION = "Plans a training on one device or many. Estimates are for bf16 autocast with fp32 weights."
 
 
 @dataclass
@@ -21,15 +21,15 @@ class PlanArguments:
                        metavar="PRESET")  # fmt: skip
     vocab_size: int = flag(32768, "Vocabulary of the model.")
     gpu: str = flag("h100", f"Kind of device: {', '.join(DEVICES)}. cpu is this machine.", metavar="KIND")
-    gpus: int | None = flag(None, "Devices, over all machines; 8 if unset, and 1 of a CPU or a Mac.")
-    gpu_memory: float | None = flag(None, "GiB of a device, where it has more or less than its kind usually has.")
+    gpus: int | None = flag(None, "Devices of all machines; if unset 8, or 1 for a CPU or a Mac.")
+    gpu_memory: float | None = flag(None, "GiB of a device, if not what its kind usually has.")
     gpus_per_node: int = flag(DEVICES_PER_NODE, "Devices of one machine.")
     strategy: str = flag("auto", "How the devices share the work.", choices=STRATEGIES)
-    block_size: int | None = flag(None, f"Tokens of a row; the context, and at most {LONGEST_ROW}, if unset.")
+    block_size: int | None = flag(None, f"Tokens of a row; if unset the context, and at most {LONGEST_ROW}.")
     per_device_train_batch_size: int = flag(1, "Rows of a device in one pass.")
     gradient_accumulation_steps: int = flag(1, "Passes of an optimizer step.")
     gradient_checkpointing: bool | None = flag(
-        None, "Form activations again instead of keeping them. By default: if need be."
+        None, "Recompute activations instead of keeping them; if unset, only where memory needs it."
     )
     optim: str = flag("muon_adamw", "Optimizer.", choices=OPTIMIZERS)
     mfu: float = flag(0.4, "Model FLOPs utilisation to assume.")

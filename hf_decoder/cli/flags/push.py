@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from hf_decoder.cli.flags import flag, needed
 
 DESCRIPTION = (
-    "Checks a saved model or adapter with the doctor, uploads what belongs to it, names the rest, downloads it into "
-    "an empty cache, and compares every file, and its logits in a fresh process that has transformers but neither "
-    "this package nor a token. The token is HF_TOKEN or the one that `hf auth login` saved; HF_ENDPOINT names another "
+    "Checks a saved model or adapter with the doctor, uploads its files, and names the files that stay. Then it "
+    "downloads them into an empty cache, compares each, and compares the logits in a fresh process without this "
+    "package and without a token. The token is HF_TOKEN, or what `hf auth login` saved. HF_ENDPOINT names another "
     "server than the Hub."
 )
 
@@ -19,13 +19,13 @@ class PushArguments:
     """What is uploaded, and where to."""
 
     folder: str = needed("Folder of a saved model or adapter.", positional=True, metavar="FOLDER")
-    repo_id: str = needed("user/name on the Hub; made if it does not exist.", positional=True, metavar="USER/NAME")
+    repo_id: str = needed("user/name on the Hub, made if it does not exist.", positional=True, metavar="USER/NAME")
     private: bool = flag(False, "Make the new repo private.")
-    revision: str | None = flag(None, "Branch to push to; made if it does not exist.")
+    revision: str | None = flag(None, "Branch to push to, made if it does not exist.")
     create_pr: bool = flag(False, "Open a pull request instead of changing the branch.")
     commit_message: str | None = flag(None, "Title of the commit.")
-    base_model: str | None = flag(None, "Hub name of an adapter's base, where it was trained on a folder.")
-    trust_remote_code: bool = flag(False, "Run the code of an adapter's base where it is not this package's own.")
+    base_model: str | None = flag(None, "Hub name of an adapter's base, if it was trained on a folder.")
+    trust_remote_code: bool = flag(False, "Run the code of an adapter's base even if it is not this package's own.")
 
 
 ARGUMENTS = (PushArguments,)
