@@ -38,13 +38,13 @@ from hf_decoder.cli import (
 from hf_decoder.cli.arguments import takes_argv
 from hf_decoder.cli.flags.pretrain import DataArguments, ModelArguments, PretrainingDefaults
 from hf_decoder.costs.presets import get_preset
-from hf_decoder.data import documents as corpus
+from hf_decoder.data.documents import MIN_DOCUMENTS_TO_SPLIT
 from hf_decoder.data.sources import names_of
 from hf_decoder.data.streamed_text import StreamedText
 from hf_decoder.data.tokenization import check_tokenizer_fits, train_tokenizer
 from hf_decoder.evaluation.batch_generation import end_ids
 from hf_decoder.reporting.model_card import template_path
-from hf_decoder.training import callbacks as training
+from hf_decoder.training import callbacks
 from hf_decoder.training.checkpoint_formats import save_in_full, whole_model
 from hf_decoder.training.checkpoints import (
     CheckpointKeeper,
@@ -84,9 +84,9 @@ class PretrainingArguments(PretrainingDefaults, TrainingArguments):  # type: ign
             raise ValueError("--max_steps 0 trains nothing; give at least 1, or -1 to count --num_train_epochs")
         if self.max_steps < 0 and not 0 < self.num_train_epochs < math.inf:
             raise ValueError(f"--num_train_epochs {self.num_train_epochs:g} must be more than 0, and finite")
-        training.choose_bf16(self)
+        callbacks.choose_bf16(self)
         self.fits_logging_steps = self.logging_steps is None
-        self.logging_steps = training.LOGGING_STEPS if self.fits_logging_steps else self.logging_steps
+        self.logging_steps = callbacks.LOGGING_STEPS if self.fits_logging_steps else self.logging_steps
         super().__post_init__()
         check_schedule(self)
 
@@ -99,7 +99,7 @@ def argument_types(argv: Sequence[str]) -> tuple[type, ...]:
 @takes_argv
 def main(model_args: ModelArguments, data_args: DataArguments, args: PretrainingArguments) -> int:
     """Runs `pretrain`. Of several processes only the first one prints."""
-    with training.quiet_but_for_main_process(args):
+    with callbacks.quiet_but_for_main_process(args):
         return pretrain(model_args, data_args, args)
 
 
@@ -131,15 +131,15 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, args: Pretrai
     )
     if checkpoint is not None:
         check_same_run(checkpoint, run)
-        training.check_steps_left(checkpoint, steps, f"--num_train_epochs {args.num_train_epochs:g}")
-    finished = checkpoint is not None and training.is_finished(checkpoint, steps)
+        callbacks.check_steps_left(checkpoint, steps, f"--num_train_epochs {args.num_train_epochs:g}")
+    finished = checkpoint is not None and callbacks.is_finished(checkpoint, steps)
     model = _model(checkpoint if finished else model_args.model_name_or_path, config, new=checkpoint is None)
     # A chat model that is tuned from this one ends its turns, whoever loads it.
     model.generation_config.eos_token_id = end_ids(model, tokenizer, chat=tokenizer.chat_template is not None)
     if args.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY and not args.lr_scheduler_kwargs:
         args.lr_scheduler_kwargs = wsd_kwargs(steps)
     if args.fits_logging_steps:
-        args.logging_steps = training.logging_steps(steps)
+        args.logging_steps = callbacks.logging_steps(steps)
     keeper, stop = CheckpointKeeper(run, args.save_total_limit, checkpoint), StopOnSignal()
     args.save_total_limit = None  # the keeper deletes old checkpoints in Trainer's place
     with keeper.explain_stop(args):
@@ -147,11 +147,11 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, args: Pretrai
         if time_limit is not None:
             trainer.add_callback(TimeLimit(time_limit, started))
         if checkpoint is None and trainer.is_world_process_zero():
-            training.clear_earlier_run(args.output_dir)
+            callbacks.clear_earlier_run(args.output_dir)
         if checkpoint is not None and isinstance(trainer, StreamingTrainer):
             trainer.resume(checkpoint)
         with keeper.explain_failed_save(args.output_dir), stop:
-            metrics = training.train(trainer, checkpoint, steps, finished=finished)
+            metrics = callbacks.train(trainer, checkpoint, steps, finished=finished)
             stop.check()
             save_in_full(trainer, args.output_dir)
         stop.check()
@@ -170,9 +170,9 @@ def _checkpoint(args: PretrainingArguments) -> str | None:
     template_path()
     checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
     resumes_here = checkpoint is not None and Path(checkpoint).resolve().parent == Path(args.output_dir).resolve()
-    training.check_output_dir(args.output_dir, overwrite=args.overwrite_output_dir, resume=resumes_here)
+    callbacks.check_output_dir(args.output_dir, overwrite=args.overwrite_output_dir, resume=resumes_here)
     if checkpoint is not None and args.max_steps > 0:
-        training.check_steps_left(checkpoint, args.max_steps, f"--max_steps {args.max_steps}")
+        callbacks.check_steps_left(checkpoint, args.max_steps, f"--max_steps {args.max_steps}")
     return checkpoint
 
 
@@ -192,15 +192,15 @@ def _prepare(
     config = _config(model_args.preset, overrides, source, data_args.block_size)
     set_seed(args.seed)
     if args.use_cpu:
-        training.keep_freed_memory()
+        callbacks.keep_freed_memory()
     logging.disable_progress_bar()  # of the files that transformers writes; training and data keep their bars
     with args.main_process_first(desc="text"):
-        with training.stage("corpus", seconds):
+        with callbacks.stage("corpus", seconds):
             text = open_text(data_args)
-        with training.stage("tokenizer", seconds):
+        with callbacks.stage("tokenizer", seconds):
             tokenizer = _tokenizer(model_args, checkpoint, training_texts(text))
         _fit_to_tokenizer(config, tokenizer, resize=source is None and "vocab_size" not in overrides)
-        with training.stage("rows", seconds):
+        with callbacks.stage("rows", seconds):
             rows = _rows(text, tokenizer, data_args, args)
     return config, tokenizer, rows
 
@@ -211,9 +211,9 @@ def _trainer(
     rows: Rows,
     data_args: DataArguments,
     args: PretrainingArguments,
-    callbacks: list[TrainerCallback],
+    keepers: list[TrainerCallback],
 ) -> MeasuringTrainer:
-    """The trainer, with `callbacks` and those that watch the loss and show speed, curve and samples."""
+    """The trainer, with `keepers` and the callbacks that watch the loss and show speed, curve and samples."""
     is_ours = isinstance(model, HfDecoderForCausalLM)
     trainer = (StreamingTrainer if data_args.streaming else MeasuringTrainer)(
         model=model,
@@ -222,20 +222,20 @@ def _trainer(
         eval_dataset=_spread(rows.evaluation, data_args.max_eval_samples),
         processing_class=tokenizer,
         # A padding collator adds an attention mask, and with a mask the documents of a row would see each other.
-        data_collator=training.collate_rows if is_ours else default_data_collator,
+        data_collator=callbacks.collate_rows if is_ours else default_data_collator,
         optimizer_cls_and_kwargs=muon_adamw(args) if args.uses_muon else grouped_optimizer(args),
-        callbacks=[*callbacks, StopOnNan(tokenizer), WarnOfSpikes()],
+        callbacks=[*keepers, StopOnNan(tokenizer), WarnOfSpikes()],
     )
     if is_ours:
         trainer.callback_handler.callbacks.insert(0, StepMetrics(trainer, data_args.block_size))
     title = f"{model.num_parameters() / 1e6:.1f}M parameters"
-    trainer.add_callback(training.CurveAtSave(title=title, bytes_per_token=rows.eval_report.bytes_per_token))
+    trainer.add_callback(callbacks.CurveAtSave(title=title, bytes_per_token=rows.eval_report.bytes_per_token))
     if args.sample_steps is not None:
-        prompts = training.held_out_prompts(rows.held_out)
-        trainer.add_callback(training.SampleText(tokenizer, prompts, args.sample_steps, args.seed))
+        prompts = callbacks.held_out_prompts(rows.held_out)
+        trainer.add_callback(callbacks.SampleText(tokenizer, prompts, args.sample_steps, args.seed))
     if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(training.SpeedBar())
+        trainer.add_callback(callbacks.SpeedBar())
     return trainer
 
 
@@ -245,11 +245,11 @@ def _measure_and_show(
     """Measures the trained model on all held-out text, and writes and prints the results."""
     args, model = trainer.args, whole_model(trainer, str(trainer.args.output_dir))
     tokenizer: Any = trainer.processing_class
-    with training.stage("evaluate", seconds):
+    with callbacks.stage("evaluate", seconds):
         eval_metrics = score_held_out(model, args, rows.evaluation, rows.eval_report, rows.held_out)
     train_metrics = {**metrics, **sizes_and_machine(model, rows.train_report), **seconds}
-    prompts = training.held_out_prompts(rows.held_out)
-    samples = training.draw_samples(model, tokenizer, prompts, seed=args.seed)
+    prompts = callbacks.held_out_prompts(rows.held_out)
+    samples = callbacks.draw_samples(model, tokenizer, prompts, seed=args.seed)
     write_outputs(trainer, train_metrics, eval_metrics, samples, words)
 
 
@@ -280,7 +280,7 @@ def _model(name: str | None, config: PretrainedConfig, *, new: bool) -> Any:
 
     Trainer loads the weights of a checkpoint to resume, together with the optimizer's state.
     """
-    if name is not None and (new or training.is_checkpoint(name)):
+    if name is not None and (new or callbacks.is_checkpoint(name)):
         return load_model(name, dtype=torch.float32)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     special_tokens = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -343,7 +343,7 @@ def _words(args: PretrainingArguments, model_args: ModelArguments, data_args: Da
     elif data_args.dataset_name is not None:
         held_out = "the validation split, or where there is none, whole documents chosen by their hash"
     else:
-        few = corpus.MIN_DOCUMENTS_TO_SPLIT
+        few = MIN_DOCUMENTS_TO_SPLIT
         held_out = f"whole documents chosen by their hash; with fewer than {few} documents, the end of the text"
     origin = model_args.tokenizer_name or model_args.model_name_or_path
     return {
