@@ -163,7 +163,7 @@ def not_on_hub(name: str, error: Exception) -> ValueError:
     return ValueError(f"{name} is neither a folder here nor a model that the Hub gives us: {first_line(error)}")
 
 
-def download(name: str, revision: str | None, **patterns: list[str]) -> Path:
+def download(name: str, revision: str | None, **patterns: Any) -> Path:
     """Downloads the files of a Hub name into the cache; returns their folder. `patterns` choose the files.
 
     Raises:
