@@ -55,6 +55,7 @@ def run_pytest(tmp_path):
     return run
 
 
+@pytest.mark.kernels
 def test_a_test_that_hangs_ends_and_the_next_one_runs(run_pytest):
     result = run_pytest(HANG, "-o", "timeout=1")
     assert "Timeout (>1.0s)" in result.stdout and "1 failed, 1 passed" in result.stdout
@@ -64,6 +65,7 @@ def test_every_test_has_a_limit(request):
     assert float(request.config.getini("timeout")) == 300
 
 
+@pytest.mark.kernels
 def test_compiled_code_has_folders_of_this_user_that_stay_without_locks_of_the_dead(run_pytest, tmp_path):
     assert run_pytest(SHOW_FOLDERS).returncode == 0
     seen = _folders(tmp_path)
@@ -81,6 +83,7 @@ def test_compiled_code_has_folders_of_this_user_that_stay_without_locks_of_the_d
     assert not locks["old"].exists() and locks["new"].exists()
 
 
+@pytest.mark.kernels
 def test_a_folder_that_is_not_ours_is_not_used(run_pytest, tmp_path):
     (tmp_path / "tmp").mkdir()
     (tmp_path / "strange").mkdir()
@@ -89,6 +92,7 @@ def test_a_folder_that_is_not_ours_is_not_used(run_pytest, tmp_path):
     assert not any(f.resolve().is_relative_to(tmp_path / "strange") for f in _folders(tmp_path))
 
 
+@pytest.mark.kernels
 def test_an_extension_of_a_library_is_built_in_our_folder(run_pytest):
     result = run_pytest(BUILD_LIKE_QUANTO)
     assert result.returncode == 0, result.stdout + result.stderr

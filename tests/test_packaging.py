@@ -44,6 +44,7 @@ def imported() -> dict[str, set[str]]:
     return found
 
 
+@pytest.mark.process
 def test_what_is_imported_is_declared():
     undeclared = {name: files for name, files in imported().items() if name not in {*NEEDED, *OPTIONAL, *GUESTS}}
     assert not undeclared

@@ -241,6 +241,7 @@ def test_both_spellings_of_a_flag_are_read(flag):
     assert parse(flag, "3")[1].max_eval_samples == parse(f"{flag}=3")[1].max_eval_samples == 3
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", ["SFTConfig", "DPOConfig", "ModelConfig", "TrainingArguments"])
 def test_flags_of_transformers_dataclasses_are_read_as_transformers_reads_them(name):
     """Its own HfArgumentParser on the same class is the oracle, field by field."""

@@ -81,6 +81,7 @@ def test_an_empty_validation_split(fails, tmp_path, streaming, rows):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.process
 def test_unknown_preset_lists_them(fails, run, tmp_path):
     line = fails(*train_flags(run.train_file, tmp_path / "out", "--preset", "giant"))
     assert "'giant'" in line
@@ -257,6 +258,7 @@ def test_damaged_tokenizer(fails, model_copy):
     assert "tokenizer" in fails("generate", str(model_copy), "the cat")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     "argv, word",
     [

@@ -41,6 +41,7 @@ def judgments(tmp_path) -> list[dict]:
     return [json.loads(line) for line in (tmp_path / "out" / "judgments.jsonl").read_text("utf-8").splitlines()]
 
 
+@pytest.mark.process
 def test_judging_stops_and_goes_on(argv, run, tmp_path, monkeypatch, capsys):
     say(monkeypatch, "1", "what", "q")
     assert main(argv) == 0
@@ -69,6 +70,7 @@ def test_judging_stops_and_goes_on(argv, run, tmp_path, monkeypatch, capsys):
         assert row["answer_a"] == first["completion"]
 
 
+@pytest.mark.process
 def test_interrupt_keeps_what_is_judged(argv, tmp_path, monkeypatch, capsys):
     said = iter(["1"])
 

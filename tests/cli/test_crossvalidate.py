@@ -70,6 +70,7 @@ def test_every_row_is_held_out_once_and_every_fold_has_its_share_of_every_label(
     assert folds == crossvalidation.fold_of_each(labels, 5, seed=1) != crossvalidation.fold_of_each(labels, 5, seed=2)
 
 
+@pytest.mark.process
 def test_bag_of_words_is_scikit_learn_s_own(rows):
     from sklearn.feature_extraction.text import CountVectorizer, TfidfTransformer
     from sklearn.linear_model import LogisticRegression
@@ -82,6 +83,7 @@ def test_bag_of_words_is_scikit_learn_s_own(rows):
     assert crossvalidation.bag_of_words(train, held_out) == expected
 
 
+@pytest.mark.process
 def test_folds_are_measured_without_having_been_seen(rows, train_file, tmp_path, capsys, monkeypatch):
     seen = []
     train_classifier = crossvalidation.train_classifier
@@ -131,6 +133,7 @@ def test_an_interrupted_run_goes_on(train_file, tmp_path, monkeypatch, capsys):
     assert Counter(line["fold"] for line in lines) == {0: 16, 1: 16, 2: 16}
 
 
+@pytest.mark.process
 def test_the_tokenizer_and_the_language_model_know_the_training_rows_alone(rows, tmp_path):
     recipe = crossvalidation.Recipe({"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1}, 600, 1, 1e-2, 0.0, 1, 1e-2, 0.0, 0.1, 0.5, 8, 0)  # fmt: skip # noqa: E501
     train = [{**row, "text": row["text"] + " zebra"} for row in rows]
@@ -233,6 +236,7 @@ def test_results_of_other_settings_are_not_mixed(fails, train_file, tmp_path, mo
     assert "no result of this command" in fails(*argv)
 
 
+@pytest.mark.process
 def test_a_model_of_all_rows_is_left_that_anybody_loads(rows, train_file, tmp_path, capsys):
     """Its pipeline marks the texts as its training did, and `eval` measures it."""
     from sklearn.metrics import classification_report, confusion_matrix

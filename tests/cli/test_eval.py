@@ -55,6 +55,7 @@ def greedy(folder, prompt: str, tokens: int) -> str:
     return tokenizer.decode(output, skip_special_tokens=True).strip()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("kind", ["ours", "llama"])
 def test_several_metrics_in_one_run(run, llama, pairs, tmp_path, kind):
     folder = run.folder if kind == "ours" else llama

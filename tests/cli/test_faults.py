@@ -78,6 +78,7 @@ def resumes_to(job, folder: Path, expected: dict[str, torch.Tensor]) -> None:
     assert only.name == f"checkpoint-{STEPS}" and is_complete(only)
 
 
+@pytest.mark.process
 def test_killed_at_a_random_moment(job, undisturbed, tmp_path):
     folder = tmp_path / "killed"
     process, _ = job.start(folder)
@@ -143,6 +144,7 @@ def test_killed_twenty_times(job, tmp_path, figures):
 
 
 # Of each checkpoint torch writes four files: arguments, optimizer, schedule and random state.
+@pytest.mark.process
 @pytest.mark.parametrize("fault, number", [(kill_in_save, 10), (kill_before_mark, 3)], ids=["in-save", "before-mark"])
 def test_killed_while_saving(job, undisturbed, tmp_path, fault, number):
     folder = tmp_path / f"killed-{fault.__name__}"
@@ -155,6 +157,7 @@ def test_killed_while_saving(job, undisturbed, tmp_path, fault, number):
     resumes_to(job, folder, undisturbed)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_stopped_by_a_signal_saves_first(job, undisturbed, tmp_path, number):
     folder = tmp_path / f"stopped-{number.name}"
@@ -171,6 +174,7 @@ def test_stopped_by_a_signal_saves_first(job, undisturbed, tmp_path, number):
     resumes_to(job, folder, undisturbed)
 
 
+@pytest.mark.process
 def test_killed_after_the_last_step_only_the_rest_is_done(job, undisturbed, tmp_path):
     folder = tmp_path / "killed-late"
     code, _ = job(folder, fault=kill_late)
@@ -180,6 +184,7 @@ def test_killed_after_the_last_step_only_the_rest_is_done(job, undisturbed, tmp_
     assert (folder / "README.md").is_file()
 
 
+@pytest.mark.process
 def test_full_disk_leaves_the_checkpoint_before(job, undisturbed, tmp_path):
     folder = tmp_path / "starved"
     code, said = job(folder, fault=starve, number=3)

@@ -155,6 +155,7 @@ def test_the_trainers_loss_is_the_mean_over_completion_tokens(run, tmp_path, kin
     assert trainer._metrics["train"]["num_tokens"] == [2 * tokens]  # the batch twice
 
 
+@pytest.mark.process
 def test_full_fine_tuning_learns_its_rows(run, tmp_path, capsys):
     rows = [*PAIRS, {"prompt": "", "completion": "x"}, {"prompt": "x", "completion": " "}]
     flags = [
@@ -187,6 +188,7 @@ def test_full_fine_tuning_learns_its_rows(run, tmp_path, capsys):
     assert (out / "loss_curve.png").stat().st_size > 1000
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("kind", [[], ["--use_dora", "true"]], ids=["lora", "dora"])
 def test_merged_is_the_base_with_its_adapter(run, tmp_path, kind):
     flags = ["--use_peft", "true", "--lora_r", "4", "--lora_alpha", "8", "--learning_rate", "1e-2", *kind]
@@ -210,6 +212,7 @@ def test_merged_is_the_base_with_its_adapter(run, tmp_path, kind):
     assert held == 3 * 4 * results["trainable_parameters"] + 4 * len(load_file(adapter / "adapter_model.safetensors"))
 
 
+@pytest.mark.process
 def test_a_new_model_of_a_preset_learns_its_rows(run, tmp_path):
     flags = ["--preset", "nano", "--tokenizer_name", str(run.folder), "--config_overrides", SHAPE, "--dropout", "0.01"]
     flags += ["--optim", "muon_adamw", "--lr_scheduler_type", "warmup_stable_decay", "--max_steps", "60"]
@@ -227,6 +230,7 @@ def test_a_new_model_of_a_preset_learns_its_rows(run, tmp_path):
     assert max(rates) == rates[30] == 1e-2 and rates[-1] < 1e-3
 
 
+@pytest.mark.process
 def test_time_limit_ends_the_training_with_the_rate_brought_down(run, tmp_path, capsys):
     out = run_task(run.folder, tmp_path, PAIRS, "--max_steps", "100000", "--time_limit", "8s")
     state = json.loads((out / "trainer_state.json").read_text())
@@ -277,6 +281,7 @@ def test_dropout_of_a_family_with_other_names_is_refused():
         add_dropout(model, 0.1)
 
 
+@pytest.mark.process
 def test_resumed_is_uninterrupted(run, tmp_path):
     flags = ["--use_peft", "true", "--max_steps", "4", "--save_steps", "2", "--save_total_limit", "5"]
     whole = run_task(run.folder, tmp_path, PAIRS, *flags)
@@ -294,6 +299,7 @@ def copy_of_run(whole, folder, *steps):
     return folder
 
 
+@pytest.mark.process
 def test_only_a_whole_checkpoint_is_resumed(fails, run, tmp_path, capsys):
     """Half of one is passed over for the one before; one without the optimizer's state is no start to go on from."""
     flags = ["--use_peft", "true", "--max_steps", "4", "--save_steps", "2", "--save_total_limit", "5"]
@@ -362,6 +368,7 @@ def test_the_measured_loss_is_the_mean_over_tokens_whatever_shares_a_batch(run, 
         assert trainer.state.log_history[-1]["eval_loss"] == pytest.approx(nats / count, rel=1e-5)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("flags", [[], ["--packing", "true"]], ids=["padded", "packed"])
 def test_rows_whose_prompt_fills_the_block_are_counted(fails, run, tmp_path, capsys, flags):
     long = [{"prompt": "the cat sees " * 100, "completion": "the dog"}] * 2
@@ -385,6 +392,7 @@ def test_chats_whose_question_fills_the_block_are_counted(fails, run, tmp_path):
     assert "has no row with an answer to learn" in fails(*argv, "--validation_split_percentage", "0")
 
 
+@pytest.mark.process
 def test_classification_learns_and_is_measured_by_eval(run, tmp_path, capsys):
     flags = [
         "--max_steps",
@@ -405,6 +413,7 @@ def test_classification_learns_and_is_measured_by_eval(run, tmp_path, capsys):
     assert "accuracy         1.0000" in capsys.readouterr().out
 
 
+@pytest.mark.process
 def test_a_classifier_is_shown_class_by_class_and_held_against_the_most_frequent(run, tmp_path, capsys):
     """What `finetune` and `eval` write of one classifier on the same rows is the same."""
     from sklearn.metrics import classification_report, confusion_matrix
@@ -433,6 +442,7 @@ def test_a_classifier_is_shown_class_by_class_and_held_against_the_most_frequent
         assert path.stat().st_size > 1000
 
 
+@pytest.mark.process
 def test_the_defaults_of_classification_learn_from_a_small_base(run, tmp_path, capsys):
     """No rate, batch size or number of epochs is given."""
     words = {"pos": ["good", "fine", "great"], "neg": ["bad", "poor", "dull"]}
@@ -452,6 +462,7 @@ def test_the_defaults_of_classification_learn_from_a_small_base(run, tmp_path, c
     assert len([entry for entry in log if "loss" in entry]) >= 15
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("kind", ["ours", "llama"])
 def test_rows_of_a_classifier_weigh_the_same_however_they_are_batched(run, tmp_path, kind):
     folder, losses, weights = folder_of(kind, run, tmp_path), [], []
@@ -483,6 +494,7 @@ def test_classification_with_an_adapter(run, tmp_path):
     assert AutoModelForSequenceClassification.from_pretrained(out).config.id2label == {0: "neg", 1: "pos"}
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("kind", [[], ["--use_dora", "true"], ["--load_in_4bit", "true"]], ids=["lora", "dora", "qlora"])  # fmt: skip # noqa: E501
 def test_an_adapter_of_a_classifier_is_measured_as_one(fails, run, tmp_path, kind):
     """Its labels are beside it, in every checkpoint too; the card's lines give the classes their names."""
@@ -512,6 +524,7 @@ def test_an_adapter_of_a_classifier_is_measured_as_one(fails, run, tmp_path, kin
     assert "id2label.json" in fails("eval", str(out), "--metrics", "accuracy", "--test_file", held)
 
 
+@pytest.mark.process
 def test_a_continued_adapter_keeps_its_classes_in_their_order(run, tmp_path):
     flags = ["--use_peft", "true", "--class_names", "pos", "neg"]
     first = run_task(run.folder, tmp_path, LABELS, *flags, task="classification")
@@ -545,6 +558,7 @@ def test_a_classifier_writes_no_text(fails, run, tmp_path, kind):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("peft", [[], ["--use_peft", "true"]], ids=["full", "lora"])
 def test_preferences_move_the_margin(run, tmp_path, peft):
     flags = ["--validation_file", write(tmp_path / "held.jsonl", PREFERENCES[:4]), "--max_steps", "12"]
@@ -590,6 +604,7 @@ def chat_with(model, tokenizer, question):
     return tokenizer.decode(tokens[:-1]), float(logits.softmax(-1)[end])
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("kind", ["lora", "dora", "untied"])
 def test_an_adapter_learns_to_end_its_turns(run, tmp_path, kind):
     """The base saw no chat; the adapter reloads with plain PEFT, merges, and is gone on with."""
@@ -628,6 +643,7 @@ def test_an_adapter_learns_to_end_its_turns(run, tmp_path, kind):
     assert main([*argv, "--output_dir", str(tmp_path / "more"), *QUICK]) == 0
 
 
+@pytest.mark.process
 def test_adapter_of_another_base_is_refused(fails, run, tmp_path):
     adapter = run_task(run.folder, tmp_path, PAIRS, "--use_peft", "true", "--max_steps", "1")
     shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -709,6 +725,7 @@ def test_text_is_not_measured_on_messages(fails, run, tmp_path):
     assert f"of {train} and {held}, one holds text and the other messages" in line
 
 
+@pytest.mark.process
 def test_four_bit_base_trains_and_merges_into_the_full_weights(run, tmp_path):
     flags = ["--use_peft", "true", "--load_in_4bit", "true", "--learning_rate", "1e-2", "--merge"]
     out = run_task(run.folder, tmp_path, PAIRS, *flags)
@@ -751,6 +768,7 @@ def test_an_evaluation_leaves_the_gradients_on_a_four_bit_base_as_they_are(run, 
         assert torch.equal(after[name], gradient), name
 
 
+@pytest.mark.process
 def test_memory_is_trimmed_on_the_way(run, tmp_path, monkeypatch):
     """Every step has tensors of other sizes, and without it the process grows."""
     trimmed = []
@@ -809,6 +827,7 @@ def test_tools_and_their_calls_are_trained_where_the_template_holds_them(with_to
         assert tokenizer.decode(row["input_ids"]).startswith("warm\n<|im_start|>user\nRome?")
 
 
+@pytest.mark.process
 def test_tools_that_the_template_does_not_hold_are_counted(fails, run, with_tools, tmp_path, capsys):
     plain = [{"messages": [USER_TURN, {"role": "assistant", "content": "the dog", "mood": "mild"}]}] * 6
     rows = [*plain, {"messages": TOOL_CHAT}, {"messages": plain[0]["messages"], "tools": TOOLS}]
@@ -851,6 +870,7 @@ def test_system_and_history_beside_an_instruction_are_turns(run, tmp_path):
     assert trainer.train_dataset[0]["input_ids"] == build(run.folder, tmp_path, [{"messages": CHATS[0]["messages"]}]).train_dataset[0]["input_ids"]  # fmt: skip # noqa: E501
 
 
+@pytest.mark.process
 def test_what_is_trained_on_is_told_apart_and_what_is_not_is_named(run, tmp_path, capsys):
     rows = [{"instruction": "the cat", "input": "", "output": "sees it", "id": n} for n in range(8)]
     trainer = build(run.folder, tmp_path, rows)
@@ -868,6 +888,7 @@ def test_what_is_trained_on_is_told_apart_and_what_is_not_is_named(run, tmp_path
     assert text == "the cat: sees it<|endoftext|>"
 
 
+@pytest.mark.process
 def test_preferences_with_whole_chats_are_learned(run, tmp_path, capsys):
     question = "the cat " * 150
     rows = [

@@ -181,6 +181,7 @@ def test_a_template_that_refuses_the_talk_is_one_line(run, model_copy, monkeypat
     )
 
 
+@pytest.mark.process
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
 def test_a_chat_in_a_terminal_survives_ctrl_c_and_ends_at_ctrl_d(run):
     """Without a prompt on a terminal, `generate` chats."""

@@ -6,6 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+pytestmark = pytest.mark.peers
+
 pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install lm_eval")
 
 TASK = """

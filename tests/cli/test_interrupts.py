@@ -61,6 +61,7 @@ def stopped(capsys, argv, number) -> str:
     return line
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize("flags", [[], ["--use_peft", "true"], ["--save_only_model", "true"]], ids=["full", "lora", "weights"])  # fmt: skip # noqa: E501
 def test_finetune_saves_and_goes_on_to_the_same_weights(run, rows, send, tmp_path, capsys, number, flags):
@@ -88,6 +89,7 @@ def test_finetune_saves_and_goes_on_to_the_same_weights(run, rows, send, tmp_pat
     assert all(torch.equal(one[name], other[name]) for name in other)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("verb", ["finetune", "pretrain"])
 def test_a_training_stopped_before_its_first_step_leaves_nothing(run, rows, send, tmp_path, capsys, verb):
     out = tmp_path / "out"
@@ -103,6 +105,7 @@ def test_a_training_stopped_before_its_first_step_leaves_nothing(run, rows, send
     assert not out.exists()
 
 
+@pytest.mark.process
 def test_what_comes_after_the_last_step_is_made_up_for(run, rows, send, tmp_path, capsys):
     out = tmp_path / "out"
     argv = ["finetune", str(run.folder), "--train_file", rows(PAIRS), "--max_steps", "3", "--report_to", "none"]
@@ -118,6 +121,7 @@ def test_what_comes_after_the_last_step_is_made_up_for(run, rows, send, tmp_path
     assert json.loads((out / "all_results.json").read_text())["train_steps"] == 3
 
 
+@pytest.mark.process
 def test_crossvalidate_keeps_its_folds(rows, send, tmp_path, capsys):
     out = tmp_path / "out"
     argv = ["crossvalidate", "--train_file", rows(ROWS), "--num_folds", "3", "--config_overrides", SHAPE]

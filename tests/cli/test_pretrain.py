@@ -108,6 +108,7 @@ def test_samples_continue_held_out_text(run):
     assert prompt in run.validation_file.read_text(encoding="utf-8")
 
 
+@pytest.mark.process
 def test_printed_lines_and_a_checkpoint_work_in_a_fresh_process_without_the_package(run, run_python):
     lines = [line for line in run.printed.splitlines() if line][-3:]
     assert lines[0] == "from transformers import pipeline"
@@ -124,6 +125,7 @@ def test_printed_lines_and_a_checkpoint_work_in_a_fresh_process_without_the_pack
     assert "loaded from transformers_modules" in said
 
 
+@pytest.mark.process
 def test_resumed_is_uninterrupted_bit_for_bit(run, tmp_path):
     folder = tmp_path / "resumed"
     shutil.copytree(run.folder / "checkpoint-3", folder / "checkpoint-3")
@@ -134,6 +136,7 @@ def test_resumed_is_uninterrupted_bit_for_bit(run, tmp_path):
     assert results(folder)["num_input_tokens_seen"] == results(run.folder)["num_input_tokens_seen"]
 
 
+@pytest.mark.process
 def test_a_finished_run_goes_on_for_more_steps(run, tmp_path):
     folder = tmp_path / "longer"
     shutil.copytree(run.folder / "checkpoint-6", folder / "checkpoint-6")
@@ -142,6 +145,7 @@ def test_a_finished_run_goes_on_for_more_steps(run, tmp_path):
     assert results(folder)["num_input_tokens_seen"] == 9 * 4 * 64
 
 
+@pytest.mark.process
 def test_watching_a_run_changes_nothing_of_it(run, tmp_path):
     folder = tmp_path / "watched"
     flags = [*run.flags, "--output_dir", str(folder), "--sample_steps", "2", "--time_limit", "1h"]
@@ -157,6 +161,7 @@ def test_watching_a_run_changes_nothing_of_it(run, tmp_path):
     )
 
 
+@pytest.mark.process
 def test_overwriting_leaves_nothing_of_the_old_run_and_goes_on_from_a_model(run, model_copy, tmp_path):
     shutil.copytree(run.folder / "checkpoint-6", model_copy / "checkpoint-6")
     (model_copy / "all_results.json").write_text('{"bleu": 1.0}', encoding="utf-8")
@@ -171,6 +176,7 @@ def test_overwriting_leaves_nothing_of_the_old_run_and_goes_on_from_a_model(run,
     assert (model_copy / "tokenizer.json").read_bytes() == (run.folder / "tokenizer.json").read_bytes()
 
 
+@pytest.mark.process
 def test_tensorboard_gets_what_the_log_has(run, tmp_path, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -184,6 +190,7 @@ def test_tensorboard_gets_what_the_log_has(run, tmp_path, monkeypatch):
         assert logged and {event.step: event.value for event in events.Scalars(tag)} == pytest.approx(logged)
 
 
+@pytest.mark.process
 def test_the_loss_curve_holds_both_losses_at_every_save(run, tmp_path, monkeypatch):
     curves = []
 
@@ -196,6 +203,7 @@ def test_the_loss_curve_holds_both_losses_at_every_save(run, tmp_path, monkeypat
     assert curves[:3] == [({1, 2}, {2}), ({1, 2, 3, 4}, {2, 4}), ({1, 2, 3, 4, 5, 6}, {2, 4, 6})]
 
 
+@pytest.mark.process
 def test_a_run_that_its_time_limit_cuts_says_how_far_it_came(run, tmp_path, capsys):
     folder = tmp_path / "cut"
     argv = ["pretrain", *run.flags, "--max_steps", "100000", "--time_limit", "1s", "--output_dir", str(folder)]
@@ -212,6 +220,7 @@ def test_a_run_that_its_time_limit_cuts_says_how_far_it_came(run, tmp_path, caps
     assert max(entry["step"] for entry in log if "loss" in entry) == taken
 
 
+@pytest.mark.process
 def test_pretraining_and_fine_tuning_end_alike(run, tmp_path, capsys):
     """The same files, names of metrics and last lines, which prompt with the user's own text."""
     pytest.importorskip("trl")

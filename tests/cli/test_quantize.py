@@ -33,6 +33,7 @@ def rows(output: str) -> dict[str, list[str]]:
     return {line.split()[0]: line.split()[1:] for line in output.splitlines() if "MB" in line}
 
 
+@pytest.mark.process
 @torch.no_grad()
 @pytest.mark.parametrize("method", ["torchao_int8", "bitsandbytes_int8", "bitsandbytes_nf4"])
 def test_one_method_is_measured_and_saved(method, run, tmp_path, text_file, capsys):

@@ -51,6 +51,7 @@ def undisturbed(flags, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.process
 def test_the_whole_job_is_done(undisturbed, capsys):
     results = json.loads((undisturbed / "all_results.json").read_text())
     assert results["num_input_tokens_seen"] == STEPS * 4 * 2 * 64
@@ -61,6 +62,7 @@ def test_the_whole_job_is_done(undisturbed, capsys):
     assert "stream_0.json" in {path.name for path in (undisturbed / "checkpoint-5").iterdir()}
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("step, skip", [(5, "false"), (20, "false"), (20, "true")])
 def test_resumed_is_uninterrupted_bit_for_bit(flags, undisturbed, tmp_path, step, skip):
     folder = tmp_path / "resumed"
@@ -72,6 +74,7 @@ def test_resumed_is_uninterrupted_bit_for_bit(flags, undisturbed, tmp_path, step
     assert state["global_step"] == STEPS and (skip == "true" or state["epoch"] == 1.0)
 
 
+@pytest.mark.process
 def test_resumed_with_workers_and_dropout_is_uninterrupted_too(flags, tmp_path):
     more = [*flags, "--dataloader_num_workers", "2", "--max_steps", "12", "--save_steps", "7"]
     more[more.index("--config_overrides") + 1] = SHAPE + ",attention_dropout=0.1"
@@ -82,6 +85,7 @@ def test_resumed_with_workers_and_dropout_is_uninterrupted_too(flags, tmp_path):
     assert equal(resumed, whole)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_killed_and_resumed(flags, undisturbed, tmp_path, number):
     folder, log = tmp_path / "killed", tmp_path / "log"
@@ -135,6 +139,7 @@ def test_resuming_with_a_changed_text_is_refused(fails, flags, undisturbed, tmp_
     assert "the data differs, content" in fails("pretrain", *other)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("workers", ["0", "1"])
 def test_a_bad_byte_far_into_the_text_leaves_the_last_checkpoint(fails, flags, run, tmp_path, monkeypatch, workers):
     monkeypatch.setattr(run_rows, "SAMPLE_CHARACTERS", 1000)
@@ -158,6 +163,7 @@ def test_the_number_of_steps_is_needed(fails, flags, tmp_path):
     assert not (tmp_path / "model").exists()
 
 
+@pytest.mark.process
 def test_the_report_before_training(flags, tmp_path, capsys):
     text = tmp_path / "a.txt"
     text.write_text(made_text(1, 2000), encoding="utf-8")

@@ -67,6 +67,7 @@ def test_streamed_text_gives_the_same_tokenizer_and_report(files, capsys, tmp_pa
     assert {key: value for key, value in one.items() if "runtime" not in key}.items() <= other.items()
 
 
+@pytest.mark.process
 def test_the_tokenizer_trains_a_model(files, capsys, run, tmp_path):
     trained(files, "bpe", capsys, "--vocab_size", "290", "--overwrite_output_dir", "true")
     flags = [*run.flags, "--tokenizer_name", str(files[0] / "bpe"), "--max_steps", "1"]

@@ -40,6 +40,7 @@ def test_tokenize_against_one_document_at_a_time(tokenizer):
         assert row["num_bytes"] == len(text.encode())
 
 
+@pytest.mark.process
 def test_long_documents_are_encoded_in_pieces(tokenizer, monkeypatch):
     monkeypatch.setattr(packing, "ENCODE_CHARACTERS", 2_000_000)
     rng = random.Random(0)
@@ -115,6 +116,7 @@ def reference_blocks(documents, block_size, stride, keep_tail):
     return blocks
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("markers", [(0, 0), (2, 0)])
 @pytest.mark.parametrize("keep_tail", [False, True])
 def test_packing_against_the_plain_reference(markers, keep_tail, monkeypatch):
@@ -283,6 +285,7 @@ def test_the_same_text_is_not_tokenised_again(tmp_path, tokenizer, tokenized):
     assert not tokenized and again.cache_files
 
 
+@pytest.mark.process
 def test_a_second_process_does_not_tokenise_again(tmp_path, run_python):
     text = write(tmp_path, "a.txt", [f"document {index} \n" for index in range(500)])
     code = """

@@ -146,6 +146,7 @@ def test_shuffled_windows_hold_the_same_rows_and_each_pass_has_its_own_order(tmp
     assert not all(starts)  # the files come in another order
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("workers", [0, 1, 3])
 @pytest.mark.parametrize("kind", ["rows", "huge", "files", "one"])
 def test_a_resumed_stream_goes_on_to_the_bit(tmp_path, tokenizer, small, kind, workers):
@@ -248,6 +249,7 @@ def test_a_mixture_has_the_shares_of_its_weights(tmp_path, tokenizer, small):
     assert [plain(row) for row in islice(again, 400)] == [plain(row) for row in rows[400:]]
 
 
+@pytest.mark.process
 def test_memory_does_not_grow_with_the_text(tmp_path, tokenizer, monkeypatch):
     for name, size in (("RANGE_BYTES", 1 << 18), ("LONGEST_PIECE", 1 << 16), ("PIECE_CHARACTERS", 1 << 15), ("LOOK_BYTES", 1 << 16)):  # fmt: skip # noqa: E501
         monkeypatch.setattr(streaming, name, size)

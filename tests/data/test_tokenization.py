@@ -255,6 +255,7 @@ def run(code, *arguments, **environment):
     return done.stdout.splitlines()
 
 
+@pytest.mark.process
 def test_autotokenizer_loads_the_folder_without_our_package(tmp_path):
     expected = []
     for kind in ("bpe", "char"):
@@ -279,6 +280,7 @@ def test_autotokenizer_loads_the_folder_without_our_package(tmp_path):
     assert run(SUBPROCESS_LOAD, tmp_path / "bpe", tmp_path / "char") == expected
 
 
+@pytest.mark.process
 def test_same_texts_give_the_same_file_in_another_process(tmp_path):
     expected = []
     for kind in ("bpe", "char"):

@@ -53,6 +53,7 @@ def log(folder) -> list[dict]:
     return json.loads((Path(folder) / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
 
 
+@pytest.mark.process
 def test_accelerate_launch_starts_two_processes_and_only_the_first_speaks(flags, tmp_path):
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
     command += ["--config_file", str(configuration_file("cpu")), "--num_processes", "2", "--main_process_port", "0"]
@@ -76,6 +77,7 @@ def test_accelerate_launch_starts_two_processes_and_only_the_first_speaks(flags,
     AutoModelForCausalLM.from_pretrained(tmp_path / "run")
 
 
+@pytest.mark.process
 def test_a_run_in_shards_ends_as_a_plain_folder_and_goes_on_in_one_process(flags, tmp_path):
     flags = [*flags, "--max_steps", "8", "--save_steps", "4", "--save_total_limit", "2", "--sample_steps", "4"]
     alone = [*flags, "--per_device_train_batch_size", "8"]  # the last of a flag's values counts
@@ -100,6 +102,7 @@ def same_weights(folder, whole):
         torch.testing.assert_close(found[name], weight, rtol=0, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
 
 
+@pytest.mark.process
 def test_a_fine_tuned_model_is_measured_alike_in_one_process_and_in_two(tokenizer, tmp_path):
     """Five rows of different lengths; without care the second process would repeat one of them."""
     config = dict(part.split("=") for part in SHAPE.split(","))
@@ -129,6 +132,7 @@ def _pretrain_with_a_signal(argv: list[str]) -> int:
     return pretrain(argv, signal_to_rank=1)
 
 
+@pytest.mark.process
 def test_a_signal_to_one_process_stops_all_after_the_same_step(flags, tmp_path):
     argv = [*flags, "--max_steps", "100000", "--save_steps", "4", "--output_dir", str(tmp_path / "run")]
     assert run_ranks(2, _pretrain_with_a_signal, argv, folder=tmp_path) == [128 + 15] * 2

@@ -36,6 +36,7 @@ def trained(tmp_path_factory):
     return run
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
 def test_two_processes_have_the_losses_of_one(layout, name, trained):
@@ -103,6 +104,7 @@ SHARDED = {
 }
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("optim", "fsdp", "order"),
     [

@@ -14,6 +14,7 @@ def tied(request) -> bool:
     return request.param
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("tp_size", "fsdp_size"),
     [

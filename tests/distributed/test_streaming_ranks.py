@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 
 from hf_decoder.training.checkpoints import is_complete
 
+pytestmark = pytest.mark.process
+
 SHAPE = "hidden_size=32,num_attention_heads=2,num_key_value_heads=1,num_hidden_layers=2,max_position_embeddings=128"
 
 

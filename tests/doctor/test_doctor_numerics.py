@@ -29,6 +29,7 @@ CAUGHT = {
 LLAMA_WARNINGS = {"packing", "rope_cast"}
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", ["ours", "llama", "qwen3", "patient"])
 def test_healthy_checkpoints_pass(name, healthy):
     rows = examine(healthy[name])
@@ -40,6 +41,7 @@ def test_healthy_checkpoints_pass(name, healthy):
     assert set(rows) == set(ROWS) and of("skip", rows) == {}
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("defect", CAUGHT)
 def test_a_defect_is_caught(defect, tokenizer, tmp_path):
     rows = examine(patient(tokenizer, tmp_path / "model", defect))
@@ -97,6 +99,7 @@ def test_weights_that_give_no_numbers_are_no_fault_of_the_class(healthy, tmp_pat
     assert "not proven" in rows["causal"].detail and rows["generate"].status == "pass"
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("tokens", [4, 8, 11, 12, 13])
 def test_a_short_context_is_no_fault(tokens: int, tokenizer, tmp_path):
     model = LlamaForCausalLM(LlamaConfig(**{**shape(tokenizer), "max_position_embeddings": tokens}))
@@ -106,6 +109,7 @@ def test_a_short_context_is_no_fault(tokens: int, tokenizer, tmp_path):
     assert too_short & set(of("skip", rows)) == (too_short if tokens < 12 else set())
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("method", ["bitsandbytes_nf4", "bitsandbytes_int8", "torchao_int8"])
 def test_the_rounding_of_quantized_products_is_no_fault(method: str, healthy, tmp_path):
     if not quantization.installed(method):
@@ -124,12 +128,14 @@ def test_the_rounding_of_quantized_products_is_no_fault(method: str, healthy, tm
     assert judge(Subject(healthy["ours"]), 0.02, "another").status == "fail"
 
 
+@pytest.mark.process
 def test_overflow_in_fp16_is_no_fault_of_the_padding(tokenizer, tmp_path):
     rows = examine(patient(tokenizer, tmp_path / "model", "overflow"))
     assert of("fail", rows) == {}
     assert "overflows in float16" in rows["half"].detail
 
 
+@pytest.mark.process
 def test_a_model_without_context_proves_nothing(tokenizer, tmp_path):
     rows = examine(patient(tokenizer, tmp_path / "model", "context"))
     assert {"causal", "padding", "packing", "dynamic_cache"} <= set(of("warn", rows))

@@ -20,6 +20,7 @@ def fingerprint(folder):
     }
 
 
+@pytest.mark.process
 def test_ours_passes_every_row_and_is_left_as_it_was(healthy):
     before = fingerprint(healthy["ours"])
     report = run_doctor(healthy["ours"])
@@ -35,6 +36,7 @@ def test_ours_passes_every_row_and_is_left_as_it_was(healthy):
     assert fingerprint(healthy["ours"]) == before
 
 
+@pytest.mark.process
 def test_without_auto_map_a_receiver_cannot_load_ours(ours):
     edit_json(ours / "config.json", auto_map=...)
     rows = examine(ours, ("code", "load", "remote_code", "tied"))
@@ -76,6 +78,7 @@ def stranger(folder, line):
     return folder
 
 
+@pytest.mark.process
 def test_code_that_computes_something_else(healthy, tmp_path):
     """The installed class wins here; a receiver would get what the folder's code computes."""
     folder = copy(healthy["ours"], tmp_path / "model")
@@ -89,6 +92,7 @@ def test_code_that_computes_something_else(healthy, tmp_path):
     assert failed.keys() == {"remote_code"} and "logits differ" in failed["remote_code"]
 
 
+@pytest.mark.process
 def test_what_is_not_in_the_files_is_lost(llama, tmp_path, run_python):
     """Code that the caller trusts is run: here, and in the fresh processes."""
     for name, line in (("random", RANDOM), ("forgets", FORGETS)):

@@ -42,6 +42,7 @@ MISPLACED = {
 }
 
 
+@pytest.mark.process
 def test_what_was_learnt_is_better_than_chance(trained):
     row = examine(trained, ("likelihood",), text_file=trained.parent / "text.txt")["likelihood"]
     assert row.status == "pass" and "nats a token on the text given" in row.detail
@@ -57,6 +58,7 @@ def state(folder, dataset, loss):
     card.save(folder / "README.md")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", MISPLACED)
 def test_weights_in_the_wrong_place_are_worse_than_chance(name, trained, tmp_path):
     folder = copy(trained, tmp_path / "model")
@@ -65,6 +67,7 @@ def test_weights_in_the_wrong_place_are_worse_than_chance(name, trained, tmp_pat
     assert set(of("fail", examine(folder, rows, text_file=trained.parent / "text.txt"))) == {"likelihood"}
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", ["keys and values exchanged", "layers 0 and 1 exchanged"])
 def test_what_is_far_from_the_card_is_warned_of(name, trained, tmp_path):
     """A small model survives some mistakes, and is then better than chance still."""
@@ -84,6 +87,7 @@ def test_the_command_takes_the_text(trained, tmp_path, capsys):
     assert "gone.txt does not exist" in capsys.readouterr().err
 
 
+@pytest.mark.process
 def test_without_text_the_card_says_what_to_expect(trained, tmp_path):
     folder = copy(trained, tmp_path / "model")
     row = examine(folder, ("likelihood",))["likelihood"]

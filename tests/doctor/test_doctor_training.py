@@ -14,12 +14,14 @@ CAUGHT = {
 }
 
 
+@pytest.mark.process
 def test_a_healthy_checkpoint_passes(healthy, capsys):
     rows = examine(healthy["patient"], TRAINING_ROWS)
     assert {row.status for row in rows.values()} == {"pass"}, rows
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("defect", CAUGHT)
 def test_a_defect_is_caught(defect, tokenizer, tmp_path):
     row = CAUGHT[defect][-1]

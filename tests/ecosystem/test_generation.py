@@ -187,6 +187,7 @@ def test_offloaded_cache(cache):
     assert torch.equal(generate(model, ids, cache_implementation=cache), generate(model, ids))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("window", [None, 6], ids=["full", "sliding"])
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_continuous_batching_gives_generates_tokens(implementation, window):

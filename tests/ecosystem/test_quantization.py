@@ -96,6 +96,7 @@ def perplexity(model) -> float:
     return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).exp().item()
 
 
+@pytest.mark.peers
 @torch.no_grad()
 @pytest.mark.parametrize("method", NAMES)
 def test_quantized_on_load_as_the_stock_class_is(method: str, folder, stock, monkeypatch):
@@ -158,6 +159,7 @@ def test_what_cannot_be_saved_says_so(method: str, folder, tmp_path):
         load(folder, method).save_pretrained(tmp_path / "saved")
 
 
+@pytest.mark.peers
 @pytest.mark.parametrize("folder", [True], indirect=True, ids=["tied"])
 def test_a_receiver_without_the_package_loads_it(folder, tmp_path, run_python):
     model = load(folder, "bitsandbytes nf4")
@@ -194,6 +196,7 @@ def test_a_head_that_is_quantized_by_request_still_gives_the_loss(method: str, f
     torch.testing.assert_close(model(ids, labels=ids).loss, expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.peers
 @pytest.mark.parametrize("method", ["bitsandbytes nf4", "bitsandbytes int8", "torchao int8", "quanto int8"])
 def test_lora_on_a_quantized_base_trains(method: str, folder, tmp_path):
     def base():

@@ -158,6 +158,7 @@ def test_registering_again_is_harmless():
     assert type(AutoModelForCausalLM.from_config(tiny_config())) is HfDecoderForCausalLM
 
 
+@pytest.mark.peers
 def test_import_is_light_and_needs_no_optional_package(run_python):
     run_python(
         """
@@ -189,6 +190,7 @@ def test_import_is_light_and_needs_no_optional_package(run_python):
     )
 
 
+@pytest.mark.peers
 def test_import_needs_neither_torch_nor_transformers(run_python):
     """So `hf-decoder --help` answers at once."""
     run_python(
@@ -222,6 +224,7 @@ FIRST_IMPORTS = {
 }
 
 
+@pytest.mark.peers
 @pytest.mark.parametrize("first", FIRST_IMPORTS.values(), ids=FIRST_IMPORTS)
 def test_tables_are_complete_whatever_is_imported_first(first, tmp_path, run_python):
     HfDecoderForCausalLM(tiny_config()).save_pretrained(tmp_path / "saved")
@@ -293,6 +296,7 @@ def test_a_module_is_completed_once_by_each_who_waits(unknown_module, monkeypatc
     assert len(seen) == 3 and importlib.import_module(unknown_module) is module
 
 
+@pytest.mark.peers
 def test_works_without_optional_packages(run_python):
     run_python(
         """

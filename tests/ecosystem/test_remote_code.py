@@ -133,6 +133,7 @@ def load_and_compare(folders) -> str:
     return LOAD_AND_COMPARE.format(ids=IDS.tolist(), folders=", ".join(map(repr, folders)))
 
 
+@pytest.mark.process
 def test_round_trip_where_the_package_is_not_installed(saved, run_python, tmp_path):
     second = load_and_compare([*MODEL_CLASSES, "run/checkpoint-1"]) + (
         """
@@ -197,6 +198,7 @@ lm.save_pretrained(os.path.join(sys.argv[3], "AutoModelForCausalLM"))
     run_python(load_and_compare(folders), saved, again, hide=("hf_decoder",))
 
 
+@pytest.mark.process
 def test_package_and_remote_code_in_one_process(saved, run_python):
     # The remote copy first, then the package, with PEFT's tables filled before both.
     run_python(
@@ -262,6 +264,7 @@ def test_a_stale_auto_map_is_replaced(tmp_path):
     check_folder(tmp_path)
 
 
+@pytest.mark.process
 def test_a_model_sharded_by_fsdp2_saves_its_own_code(run_python, tmp_path):
     run_python(
         """

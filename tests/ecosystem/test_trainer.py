@@ -92,6 +92,7 @@ def same_weights(ours, theirs):
 
 
 # bf16's matrix products differ in the last of 8 bits between the two ways of forming the loss
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("settings", "tolerance"),
     [

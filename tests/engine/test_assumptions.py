@@ -278,6 +278,7 @@ def test_nothing_changed(variant, short_is_long):
     check_same(*pair(variant))
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("variant, kind, name, way", cases())
 def test_a_changed_attribute_is_honoured(variant, kind, name, way, short_is_long):
     fast, plain = pair(variant)

@@ -55,6 +55,7 @@ def test_detached_and_attached_again():
     assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
 
 
+@pytest.mark.kernels
 def test_a_plain_model_reads_no_further_than_its_own_room():
     """The plain classes run where the engine cannot be imported."""
     folder = Path(plain.__file__).parent
@@ -230,6 +231,7 @@ print(json.dumps({"text": again.generate(ids, **fixed).tolist()}))
 """
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("version", ["same", "other"])
 def test_a_model_of_remote_code(version, run_python, tmp_path):
     """`import hf_decoder` comes after the model here, so that the checkpoint's own code was loaded."""

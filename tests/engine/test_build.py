@@ -27,6 +27,7 @@ def static_text(model) -> torch.Tensor:
     return model.generate(IDS, cache_implementation="static", **FIXED)
 
 
+@pytest.mark.kernels
 @pytest.mark.skipif(build.find_compiler() is None, reason="no C++ compiler")
 def test_the_folder_is_the_users_alone_and_what_is_in_it_serves_again(nothing_built, monkeypatch):
     build.load_step()

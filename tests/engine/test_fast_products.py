@@ -214,6 +214,7 @@ def test_a_training_step_has_no_slow_product_and_is_no_less_exact(kind: str, way
     assert errors[:, 0].mean() <= errors[:, 1].mean() * 1.15
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("way", ["bf16", "autocast"])
 def test_compiled_training_has_no_slow_product(way: str):
     names: list[str] = []

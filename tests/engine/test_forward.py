@@ -70,6 +70,7 @@ def test_bits_of_long_rows(dtype: torch.dtype, is_fast: bool, layers, monkeypatc
         check_bits(model, layers, random_ids(rows, tokens))
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("is_fast", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -222,6 +223,7 @@ def test_documents_in_a_row_do_not_see_each_other():
     torch.testing.assert_close(packed[:, 4:], alone, rtol=0, atol=2e-5)
 
 
+@pytest.mark.kernels
 def test_a_compiled_model_is_one_graph_of_the_modules(layers):
     model, ids = tiny_model(), random_ids(2, 12)
     expected = model(ids, use_cache=False).logits

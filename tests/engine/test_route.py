@@ -262,6 +262,7 @@ def test_weights_that_are_more_than_their_numbers(fused):
     assert not fused
 
 
+@pytest.mark.kernels
 def test_what_looks_inside_finds_the_plain_modules(fused):
     model = tiny_model()
     expected = model(IDS, use_cache=False).logits
@@ -287,6 +288,7 @@ def test_what_looks_inside_finds_the_plain_modules(fused):
         close(mine, other, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.kernels
 def test_no_compiler_is_led_into_the_question_for_kernels(monkeypatch):
     """Asking launches a kernel, and would break a graph."""
     model = tiny_model().train()

@@ -40,6 +40,7 @@ def few_programs(monkeypatch):
     monkeypatch.setattr(cuda_graph_step, "STEPS_AHEAD", 3)
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("precision", ["full", "half"])
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("kind", KINDS)
@@ -48,6 +49,7 @@ def test_steps_are_those_of_the_modules(kind, variant, precision):
     check_steps(kind, tiny_model(kind, dtype, **VARIANTS[variant]), length=9, hidden=0)
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize(("length", "hidden"), [(1, 0), (5, 3), (31, 30), (70, 20), (70, 69)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_lengths_and_padding(kind, monkeypatch, length, hidden):
@@ -105,6 +107,7 @@ def test_rows_longer_than_a_block(kind, monkeypatch):
     check_steps(kind, tiny_model(kind, qk_norm=True), length=5, hidden=1)
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("blocks", [3, 30])
 @pytest.mark.parametrize("kind", [TRITON_PARAM])
 def test_rows_of_a_block(kind, monkeypatch, blocks):
@@ -161,6 +164,7 @@ def runs(kind, monkeypatch) -> list[bool]:
     return taken
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("hidden", [0, 4])
 @pytest.mark.parametrize("kind", KINDS)
 def test_greedy_text_is_chosen_by_the_kernels(kind, runs, hidden):
@@ -195,6 +199,7 @@ def test_text_ends_with_its_first_end_token(kind, runs, place):
     assert more.equal(dynamic(model, expected, mask, max_new_tokens=3))
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("first", [0, 6])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_text_goes_on_from_a_cache_by_all_its_ids_or_the_new_ones(kind, runs, monkeypatch, first):
@@ -223,6 +228,7 @@ class NoMoreThan(StoppingCriteria):
         return torch.full((input_ids.shape[0],), input_ids.shape[1] >= self.length, device=input_ids.device)
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("kind", KINDS)
 def test_everything_else_keeps_the_loop_of_transformers(kind, runs):
     model = tiny_model(kind)
@@ -274,6 +280,7 @@ def test_several_rows_and_a_user_who_wants_no_compiler_go_through_the_modules(ki
     assert not runs
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_texts_in_turn_keep_their_places(kind, runs):
     model = tiny_model(kind)
@@ -294,6 +301,7 @@ def test_two_texts_in_turn_keep_their_places(kind, runs):
         torch.testing.assert_close(logits[3], model(second).logits[:, -1:], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_that_moved_are_read_where_they_are(kind, runs):
     model = tiny_model(kind)
@@ -311,6 +319,7 @@ def test_weights_that_moved_are_read_where_they_are(kind, runs):
     assert step.on_static_cache(1) is None
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_made_in_inference_mode_serves_outside_of_it(kind, runs):
     model = tiny_model(kind)

@@ -283,6 +283,7 @@ def test_tiles_sum_their_weights_in_fp32(dtype: torch.dtype, length: int):
     torch.testing.assert_close(found, torch.ones_like(found), rtol=0, atol=torch.finfo(dtype).eps)
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("variant", ["plain", "windows", "checkpointing", "autocast"])
 def test_compiled_training_is_eager_training(variant: str, monkeypatch):
     """Value and gradients, with tiles and chunks as operators of one graph."""

@@ -322,6 +322,7 @@ def test_generation_goes_on_from_documents_in_the_cache(kind: str, calls):
     torch.testing.assert_close(found, model(ids).logits[:, -1], rtol=0, atol=0.25 if CUDA else 2e-5)
 
 
+@pytest.mark.kernels
 def test_what_else_there_is_goes_on_as_before(calls):
     ids = random_ids(2, 45).to(DEVICE)
     positions, padding = positions_of(PACKINGS[1]), mask_of([(0, 9), (3, 0)])

@@ -54,6 +54,7 @@ def test_flops_are_those_of_the_products_that_need_be_formed():
     assert benchmarking.training_flops(SETTING, packed) == benchmarking.training_flops(SETTING, rows) < told[0]
 
 
+@pytest.mark.peers
 def test_what_disagrees_is_not_timed(monkeypatch):
     real = benchmarking.twins
 
@@ -77,6 +78,7 @@ def test_what_disagrees_is_not_timed(monkeypatch):
             next(suite)
 
 
+@pytest.mark.peers
 @torch.no_grad()
 def test_a_first_token_that_disagrees_is_not_timed(monkeypatch):
     real = benchmarking.twins
@@ -132,6 +134,7 @@ def test_calls_alternate_after_one_warm_up_each_and_the_median_counts(monkeypatc
     assert Row("suite", "case", *found).ratio == 0.25
 
 
+@pytest.mark.peers
 @pytest.mark.parametrize(
     "suite, sizes, cases",
     [
@@ -220,6 +223,7 @@ def test_llama_cpp_decodes_the_same_weights_and_measures_itself(llama_cpp, capfd
     assert "llama.cpp says" not in "".join(capfd.readouterr())
 
 
+@pytest.mark.peers
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("where", ["load", "decode"])
 def test_a_peer_that_fails_is_a_row_that_says_so(fault, where, llama_cpp):

@@ -21,6 +21,7 @@ def load(folder, **kwargs):
     return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", **kwargs).eval()
 
 
+@pytest.mark.peers
 @torch.no_grad()
 @pytest.mark.parametrize("case", CASES)
 def test_in_and_out_again(case: str, tmp_path):
@@ -210,6 +211,7 @@ def test_a_converted_folder_is_what_save_pretrained_writes(tmp_path):
     assert_identical(stored(tmp_path / "ours"), stored(tmp_path / "saved"))
 
 
+@pytest.mark.peers
 def test_a_converted_folder_loads_without_this_package(tmp_path, run_python):
     build("qwen3").save_pretrained(tmp_path / "stock")
     convert(str(tmp_path / "stock"), tmp_path / "ours")

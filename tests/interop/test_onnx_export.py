@@ -50,6 +50,7 @@ def test_frequencies_that_change_with_the_length_are_refused(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["ours"]
 
 
+@pytest.mark.peers
 @torch.no_grad()
 def test_onnxruntime_continues_a_text_with_its_own_cache(exported):
     """One prompt of another length and batch than the export saw, then step by step, against no cache at all."""
@@ -124,6 +125,7 @@ def test_bad_input(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["stock"]
 
 
+@pytest.mark.peers
 @torch.no_grad()
 @pytest.mark.parametrize("case", PARAMETERS)
 def test_torch_export_with_a_static_cache(case: str):

@@ -187,6 +187,7 @@ def test_the_registered_class_answers_before_it_is_made(vllm):
     assert issubclass(model_class, vllm.registry.resolve("LlamaForCausalLM"))
 
 
+@pytest.mark.peers
 def test_the_plugin_does_not_import_vllm_by_itself(run_python):
     code = """
     import sys

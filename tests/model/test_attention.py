@@ -155,6 +155,7 @@ def test_packed_gradients_equal_those_of_separate_documents(kind: str, attention
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=2e-6)
 
 
+@pytest.mark.kernels
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("attention", "kind", "length"), [*itertools.product(("eager", "sdpa"), ("plain", "windows"), (9, 80)), FLEX]
@@ -188,6 +189,7 @@ def test_fully_padded_rows_train(attention: str, dtype: torch.dtype):
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
+@pytest.mark.kernels
 @torch.no_grad()
 @pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
 @pytest.mark.parametrize("kind", ["plain", "windows"])

@@ -381,6 +381,7 @@ def test_training_with_either_path_takes_the_same_steps(small_chunks):
     assert losses[0][-1] < losses[0][0] - 0.2
 
 
+@pytest.mark.kernels
 def test_compiled_training_on_packed_documents_keeps_them_apart():
     model = tiny_model(attn_implementation="sdpa", max_position_embeddings=256).train()
     ids = random_ids(1, 128)

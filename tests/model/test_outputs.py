@@ -134,6 +134,7 @@ def test_gradient_checkpointing_of_the_base_model(reentrant: bool, length: int):
 # -- compilers
 
 
+@pytest.mark.kernels
 @torch.no_grad()
 def test_forward_compiles_in_one_graph():
     model = tiny_model(attn_implementation="sdpa", **MIXED)
@@ -158,6 +159,7 @@ def test_a_compiled_forward_isolates_documents_under_a_mask_of_ones():
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
 
 
+@pytest.mark.kernels
 def test_training_loss_compiles_in_one_graph():
     """Packed rows and ignored labels: value and gradients."""
     model = tiny_model(attn_implementation="sdpa", z_loss_coef=1e-3, final_logit_softcapping=20.0).train()
@@ -176,6 +178,7 @@ def test_training_loss_compiles_in_one_graph():
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.kernels
 @torch.no_grad()
 @pytest.mark.skipif(
     torch.__version__.startswith("2.11."), reason="torch 2.11 cannot prove that min(12 n, 24 n) is 12 n, and refuses"
@@ -201,6 +204,7 @@ def test_forward_exports(attention: str):
         torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], rtol=0, atol=2e-5)
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("kind", [{}, MIXED], ids=["full", "mixed"])
 def test_generate_compiles_the_decoding_step_once(kind: dict):
     """`generate` with a static cache: one graph serves every token, in windows and past their end."""

@@ -31,6 +31,7 @@ def fails(pushes):
     return check
 
 
+@pytest.mark.process
 def test_the_whole_way(client, folder, pushes):
     """Doctor, upload, download, a fresh process without the package: the command as a user runs it."""
     code, said = pushes(folder, "owner/whole", "--private")
@@ -181,6 +182,7 @@ def test_what_is_no_model_is_not_sent(client, unexamined, copy, fails, damage):
     assert str(copy) in line and "owner/none" not in client.repos
 
 
+@pytest.mark.process
 def test_the_doctor_comes_first(client, copy, fails):
     config = json.loads((copy / "config.json").read_text("utf-8"))
     config["auto_map"]["AutoModelForCausalLM"] = "someone/else--modeling.Model"
@@ -218,6 +220,7 @@ def test_a_card_that_the_server_refuses(client, unexamined, copy, fails):
 # ------------------------------------------------------------------------------------------------- what goes wrong
 
 
+@pytest.mark.process
 def test_what_cannot_be_loaded_is_told(client, unexamined, copy, pushes):
     (copy / "loss_hf_decoder.py").unlink()
     code, said = pushes(copy, "owner/unloadable")

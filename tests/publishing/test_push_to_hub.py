@@ -7,6 +7,8 @@ from huggingface_hub import ModelCard
 
 from hf_decoder.cli.main import main
 
+pytestmark = pytest.mark.process
+
 IDS = [[7, 21, 3, 40, 5, 77, 12]]
 
 # One process, as a user's: what it is told before it imports anything is the address of the Hub and a token.

@@ -58,6 +58,7 @@ def host(hub, name: str, folder: Path, **others: bytes) -> None:
 # ------------------------------------------------------------------------------------------------ what is run
 
 
+@pytest.mark.process
 def test_code_of_an_adapter_s_base_runs_only_if_trusted_and_sees_no_token(
     client, copy, adapter, tmp_path, pushes, monkeypatch
 ):

@@ -240,6 +240,7 @@ hostile_texts = st.lists(
 ).map("".join)
 
 
+@pytest.mark.process
 @settings(max_examples=200, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(texts=st.lists(hostile_texts, min_size=1, max_size=3))
 def test_a_message_is_text_to_the_template(tokenizer, texts):

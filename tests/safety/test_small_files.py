@@ -95,6 +95,7 @@ ASKED = {
 }
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("file", "values"), ASKED.values(), ids=ASKED)
 def test_what_small_files_ask_for_is_refused_before_it_is_made(copy, capsys, little_memory, alone, file, values):
     change(copy / file, **values)
@@ -143,6 +144,7 @@ TEMPLATES = {
 }
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("template", "why"), TEMPLATES.values(), ids=TEMPLATES)
 def test_a_template_has_its_limits(copy, capsys, little_memory, monkeypatch, template, why):
     monkeypatch.setattr(limits, "SECONDS", 2.0)

@@ -229,6 +229,7 @@ print(full, kept, before, resident())
 """
 
 
+@pytest.mark.process
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the memory of glibc")
 def test_freed_memory_is_kept_and_given_back_now_and_then(run_python):
     full, kept, before, after = map(int, run_python(KEEPS_AND_TRIMS).splitlines()[0].split())

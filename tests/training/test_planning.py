@@ -85,6 +85,7 @@ def test_activations_agree_with_accounting():
     assert again - inputs == planned["activations"] // config.num_hidden_layers
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["activations kept", "formed again"])
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
 def test_planned_memory_is_the_peak_that_torch_tracks_in_a_small_training(checkpointing):
@@ -199,6 +200,7 @@ def test_the_command_has_flags_that_pretrain_knows(capsys):
     assert len(flags) >= 7 and all(re.search(rf"{flag}\b", known) for flag in flags)
 
 
+@pytest.mark.process
 def test_a_small_model_is_replicated_a_larger_one_sharded_a_tight_one_computed_again(capsys):
     assert ": ddp\n" in plan(capsys, "--preset", "125m", "--gpus", "8", "--block_size", "1024")
     assert ": fsdp2\n" in plan(capsys, "--preset", "8b", "--gpus", "8", "--gpu", "h200", "--block_size", "1024")
@@ -235,6 +237,7 @@ def test_memory_that_a_device_has_can_be_said(capsys):
     assert "--gpu_memory 0 must be more than 0" in capsys.readouterr().err
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -261,6 +264,7 @@ def test_what_cannot_be_is_said_in_one_line(flags, words, capsys):
     assert line.startswith("hf-decoder plan: error: ") and words in line
 
 
+@pytest.mark.process
 def test_what_would_fit_fits(capsys):
     assert main(["plan", "--preset", "8b", "--gpus", "1", "--gpu", "rtx4090"]) == 2
     assert "8 x rtx4090" in capsys.readouterr().err
