@@ -18,6 +18,7 @@ import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # processes that share the cores; before torch starts its threads
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_DECODER_WAYS"] = ""  # torch's own, or what a test pins: the same on every machine
 
 import torch
 from torch.utils import cpp_extension

@@ -16,7 +16,7 @@ from hf_decoder.cli.arguments import takes_argv
 from hf_decoder.cli.flags.benchmark import BenchmarkArguments
 from hf_decoder.costs import accounting
 from hf_decoder.costs.presets import get_preset
-from hf_decoder.evaluation.benchmarking import SUITES, Row, Setting
+from hf_decoder.evaluation.benchmarking import SUITES, Row, Setting, with_ways
 from hf_decoder.training.callbacks import bf16_supported
 
 
@@ -36,7 +36,7 @@ def main(args: BenchmarkArguments) -> int:
     )
     rows = []
     for suite in args.suites:
-        for row in SUITES[suite](setting):
+        for row in with_ways(SUITES[suite](setting)):
             rows.append(row)
             print(_line(row), flush=True)
     if args.json:

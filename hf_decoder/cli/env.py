@@ -18,7 +18,7 @@ from hf_decoder.costs.devices import GIB, cpu_count, cpu_features, cpu_name, mac
 
 # In the order in which torch and its extensions look for them.
 COMPILERS = ("g++", "clang++", "c++", "cl")
-VARIABLES = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "HF_DECODER_ENGINE")
+VARIABLES = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "HF_DECODER_ENGINE", "HF_DECODER_WAYS")
 
 
 @takes_argv
@@ -39,9 +39,22 @@ def main(args: EnvArguments) -> int:
     }
     packages = _packages()
     width = max(map(len, (*facts, *packages)))
-    for name, value in (*facts.items(), *packages.items()):
+    ways = [("engine's way", way) for way in _ways()] or [("engine's ways", "none measured yet")]
+    for name, value in (*facts.items(), *packages.items(), *ways):
         print(f"{name:<{width}}  {value}")
     return 0
+
+
+def _ways() -> list[str]:
+    """Of each choice of the engine on this machine, the way taken, and the milliseconds of all."""
+    from hf_decoder.engine.calibration import fastest, measured
+
+    return [
+        f"{case}: {fastest(times)} ("
+        + ", ".join(f"{way} {'failed' if time is None else f'{time:.3g}'}" for way, time in times.items())
+        + ")"
+        for case, times in sorted(measured().items())
+    ]
 
 
 def _device() -> str:

@@ -5,10 +5,12 @@ back, on fresh pages.
 Shapes: R rows, N inputs, M outputs.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 
+from hf_decoder.engine.calibration import choose, numbers
 from hf_decoder.engine.training.blocks import as_rows
 
 # whether oneDNN has half-precision products for this CPU; else torch multiplies number by number
@@ -29,8 +31,27 @@ def cpu_has(*instructions: str) -> bool:
 
 
 def fast_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """The dtype to multiply matrices of `dtype` in: fp32 instead of half precision on a CPU that lacks it."""
-    return torch.float32 if device.type == "cpu" and not FAST_HALF_PRECISION.get(dtype, True) else dtype
+    """In which a device multiplies matrices of `dtype`: fp32 in place of what a CPU multiplies more slowly."""
+    return dtype if device.type != "cpu" or dtype not in FAST_HALF_PRECISION or _is_fast(dtype) else torch.float32
+
+
+@torch.compiler.assume_constant_result
+def _is_fast(dtype: torch.dtype) -> bool:
+    """Whether torch multiplies matrices of this type faster than their numbers in fp32."""
+    ways = {"torch": partial(_product_in, dtype), "in fp32": partial(_product_in, torch.float32)}
+    if not FAST_HALF_PRECISION[dtype]:  # what oneDNN says counts where nothing is measured
+        ways = dict(reversed(ways.items()))
+    inputs = partial(_product_inputs, dtype)
+    return choose("products", (dtype,), ways, inputs) == "torch"
+
+
+def _product_in(dtype: torch.dtype, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The product of half precision by its own type, or as `linear_in_parts` forms it."""
+    return torch.mm(rows.to(dtype), weight.to(dtype).t()).to(rows.dtype)
+
+
+def _product_inputs(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    return numbers(128, 512, dtype=dtype), numbers(512, 512, dtype=dtype)
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

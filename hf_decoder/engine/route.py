@@ -25,6 +25,7 @@ from hf_decoder.engine.training.gate import fused_gate
 from hf_decoder.engine.training.norm import fused_rms_norm
 from hf_decoder.engine.training.rotation import fused_rotation
 from hf_decoder.engine.training.shared_cast import cast_once
+from hf_decoder.engine.training.ways import in_blocks
 from hf_decoder.model.modeling_hf_decoder import CACHE_NAME, apply_rotary_pos_emb
 
 
@@ -36,7 +37,7 @@ class Route(Operators):
         self.masks = masks
         self.products: Callable[[], AbstractContextManager] = nullcontext
         self.structure = structure
-        self.least = blocks.MIN_BLOCKED_ELEMENTS if x.is_cpu else blocks.MIN_KERNEL_ELEMENTS
+        self._ways: dict[tuple, bool] = {}  # whether tensors of this kind and shape go another way than torch's
         self.has_kernels = structure is not None and has_kernels(x)
         self.attention_dtype = autocast_dtype(x.device)
         # numbers of linear maps whose common input is cast once; autocast would cast it for each of them
@@ -112,32 +113,43 @@ class Route(Operators):
             query, key = self.rotated(query, key, rotation, for_cache=cache is not None)
         return attention.attend(query, key, value, mask, cache, **kwargs)[0]
 
-    def _is_long(self, x: torch.Tensor) -> bool:
-        return self.structure is not None and x.numel() >= self.least
+    def _is_fused(self, name: str, x: torch.Tensor, dtype: torch.dtype | None = None) -> bool:
+        """Whether one operator of this room is faster for x than several of torch's."""
+        if self.structure is None:
+            return False
+        if self.has_kernels:
+            return x.numel() >= blocks.MIN_KERNEL_ELEMENTS
+        if not x.is_cpu:
+            return False
+        kind = (name, x.shape, x.dtype)
+        if kind not in self._ways:
+            self._ways[kind] = in_blocks(name, x, dtype)
+        return self._ways[kind]
 
     def norm(self, norm: Any, x: torch.Tensor) -> torch.Tensor:
-        if self._is_long(x):
+        if self._is_fused("norm", x):
             return fused_rms_norm(x, norm.weight, norm.variance_epsilon)
         return norm(x)
 
     def norm_for(self, norm: Any, x: torch.Tensor, readers: int) -> tuple[torch.Tensor, ...]:
-        if readers not in self.casts or not self._is_long(x):
+        if readers not in self.casts or not self._is_fused("cast", x, self.attention_dtype):
             return super().norm_for(norm, x, readers)
         if self.has_kernels:
             return fused_rms_norm(x, norm.weight, norm.variance_epsilon, self.attention_dtype, readers)
         return cast_once(self.norm(norm, x), self.attention_dtype, readers)
 
     def gated(self, down: Any, gate: torch.Tensor, up: torch.Tensor, activation: nn.Module) -> torch.Tensor:
-        if self.has_silu and self._is_long(gate):
+        if self.has_silu and self._is_fused("gate", gate):
             return fused_gate(down, gate, up)
         return super().gated(down, gate, up, activation)
 
     def rotated(
         self, query: torch.Tensor, key: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor], for_cache: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if self._is_long(query) and not rotation[0].requires_grad:
-            # without a cache, the result is rounded at once to the dtype that autocast gives to attention
-            return fused_rotation(query, key, *rotation, None if for_cache else self.attention_dtype)
+        # without a cache, the result is rounded at once to the dtype that autocast gives to attention
+        dtype = None if for_cache else self.attention_dtype
+        if not rotation[0].requires_grad and self._is_fused("rotation", query, dtype):
+            return fused_rotation(query, key, *rotation, dtype)
         return apply_rotary_pos_emb(query, *rotation), apply_rotary_pos_emb(key, *rotation)
 
 

@@ -20,6 +20,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 
 from hf_decoder.engine.assumptions import register
+from hf_decoder.engine.attention.choice import measure_for_graphs
 from hf_decoder.engine.bitsandbytes import settle_layers, settle_tied_head, unpack_layers
 from hf_decoder.engine.decoding.generation import Decoding
 from hf_decoder.engine.loading import check_loaded_sizes
@@ -81,7 +82,12 @@ class _PreTrained:
         return loaded
 
     def train(self, mode: bool = True):
-        """As in torch; also prepares the layers of bitsandbytes for the mode. `from_pretrained` calls it last."""
+        """As in torch; also prepares the layers of bitsandbytes for the mode. `from_pretrained` calls it last.
+
+        A model in training mode may be compiled next, and nothing can be measured within a graph.
+        """
+        if mode and settings.attention and self.device.type == "cpu":
+            measure_for_graphs(self.config, self.dtype)
         settle_tied_head(self)
         settle_layers(self, training=mode)
         return super().train(mode)
@@ -106,8 +112,9 @@ class _Model(_PreTrained):
         route = Route.of(self, inputs_embeds, attention_mask, position_ids, cache)
         if route is None:
             return super().layer_masks(inputs_embeds, attention_mask, position_ids, cache)
-        if route.masks is None:  # the route leaves attention to the plain masks
-            route.masks = super().layer_masks(inputs_embeds, attention_mask, position_ids, cache)
+        if route.masks is None or not {*self.config.layer_types} <= route.masks.keys():
+            masks = super().layer_masks(inputs_embeds, attention_mask, position_ids, cache)
+            route.masks = {**masks, **(route.masks or {})}  # its own attention is for some types of layer
         return route
 
     def run_layers(self, hidden_states, masks, **kwargs):

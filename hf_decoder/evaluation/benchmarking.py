@@ -15,7 +15,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM
 from hf_decoder.costs.accounting import flops_per_token
 from hf_decoder.data.packing import IGNORE_INDEX
 from hf_decoder.data.tokenization import train_tokenizer
+from hf_decoder.engine.calibration import taken
 from hf_decoder.engine.precision import fast_dtype
 from hf_decoder.engine.training.loss import linear_causal_lm_loss
 from hf_decoder.evaluation.llama_cpp import LlamaCppPeer, Seconds
@@ -58,7 +59,7 @@ class Row:
     ours_bytes: int | None = None  # peak memory of a call, where the system counts it
     stock_bytes: int | None = None
     llama_cpp: float | None = None  # seconds, where llama-cpp-python is installed
-    text: str = field(default="", kw_only=True)  # why llama.cpp has no time
+    text: str = field(default="", kw_only=True)  # why llama.cpp has no time; the ways that the engine took
 
     @property
     def ratio(self) -> float:
@@ -398,6 +399,15 @@ def measure_generate(setting: Setting, prompt: int = 32, lengths: Sequence[int] 
 def measure_batch(setting: Setting, prompt: int = 32, new_tokens: int = 64) -> Iterator[Row]:
     """Times greedy `generate` of eight rows with left padding."""
     yield from _measure_decoding("batch", setting, 8, prompt, (new_tokens,))
+
+
+def with_ways(rows: Iterator[Row]) -> Iterator[Row]:
+    """The rows, each with the ways that the engine took for it."""
+    taken.clear()
+    for row in rows:
+        ways = ", ".join(f"{name}: {way}" for name, way in sorted(taken.items()))
+        yield replace(row, text="; ".join(filter(None, (row.text, ways))))
+        taken.clear()
 
 
 @contextlib.contextmanager

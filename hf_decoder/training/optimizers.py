@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.trainer_utils import SchedulerType
 
-from hf_decoder.engine.precision import fast_dtype
+from hf_decoder.engine.precision import FAST_HALF_PRECISION
 
 # Coefficients of the quintic iteration (Jordan et al. 2024): steep at zero, so that few iterations are enough.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -71,7 +71,9 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 def newton_schulz_dtype(device: torch.device) -> torch.dtype:
     """bf16, which is precise enough here; fp32 on a CPU that multiplies bf16 slowly."""
-    return fast_dtype(device, NEWTON_SCHULZ_DTYPE)
+    # not `fast_dtype`, which measures: all processes that share a model must agree
+    is_slow = device.type == "cpu" and not FAST_HALF_PRECISION[NEWTON_SCHULZ_DTYPE]
+    return torch.float32 if is_slow else NEWTON_SCHULZ_DTYPE
 
 
 @torch.no_grad()

@@ -2,6 +2,22 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from fixtures import flex_attention_without_compiler, layers, small_chunks, tiles_of_few_tokens
+import pytest
+from fixtures import flex_attention_without_compiler, in_tiles, layers, small_chunks
 
-__all__ = ["flex_attention_without_compiler", "layers", "small_chunks", "tiles_of_few_tokens"]
+from hf_decoder.engine import calibration, settings
+from hf_decoder.engine.cpp import build
+
+
+@pytest.fixture
+def measuring(monkeypatch, tmp_path):
+    """As in the first process on a machine: nothing is pinned or known, and the cache folder is empty."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    build._folder_of_process.cache_clear()
+    monkeypatch.setattr(calibration, "_chosen", {})
+    monkeypatch.setattr(calibration, "_tables", {})
+    with settings.override(ways=None):
+        yield tmp_path
+
+
+__all__ = ["flex_attention_without_compiler", "in_tiles", "layers", "measuring", "small_chunks"]

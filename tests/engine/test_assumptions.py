@@ -12,14 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import random_ids, tiny_model
+from tiny_models import OUR_WAYS, random_ids, tiny_model
 from torch import nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_decoder.engine import attach, detach
-from hf_decoder.engine.attention import tiles
-from hf_decoder.engine.training import blocks
+from hf_decoder.engine import settings as engine_settings
 from hf_decoder.model import modeling_hf_decoder
 
 MODELS = {
@@ -250,11 +249,10 @@ def check_same(fast: Any, plain: Any) -> None:
 
 
 @pytest.fixture
-def short_is_long(monkeypatch):
+def short_is_long():
     """Fused operators and tiles for the few tokens of these tests."""
-    monkeypatch.setattr(blocks, "MIN_BLOCKED_ELEMENTS", 1)
-    for name in ("MIN_TILED_TOKENS", "MIN_TILED_TOKENS_IN_INFERENCE", "MIN_TILED_TOKENS_IN_FP32"):
-        monkeypatch.setattr(tiles, name, 2)
+    with engine_settings.override(ways=OUR_WAYS):
+        yield
 
 
 def pair(variant: str) -> tuple[Any, Any]:

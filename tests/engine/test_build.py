@@ -2,6 +2,8 @@
 
 import copy
 import os
+import subprocess
+import time
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from tiny_models import random_ids, tiny_model
 
 from hf_decoder.engine import detach
 from hf_decoder.engine.cpp import build
+from hf_decoder.engine.decoding import cpp_step
 
 IDS = random_ids(1, 9)
 FIXED = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -18,9 +21,9 @@ FIXED = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_tok
 def nothing_built(monkeypatch, tmp_path):
     """A process that has built nothing, with its own cache folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    build.load_step.cache_clear()
+    build.load_file.cache_clear()
     yield tmp_path
-    build.load_step.cache_clear()
+    build.load_file.cache_clear()
 
 
 def static_text(model) -> torch.Tensor:
@@ -30,14 +33,40 @@ def static_text(model) -> torch.Tensor:
 @pytest.mark.kernels
 @pytest.mark.skipif(build.find_compiler() is None, reason="no C++ compiler")
 def test_the_folder_is_the_users_alone_and_what_is_in_it_serves_again(nothing_built, monkeypatch):
-    build.load_step()
+    build.load_file("probe.cpp")
     folder = build.own_folder()
     assert folder == nothing_built / "hf_decoder/engine" and folder.stat().st_mode & 0o777 == 0o700
     (library,) = folder.glob("*.so")
     built = library.stat().st_mtime_ns
-    build.load_step.cache_clear()
-    build.load_step()
+    build.load_file.cache_clear()
+    build.load_file("probe.cpp")
     assert library.stat().st_mtime_ns == built and len(list(folder.iterdir())) == 1
+
+
+@pytest.mark.skipif(build.find_compiler() is None, reason="no C++ compiler")
+def test_what_a_process_begins_in_the_background_outlives_it(nothing_built, run_python, monkeypatch):
+    begin = """
+    import time
+    from hf_decoder.engine.decoding.cpp_step import is_ready
+    assert not is_ready()
+    time.sleep(1)
+    """
+    run_python(begin, XDG_CACHE_HOME=str(nothing_built))
+    assert waits_for(lambda: any(build.own_folder().glob("*.so")))
+    monkeypatch.setattr(build.subprocess, "run", only_asks)
+    monkeypatch.setattr(cpp_step, "_getting", None)
+    cpp_step._is_gotten.clear()
+    assert not cpp_step.is_ready()
+    assert waits_for(cpp_step.is_ready)
+
+
+def waits_for(condition) -> bool:
+    return any(condition() or time.sleep(0.1) for _ in range(1200))
+
+
+def only_asks(command, run=subprocess.run, **kwargs):
+    assert "--version" in command, "compiled once more"
+    return run(command, **kwargs)
 
 
 @pytest.mark.parametrize("fault", ["writable", "link", "file"])

@@ -12,7 +12,8 @@ from transformers import StaticCache, TextStreamer
 from transformers.utils import logging
 
 from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM
-from hf_decoder.engine import precision
+from hf_decoder.engine import settings as engine_settings
+from hf_decoder.engine.calibration import measured
 from hf_decoder.engine.cpp import build
 from hf_decoder.engine.decoding import cpp_step, step
 from hf_decoder.engine.decoding.cpp_step import CppStep, is_for_cpp
@@ -92,10 +93,10 @@ def test_a_token_out_of_range_is_named():
 
 
 def test_without_a_compiler_the_step_runs_uncompiled(monkeypatch):
-    def fail():
+    def fail(*_):
         raise RuntimeError("no C++ compiler found\n\nand a page of what it said")
 
-    monkeypatch.setattr(cpp_step, "load_step", fail)
+    monkeypatch.setattr(cpp_step, "load_file", fail)
     said = []
     monkeypatch.setattr(step.logger, "warning", said.append)
     logging.warning_once.cache_clear()
@@ -127,8 +128,9 @@ def prompts(monkeypatch) -> list[tuple[int, int]]:
         return logits
 
     monkeypatch.setattr(CppStep, "prompt", recorded)
-    monkeypatch.setattr(CppStep, "takes_prompts", lambda self, rows, tokens: rows == self.rows)
-    return taken
+    monkeypatch.setattr(cpp_step, "MAX_PROMPT_LINES", 512)
+    with engine_settings.override(ways={"short prompt": "C++"}):
+        yield taken
 
 
 @torch.no_grad()
@@ -235,10 +237,10 @@ WIDTHS = {
 }
 
 
-def take(before: str, monkeypatch) -> None:
-    """Compiles the function with these lines before its own."""
-    library = build.load(before + (build.HERE / "step.cpp").read_text("utf-8"))
-    monkeypatch.setattr(cpp_step, "load_step", lambda: library)
+def take(before: str, monkeypatch, *defines: str) -> None:
+    """The function with these lines before its own."""
+    library = build.load(before + (build.HERE / "step.cpp").read_text("utf-8"), *defines)
+    monkeypatch.setattr(cpp_step, "load_file", lambda *_: library)
 
 
 @pytest.mark.skipif("AVX" not in CAPABILITY, reason="not a CPU with AVX2")
@@ -247,7 +249,9 @@ def test_vectors_of_all_widths(width, monkeypatch):
     monkeypatch.setattr(CppStep, "max_rows", 9)
     lanes = 16 if width.startswith("AVX-512") else 8
     checks = f'#include "vectors.h"\nstatic_assert(LANES == {lanes});\n'
-    take(WIDTHS[width] + checks + ("#ifndef MULTIPLIES_BF16\n#error\n#endif\n" * width.endswith("bf16")), monkeypatch)
+    checks += "#ifndef MULTIPLIES_BF16\n#error\n#endif\n" * width.endswith("bf16")
+    ways = ("STREAMS=4", "PREFETCH_LOCALITY=0") if lanes == 16 else ("PREFETCH_LOCALITY=2",)
+    take(WIDTHS[width] + checks, monkeypatch, *ways)
     for numbers in ("full", "half", "int8"):
         # rows of eight vectors, one, and a rest
         sizes = {"hidden_size": 156, "intermediate_size": 300, "head_dim": 76, "num_hidden_layers": 1}
@@ -398,34 +402,23 @@ def test_prompts_that_are_left_to_the_modules(prompts, monkeypatch):
     jumps = torch.arange(12)[None] + 3 * (torch.arange(12) > 6)
     check(taken=False, position_ids=jumps)
     check(taken=True, position_ids=jumps[:, 7:8] + torch.arange(12))
-    monkeypatch.setattr(CppStep, "takes_prompts", lambda self, rows, tokens: False)
+    with engine_settings.override(ways={}):
+        check(taken=False)
+    monkeypatch.setattr(cpp_step, "MAX_PROMPT_LINES", 11)
     check(taken=False)
 
 
-def test_prompts_are_taken_where_the_modules_are_slower(monkeypatch):
-    def lines(dtype: torch.dtype, int8: bool = False) -> int:
-        model = tiny_model(NATIVE, dtype)
-        if int8:
-            quantize(model)
-        step = CppStep(DecodingStep(model), 2)
-        return max((2 * tokens for tokens in range(2, 200) if step.takes_prompts(2, tokens)), default=0)
-
-    for is_wide, most in ((False, 32), (True, 128)):
-        monkeypatch.setattr(cpp_step, "WIDE_VECTORS", is_wide)
-        assert lines(torch.float32) == most
-        assert lines(torch.float32, int8=True) == 128
-    ways = [  # oneDNN's bf16, the function's, that of matrices, the most lines
-        (False, False, False, 128),
-        (True, False, False, 0),
-        (True, True, False, 128),
-        (True, True, True, 0),
-    ]
-    for is_fast, by_vectors, by_matrices, most in ways:
-        monkeypatch.setitem(precision.FAST_HALF_PRECISION, torch.bfloat16, is_fast)
-        capabilities = {"avx512_bf16": by_vectors, "amx_bf16": by_matrices}
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=capabilities: has, raising=False)
-        assert lines(torch.bfloat16) == lines(torch.bfloat16, int8=True) == most
-    assert not CppStep(DecodingStep(tiny_model(NATIVE))).takes_prompts(2, 3)  # a step is for its number of rows
+@pytest.mark.parametrize("numbers", ["full", "half", "int8"])
+def test_a_machine_that_chooses_finds_that_both_take_prompts_alike(numbers, measuring, monkeypatch, caplog):
+    monkeypatch.setattr(cpp_step, "READS", {"unasked": cpp_step.READS["unasked"]})  # no more is to be compiled
+    model = tiny_model(NATIVE, torch.bfloat16 if numbers == "half" else torch.float32, qk_norm=True)
+    if numbers == "int8":
+        quantize(model)
+    step = CppStep(DecodingStep(model), 2)
+    step.takes_prompts(2, 3)
+    (times,) = (times for case, times in measured().items() if case.startswith("short prompt"))
+    assert {*times} == {"torch", "C++"} and None not in times.values() and not caplog.text
+    assert not CppStep(DecodingStep(model)).takes_prompts(2, 3)  # a step is for its number of rows
 
 
 def test_a_prompt_of_ids_that_are_none(prompts):

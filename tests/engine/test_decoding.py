@@ -18,6 +18,8 @@ from hf_decoder.engine.int8 import Int8Weights
 from hf_decoder.engine.switches import settings as engine
 from hf_decoder.model.modeling_hf_decoder import HfDecoderRMSNorm
 
+FP32_WAYS = {"one row": "in parts", "few rows": "turned"}
+
 
 @pytest.fixture
 def steps(monkeypatch) -> list[torch.Tensor]:
@@ -265,7 +267,6 @@ def test_a_token_out_of_range_is_named():
 def test_a_switch_that_is_saved_with_the_model(kernels: bool, steps, tmp_path, monkeypatch):
     """Rows on a static cache, in texts of all sizes; nothing is compiled by torch."""
     monkeypatch.setattr(torch, "compile", lambda *inputs, **options: pytest.fail("compiled"))
-    monkeypatch.setattr(products, "MIN_SPLIT_ELEMENTS", 1)
     model = tiny_model(qk_norm=True, attention_bias=True)
     ids, mask = padded(3, 9)
     model.generation_config = GenerationConfig(cache_implementation="static", pad_token_id=0, do_sample=False)
@@ -276,7 +277,7 @@ def test_a_switch_that_is_saved_with_the_model(kernels: bool, steps, tmp_path, m
         settings = {"attention_mask": inputs_mask, "max_new_tokens": count}
         expected = through_modules(model, inputs, **settings, cache_implementation=None)
         steps.clear()
-        with engine.override(kernels=kernels):
+        with engine.override(kernels=kernels, ways=FP32_WAYS):
             tokens, logits = generated(model, inputs, **settings)
         assert torch.equal(tokens, expected[0])
         torch.testing.assert_close(logits, expected[1], rtol=0, atol=2e-5)
@@ -336,8 +337,8 @@ def test_int8_products_of_rows_of_any_length(columns, rows, dtype):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rows", [1, 2, 16, 17])
 @pytest.mark.parametrize("outputs", [8, 10])
-def test_fp32_products_of_a_few_rows(outputs, rows, bias, monkeypatch):
-    monkeypatch.setattr(products, "MIN_SPLIT_ELEMENTS", 1)
+@pytest.mark.parametrize("ways", [{}, FP32_WAYS], ids=["torch", "ours"])
+def test_fp32_products_of_a_few_rows(ways, outputs, rows, bias):
     torch.manual_seed(0)
     module = torch.nn.Linear(40, outputs, bias=bias)
     x = torch.randn(rows, 1, 40)
@@ -345,9 +346,10 @@ def test_fp32_products_of_a_few_rows(outputs, rows, bias, monkeypatch):
     apart = torch.empty(40, outputs).copy_(module.weight.detach().t()).t()
     for weight in (module.weight, apart):
         weights = Weights(weight, module.bias)
-        found = [multiply(x, weights)]
-        if rows == 1:
-            found.append(multiply_row(x.view(-1), weights).view(1, 1, -1))
+        with engine.override(ways=ways):
+            found = [multiply(x, weights)]
+            if rows == 1:
+                found.append(multiply_row(x.view(-1), weights).view(1, 1, -1))
         for product in found:
             assert product.shape == exact.shape and product.is_contiguous()
             torch.testing.assert_close(product.double(), exact, rtol=1e-6, atol=1e-6)

@@ -1,13 +1,17 @@
 """Extending keys and values in place equals joining them, and earlier states stay as they were."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from tiny_models import padded, random_ids, tiny_model
 from transformers import DynamicCache
 
+from hf_decoder.engine import settings as engine_settings
+from hf_decoder.engine.cpp.build import find_compiler
 from hf_decoder.engine.decoding import growing_cache
+from hf_decoder.engine.decoding.cpp_step import CppStep
 from hf_decoder.engine.decoding.growing_cache import GrowingCache
 from hf_decoder.model.modeling_hf_decoder import CACHE_NAME
 
@@ -74,6 +78,114 @@ def test_texts_are_those_of_joined_caches(kind: str, rows: int, way: str, in_pla
         assert torch.equal(ours.keys, theirs.keys) and torch.equal(ours.values, theirs.values)
         assert ours.keys.untyped_storage().nbytes() <= theirs.keys.untyped_storage().nbytes()
         assert ours.values.untyped_storage().nbytes() <= theirs.values.untyped_storage().nbytes()
+
+
+@pytest.fixture
+def in_cpp(monkeypatch) -> list[int]:
+    """Growing caches are for the C++ step; collects a one for each of its tokens."""
+    calls: list[int] = []
+    run = CppStep._run
+    monkeypatch.setattr(CppStep, "_run", lambda self, chooses: calls.append(1) or run(self, chooses))
+    with engine_settings.override(ways={"growing cache": "C++"}):
+        yield calls
+
+
+IN_CPP = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler")
+
+
+@IN_CPP
+@pytest.mark.parametrize(
+    "way, rows", [(way, rows) for way in WAYS for rows in (1, 3) if (way, rows) != ("prompt-lookup", 3)]
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_step_in_cpp_writes_the_texts_of_joined_caches(kind: str, rows: int, way: str, in_cpp):
+    model = tiny_model(attn_implementation="sdpa", **KINDS[kind])
+    ids, mask = padded(rows, 9)
+    settings = {"attention_mask": mask, **WAYS[way]}
+    out = written(model, ids, **settings)
+    # windows are not for it, nor are three beams of three rows
+    assert bool(in_cpp) == (kind != "mixed" and not (way == "beams" and rows == 3 and CppStep.max_rows < 9))
+    if way in ("greedy", "sampled"):
+        assert len(in_cpp) in (0, NEW_TOKENS - 1)
+    with engine_settings.override(all=False):
+        expected = written(model, ids, **settings)
+    assert torch.equal(out.sequences, expected.sequences)
+    torch.testing.assert_close(torch.stack(out.scores), torch.stack(expected.scores), rtol=0, atol=1e-4)
+    for ours, theirs in zip(out.past_key_values.layers, expected.past_key_values.layers, strict=True):
+        for mine, other in ((ours.keys, theirs.keys), (ours.values, theirs.values)):
+            torch.testing.assert_close(mine, other, rtol=0, atol=1e-5)
+            assert not in_cpp or mine.untyped_storage().nbytes() == mine.nbytes
+
+
+@IN_CPP
+@pytest.mark.parametrize("rows", [1, 3])
+def test_plain_greedy_text_is_written_in_cpp(rows, in_cpp):
+    model = tiny_model(attn_implementation="sdpa")
+    ids, mask = padded(rows, 9)
+    fixed = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    text = model.generate(ids, attention_mask=mask, **fixed)
+    assert len(in_cpp) == NEW_TOKENS - 1
+    assert text.equal(model.generate(ids, attention_mask=mask, cache_implementation="static", **fixed))
+
+
+@IN_CPP
+@pytest.mark.parametrize("sampling", [{}, {"do_sample": True}, {"num_beams": 2}])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_short_prompts_are_taken_in_cpp(rows, sampling, in_cpp, layers):
+    model = tiny_model(attn_implementation="sdpa")
+    ids, mask = padded(rows, 9)
+    hole = mask.clone()
+    hole[0, 6] = 0
+    for seen, takes in ((mask, True), (None, rows == 1), (hole, False)):
+        if seen is None and rows > 1:
+            continue
+        layers.clear()
+        in_cpp.clear()
+        with engine_settings.override(ways={"growing cache": "C++", "short prompt": "C++"}):
+            out = written(model, ids, attention_mask=seen, **sampling)
+        assert not layers and bool(in_cpp) == takes
+        with engine_settings.override(all=False):
+            expected = written(model, ids, attention_mask=seen, **sampling)
+        assert out.sequences.equal(expected.sequences)
+        for ours, theirs in zip(out.past_key_values.layers, expected.past_key_values.layers, strict=True):
+            torch.testing.assert_close(ours.keys, theirs.keys, rtol=0, atol=1e-5)
+            assert ours.keys.untyped_storage().nbytes() == ours.keys.nbytes
+
+
+@IN_CPP
+def test_what_the_step_in_cpp_does_not_take_goes_on_as_ever(in_cpp):
+    model = tiny_model(attn_implementation="sdpa")
+    ids, mask = padded(1, 9)
+    mask[0, 6] = 0  # a hole
+    with engine_settings.override(ways={}):
+        expected = written(model, ids, attention_mask=mask).sequences
+    assert written(model, ids, attention_mask=mask).sequences.equal(expected) and not in_cpp
+    with torch.autocast("cpu", torch.bfloat16):
+        written(model, ids)
+    with engine_settings.override(kernels=False):
+        written(model, ids)
+    with torch.no_grad():  # a loop of someone's own keeps no buffers
+        cache = model(ids).past_key_values
+        for _ in range(3):
+            model(ids[:, :1], past_key_values=cache)
+    assert not in_cpp
+
+
+@IN_CPP
+def test_threads_and_conversations_share_the_step_in_cpp(in_cpp):
+    model = tiny_model(attn_implementation="sdpa", max_position_embeddings=256)
+
+    def conversation(seed: int) -> torch.Tensor:
+        cache, text = DynamicCache(config=model.config), random_ids(1, 7, seed=seed)
+        for turn in range(3):
+            text = written(model, torch.cat((text, random_ids(1, 5, seed=turn)), 1), **{CACHE_NAME: cache}).sequences
+        return text
+
+    with engine_settings.override(ways={}):
+        expected = [conversation(seed) for seed in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(conversation, range(4)))
+    assert in_cpp and all(map(torch.equal, found, expected))
 
 
 def test_a_cache_goes_on_from_call_to_call(in_place, monkeypatch):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from generating import VARIANTS, generated, through_modules, tiny_model, with_hook
-from tiny_models import padded, random_ids
+from tiny_models import OUR_WAYS, padded, random_ids
 from torch import nn
 from transformers import DynamicCache
 
@@ -12,7 +12,6 @@ from hf_decoder.engine.decoding import generation
 from hf_decoder.engine.decoding.step import DecodingStep
 from hf_decoder.engine.route import Route
 from hf_decoder.engine.switches import settings
-from hf_decoder.engine.training import blocks
 
 ONE = {"max_new_tokens": 1}
 
@@ -38,10 +37,10 @@ def test_logits_of_the_modules(variant: str, cache: str | None, layers):
 
 
 @pytest.mark.parametrize("variant", ["plain", "qk-norm", "partial-rotary", "gelu", "windows"])
-def test_long_prompts_in_tiles_and_blocks(variant: str, layers, monkeypatch):
-    monkeypatch.setattr(blocks, "MIN_BLOCKED_ELEMENTS", 1)
+def test_long_prompts_in_tiles_and_blocks(variant: str, layers):
     model = tiny_model(**{"max_position_embeddings": 512, **VARIANTS[variant]})
-    check(model, random_ids(2, 300), layers, atol=1e-4)
+    with settings.override(ways=OUR_WAYS):
+        check(model, random_ids(2, 300), layers, atol=1e-4)
 
 
 @pytest.mark.parametrize(

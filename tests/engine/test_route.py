@@ -9,7 +9,7 @@ import pytest
 import torch
 from generating import VARIANTS, tiny_model
 from peft import LoraConfig, get_peft_model
-from tiny_models import padded, random_ids
+from tiny_models import OUR_WAYS, padded, random_ids
 from torch import nn
 from transformers import DynamicCache, StaticCache
 from transformers.utils import ModelOutput
@@ -26,9 +26,10 @@ OF_A_LAYER = ["fused_rms_norm", "cast_once", "fused_rotation", "fused_rms_norm",
 
 
 @pytest.fixture(autouse=True)
-def all_are_long(monkeypatch: pytest.MonkeyPatch):
-    """Enough for blocks, however short."""
-    monkeypatch.setattr(blocks, "MIN_BLOCKED_ELEMENTS", 1)
+def our_ways():
+    """Blocks and tiles, however short."""
+    with settings.override(ways=OUR_WAYS):
+        yield
 
 
 @pytest.fixture

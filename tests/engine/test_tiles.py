@@ -1,25 +1,20 @@
 """Attention in tiles equals attention with the whole mask, is used where it is faster, and compiles."""
 
-import copy
-
 import pytest
 import torch
 from tiny_models import WINDOWS, random_ids, tiny_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_decoder.engine import precision
-from hf_decoder.engine.attention import tiles
-from hf_decoder.engine.attention.tiles import (
-    MIN_TILED_TOKENS_IN_FP32,
-    MIN_TILED_TOKENS_IN_INFERENCE,
-    plan_tiles,
-    tiled_attention_forward,
-)
+from hf_decoder.engine import precision, settings
+from hf_decoder.engine.attention import choice, tiles
+from hf_decoder.engine.attention.choice import attention_way
+from hf_decoder.engine.attention.tiles import CausalInFp32, plan_tiles, tiled_attention_forward
+from hf_decoder.engine.calibration import measured
 from hf_decoder.engine.training import loss as engine_loss
 from hf_decoder.model.modeling_hf_decoder import eager_attention_forward
 
-FEW_TOKENS_TOO = pytest.mark.usefixtures("tiles_of_few_tokens")
+IN_TILES = pytest.mark.usefixtures("in_tiles")
 
 
 class Groups(nn.Module):
@@ -45,8 +40,8 @@ def documents(kind: str, length: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("window", [None, 2, 7, 64, 100, 1000])
 @pytest.mark.parametrize("kind", ["one", "few", "aligned", "single-tokens", "offset-and-gaps"])
-@pytest.mark.parametrize("length", [64, 65, 128, 200, 257, 400])
-def test_tiles_equal_attention_with_the_whole_mask(length: int, kind: str, window: int | None):
+@pytest.mark.parametrize("length, rows", [(64, 64), (65, 64), (128, 64), (200, 128), (257, 64), (400, 128)])
+def test_tiles_equal_attention_with_the_whole_mask(length: int, rows: int, kind: str, window: int | None):
     """Value and gradient, against a mask of length squared that is written out here."""
     generator = torch.Generator().manual_seed(length)
     query, key, value = (torch.randn(2, heads, length, 8, generator=generator).requires_grad_() for heads in (6, 2, 2))
@@ -61,7 +56,7 @@ def test_tiles_equal_attention_with_the_whole_mask(length: int, kind: str, windo
     module = Groups(3)
     expected, _ = eager_attention_forward(module, query, key, value, mask, 0.3)
     wanted = torch.autograd.grad((expected * weight).sum(), (query, key, value))
-    plan = plan_tiles(positions, torch.float32, window)
+    plan = plan_tiles(positions, torch.float32, window, rows)
     found, _ = tiled_attention_forward(module, query, key, value, plan, 0.3)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     for mine, theirs in zip(torch.autograd.grad((found * weight).sum(), (query, key, value)), wanted, strict=True):
@@ -94,7 +89,8 @@ def count_layers(monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], list[int]]
     return in_tiles, stock
 
 
-def test_tiles_are_used_for_long_rows_and_not_where_they_cannot(monkeypatch: pytest.MonkeyPatch):
+@IN_TILES
+def test_tiles_are_used_for_whole_rows_and_not_where_they_cannot(monkeypatch: pytest.MonkeyPatch):
     calls, _ = count_layers(monkeypatch)
     ids = random_ids(2, 80)
     ones, holes = torch.ones_like(ids), torch.ones_like(ids)
@@ -106,54 +102,44 @@ def test_tiles_are_used_for_long_rows_and_not_where_they_cannot(monkeypatch: pyt
         ({"input_ids": ids, "position_ids": torch.arange(80)[None] % 30}, 2),
         ({"input_ids": ids, "use_cache": False}, 2),
         ({"input_ids": ids, "attention_mask": holes}, 0),
-        ({"input_ids": ids[:, :20]}, 0),
     ]
     for inputs, expected in cases:
-        calls.clear()
-        model(**inputs)
-        assert len(calls) == expected
-    with torch.no_grad():  # one document of few tokens is faster in the stock kernel, several need a mask there
-        long = random_ids(2, MIN_TILED_TOKENS_IN_INFERENCE // 2)
-        for (inputs, _), expected in zip(cases, [0, 0, 2, 0, 0, 0], strict=True):
+        for grad in (True, False):
             calls.clear()
-            model(**inputs)
+            with torch.set_grad_enabled(grad):
+                model(**inputs)
             assert len(calls) == expected
-        calls.clear()
-        model(long)
-        assert len(calls) == 2
-        calls.clear()
-        model(long[:, :-1])
-        assert not calls
     calls.clear()
     tiny_model(attn_implementation="sdpa", attention_dropout=0.1).train()(ids)
     tiny_model(attn_implementation="eager")(ids)
     assert not calls
 
 
-def test_short_rows_of_one_document_in_fp32_are_for_the_stock_kernel(monkeypatch: pytest.MonkeyPatch):
+def test_each_type_of_layer_goes_its_own_way(monkeypatch: pytest.MonkeyPatch):
+    """What is measured of windows says nothing of whole rows; both give what the plain masks give."""
     calls, _ = count_layers(monkeypatch)
-    model = tiny_model(attn_implementation="sdpa", max_position_embeddings=512)
-    windowed = tiny_model(attn_implementation="sdpa", max_position_embeddings=512, **WINDOWS)
-    half, limit = copy.deepcopy(model).bfloat16(), MIN_TILED_TOKENS_IN_FP32
-    for with_gradients in (True, False):
-        for watched, autocast, length, expected in (
-            (model, False, limit - 1, 0),
-            (model, False, limit, 2),
-            (model, True, limit - 1, 2),
-            (half, False, limit - 1, 2),
-            (windowed, False, limit - 1, 2),
-        ):
-            calls.clear()
-            with torch.set_grad_enabled(with_gradients), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                watched(random_ids(2, length))
-            assert len(calls) == expected
-        calls.clear()
-        with torch.set_grad_enabled(with_gradients):
-            model(random_ids(2, limit - 1), position_ids=torch.arange(limit - 1)[None] % 30)
-        assert len(calls) == 2
+    monkeypatch.setattr(
+        choice, "attention_way", lambda config, rows, *_, **__: "tiles of 64" if rows == "windowed" else "torch"
+    )
+    model = tiny_model(attn_implementation="sdpa", **WINDOWS)
+    ids = random_ids(2, 80)
+    found = model(ids).logits
+    assert len(calls) == sum(kind == "sliding_attention" for kind in model.config.layer_types) == 1
+    with settings.override(all=False):
+        torch.testing.assert_close(found, model(ids).logits, rtol=0, atol=1e-5)
 
 
-@FEW_TOKENS_TOO
+@pytest.mark.parametrize("trains", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows, window", [("whole", None), ("windowed", 9), ("packed", None), ("packed", 5)])
+def test_a_machine_that_chooses_finds_that_all_ways_give_the_same(rows, window, dtype, trains, measuring, caplog):
+    way = attention_way((6, 2, 12), rows, dtype, 50, window, trains)
+    (times,) = (times for case, times in measured().items() if case.startswith("attention"))
+    assert len(times) == (4 if rows == "whole" else 3) and None not in times.values() and not caplog.text
+    assert way in times
+
+
+@IN_TILES
 @pytest.mark.parametrize("is_fast", [True, False])
 def test_tiles_in_half_precision_are_multiplied_as_is_fast_here(is_fast: bool, monkeypatch: pytest.MonkeyPatch):
     (calls, _), factors = count_layers(monkeypatch), []
@@ -185,19 +171,14 @@ def test_tiles_in_half_precision_are_multiplied_as_is_fast_here(is_fast: bool, m
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2)])
 def test_whole_documents_by_the_stock_kernel_are_those_in_tiles(heads, dtype, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(precision.FAST_HALF_PRECISION, torch.bfloat16, False)
-    monkeypatch.setattr(tiles, "MIN_STOCK_TOKENS_IN_FP32", 150)
-    calls, _ = count_layers(monkeypatch)
     torch.manual_seed(0)
     length = 150
     inputs = [torch.randn(2, length, n, 16).transpose(1, 2).to(dtype).requires_grad_() for n in (*heads, heads[1])]
     weight = torch.randn(2, length, heads[0], 16)
-    plan = plan_tiles(torch.arange(length)[None], dtype)
     results = []
-    for in_tiles in (False, True):
-        if in_tiles:
-            monkeypatch.setattr(tiles, "MIN_STOCK_TOKENS_IN_FP32", 151)
-        found, _ = tiles.tiled_attention_forward(Groups(heads[0] // heads[1]), *inputs, plan, 0.3)
-        assert found.dtype == dtype and found.is_contiguous() and bool(calls) == in_tiles
+    for mask in (CausalInFp32(), plan_tiles(torch.arange(length)[None], dtype)):
+        found, _ = tiled_attention_forward(Groups(heads[0] // heads[1]), *inputs, mask, 0.3)
+        assert found.dtype == dtype and found.is_contiguous()
         results.append((found, *torch.autograd.grad((found.float() * weight).sum(), inputs)))
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
     for mine, theirs in zip(*results, strict=True):
@@ -205,40 +186,28 @@ def test_whole_documents_by_the_stock_kernel_are_those_in_tiles(heads, dtype, mo
         assert (mine - theirs).norm() <= tolerance * theirs.norm()
 
 
-@pytest.mark.parametrize("is_fast", [True, False])
-def test_the_stock_kernel_takes_whole_documents_that_are_multiplied_in_fp32(is_fast, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(precision.FAST_HALF_PRECISION, torch.bfloat16, is_fast)
-    monkeypatch.setattr(tiles, "MIN_STOCK_TOKENS_IN_FP32", 300)
+def test_a_pinned_way_is_that_of_the_rows_it_is_for(monkeypatch: pytest.MonkeyPatch):
     tiled, stock = count_layers(monkeypatch)
-    ids = random_ids(1, 300)
-    shape = {"attn_implementation": "sdpa", "max_position_embeddings": 512}
+    ids, shape = random_ids(1, 300), {"attn_implementation": "sdpa", "max_position_embeddings": 512}
 
     def ways(model, **inputs) -> tuple[int, int]:
-        """Layers in tiles and by the stock kernel, the same in training and in inference."""
-        counts = []
-        for grad in (False, True):
-            tiled.clear()
-            stock.clear()
-            with torch.set_grad_enabled(grad):
-                model(ids, **inputs)
-            counts.append((len(tiled), len(stock)))
-        assert counts[0] == counts[1]
-        return counts[0]
+        """Layers in tiles and by the stock kernel."""
+        tiled.clear()
+        stock.clear()
+        model(ids, **inputs)
+        return len(tiled), len(stock)
 
     model = tiny_model(**shape)
-    assert ways(model) == (0, 2)
-    assert ways(model, position_ids=torch.arange(300)[None] % 100) == (2, 0)
-    assert ways(tiny_model(**shape, sliding_window=400)) == (0, 2)
-    assert ways(tiny_model(**shape, sliding_window=20, layer_types=["sliding_attention", "full_attention"])) == (1, 1)
-    in_half = (2, 0) if is_fast else (0, 2)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert ways(model) == in_half
-    monkeypatch.setattr(tiles, "MIN_STOCK_TOKENS_IN_FP32", 301)
-    assert ways(model) == (2, 0)
-    monkeypatch.setattr(tiles, "MIN_STOCK_TOKENS_IN_FP32", 300)
-    assert ways(model.bfloat16()) == in_half
+    with settings.override(ways={"attention": "torch in fp32"}):
+        assert ways(model) == (0, 2)
+        assert ways(model, position_ids=torch.arange(300)[None] % 100) == (2, 0)
+        assert ways(tiny_model(**shape, sliding_window=400)) == (0, 2)
+        kinds = ["sliding_attention", "full_attention"]
+        assert ways(tiny_model(**shape, sliding_window=20, layer_types=kinds)) == (1, 1)
+    assert ways(model) == (0, 0)
 
 
+@IN_TILES
 def test_tiles_in_bf16_and_under_autocast_are_close_to_fp32(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(precision.FAST_HALF_PRECISION, torch.bfloat16, True)
     ids = random_ids(2, 150)
@@ -283,6 +252,7 @@ def test_tiles_sum_their_weights_in_fp32(dtype: torch.dtype, length: int):
     torch.testing.assert_close(found, torch.ones_like(found), rtol=0, atol=torch.finfo(dtype).eps)
 
 
+@IN_TILES
 @pytest.mark.kernels
 @pytest.mark.parametrize("variant", ["plain", "windows", "checkpointing", "autocast"])
 def test_compiled_training_is_eager_training(variant: str, monkeypatch):
@@ -307,7 +277,6 @@ def test_compiled_training_is_eager_training(variant: str, monkeypatch):
     monkeypatch.setattr(torch, "mm", recorded_mm)
     monkeypatch.setattr(torch, "bmm", lambda a, b: taken.append(1) or bmm(a, b))  # of tiles alone
     monkeypatch.setitem(precision.FAST_HALF_PRECISION, torch.bfloat16, True)  # whatever CPU this is
-    monkeypatch.setattr(tiles, "MIN_TILED_TOKENS_IN_FP32", 0)  # of eager rows alone
 
     def loss_and_gradients(forward) -> tuple[torch.Tensor, list[torch.Tensor]]:
         with torch.autocast("cpu", torch.bfloat16, enabled=variant == "autocast"):

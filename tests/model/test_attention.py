@@ -10,18 +10,14 @@ from tiny_models import WINDOWS, random_ids, tiny_config, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.integrations import flex_attention
 
-from hf_decoder.engine.attention.tiles import (
-    MIN_TILED_TOKENS,
-)
 from hf_decoder.model.modeling_hf_decoder import (
     HfDecoderRotaryEmbedding,
     apply_rotary_pos_emb,
 )
 
-FEW_TOKENS_TOO = pytest.mark.usefixtures("tiles_of_few_tokens")
+IN_TILES = pytest.mark.usefixtures("in_tiles")
 TOLERANCE = {"rtol": 0.0, "atol": 2e-5}
-# on either side of the length from which sdpa turns to tiles, and past the end of a tile
-LENGTHS = (7, MIN_TILED_TOKENS + 5, 137)
+LENGTHS = (7, 69, 137)  # of one tile or several, and past the end of a tile
 # flex_attention is slow on a CPU, and differs from the others only in its masks
 FLEX = ("flex_attention", "windows", 7)
 CASES = pytest.mark.parametrize(
@@ -75,9 +71,9 @@ def reference(ids: torch.Tensor, config: Any, parameters: dict[str, torch.Tensor
 
 
 @torch.no_grad()
-@FEW_TOKENS_TOO
+@IN_TILES
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("length", [7, MIN_TILED_TOKENS + 5])
+@pytest.mark.parametrize("length", [7, 69])
 def test_equals_the_definition_written_out(kind: str, length: int):
     model = tiny_model(**KINDS[kind])
     ids = random_ids(1, length)
@@ -98,7 +94,7 @@ def test_flex_attention_as_transformers_compiles_it(flex_attention_without_compi
 
 
 @torch.no_grad()
-@FEW_TOKENS_TOO
+@IN_TILES
 @CASES
 def test_padded_equals_unpadded_and_batched_equals_single(kind: str, attention: str, length: int):
     model = tiny_model(attn_implementation=attention, **KINDS[kind])
@@ -120,7 +116,7 @@ def test_padded_equals_unpadded_and_batched_equals_single(kind: str, attention: 
 
 
 @torch.no_grad()
-@FEW_TOKENS_TOO
+@IN_TILES
 @CASES
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_packed_equals_separate_documents(kind: str, attention: str, length: int, use_cache: bool):

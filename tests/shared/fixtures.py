@@ -8,7 +8,7 @@ from transformers import masking_utils
 from transformers.integrations import flex_attention
 from transformers.utils import logging
 
-from hf_decoder.engine.attention import tiles
+from hf_decoder.engine import settings
 from hf_decoder.engine.training import loss as engine_loss
 from hf_decoder.model import loss_hf_decoder
 from hf_decoder.model.modeling_hf_decoder import HfDecoderLayer
@@ -58,7 +58,7 @@ def layers(monkeypatch) -> list[int]:
 
 
 @pytest.fixture
-def tiles_of_few_tokens(monkeypatch: pytest.MonkeyPatch):
-    """Uses tiles from `MIN_TILED_TOKENS` on without gradients and in fp32 too."""
-    monkeypatch.setattr(tiles, "MIN_TILED_TOKENS_IN_INFERENCE", 0)
-    monkeypatch.setattr(tiles, "MIN_TILED_TOKENS_IN_FP32", 0)
+def in_tiles():
+    """Makes sdpa use tiles where the engine is on."""
+    with settings.override(ways={"attention": "tiles of 64"}):
+        yield

@@ -19,6 +19,8 @@ SHAPE: dict[str, Any] = {
     "max_position_embeddings": 64,
 }
 
+# the engine's own ways, where `settings.ways` may pin them
+OUR_WAYS = {"attention": "tiles of 64", **dict.fromkeys(("norm", "cast", "rotation", "gate"), "blocks")}
 WINDOWS = {"sliding_window": 5, "layer_types": ["full_attention", "sliding_attention"]}
 ATTENTION_KINDS: dict[str, dict[str, Any]] = {
     "plain": {},

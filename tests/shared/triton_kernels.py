@@ -41,7 +41,6 @@ def as_devices_round(convert: Callable) -> Callable:
 
 
 def take_from(monkeypatch: pytest.MonkeyPatch, elements: int) -> None:
-    monkeypatch.setattr(blocks, "MIN_BLOCKED_ELEMENTS", elements)
     monkeypatch.setattr(blocks, "MIN_KERNEL_ELEMENTS", elements)
 
 

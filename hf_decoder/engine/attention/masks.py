@@ -7,7 +7,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache
 
 from hf_decoder.engine.assumptions import attends_as_stock
-from hf_decoder.engine.attention.tiles import CausalTiles, may_be_faster_in_tiles, stock_kernel_is_faster, tile_masks
+from hf_decoder.engine.attention.choice import chosen_masks, masks_in_graph
 from hf_decoder.engine.attention.varlen import varlen_masks
 from hf_decoder.model.modeling_hf_decoder import LayerMask
 
@@ -19,7 +19,7 @@ def engine_masks(
     position_ids: torch.Tensor | None,
     cache: Cache | None,
 ) -> Mapping[str, LayerMask | None] | None:
-    """A mask for each type of layer; None if attention uses torch's kernel and the plain masks.
+    """Masks for types of layer; None, or without a type, if attention uses torch's kernel and the plain masks.
 
     Args:
         decoder: an `HfDecoderModel`.
@@ -35,11 +35,8 @@ def engine_masks(
     if torch.compiler.is_compiling():
         # a graph cannot look for documents and padding in the data
         whole = position_ids is None and attention_mask is None and cache is None
-        if not (whole and training and may_be_faster_in_tiles(inputs_embeds)):
-            return None
-        if stock_kernel_is_faster(inputs_embeds, windows):
-            return None
-        return {kind: CausalTiles(window) for kind, window in windows.items()}
+        is_taken = whole and training and inputs_embeds.device.type == "cpu"
+        return (masks_in_graph(config, inputs_embeds, windows) or None) if is_taken else None
     if cache is not None and (type(cache) is not DynamicCache or cache.get_seq_length()):
         return None
     if attention_mask is not None and attention_mask.ndim != 2:
@@ -48,7 +45,7 @@ def engine_masks(
         attention_mask = None  # a mask of ones must not hide documents
     documents = position_ids if cache is None and attention_mask is None else None
     inputs = inputs_embeds, attention_mask, documents, windows
-    return varlen_masks(*inputs, config.head_dim, training) or tile_masks(*inputs)
+    return varlen_masks(*inputs, config.head_dim, training) or chosen_masks(config, *inputs) or None
 
 
 __all__ = ["engine_masks"]

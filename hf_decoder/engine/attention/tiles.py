@@ -1,9 +1,8 @@
 """Tiled attention for whole sequences (causal, windowed or packed) without an S x S mask.
 
-On a CPU with half-precision products this beats the flash kernel of `scaled_dot_product_attention`: the matmuls of a
-tile run at full speed, and keys and values are never repeated for the heads of a group. Memory is linear in the
-length, because the backward pass recomputes a tile's weights (Dao et al. 2022, section 3.1). With fp32 products the
-flash kernel is faster for long rows of one document.
+The matmuls of a tile run at full speed and the heads of a group share theirs, so keys and values are never repeated.
+Memory is linear in the length: a tile's weights live only while the tile is computed, and the backward pass computes
+them again (Dao et al. 2022, section 3.1). `choice` says where that is faster than torch's flash kernel.
 Shapes: B batch, S tokens, H query heads, G key/value heads, E head_dim, T rows of a tile, K keys that a tile sees.
 """
 
@@ -15,17 +14,10 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from hf_decoder.engine.operators import operator
-from hf_decoder.engine.precision import autocast_dtype, fast_dtype, product_dtype
+from hf_decoder.engine.precision import autocast_dtype, fast_dtype
 from hf_decoder.model.modeling_hf_decoder import LayerMask
 
 aten = torch.ops.aten
-
-MIN_TILED_TOKENS = 64  # of a row; below, the stock kernel is as fast, forward and backward
-MIN_TILED_TOKENS_IN_INFERENCE = 288  # of all rows; below, the stock kernel is as fast, forward only
-MIN_TILED_TOKENS_IN_FP32 = 257  # of a row of one document; below, the stock kernel is faster in fp32
-MIN_STOCK_TOKENS_IN_FP32 = 1024  # of a row of one document; from here on, the stock kernel is faster in fp32 again
-SHORT_SEQUENCE = 256
-TILE_ROWS = {"short": 64, "long": 128}  # measured on two AVX-512 cores, forward and backward, in bf16; fp32: short
 
 
 @dataclass(frozen=True)
@@ -43,7 +35,6 @@ class TilePlan(LayerMask):
     """Which query sees which key, planned once per forward pass; used in place of a layer's attention mask."""
 
     tiles: tuple[Tile, ...]
-    is_causal: bool  # rows of one document without a window
 
     def attend(self, attention, module, query, key, value, **kwargs) -> tuple[torch.Tensor, None]:
         return tiled_attention_forward(module, query, key, value, self, kwargs["scaling"])
@@ -54,25 +45,17 @@ class CausalTiles(LayerMask):
     """A plan for compiled graphs, where the operator makes it: one document per row."""
 
     window: int | None
+    rows: int  # of a tile
 
     def attend(self, attention, module, query, key, value, **kwargs) -> tuple[torch.Tensor, None]:
         return tiled_attention_forward(module, query, key, value, self, kwargs["scaling"])
 
 
-def may_be_faster_in_tiles(hidden_states: torch.Tensor) -> bool:
-    """Whether tiles may be faster for rows (B, S, D) of this length on this device."""
-    return hidden_states.device.type == "cpu" and hidden_states.shape[1] >= MIN_TILED_TOKENS
+class CausalInFp32(LayerMask):
+    """Rows of one document without a window, by torch's kernel in fp32."""
 
-
-def stock_kernel_is_faster(hidden_states: torch.Tensor, windows: dict[str, int | None]) -> bool:
-    """Whether torch's own kernel is at least as fast for rows (B, S, D) of one document each, on a CPU."""
-    rows, length = hidden_states.shape[:2]
-    if not torch.is_grad_enabled() and rows * length < MIN_TILED_TOKENS_IN_INFERENCE:
-        return True
-    if torch.compiler.is_compiling():  # graphs of torch 2.11 have wrong gradients of that kernel
-        return False
-    is_whole = all(window is None or window >= length for window in windows.values())  # or it would need a mask
-    return is_whole and length < MIN_TILED_TOKENS_IN_FP32 and product_dtype(hidden_states) == torch.float32
+    def attend(self, attention, module, query, key, value, **kwargs) -> tuple[torch.Tensor, None]:
+        return tiled_attention_forward(module, query, key, value, self, kwargs["scaling"])
 
 
 def document_starts(position_ids: torch.Tensor) -> torch.Tensor:
@@ -83,43 +66,18 @@ def document_starts(position_ids: torch.Tensor) -> torch.Tensor:
     return torch.where(starts, columns, 0).cummax(dim=-1).values
 
 
-def tile_masks(
-    inputs_embeds: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    document_positions: torch.Tensor | None,
-    windows: dict[str, int | None],
-) -> dict[str, TilePlan] | None:
-    """A plan for each type of layer; `None` if the stock kernel is as fast or rows are padded.
-
-    Args:
-        inputs_embeds: (B, S, D); the cache must be empty.
-        attention_mask: (B, S), 1 for tokens, 0 for padding.
-        document_positions: (B or 1, S); a document starts where they do not go up by one.
-        windows: the window of each type of layer.
-    """
-    if not may_be_faster_in_tiles(inputs_embeds):
-        return None
-    if document_positions is None and stock_kernel_is_faster(inputs_embeds, windows):
-        return None  # with several documents that kernel would need a mask
-    if attention_mask is not None and not bool(attention_mask.all()):
-        return None
-    if document_positions is None:
-        document_positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0)
-    dtype = product_dtype(inputs_embeds)
-    return {kind: plan_tiles(document_positions, dtype, window) for kind, window in windows.items()}
-
-
-def plan_tiles(position_ids: torch.Tensor, dtype: torch.dtype, sliding_window: int | None = None) -> TilePlan:
+def plan_tiles(
+    position_ids: torch.Tensor, dtype: torch.dtype, sliding_window: int | None = None, rows: int = 64
+) -> TilePlan:
     """Lays out the tiles for rows of one or more documents each.
 
     Args:
-        position_ids: (B, S); a document starts where they do not go up by one.
-        dtype: of the scores, to which the tiles' biases are added.
-        sliding_window: how many last tokens a token sees, itself included; `None`: all of its document.
+        position_ids: (B, S); positions that do not go up by one mark the start of a document.
+        dtype: of the scores that the tiles' biases are added to.
+        sliding_window: last tokens that a token sees, itself included; all of its document when `None`.
+        rows: of a tile.
     """
     length = position_ids.shape[1]
-    is_wide = fast_dtype(position_ids.device, dtype) == torch.float32
-    rows = TILE_ROWS["short" if length <= SHORT_SEQUENCE or is_wide else "long"]
     starts = document_starts(position_ids)
     # one transfer from the device for all tiles
     first_documents, last_documents = starts[:, ::rows].amin(0).tolist(), starts.amax(0)[rows - 1 :: rows].tolist()
@@ -127,13 +85,13 @@ def plan_tiles(position_ids: torch.Tensor, dtype: torch.dtype, sliding_window: i
     columns = torch.arange(length, device=position_ids.device)
     causal: dict[int, torch.Tensor] = {}
 
-    tiles, is_causal = [], not any(last_documents)
+    tiles = []
     for index, start in enumerate(range(0, length, rows)):
         stop = min(start + rows, length)
         first_key = first_documents[index]
         windowed = False
         if sliding_window is not None and stop - sliding_window > first_key:
-            windowed, is_causal = True, False
+            windowed = True
             first_key = max(first_key, start - sliding_window + 1)
         if last_documents[index] <= first_key and not windowed:  # one document: only the diagonal block has a mask
             size = stop - start
@@ -148,7 +106,7 @@ def plan_tiles(position_ids: torch.Tensor, dtype: torch.dtype, sliding_window: i
                 hidden |= key <= query - sliding_window
             bias = _bias(hidden, dtype)[:, None]
         tiles.append(Tile(start, stop, first_key, bias))
-    return TilePlan(tuple(tiles), is_causal)
+    return TilePlan(tuple(tiles))
 
 
 def _bias(hidden: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -160,7 +118,7 @@ def tiled_attention_forward(
     query: torch.Tensor,  # (B, H, S, E)
     key: torch.Tensor,  # (B, G, S, E)
     value: torch.Tensor,  # (B, G, S, E)
-    attention_mask: TilePlan | CausalTiles,
+    attention_mask: TilePlan | CausalTiles | CausalInFp32,
     scaling: float,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
@@ -170,16 +128,11 @@ def tiled_attention_forward(
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     with torch.autocast(query.device.type, enabled=False):
         if isinstance(attention_mask, CausalTiles):
-            return _CompiledTiledAttention.apply(query, key, value, attention_mask.window, scaling), None
-        if _is_for_stock_kernel(query, attention_mask):
+            tiles = attention_mask.window, attention_mask.rows
+            return _CompiledTiledAttention.apply(query, key, value, *tiles, scaling), None
+        if isinstance(attention_mask, CausalInFp32):
             return _StockCausalAttention.apply(query, key, value, scaling), None
         return _TiledAttention.apply(query, key, value, attention_mask, scaling), None
-
-
-def _is_for_stock_kernel(query, plan: TilePlan) -> bool:
-    """Whether these are long rows of one document without a window, in fp32."""
-    is_long = query.shape[2] >= MIN_STOCK_TOKENS_IN_FP32
-    return is_long and plan.is_causal and fast_dtype(query.device, query.dtype) == torch.float32
 
 
 def _weights(query, key, tile: Tile, scaling: float) -> torch.Tensor:
@@ -295,31 +248,31 @@ def _repeated_in_fp32(query, key, value) -> tuple[torch.Tensor, torch.Tensor, to
 
 
 @lru_cache(maxsize=16)
-def _causal_plan(length: int, dtype: torch.dtype, window: int | None) -> TilePlan:
-    return plan_tiles(torch.arange(length).unsqueeze(0), dtype, window)
+def _causal_plan(length: int, dtype: torch.dtype, window: int | None, rows: int) -> TilePlan:
+    return plan_tiles(torch.arange(length).unsqueeze(0), dtype, window, rows)
 
 
-def _attend_causal(query, key, value, window: int | None, scaling: float) -> torch.Tensor:
-    return _attend(query, key, value, _causal_plan(query.shape[2], query.dtype, window), scaling)
+def _attend_causal(query, key, value, window: int | None, rows: int, scaling: float) -> torch.Tensor:
+    return _attend(query, key, value, _causal_plan(query.shape[2], query.dtype, window, rows), scaling)
 
 
-def _gradients_causal(grad_output, query, key, value, window: int | None, scaling: float) -> list[torch.Tensor]:
-    plan = _causal_plan(query.shape[2], query.dtype, window)
+def _gradients_causal(grad_output, query, key, value, window: int | None, rows: int, scaling: float):
+    plan = _causal_plan(query.shape[2], query.dtype, window, rows)
     return [gradient.contiguous() for gradient in _gradients(grad_output, query, key, value, plan, scaling)]
 
 
 _attend_operator = operator(
-    "tiled_attention(Tensor query, Tensor key, Tensor value, int? window, float scaling) -> Tensor",
+    "tiled_attention(Tensor query, Tensor key, Tensor value, int? window, int rows, float scaling) -> Tensor",
     _attend_causal,
-    lambda query, key, value, window, scaling: query.new_empty(
+    lambda query, key, value, window, rows, scaling: query.new_empty(
         query.shape[0], query.shape[2], query.shape[1], query.shape[3]
     ),
 )
 _gradients_operator = operator(
-    "tiled_attention_gradients(Tensor grad_output, Tensor query, Tensor key, Tensor value, int? window, float scaling)"
-    " -> Tensor[]",
+    "tiled_attention_gradients(Tensor grad_output, Tensor query, Tensor key, Tensor value, int? window, int rows, "
+    "float scaling) -> Tensor[]",
     _gradients_causal,
-    lambda grad_output, query, key, value, window, scaling: [x.new_empty(x.shape) for x in (query, key, value)],
+    lambda grad_output, query, key, value, window, rows, scaling: [x.new_empty(x.shape) for x in (query, key, value)],
 )
 
 
@@ -327,24 +280,14 @@ class _CompiledTiledAttention(torch.autograd.Function):
     """Tiled attention as two operators, because tracing would compile every tile."""
 
     @staticmethod
-    def forward(ctx, query, key, value, window, scaling):
+    def forward(ctx, query, key, value, window, rows, scaling):
         ctx.save_for_backward(query, key, value)
-        ctx.window, ctx.scaling = window, scaling
-        return _attend_operator(query, key, value, window, scaling)
+        ctx.settings = window, rows, scaling
+        return _attend_operator(query, key, value, window, rows, scaling)
 
     @staticmethod
     def backward(ctx, grad_output):
-        return *_gradients_operator(grad_output, *ctx.saved_tensors, ctx.window, ctx.scaling), None, None
+        return *_gradients_operator(grad_output, *ctx.saved_tensors, *ctx.settings), None, None, None
 
 
-__all__ = [
-    "MIN_TILED_TOKENS",
-    "CausalTiles",
-    "TilePlan",
-    "document_starts",
-    "may_be_faster_in_tiles",
-    "plan_tiles",
-    "stock_kernel_is_faster",
-    "tile_masks",
-    "tiled_attention_forward",
-]
+__all__ = ["CausalInFp32", "CausalTiles", "TilePlan", "document_starts", "plan_tiles", "tiled_attention_forward"]

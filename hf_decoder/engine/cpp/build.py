@@ -11,47 +11,47 @@ import shutil
 import stat
 import subprocess
 import tempfile
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import torch
-
-from hf_decoder.engine.precision import cpu_has
 
 HERE = Path(__file__).parent
 # -ffp-contract=fast: fused multiply-add
 FLAGS = ("-O3", "-std=c++17", "-march=native", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC")
 COMPILERS = ("c++", "g++", "clang++")
 SECONDS = 300
+# to its end, also where the process that asked for it has ended before
+COMPILE = '"$@" -o "$0.$$" && mv "$0.$$" "$0" || { rm -f "$0.$$"; exit 1; }'
 
 
 @cache
-def load_step() -> ctypes.CDLL:
-    """Loads the library of step.cpp; compiles it unless an earlier process of this user has.
+def load_file(name: str, *defines: str) -> ctypes.CDLL:
+    """The library of a file of this folder, compiled if no process of this user has before.
 
     Raises:
         RuntimeError: if there is no compiler, or it fails.
     """
-    return load((HERE / "step.cpp").read_text("utf-8"))
+    return load((HERE / name).read_text("utf-8"), *defines)
 
 
-def load(source: str) -> ctypes.CDLL:
-    """Compiles and loads C++ that may include files of this folder; compiles only once."""
+def load(source: str, *defines: str) -> ctypes.CDLL:
+    """Compiles C++, which may include what lies in this folder, unless it has been already, and loads it."""
     compiler = find_compiler()
     if compiler is None:
         raise RuntimeError("no C++ compiler was found; install g++, or set CXX")
-    flags = (*FLAGS, f"-DPREFETCH_LOCALITY={1 if cpu_has('amx_bf16') else 0}")
+    flags = (*FLAGS, *(f"-D{define}" for define in defines))
     folder = own_folder()
     library = folder / f"step-{_key(compiler, flags, source)}.so"
     if not library.exists():
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            made = Path(scratch, "step.so")
-            command = [compiler, *flags, "-x", "c++", "-", "-I", str(HERE), "-o", str(made)]
-            run = subprocess.run(command, input=source, capture_output=True, text=True, timeout=SECONDS)
-            if run.returncode:
-                lines = [line for line in run.stderr.splitlines() if "error" in line] or [run.stderr.strip()]
-                raise RuntimeError(f"{compiler} failed: {lines[0]}")
-            made.replace(library)  # atomic, because another process may look for it
+        command = ["sh", "-c", COMPILE, str(library), compiler, *flags, "-x", "c++", "-", "-I", str(HERE)]
+        run = subprocess.run(
+            command, input=source, capture_output=True, text=True, timeout=SECONDS, start_new_session=True
+        )
+        if run.returncode:
+            lines = [line for line in run.stderr.splitlines() if "error" in line] or [run.stderr.strip()]
+            raise RuntimeError(f"{compiler} failed: {lines[0]}")
     return ctypes.CDLL(str(library))
 
 
@@ -79,29 +79,34 @@ def _folder_of_process() -> Path:
     return Path(tempfile.mkdtemp(prefix="hf_decoder_"))
 
 
-def is_own(folder: Path) -> bool:
-    """Whether a folder belongs to this user, and nobody else may write to it."""
+def is_own(path: Path, is_kind: Callable[[int], bool] = stat.S_ISDIR) -> bool:
+    """Whether a folder, or what is of another kind, belongs to this user, and nobody else may write to it."""
+    found = path.lstat()
     if not hasattr(os, "getuid"):
-        return True  # the system has no such modes
-    found = folder.lstat()
-    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
+        return is_kind(found.st_mode)  # where there are no such modes
+    return is_kind(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
 
 
 def _key(compiler: str, flags: tuple[str, ...], source: str) -> str:
-    """A hash of everything that the compiled code depends on, the CPU included because of -march=native."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60).stdout
+    """Of all that the compiled code depends on: `native` is another CPU elsewhere."""
     capabilities = sorted(name for name, there in getattr(torch.cpu, "get_capabilities", dict)().items() if there)
     header = (HERE / "vectors.h").read_text("utf-8")
-    parts = [version, *flags, *capabilities, _cpu_flags(), header, source]
+    parts = [_version(compiler), *flags, *capabilities, cpu_facts("flags", "Features"), header, source]
     return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:32]
 
 
-def _cpu_flags() -> str:
+@cache
+def _version(compiler: str) -> str:
+    return subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60).stdout
+
+
+def cpu_facts(*fields: str) -> str:
+    """The lines of the first CPU that begin with these words, where the system tells."""
     try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+        lines = Path("/proc/cpuinfo").read_text("utf-8").partition("\n\n")[0].splitlines()
     except OSError:
         return ""
-    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return "\n".join(line for line in lines if line.startswith(fields))
 
 
-__all__ = ["find_compiler", "load", "load_step", "own_folder"]
+__all__ = ["cpu_facts", "find_compiler", "is_own", "load", "load_file", "own_folder"]

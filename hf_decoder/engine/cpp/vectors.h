@@ -20,9 +20,13 @@
 #endif
 #define TILE_ROWS 8
 
-// 0 is "read once, keep in no cache", which AMD's CPUs do well and Intel's with AMX at a third of the rate of 1 to 3.
+// How weights are read that are multiplied by one line, which each machine does best in another way: whether those
+// ahead are asked for, to be kept in no cache (0) or in caches (1 to 3), or not at all (-1), and in how many streams.
 #ifndef PREFETCH_LOCALITY
-#define PREFETCH_LOCALITY 0
+#define PREFETCH_LOCALITY -1
+#endif
+#ifndef STREAMS
+#define STREAMS 1
 #endif
 
 #ifdef __AVX512F__
@@ -125,11 +129,13 @@ static inline Floats exponential(Floats x) {
 
 static inline float exponential(float x) { return exponential(Floats{} + x)[0]; }
 
-// What lies ahead of weights is asked for, once for 64 bytes of a row, to be read once: no cache need keep it. Where
-// vectors are of 256 bits, wide weights arrive as fast without.
+// What lies ahead of weights is asked for, once for 64 bytes of a row. Where vectors are of 256 bits, wide weights
+// arrive as fast without.
 template <class W> static inline void ask_ahead(const W *row, int64_t i) {
+#if PREFETCH_LOCALITY >= 0
     if ((LANES == 16 || sizeof(W) < 4) && i * sizeof(W) % 64 == 0)
         __builtin_prefetch((const char *)(row + i) + AHEAD_BYTES, 0, PREFETCH_LOCALITY);
+#endif
 }
 
 // The sum of row[i] * x[i]. Eight sums side by side, since one would wait for itself.
@@ -214,10 +220,10 @@ static void tile_of(int64_t rows, const W *row, int64_t stride, const X *x, int6
 
 // The outputs `from` to `to` of lines x (L, N), each handed to `take` with its line. The weights come from the memory
 // in so many streams side by side, each in its own order, in which the hardware reads ahead of it.
-template <int STREAMS, int ROWS, class W, class X, class F>
+template <int OUTPUTS, int ROWS, class W, class X, class F>
 static void streams(const W *weight, const X *x, int64_t inputs, int64_t lines, int64_t from, int64_t to, F take) {
-    const int64_t part = (to - from) / STREAMS;
-    float y[STREAMS * TILE_ROWS];
+    const int64_t part = (to - from) / OUTPUTS;
+    float y[OUTPUTS * TILE_ROWS];
     const auto sums_of = [&](auto sums, int64_t count, int64_t output, int64_t apart) {
         for (int64_t line = 0; line < lines; line += ROWS) {
             const int64_t rows = std::min<int64_t>(ROWS, lines - line);
@@ -227,8 +233,8 @@ static void streams(const W *weight, const X *x, int64_t inputs, int64_t lines, 
         }
     };
     for (int64_t output = from; output < from + part; output++)
-        sums_of(tile_of<STREAMS, ROWS, W, X>, STREAMS, output, part);
-    for (int64_t output = from + STREAMS * part; output < to; output++)
+        sums_of(tile_of<OUTPUTS, ROWS, W, X>, OUTPUTS, output, part);
+    for (int64_t output = from + OUTPUTS * part; output < to; output++)
         sums_of(tile_of<1, ROWS, W, X>, 1, output, 1);
 }
 
@@ -270,18 +276,20 @@ static void products_of(const W *weight, const X *x, int64_t inputs, int64_t lin
 #endif
 }
 
+// The same of one line.
+template <class W, class F>
+static void products_of_line(const W *weight, const float *x, int64_t inputs, int64_t from, int64_t to, F take) {
+    if constexpr (STREAMS > 1)
+        streams<STREAMS, 1>(weight, x, inputs, 1, from, to, take);
+    else
+        for (int64_t output = from; output < to; output++) take(0, output, dot(weight + output * inputs, x, inputs));
+}
+
 // The same of any weights and lines.
 template <class W, class F>
 static void products(const W *weight, const float *x, int64_t inputs, int64_t lines, int64_t from, int64_t to,
                      F take) {
-    if (lines == 1) {
-#ifdef __AVX512F__
-        streams<4, 1>(weight, x, inputs, lines, from, to, take);
-#else
-        for (int64_t output = from; output < to; output++) take(0, output, dot(weight + output * inputs, x, inputs));
-#endif
-        return;
-    }
+    if (lines == 1) return products_of_line(weight, x, inputs, from, to, take);
 #ifdef MULTIPLIES_BF16
     if constexpr (std::is_same<W, bfloat16>::value)  // by lines rounded to bf16, as they are between modules
         products_of(weight, rounded(x, lines * inputs), inputs, lines, from, to, take);

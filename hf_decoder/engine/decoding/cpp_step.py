@@ -5,25 +5,42 @@ guards as a small model's step takes (RESULTS.md). The function also runs the pr
 faster than the modules.
 """
 
+import copy
 import ctypes
 import sys
 from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from threading import Event, Thread
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from transformers.cache_utils import StaticCache
+from transformers.utils import logging
 
-from hf_decoder.engine.cpp.build import load_step
+from hf_decoder.engine.calibration import bucket, choose, numbers
+from hf_decoder.engine.cpp.build import load_file
+from hf_decoder.engine.decoding.growing_cache import Buffers
 from hf_decoder.engine.decoding.products import AnyWeights, Weights
 from hf_decoder.engine.decoding.static_step import StaticStep, end_rows, is_for_kernels
 from hf_decoder.engine.int8 import Int8Weights
-from hf_decoder.engine.precision import cpu_has, fast_dtype
+from hf_decoder.engine.switches import settings
 
 DTYPES = (torch.float32, torch.bfloat16)
 WIDE_VECTORS = torch.backends.cpu.get_cpu_capability() == "AVX512"  # of 512 bits
-# Tokens of all rows; with more, the products of libraries are as fast and their attention is faster. The second limit
-# is for fp32 with vectors of 256 bits.
-MAX_PROMPT_LINES, MAX_FP32_PROMPT_LINES = 128, 32
+MAX_PROMPT_LINES = 128  # of all rows: with more, the products of a library are as fast, and their attention faster
+READS = {  # ways to read weights, by what vectors.h is compiled with
+    "unasked": ("PREFETCH_LOCALITY=-1",),
+    "asked for, kept in no cache": ("PREFETCH_LOCALITY=0",),
+    "asked for": ("PREFETCH_LOCALITY=2",),
+    "asked for, in four streams": ("PREFETCH_LOCALITY=2", "STREAMS=4"),
+    "in four streams, kept in no cache": ("PREFETCH_LOCALITY=0", "STREAMS=4"),
+}
+PROBE_SHAPE = 2**15, 2**10  # 64 MiB
+HEAD_OUTPUTS = 16  # where the layers of a prompt are measured
+
+logger = logging.get_logger(__name__)
 
 
 class CppStep(StaticStep):
@@ -68,12 +85,17 @@ class CppStep(StaticStep):
         )
 
     def takes_prompts(self, rows: int, tokens: int) -> bool:
-        return rows == self.rows and rows * tokens <= _prompt_lines(self._step)
+        if rows != self.rows or rows * tokens > MAX_PROMPT_LINES:
+            return False
+        first, lines = self._step.layers[0], bucket(rows * tokens, 2, MAX_PROMPT_LINES)
+        sizes = [bucket(size, 16, 2**15) for size in (self._step.embedding.shape[1], len(first.gate[0]))]
+        key = (self._step.embedding.dtype, type(first.gate).__name__, lines, *sizes, self._step.groups)
+        return choose("short prompt", key, PROMPT_WAYS, partial(_prompt_inputs, self._step, lines)) == "C++"
 
     def prompt(
         self,
         input_ids: torch.Tensor,
-        cache: StaticCache,
+        cache: StaticCache | Buffers,
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
     ) -> torch.Tensor | None:
@@ -108,19 +130,27 @@ class CppStep(StaticStep):
         return None
 
 
-def _prompt_lines(step: Any) -> int:
-    """Up to how many tokens of all rows the function prefills faster than the modules."""
-    dtype = step.embedding.dtype
-    if dtype != torch.float32:
-        is_slower = fast_dtype(step.embedding.device, dtype) == dtype and not _multiplies_bf16_by_vectors()
-        return 0 if is_slower else MAX_PROMPT_LINES
-    is_int8 = isinstance(step.layers[0].gate, Int8Weights)
-    return MAX_PROMPT_LINES if is_int8 or WIDE_VECTORS else MAX_FP32_PROMPT_LINES
+def _prompt_inputs(step: Any, tokens: int) -> tuple[Any, CppStep, torch.Tensor]:
+    """The first layer, which stands for all, with so little of the head that it does not count; and a prompt."""
+    layer = copy.copy(step)
+    layer.layers, layer._parts = step.layers[:1], {}
+    layer.head = type(step.head)(*(of if of is None else of[:HEAD_OUTPUTS] for of in step.head))
+    return layer, CppStep(layer), torch.arange(tokens, device="cpu")[None] % step.embedding.shape[0]
 
 
-def _multiplies_bf16_by_vectors() -> bool:
-    """Whether this CPU has vector products of bf16 but no AMX, which makes oneDNN faster."""
-    return cpu_has("avx512_bf16") and not cpu_has("amx_bf16")
+def _prompt_by_torch(layer: Any, cpp: CppStep, ids: torch.Tensor) -> torch.Tensor:
+    decoder = SimpleNamespace(layer_masks=lambda *_: dict.fromkeys(layer.kinds))  # those of torch's kernel
+    with torch.no_grad():
+        return layer.prompt_logits(decoder, ids, None, None, None, 1)
+
+
+def _prompt_in_cpp(layer: Any, cpp: CppStep, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        buffers = Buffers.empty(1, 1, layer.groups, ids.shape[1], layer.head_dim, layer.embedding.dtype)
+        return cpp.prompt(ids, buffers, None, None)
+
+
+PROMPT_WAYS = {"torch": _prompt_by_torch, "C++": _prompt_in_cpp}
 
 
 def _are_steady(position_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> bool:
@@ -141,11 +171,53 @@ def is_for_cpp(step: Any) -> bool:
     )
 
 
+def is_ready() -> bool:
+    """Whether the function is at hand at once. The first call gets it in the background, compiled if need be."""
+    global _getting
+    if _getting is None:
+        _getting = Thread(target=_get_or_say_why, daemon=True)
+        _getting.start()
+    return _is_gotten.is_set()
+
+
+_getting: Thread | None = None
+_is_gotten = Event()
+
+
+def _get_or_say_why() -> None:
+    try:
+        _function()
+        _is_gotten.set()
+    except Exception as error:
+        logger.info("The decoding step could not be compiled", exc_info=error)
+
+
 def _function() -> Callable:
-    kernel = load_step().kernel  # called without the interpreter's lock
+    kernel = load_file("step.cpp", *READS[_read()]).kernel  # called without the interpreter's lock
     kernel.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_int64] * 4
     kernel.restype = None
     return kernel
+
+
+def _read() -> str:
+    """The fastest of READS here."""
+    if settings.ways is None:
+        with ThreadPoolExecutor(2) as pool:  # compiled before anything is measured, which others may wait for
+            list(pool.map(lambda defines: load_file("probe.cpp", *defines), READS.values()))
+    candidates = {way: partial(_probe, defines) for way, defines in READS.items()}
+    return choose("reading weights in C++", (), candidates, _probe_inputs)
+
+
+def _probe(defines: tuple[str, ...], weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    function, y = load_file("probe.cpp", *defines).probe, x.new_empty(len(weight))
+    function.argtypes, function.restype = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 3, None
+    function(weight.data_ptr(), x.data_ptr(), y.data_ptr(), *weight.shape, torch.get_num_threads())
+    return y
+
+
+def _probe_inputs() -> tuple[torch.Tensor, torch.Tensor]:
+    """More than the caches hold, as wide as many models."""
+    return numbers(*PROBE_SHAPE, dtype=torch.bfloat16), numbers(PROBE_SHAPE[1])
 
 
 def _table(fields: list) -> torch.Tensor:
@@ -175,4 +247,4 @@ def _layer(layer: Any) -> list[int]:
     return [*fields, layer.attention.use_rope]
 
 
-__all__ = ["CppStep", "is_for_cpp"]
+__all__ = ["CppStep", "is_for_cpp", "is_ready"]

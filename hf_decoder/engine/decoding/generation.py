@@ -16,7 +16,9 @@ from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
 
 from hf_decoder.engine.assumptions import is_as_written, is_hooked
-from hf_decoder.engine.decoding.growing_cache import GrowingCache
+from hf_decoder.engine.calibration import taken
+from hf_decoder.engine.decoding.cpp_step import CppStep
+from hf_decoder.engine.decoding.growing_cache import GrowingCache, is_empty
 from hf_decoder.engine.decoding.products import multiply, multiply_as_modules
 from hf_decoder.engine.decoding.static_step import StaticStep, end_rows, first_seen, is_for_static_step
 from hf_decoder.engine.decoding.step import DecodingStep
@@ -47,7 +49,9 @@ class Decoding:
         self.compiles = False  # set if the generation config asks for a static cache, on a CPU
         self._static: StaticStep | None = None  # kernels of its own, set by `has_static_step`
         self._input_ids: torch.Tensor | None = None  # the prompt, while transformers' loop runs
+        self._lasts = False  # so that buffers serve the next token
         self._room = GrowingCache()
+        self._on_buffers: CppStep | None = None  # fills the buffers of `_room`
         self._steps = 0  # decode steps of several tokens
         self._packed: DecodingStep | None = None  # for this call only: weights may change before the next one
 
@@ -108,12 +112,20 @@ class Decoding:
         if is_static:
             logits = self._static_logits(input_ids, attention_mask, position_ids, cache)
             if logits is not None:
+                taken["decoding"] = "kernels"
+                return logits
+        elif input_ids.shape[1] == 1 or (type(logits_to_keep) is int and logits_to_keep == 1):
+            logits = self._logits_on_buffers(input_ids, attention_mask, position_ids, cache)
+            if logits is not None:
+                taken["decoding"] = "C++"
                 return logits
         if _is_fast_packed(input_ids, step.embedding.dtype) and self._may_pack(step, input_ids, cache):
             self._packed = self._packed or step.packed()
             step = self._packed
         inputs = input_ids, attention_mask, position_ids, cache
         logits = step.next_logits(*inputs, self._room)
+        if logits is not None:
+            taken["decoding"] = "torch"
         if logits is None and type(logits_to_keep) is int:
             logits = step.prompt_logits(self.model.model, *inputs, logits_to_keep, self._product)
         return logits
@@ -173,6 +185,7 @@ class Decoding:
             with static.lock:
                 text = static.greedy(ids, cache, mask, positions, length, ends, pad)
             if text is not None:
+                taken["decoding"] = "kernels"
                 return text
         if self.step is not None and ids.device.type == "cpu":
             return self._greedy(ids, cache, mask, positions, length, ends, pad)
@@ -253,6 +266,10 @@ class Decoding:
             and (not cache.layers[-1].is_initialized or self._is_static(input_ids, cache))
         )
 
+    def _takes_prompt_on_buffers(self, input_ids: torch.Tensor, cache: Any) -> bool:
+        kernels = self._step_on_buffers(input_ids) if input_ids.shape[1] > 1 and is_empty(cache) else None
+        return kernels is not None and kernels.takes_prompts(*input_ids.shape)
+
     def _static_logits(
         self,
         input_ids: torch.Tensor,
@@ -272,6 +289,51 @@ class Decoding:
             if input_ids.shape[1] > 1:
                 return static.prompt(input_ids, cache, attention_mask, position_ids)
             return static.logits(input_ids) if static.begin(cache, attention_mask, position_ids) else None
+
+    def _logits_on_buffers(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        cache: Any,
+    ) -> torch.Tensor | None:
+        """Of a growing cache by the C++ step, once it is built: one token a row, or a short prompt."""
+        kernels, step = self._step_on_buffers(input_ids), self.step
+        if kernels is None or step is None or not _is_plain_mask(attention_mask):
+            return None
+        rows, tokens = input_ids.shape
+        if not _are_in(input_ids, len(step.embedding)) or (tokens > 1 and not kernels.takes_prompts(rows, tokens)):
+            return None
+        with kernels.lock:
+            dtype = step.embedding.dtype
+            if tokens == 1:
+                buffers = self._room.buffers(cache, dtype)
+            else:
+                buffers = self._room.for_prompt(cache, rows, step.groups, tokens, step.head_dim, dtype)
+            if buffers is None:
+                return None
+            if attention_mask is not None and attention_mask.shape != (rows, buffers.length + tokens):
+                return None
+            if tokens > 1:
+                logits = kernels.prompt(input_ids, buffers, attention_mask, position_ids)
+            elif kernels.begin(buffers, attention_mask, position_ids):
+                logits = kernels.logits(input_ids)
+            else:
+                logits = None
+        if logits is None:
+            self._lasts = False  # nor will the next token be taken, and the buffers would be filled for nothing
+        else:
+            self._room.extend(cache, buffers, tokens)
+        return logits
+
+    def _step_on_buffers(self, input_ids: torch.Tensor) -> CppStep | None:
+        if self.step is None or not self._lasts or input_ids.dtype != torch.int64:
+            return None
+        if autocast_dtype(input_ids.device) is not None or torch.is_grad_enabled():
+            return None
+        if self._on_buffers is None or self._on_buffers.rows != len(input_ids):
+            self._on_buffers = self.step.on_growing_cache(len(input_ids))
+        return self._on_buffers
 
     def _may_pack(self, step: DecodingStep, input_ids: torch.Tensor, cache: Any) -> bool:
         """Whether to pack the weights: at once for a static cache, else after some steps if the copy is small."""
@@ -299,7 +361,9 @@ class Decoding:
         if next_sequence_length is not None:
             input_ids = input_ids[:, -next_sequence_length:]
         if is_first_iteration:
-            goes_past = inputs_embeds is None and self._takes_prompt(input_ids, cache)
+            goes_past = inputs_embeds is None and (
+                self._takes_prompt(input_ids, cache) or self._takes_prompt_on_buffers(input_ids, cache)
+            )
         else:
             goes_past = (
                 step is not None
@@ -316,13 +380,16 @@ class Decoding:
 
     def __enter__(self) -> "Decoding":
         self._token = _active.set(self)
+        self._lasts = True
         return self
 
     def __exit__(self, *exception) -> None:
         _active.reset(self._token)
+        self._lasts = False
         self._room.end()
-        if self._static is not None:
-            self._static.end()
+        for kernels in (self._static, self._on_buffers):
+            if kernels is not None:
+                kernels.end()
 
 
 def _is_fast_packed(input_ids: torch.Tensor, dtype: torch.dtype) -> bool:

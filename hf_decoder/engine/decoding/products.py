@@ -5,6 +5,7 @@ Shapes: M outputs, N inputs.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -12,11 +13,13 @@ from torch import nn
 from torch.nn.functional import linear
 
 from hf_decoder.engine.assumptions import PLAIN
+from hf_decoder.engine.calibration import bucket, choose, numbers
 from hf_decoder.engine.int8 import Int8Weights, int8_linear, int8_weights
 from hf_decoder.engine.precision import MIN_HALF_ROWS, fast_dtype, linear_in_parts, product_dtype
 
-SPLIT, MIN_SPLIT_ELEMENTS = 4, 2**17
-MAX_TRANSPOSED_ROWS = 16
+SPLIT = 4
+MAX_TURNED_ROWS = 128  # more are as quick either way
+MEASURED_ELEMENTS = 2**23  # of a weight, at most
 HALF_PRECISION = (torch.bfloat16, torch.float16)
 
 
@@ -39,24 +42,70 @@ AnyWeights = Weights | PackedWeights | Int8Weights
 
 @contextmanager
 def reading_weights_once(input_ids: torch.Tensor, dtype: torch.dtype) -> Iterator[None]:
-    """Makes torch use its own matrix-vector kernel for a single token in half precision on an AVX-512 CPU.
+    """Makes torch use its own matrix-vector kernel for a single token in half precision on a CPU, if that is faster.
 
-    It reads 42 to 48 GB/s of weights (two cores, bf16) and oneDNN's 23 to 32; plain reading gives 52.
+    On two AVX-512 cores it reads 42 to 48 GB/s of weights in bf16 and oneDNN's 23 to 32; plain reading gives 52.
     """
     if (
         input_ids.numel() != 1
         or dtype not in HALF_PRECISION
         or input_ids.device.type != "cpu"
-        or torch.backends.cpu.get_cpu_capability() != "AVX512"
         or not torch._C._get_mkldnn_enabled()
+        or choose("half a row", (dtype,), HALF_ROW, partial(_row_inputs, 2**12, 2**10, dtype)) == "torch"
     ):
         yield
         return
-    torch._C._set_mkldnn_enabled(False)  # only this flag; torch.backends.mkldnn.flags sets others too and warns
+    with _without_onednn():
+        yield
+
+
+@contextmanager
+def _without_onednn() -> Iterator[None]:
+    torch._C._set_mkldnn_enabled(False)  # the flag alone: torch.backends.mkldnn.flags sets others too and warns
     try:
         yield
     finally:
         torch._C._set_mkldnn_enabled(True)
+
+
+def _row_without_onednn(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    with _without_onednn():
+        return torch.mv(weight, x)
+
+
+def _row_in_parts(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x (N,) -> (M,). MKL may keep a row of fp32 to one thread: parts of a weight, as a batch, it does not."""
+    inputs = weight.shape[1]
+    # a column by its strides too: with those of a row MKL takes a kernel that is slower than the one product
+    column = x.as_strided((SPLIT, inputs, 1), (0, 1, inputs))
+    return torch.bmm(weight.view(SPLIT, -1, inputs), column).view(-1)
+
+
+def _rows_turned(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x (..., N) -> (..., M): MKL may multiply the weight by a few rows faster than these by the weight."""
+    return torch.mm(weight, x.reshape(-1, x.shape[-1]).t()).t().contiguous().view(*x.shape[:-1], -1)
+
+
+def _row_by_torch(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return torch.mv(weight, x)
+
+
+HALF_ROW = {"torch": _row_by_torch, "without oneDNN": _row_without_onednn}
+ROW = {"torch": _row_by_torch, "in parts": _row_in_parts}
+FEW_ROWS = {"torch": linear, "turned": _rows_turned}
+
+
+def _row_inputs(
+    outputs: int, inputs: int, dtype: torch.dtype = torch.float32, rows: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x (R, N), or (N,) of a single row, and a weight (M, N)."""
+    x = numbers(rows, inputs, dtype=dtype) if rows else numbers(inputs, dtype=dtype)
+    return x, numbers(outputs, inputs, dtype=dtype)
+
+
+def _sizes(weight: torch.Tensor) -> tuple[int, int]:
+    inputs = bucket(weight.shape[1], 2**6, 2**14)
+    return bucket(weight.shape[0], 2**6, MEASURED_ELEMENTS // inputs), inputs
 
 
 def weights_of(module: nn.Linear) -> AnyWeights:
@@ -91,8 +140,9 @@ def multiply(x: torch.Tensor, weights: AnyWeights) -> torch.Tensor:
     """x (..., N) -> (..., M), in the fastest way."""
     if isinstance(weights, PackedWeights):
         return torch.ops.mkldnn._linear_pointwise(x, weights.packed, weights.bias, "none", [], "")
-    if isinstance(weights, Weights) and _may_be_turned(x, weights.weight):
-        return _multiply_turned(x, *weights)
+    if isinstance(weights, Weights) and _are_turned(x, weights.weight):
+        product = _rows_turned(x, weights.weight)
+        return product if weights.bias is None else product + weights.bias
     return multiply_as_modules(x, weights)
 
 
@@ -110,22 +160,15 @@ def multiply_as_modules(x: torch.Tensor, weights: Weights | Int8Weights) -> torc
 
 
 def multiply_row(x: torch.Tensor, weights: AnyWeights) -> torch.Tensor:
-    """x (N,) -> (M,), on a CPU, in few calls.
-
-    MKL's fp32 matrix-vector product uses one thread, so a large weight becomes a batch of parts: 7 to 17 GB/s on two
-    AVX2 cores against 5 to 11, the larger the faster.
-    """
+    """x (N,) -> (M,), on a CPU, in few calls."""
     weight: Any = weights[0]
     if not isinstance(weights, Weights) or type(weight) not in PLAIN:
         return multiply(x.view(1, 1, -1), weights).view(-1)
-    in_parts = weight.dtype == torch.float32 and weight.numel() >= MIN_SPLIT_ELEMENTS
-    if in_parts and weight.shape[0] % SPLIT == 0 and weight.is_contiguous():
-        inputs = weight.shape[1]
-        # with a column's strides; with a row's strides MKL chooses a kernel slower than the single product
-        column = x.as_strided((SPLIT, inputs, 1), (0, 1, inputs))
-        product = torch.bmm(weight.view(SPLIT, -1, inputs), column).view(-1)
-    else:
-        product = torch.mv(weight, x)
+    way = "torch"
+    if weight.dtype == torch.float32 and weight.shape[0] % SPLIT == 0 and weight.is_contiguous():
+        sizes = _sizes(weight)
+        way = choose("one row", sizes, ROW, partial(_row_inputs, *sizes))
+    product = ROW[way](x, weight)
     return product if weights.bias is None else product + weights.bias
 
 
@@ -133,20 +176,16 @@ def _rows(x: torch.Tensor) -> int:
     return x.shape[:-1].numel()
 
 
-def _may_be_turned(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether x (..., N) is a few rows in fp32 on a CPU.
-
-    MKL multiplies weight by rows about twice as fast as rows by weight (40M parameters, 24 tokens: 0.53 against 1.05 s
-    for two rows, 0.55 against 1.31 for four, 0.90 against 1.40 for eight, 1.19 against 1.56 for sixteen).
-    """
+def _are_turned(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether x (..., N) is a few rows in fp32 on a CPU, which are faster so."""
+    rows = _rows(x)
     if type(weight) not in PLAIN or x.device.type != "cpu" or not x.dtype == weight.dtype == torch.float32:
         return False
-    return 1 < _rows(x) <= MAX_TRANSPOSED_ROWS
-
-
-def _multiply_turned(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    product = torch.mm(weight, x.reshape(-1, x.shape[-1]).t()).t().contiguous().view(*x.shape[:-1], -1)
-    return product if bias is None else product + bias
+    if not 1 < rows <= MAX_TURNED_ROWS:
+        return False
+    sizes, rows = _sizes(weight), bucket(rows, 2, MAX_TURNED_ROWS)
+    inputs = partial(_row_inputs, *sizes, rows=rows)
+    return choose("few rows", (rows, *sizes), FEW_ROWS, inputs) == "turned"
 
 
 __all__ = [

@@ -14,6 +14,7 @@ import torch
 from transformers.cache_utils import StaticCache, StaticLayer
 
 from hf_decoder.engine.assumptions import PLAIN, SILU
+from hf_decoder.engine.decoding.growing_cache import Buffers
 from hf_decoder.engine.int8 import Int8Weights
 from hf_decoder.engine.precision import autocast_dtype
 
@@ -37,7 +38,7 @@ class StaticStep(ABC):
         self.rows = rows
         self.vocab_size = step.embedding.shape[0]
         self.lock = Lock()  # the buffers serve one step at a time
-        self._cache: StaticCache | None = None
+        self._cache: StaticCache | Buffers | None = None
         self._next_past = -1
         self._addresses = _addresses(step)
         device, dtype = step.embedding.device, step.embedding.dtype
@@ -72,7 +73,7 @@ class StaticStep(ABC):
 
     def begin(
         self,
-        cache: StaticCache,
+        cache: StaticCache | Buffers,
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
         text: torch.Tensor | None = None,

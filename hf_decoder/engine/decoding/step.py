@@ -31,7 +31,7 @@ from transformers.cache_utils import (
 from transformers.utils import logging
 
 from hf_decoder.engine.assumptions import PLAIN, SILU, Structure, state_of
-from hf_decoder.engine.decoding.cpp_step import CppStep, is_for_cpp
+from hf_decoder.engine.decoding.cpp_step import CppStep, is_for_cpp, is_ready
 from hf_decoder.engine.decoding.cuda_graph_step import CudaGraphStep, is_capturable
 from hf_decoder.engine.decoding.growing_cache import GrowingCache
 from hf_decoder.engine.decoding.products import (
@@ -106,6 +106,7 @@ class DecodingStep:
         self._parts: dict[Any, tuple[LayerParts, ...]] = {}  # by the product that they multiply with
         self._static: StaticStep | None = None
         self._may_be_static = True
+        self._for_cpp: bool | None = None
         self._making = Lock()
         weights = [of[0] for of in weights_of_products(self) if isinstance(of, Weights)]
         # other tensors may need the dispatch keys that `below_autograd` skips
@@ -157,11 +158,24 @@ class DecodingStep:
                 self._make_static(rows)
             return self._static if settings.kernels else None
 
+    def on_growing_cache(self, rows: int) -> CppStep | None:
+        """The step of so many rows in C++, as for a static cache; None where, or as long as, it is not built."""
+        if not (settings.kernels and self._is_for_cpp() and rows <= CppStep.max_rows):
+            return None
+        is_wanted = settings.ways.get("growing cache") == "C++" if settings.ways is not None else is_ready()
+        found = self.on_static_cache(rows) if is_wanted else None
+        return found if isinstance(found, CppStep) else None
+
+    def _is_for_cpp(self) -> bool:
+        if self._for_cpp is None:  # asked at every token, and as true as long as this step is the model's
+            self._for_cpp = is_for_cpp(self)
+        return self._for_cpp
+
     def _make_static(self, rows: int) -> None:
         kind: type[StaticStep] | None = None
         if has_kernels(self.embedding) and is_capturable(self):
             kind = CudaGraphStep
-        elif is_for_cpp(self):
+        elif self._is_for_cpp():
             kind = CppStep
         if kind is None or rows > kind.max_rows:
             return

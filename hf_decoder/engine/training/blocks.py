@@ -15,7 +15,6 @@ from hf_decoder.engine.assumptions import DTYPES, PLAIN
 logger = logging.get_logger(__name__)
 
 BLOCK_ELEMENTS = 2**18
-MIN_BLOCKED_ELEMENTS = 2**19  # fewer stay in the caches anyway
 MIN_KERNEL_ELEMENTS = 2**14  # with fewer, launches take longer than the work
 
 

@@ -7,12 +7,13 @@ Shapes: N rows (tokens), D hidden_size, V vocab_size.
 """
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any, cast
 
 import torch
 from torch import nn
 
+from hf_decoder.engine.calibration import bucket, choose, numbers
 from hf_decoder.engine.operators import may_call_operators, operator, runs_as_written
 from hf_decoder.engine.precision import fast_dtype, product_dtype
 from hf_decoder.engine.training.blocks import has_kernels
@@ -33,10 +34,12 @@ TILE_ROWS = 128
 # The same for CUDA's kernel: 256 MiB in half precision. Every chunk reads and writes the weight's gradient, and few
 # rows leave part of a large GPU idle.
 KERNEL_CHUNK_ELEMENTS = 2**27
-# Parts that fit a CPU's caches: elements of fp32 logits, and rows of the weight's gradient. Other devices take a whole
-# chunk, because launches of kernels cost more there.
+# Parts that fit a CPU's caches: elements of fp32 logits, or fewer where that is measured to be faster, and rows of the
+# weight's gradient. Other devices take a whole chunk, because launches of kernels cost more there.
 BLOCK_ELEMENTS = 2**20
+SMALLER_BLOCKS = {"an eighth": 8, "a half": 2}  # by what share of that
 WEIGHT_ROWS = 2048
+MEASURED_ELEMENTS = 2**21  # of the logits that the sizes are compared by
 
 
 def linear_causal_lm_loss(
@@ -162,7 +165,9 @@ def _loss_and_gradients(
     grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and needs_bias else None
     total = torch.zeros((), dtype=torch.float32, device=rows.device)
     chunk_rows = chunk_rows_of(rows.shape[0], vocab_size, has_kernel)
-    block_rows = min(chunk_rows, max(1, BLOCK_ELEMENTS // vocab_size)) if on_cpu else chunk_rows
+    block_rows = chunk_rows
+    if on_cpu:
+        block_rows = min(chunk_rows, max(1, BLOCK_ELEMENTS // _share_of_block(rows.dtype, vocab_size) // vocab_size))
     # all chunks share this memory: fresh pages would cost as much as the arithmetic
     all_logits = rows.new_empty(chunk_rows, vocab_size)
     buffer_shape = (0 if has_kernel else 2 if settings[2] is None else 3, block_rows, vocab_size)
@@ -231,6 +236,29 @@ def chunk_rows_of(rows: int, vocab_size: int, has_kernel: bool) -> int:
         count = -(-rows // limit)
         limit = min(limit, -(-rows // (count * TILE_ROWS)) * TILE_ROWS)
     return min(limit, max(rows, 1))
+
+
+def _share_of_block(dtype: torch.dtype, vocab_size: int) -> int:
+    """What BLOCK_ELEMENTS is divided by where that is faster."""
+    vocab_size = bucket(vocab_size, 2**10, MEASURED_ELEMENTS // 4)
+    candidates = {name: partial(_loss_in_blocks, share) for name, share in {"whole": 1, **SMALLER_BLOCKS}.items()}
+    way = choose("block of the loss", (dtype, vocab_size), candidates, partial(_logits, dtype, vocab_size))
+    return SMALLER_BLOCKS.get(way, 1)
+
+
+def _logits(dtype: torch.dtype, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    rows = MEASURED_ELEMENTS // vocab_size
+    return numbers(rows, vocab_size, dtype=dtype), torch.arange(rows, device="cpu") % vocab_size
+
+
+def _loss_in_blocks(share: int, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The gradient of all rows."""
+    gradient, rows = logits.clone(), max(1, BLOCK_ELEMENTS // share // logits.shape[1])
+    buffers = torch.empty(2, rows, logits.shape[1], dtype=torch.float32, device="cpu")
+    for first in range(0, len(logits), rows):
+        block = slice(first, first + rows)
+        _loss_of_block(gradient[block], targets[block], buffers, (-100, 0.0, None, 0.0), needs_gradient=True)
+    return gradient
 
 
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, is_first: bool) -> None:

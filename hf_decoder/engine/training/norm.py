@@ -21,7 +21,8 @@ def fused_rms_norm(
     return _BlockedRMSNorm.apply(hidden_states, weight, eps, dtype, readers)
 
 
-def _rms_norm(hidden_states: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def rms_norm(hidden_states: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """The norm, as the modules write it."""
     input_dtype = hidden_states.dtype
     hidden_states = hidden_states.to(torch.float32)
     variance = hidden_states.pow(2).mean(-1, keepdim=True)
@@ -34,9 +35,9 @@ class _BlockedRMSNorm(torch.autograd.Function):
     def forward(ctx, hidden_states, weight, eps, dtype, readers):
         ctx.set_materialize_grads(False)
         if has_kernels(hidden_states):
-            from hf_decoder.engine.triton.training import rms_norm
+            from hf_decoder.engine.triton import training as kernels
 
-            output, scales = rms_norm(hidden_states, weight, eps, dtype)
+            output, scales = kernels.rms_norm(hidden_states, weight, eps, dtype)
         else:
             output, scales = _normed_in_blocks(as_rows(hidden_states), weight, eps)
             output = output.view(hidden_states.shape)
@@ -53,7 +54,7 @@ class _BlockedRMSNorm(torch.autograd.Function):
         if not found:
             return None, None, None, None, None
         if torch.is_grad_enabled():
-            norm = partial(_rms_norm, eps=ctx.eps)
+            norm = partial(rms_norm, eps=ctx.eps)
             grad = found[0] if len(grads) == 1 else sum(grad.float() for grad in found)
             needs = (for_hidden, for_weight)
             return *gradients_of_formula(norm, (hidden_states, weight), needs, grad), None, None, None
@@ -103,4 +104,4 @@ def _gradients_in_blocks(
     return grad_hidden, grad_weight
 
 
-__all__ = ["fused_rms_norm"]
+__all__ = ["fused_rms_norm", "rms_norm"]
