@@ -43,6 +43,7 @@ def test_the_folder_is_the_users_alone_and_what_is_in_it_serves_again(nothing_bu
     assert library.stat().st_mtime_ns == built and len(list(folder.iterdir())) == 1
 
 
+@pytest.mark.process
 @pytest.mark.skipif(build.find_compiler() is None, reason="no C++ compiler")
 def test_what_a_process_begins_in_the_background_outlives_it(nothing_built, run_python, monkeypatch):
     begin = """

@@ -232,6 +232,7 @@ def test_sizes_are_rounded_to_powers_of_two():
     assert [bucket(size, 16, 1024) for size in (0, 1, 16, 17, 512, 513, 4000)] == [16, 16, 16, 32, 512, 1024, 1024]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     "value, ways",
     [(None, None), ("", {}), ("norm=blocks,attention=tiles of 64", {"norm": "blocks", "attention": "tiles of 64"})],
