@@ -39,7 +39,7 @@ TOLERANCES = {torch.float32: 1e-3, torch.float64: 1e-6}  # of a result's norm; h
 HALF_TOLERANCE = 3e-2
 LONGEST_WAIT_SECONDS = 30  # for a measurement of another thread
 MOST_DRAWN = 2**16 + 1  # random numbers; a larger tensor repeats them, in rows that differ
-MAX_BYTES = 2**20  # of the file
+MAX_BYTES, MAX_MACHINES = 2**20, 16  # of the file; an older version of torch or of the engine is a machine as well
 
 Candidates = Mapping[str, Callable[..., Any]]
 Times = dict[str, float | None]  # milliseconds of each candidate, None of one that failed
@@ -165,7 +165,8 @@ def _measure(name: str, candidates: Candidates, inputs: Callable[[], Sequence[An
         except Exception as error:
             if way == first:
                 raise
-            logger.warning(f"{way!r} for {name!r} fails on this machine and is not used: {error}")
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            logger.warning(f"{way!r} for {name!r} fails on this machine and is not used: {reason}")
             continue
         if expected is None:
             expected = result
@@ -241,7 +242,8 @@ def _keep(machine: str, entry: str, times: Times) -> None:
     """Adds an entry to the file, which another process may have written meanwhile; a full disk is no error."""
     try:
         tables = _read()
-        tables.setdefault(machine, {})[entry] = times
+        tables[machine] = {**tables.pop(machine, {}), entry: times}  # the latest one last
+        tables = dict(list(tables.items())[-MAX_MACHINES:])
         descriptor, name = tempfile.mkstemp(dir=_file().parent, prefix="calibration-")
         try:
             with os.fdopen(descriptor, "w", encoding="utf-8") as file:
