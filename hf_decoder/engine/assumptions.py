@@ -35,7 +35,7 @@ ATTENTION = ("layer_idx", "head_dim", "num_key_value_groups", "scaling", "is_cau
 ROTARY = ("attention_scaling", "rope_type", "max_seq_len_cached", "original_max_seq_len")
 CONFIG = ("num_hidden_layers", "layer_types", "sliding_window", "final_logit_softcapping", "rope_parameters")
 _attention_values, _rotary_values, _config_values = (itemgetter(*names) for names in (ATTENTION, ROTARY, CONFIG))
-_HOOKS = itemgetter("_forward_hooks"), itemgetter("_forward_pre_hooks")
+_HOOKS = tuple(itemgetter(f"_{way}_hooks") for way in ("forward", "forward_pre", "backward", "backward_pre"))
 _PARAMETERS = itemgetter("_parameters")
 
 _as_written: dict[type, tuple] = {}
@@ -78,25 +78,31 @@ def structure_of(decoder: Any) -> Structure | None:
         return None
     if torch.nn.modules.module._has_any_global_hook():
         return None
+    # Every call asks for every layer. The dictionaries of a module take a fifth of the time of its attributes.
     modules, norms, inputs_of_attention, inputs_of_mlp, activations = [], [decoder.norm], [], [], []
     for layer in decoder.layers[: decoder.config.num_hidden_layers]:
-        if not is_as_written(type(layer)):  # else it may lack the parts below
+        if not is_as_written(type(layer)):  # before its parts are asked for
             return None
-        attention, mlp = layer.self_attn, layer.mlp
-        modules += [layer, attention, mlp, mlp.act_fn]
-        norms += [layer.input_layernorm, layer.post_attention_layernorm]
+        parts = layer.__dict__["_modules"]
+        attention, mlp = parts.get("self_attn"), parts.get("mlp")
+        if not (is_as_written(type(attention)) and is_as_written(type(mlp))):
+            return None
+        of_attention, of_mlp = attention.__dict__["_modules"], mlp.__dict__["_modules"]
+        modules += [layer, attention, mlp, of_mlp.get("act_fn")]
+        norms += map(parts.get, ("input_layernorm", "post_attention_layernorm"))
         if attention.use_qk_norm:
-            norms += [attention.q_norm, attention.k_norm]
-        inputs_of_attention += [attention.q_proj, attention.k_proj, attention.v_proj]
-        inputs_of_mlp += [mlp.gate_proj, mlp.up_proj]
-        activations.append(mlp.act_fn)
-    kinds = {type(module) for module in (*modules, *norms)} - {type(activation) for activation in activations}
-    if not all(map(is_as_written, kinds)) or any(map(is_hooked, (*modules, *norms))):
+            norms += map(of_attention.get, ("q_norm", "k_norm"))
+        inputs_of_attention += map(of_attention.get, ("q_proj", "k_proj", "v_proj"))
+        inputs_of_mlp += map(of_mlp.get, ("gate_proj", "up_proj"))
+        activations.append(of_mlp.get("act_fn"))
+    kinds = set(map(type, [*modules, *norms])) - set(map(type, activations))
+    if not all(map(is_as_written, kinds)) or _any_hooked([*modules, *norms]):
         return None
     device = decoder.norm.weight.device
-    is_sharded = any(isinstance(module, FSDPModule) for module in modules)  # hooks gather the weights of a layer
+    is_sharded = any(issubclass(kind, FSDPModule) for kind in kinds)  # its hooks gather what a layer needs
     for norm in norms:
-        if norm.weight.device != device or not (is_sharded or type(norm.weight) in PLAIN):
+        weight = norm.__dict__["_parameters"]["weight"]
+        if weight.device != device or not (is_sharded or type(weight) in PLAIN):
             return None
     return Structure(
         _are_torchs_own(inputs_of_attention),
@@ -148,15 +154,15 @@ def state_of(model: Any) -> tuple[list[int], list[Any]] | None:
         return None
     modules = modules_below(decoder, head)
     layers = decoder.layers[: config.num_hidden_layers]
-    activations = {id(layer.mlp.act_fn) for layer in layers if hasattr(layer, "mlp")}
     kinds = set(map(type, modules)) - {nn.ModuleList}  # a ModuleList is never called
     strange = {kind for kind in kinds if issubclass(kind, FSDPModule) or not is_as_written(kind)}
-    if strange and any(type(module) in strange and id(module) not in activations for module in modules):
+    if strange:
+        activations = {id(layer.mlp.act_fn) for layer in layers if hasattr(layer, "mlp")}
+        if any(type(module) in strange and id(module) not in activations for module in modules):
+            return None
+    if _any_hooked(modules):
         return None
     attributes = list(map(vars, modules))
-    may_be_hooked = any(any(map(hooks, attributes)) for hooks in _HOOKS)
-    if (may_be_hooked or not all(map(OWN.isdisjoint, attributes))) and any(map(is_hooked, modules)):
-        return None
     if decoder.embed_tokens.max_norm is not None or not _fit_together(layers):
         return None
     weights = (decoder.embed_tokens.weight, decoder.norm.weight, head.weight)
@@ -182,12 +188,12 @@ def _fit_together(layers: Iterable[Any]) -> bool:
     """Whether all layers have heads of one shape and scale, and `layer_idx` is right."""
     shapes = set()
     for index, layer in enumerate(layers):
-        attention = layer.self_attn
-        width = attention.head_dim
-        queries, keys, values = (getattr(attention, name).weight.shape[0] for name in ("q_proj", "k_proj", "v_proj"))
-        if attention.layer_idx != index or queries != keys * attention.num_key_value_groups or keys != values:
+        own = vars(layer.__dict__["_modules"]["self_attn"])
+        weights = (own["_modules"][name].__dict__["_parameters"]["weight"] for name in ("q_proj", "k_proj", "v_proj"))
+        queries, keys, values = (weight.shape[0] for weight in weights)
+        if own["layer_idx"] != index or queries != keys * own["num_key_value_groups"] or keys != values:
             return False
-        shapes.add((width, queries, keys, attention.scaling))
+        shapes.add((own["head_dim"], queries, keys, own["scaling"]))
     return len(shapes) == 1
 
 
@@ -198,6 +204,12 @@ def modules_below(*roots: nn.Module) -> list[nn.Module]:
         if children := module.__dict__["_modules"]:
             modules += [child for child in children.values() if child is not None]
     return modules
+
+
+def _any_hooked(modules: list[nn.Module]) -> bool:
+    attributes = list(map(vars, modules))
+    may_be = any(any(map(hooks, attributes)) for hooks in _HOOKS) or not all(map(OWN.isdisjoint, attributes))
+    return may_be and any(map(is_hooked, modules))
 
 
 def is_hooked(module: nn.Module) -> bool:
