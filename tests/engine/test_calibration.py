@@ -56,7 +56,7 @@ def test_the_fastest_is_taken_and_measured_once():
     assert chosen(**ways) == "fast" and ways["torch"].calls == calls
     (times,) = measured().values()
     assert times["fast"] < times["slower"] < times["torch"]
-    assert ways["slow"].calls < ways["fast"].calls  # what is hopeless is not run to the end
+    assert ways["slow"].calls <= 4  # what is hopeless is not run to the end
 
 
 def test_torch_is_taken_where_the_other_is_hardly_faster():

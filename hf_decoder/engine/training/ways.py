@@ -60,7 +60,9 @@ def _run(function: Callable, tensors: Sequence[torch.Tensor], others: Sequence[A
     outputs = (found,) if isinstance(found, torch.Tensor) else found
     if not trains:
         return outputs
-    return (*outputs, *torch.autograd.grad(outputs, tensors, [output.detach() for output in outputs]))
+    # not the outputs themselves: along a norm's output its gradient is rounding alone
+    grads = [output.detach().flip(-1) for output in outputs]
+    return (*outputs, *torch.autograd.grad(outputs, tensors, grads))
 
 
 def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
