@@ -203,7 +203,7 @@ def read_weight_map(index_file: Path) -> dict[str, str]:
         raise ValueError(f"{index_file} is damaged: {error}") from None
     for file in files:
         if not isinstance(file, str) or not file or re.search(r"[/\\\0]", file) or file in (".", ".."):
-            raise ValueError(f"{index_file} names the shard {file!r}, which is not a file of its folder")
+            raise ValueError(f"{index_file} names the shard {file!r}, which is not a file of its own folder")
     return weight_map
 
 
