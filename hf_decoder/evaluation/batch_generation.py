@@ -50,7 +50,7 @@ def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
 
 def check_ids(model: Any, ids: Sequence[int]) -> None:
     """Raises ValueError where the tokenizer gives ids that the model has no embedding for, or too many of them."""
-    rows = model.get_input_embeddings().num_embeddings
+    rows = model.get_input_embeddings().weight.shape[0]  # an adapter's layer has no num_embeddings
     if max(ids) >= rows:
         raise ValueError(
             f"the tokenizer gives id {max(ids)}, but the model's vocabulary has {rows} entries; "

@@ -10,7 +10,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from hf_decoder.reporting.loading_lines import finetuned_load_lines, load_lines, neutral
+from hf_decoder.reporting.loading_lines import CLASSIFIERS, finetuned_load_lines, load_lines, neutral
 from hf_decoder.reporting.markup import code, line, plain, quoted
 from hf_decoder.safety.terminal import printable
 
@@ -175,6 +175,8 @@ nothing. Read it before you trust it, and load it from the Hub at the commit tha
 
 {{ results }}
 
+{{ change }}.
+
 ## Limits
 
 What holds for the base holds here. Bias, safety and factual accuracy: not measured.
@@ -183,6 +185,11 @@ TASK_WORDS = {
     "sft": "supervised fine-tuning",
     "classification": "sequence classification",
     "preference": "preference optimisation (DPO)",
+    "kto": "preference optimisation (KTO)",
+    "reward": "a reward model",
+    "grpo": "reinforcement learning (GRPO)",
+    "rloo": "reinforcement learning (RLOO)",
+    "distillation": "distillation",
 }
 # metric of all_results.json -> (metric id of the Hub, name shown)
 FINETUNING_METRICS = {
@@ -190,6 +197,10 @@ FINETUNING_METRICS = {
     "perplexity": ("perplexity", "Perplexity (per token)"),
     "eval_accuracy": ("accuracy", "Accuracy"),
     "eval_f1": ("f1", "F1 (macro)"),
+    "eval_reward": ("reward", "Reward"),
+    "eval_kl": ("kl", "KL to the model that the training started from, nats per token"),
+    "eval_completions/mean_length": ("completion_length", "Tokens of a completion"),
+    "eval_margin": ("reward_margin", "Reward margin"),
     "eval_rewards/margins": ("reward_margin", "Reward margin"),
     "eval_rewards/accuracies": ("reward_accuracy", "Share of pairs with the chosen answer ahead"),
 }
@@ -200,12 +211,13 @@ def write_finetuning_card(
 ) -> ModelCard:
     """Writes README.md of a fine-tuned model or adapter from the metrics in `results` (all_results.json).
 
-    `words` holds `task`, `base` (name of the base model), `dataset`, `method`, and where they are known `base_model`
-    (its Hub name), `license` and `prompt`, text or messages: the lines that load it have a neutral one of its kind.
+    `words` holds `task`, `base` (name of the base model), `dataset`, `method`, `change` (what it changed), and where
+    they are known `base_model` (its Hub name), `license` and `prompt`, text or messages: the lines that load it have a
+    neutral one of its kind.
     """
     folder = Path(folder)
     name = folder.resolve().name
-    kind = "text-classification" if words["task"] == "classification" else "text-generation"
+    kind = "text-classification" if words["task"] in CLASSIFIERS else "text-generation"
     found = {key: shown for key, shown in FINETUNING_METRICS.items() if key in results}
     card_data = ModelCardData(
         model_name=line(name),
@@ -248,6 +260,7 @@ def write_finetuning_card(
         base=code(words["base"]),
         dataset=plain(words["dataset"]),
         method=words["method"],
+        change=words["change"][0].upper() + words["change"][1:],
         **fields,
     )
     return _save(card, folder)

@@ -66,7 +66,8 @@ def build(folder, tmp_path, rows, *flags, task="sft"):
     task_args, model_args, args = parse_arguments("finetune", types, argv, "")
     args.max_length = 128
     data = load_task(task, train, None, {})
-    return finetune._trainer(task_args, model_args, args, data, AutoTokenizer.from_pretrained(folder))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return finetune._job_of(task_args, model_args, args, data, tokenizer, config=None).trainer()
 
 
 def learned(trainer) -> list[list[int]]:
