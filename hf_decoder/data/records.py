@@ -442,7 +442,7 @@ def check_alike(rows: Sequence[Row], source: str, *, across_roles: bool = False)
     seen: dict[tuple[str, bool], int] = {}
     for number, row in enumerate(rows, 1):
         for role, value in row.items():
-            if value and isinstance(value, str | list):
+            if value and isinstance(value, str | list) and not isinstance(value, Unusable):
                 seen.setdefault(("" if across_roles else role, isinstance(value, list)), number)
     for (role, has_messages), number in seen.items():
         if has_messages and (role, False) in seen:

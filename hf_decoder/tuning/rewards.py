@@ -34,12 +34,12 @@ def text_of(answer: Any) -> str:
 
 
 def python_parses(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
-    """1 for a completion that is Python, by itself or as the end of a prompt of text; 0 for any other and for none."""
+    """1 for a completion that is Python, together with a prompt that begins a block of it; 0 for any other."""
     rewards = []
     for prompt, completion in zip(prompts, completions, strict=True):
         code = text_of(completion)
-        whole = prompt + code if isinstance(prompt, str) else code
-        rewards.append(float(bool(code.strip()) and (_parses(textwrap.dedent(code)) or _parses(whole))))
+        begun = isinstance(prompt, str) and _parses(prompt.rstrip() + " pass")
+        rewards.append(float(bool(code.strip()) and _parses(prompt + code if begun else textwrap.dedent(code))))
     return rewards
 
 

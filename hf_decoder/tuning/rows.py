@@ -270,20 +270,27 @@ def text_rows(rows: Sequence[Row], prompt_template: str | None = None, separator
 
     filled = [_fill(row, prompt_template, separator) for row in rows]
     # As JSON, turns keep their own keys: a table gives each the keys of all, without a value.
-    kinds = {role: List(Json()) if isinstance(filled[0][role], list) else Value("string") for role in _roles(rows)}
+    kinds = {role: List(Json()) if isinstance(value, list) else Value("string") for role, value in filled[0].items()}
     kinds |= {"tools": Value("string"), "chat_template_kwargs": Json(), "label": Value("bool")}
-    return Dataset.from_list(filled, Features({role: kinds.get(role, Json()) for role in filled[0]}))
+    features = {role: kinds[role] for role in filled[0]}
+    for row, whole in zip(filled, rows, strict=True):
+        beside = {column: value for column, value in whole.get(COLUMNS, {}).items() if column not in features}
+        # text in a column of JSON is taken for JSON
+        row |= {column: json.dumps(value) if isinstance(value, str) else value for column, value in beside.items()}
+    return Dataset.from_list(filled, Features({role: features.get(role, Json()) for role in filled[0]}))
 
 
 def _fill(row: Row, prompt_template: str | None, separator: str = "") -> Row:
-    row = {**row.get(COLUMNS, {}), **{role: value for role, value in row.items() if role != COLUMNS}}
+    row = {role: value for role, value in row.items() if role != COLUMNS}
     prompt = row.get("prompt")
     if isinstance(prompt, str):
         if prompt_template is None:
             return separate(row, separator)
         return {**row, "prompt": prompt_template.replace("{prompt}", prompt)}
-    learned = ("messages", "prompt", "completion", "chosen", "rejected")
-    row = {role: without_weights(value) if role in learned and value else value for role, value in row.items()}
+    row = {
+        role: without_weights(value) if isinstance(value, list) and role not in TO_TEMPLATE else value
+        for role, value in row.items()
+    }
     if row.get("tools") is not None:
         row["tools"] = json.dumps(row["tools"])  # which TRL reads
     if "chat_template_kwargs" in row:

@@ -1,14 +1,16 @@
 """`hf-decoder finetune --task`: each stage moves its measure the right way, is resumable, and counts what it skips."""
 
 import json
+import multiprocessing
 import shutil
+import signal
 import sys
 from itertools import pairwise
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from made_up import SHAPE
+from made_up import SHAPE, child, kill_in_save
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 
@@ -139,6 +141,24 @@ def test_a_stage_resumes_as_if_uninterrupted(run, tmp_path, task):
     assert all(torch.equal(one[name], other[name]) for name in one)
     changed = [json.loads((tmp_path / name / "all_results.json").read_text()) for name in ("out", "resumed")]
     assert changed[0]["eval_loss"] == pytest.approx(changed[1]["eval_loss"], rel=0.5, abs=0.1)
+
+
+def test_reinforcement_goes_on_where_it_was_killed(run, tmp_path):
+    """A kill in the middle of writing the second checkpoint: the first one is gone on from."""
+    flags = [*RL, "--reward_funcs", "regex:e", "--learning_rate", "1e-2", "--max_steps", "3", "--save_steps", "1"]
+    assert main(argv_of("grpo", run.folder, tmp_path, ASKED, *flags)) == 0
+    argv = argv_of("grpo", run.folder, tmp_path, ASKED, *flags, out="killed")
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(
+        target=child, args=(argv, str(tmp_path / "cache"), str(tmp_path / "log"), kill_in_save, 6)
+    )
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL, (tmp_path / "log").read_text()
+    assert main([*argv, "--resume_from_checkpoint"]) == 0
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "killed"))
+    for name in one:
+        torch.testing.assert_close(one[name], other[name])
 
 
 @pytest.mark.parametrize(

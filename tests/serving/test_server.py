@@ -300,7 +300,6 @@ REFUSED = [
     ("chat", {"logit_bias": {"9999": 1}}, openai.BadRequestError, "logit_bias: 9999 is no token"),
     ("chat", {"response_format": {"type": "json_object"}}, openai.BadRequestError, "response_format"),
     ("chat", {"tool_choice": "required"}, openai.BadRequestError, "tool_choice"),
-    ("chat", {"tools": [{"type": "function", "function": {"name": "f"}}]}, openai.BadRequestError, "tools: the model"),
     ("chat", {"reasoning_effort": "low"}, openai.BadRequestError, "reasoning_effort"),
     ("chat", {"stream_options": {"include_usage": True}}, openai.BadRequestError, "only with stream"),
     ("chat", {"extra_body": {"top_k": 5}}, openai.BadRequestError, "top_k: this server does not know it"),
