@@ -49,6 +49,7 @@ from hf_decoder.tuning.tasks import TASKS
 from hf_decoder.tuning.trainers import Job, prompt_template, save
 
 COLUMNS = ("text", "prompt", "completion", "messages", "label", "chosen", "rejected", "reference")
+STAGE = ("reward_funcs", "reward_weights", "teacher")  # flags that stay the same when a run goes on
 
 # Trainer pickles its arguments beside every checkpoint, so their classes have names here; `__getattr__` makes them.
 ARGUMENT_CLASSES = {task: f"{task.capitalize()}Arguments" for task in TASKS}
@@ -200,6 +201,10 @@ def finetune(task_args: TaskArguments, model_args: Any, args: Any) -> None:
     recipe = describe_recipe(args, optimizer_name(args))
     run = describe_run(job.config, job.tokenizer, job.data.describe(), args=args, recipe=recipe)
     run["adapter"] = {"method": finetuning.describe_method(model_args, task_args.adapter_name_or_path)}
+    if stage := {
+        name: value for name in STAGE if (value := getattr(task_args, name, None) or getattr(args, name, None))
+    }:
+        run["stage"] = stage
     if checkpoint is not None:
         check_same_run(checkpoint, run)
     keeper, stop = CheckpointKeeper(run, args.save_total_limit, checkpoint), StopOnSignal()
@@ -258,15 +263,32 @@ def _job(task_args: TaskArguments, model_args: Any, args: Any) -> Job:
     if task_rows.is_conversational(data.train):
         lines += task_rows.skip_unrendered(data, tokenizer, template)
     if samples:
-        args.max_completion_length = args.max_completion_length or min(MOST_NEW_TOKENS, (limit or 2**31) // 2)
-        if limit is not None:
-            lines += task_rows.skip_long_prompts(data, tokenizer, template, limit - args.max_completion_length)
+        lines += _fit_completions(args, data, tokenizer, template, limit)
     elif limit is not None:
         args.max_length = min(args.max_length or limit, limit)
     for line in lines:
         print(f"warning: {line}")
     print(f"{len(data.train):,} rows to train on, {len(data.validation):,} held out")
     return _job_of(task_args, model_args, args, data, tokenizer, config=config, rewards=rewards)
+
+
+def _fit_completions(args: Any, data: Any, tokenizer: Any, template: str | None, limit: int | None) -> list[str]:
+    """Settles how long completions get, and leaves out the prompts that they do not fit behind."""
+    args.max_completion_length = args.max_completion_length or min(MOST_NEW_TOKENS, (limit or 2**31) // 2)
+    if limit is None:
+        return []
+    if args.max_completion_length >= limit:
+        raise ValueError(
+            f"--max_completion_length {args.max_completion_length} leaves no room for a prompt in the model's context "
+            f"of {limit} tokens"
+        )
+    lines = task_rows.skip_long_prompts(data, tokenizer, template, limit - args.max_completion_length)
+    prompts = args.generation_batch_size // args.num_generations
+    if len(data.train) < prompts:
+        raise ValueError(
+            f"a step takes {prompts} prompts, and there are {len(data.train)}; lower --per_device_train_batch_size"
+        )
+    return lines
 
 
 def _job_of(task_args: Any, model_args: Any, args: Any, data: Any, tokenizer: Any, **more: Any) -> Job:

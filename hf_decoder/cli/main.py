@@ -16,7 +16,7 @@ VERBS = {
     "pretrain": "train a tokenizer and a language model from raw text",
     "tokenizer": "train a tokenizer from raw text and measure how well it fits",
     "eval": "measure a model: perplexity, bits per byte, BLEU, chrF, accuracy, F1, exact match",
-    "finetune": "adapt a model to text, prompts, chats, labels or preferences; full, LoRA, DoRA or QLoRA",
+    "finetune": "train a model on from text, chats, preferences, labels, rewards or a teacher; full or by adapter",
     "crossvalidate": "measure a classifier from scratch on every part of its rows, held out in turn",
     "generate": "continue a prompt, chat, or answer a file of prompts, with a saved model",
     "compare": "judge two models' answers blind, in the terminal or on a local page",

@@ -174,9 +174,9 @@ nothing. Read it before you trust it, and load it from the Hub at the commit tha
 ## Results on the held-out rows
 
 {{ results }}
-
+{% if change %}
 {{ change }}.
-
+{% endif %}
 ## Limits
 
 What holds for the base holds here. Bias, safety and factual accuracy: not measured.
@@ -211,8 +211,8 @@ def write_finetuning_card(
 ) -> ModelCard:
     """Writes README.md of a fine-tuned model or adapter from the metrics in `results` (all_results.json).
 
-    `words` holds `task`, `base` (name of the base model), `dataset`, `method`, `change` (what it changed), and where
-    they are known `base_model` (its Hub name), `license` and `prompt`, text or messages: the lines that load it have a
+    `words` holds `task`, `base` (name of the base model), `dataset`, `method`, and where they are known `change` (what
+    it changed), `base_model` (its Hub name), `license` and `prompt`, text or messages: the lines that load it have a
     neutral one of its kind.
     """
     folder = Path(folder)
@@ -260,7 +260,7 @@ def write_finetuning_card(
         base=code(words["base"]),
         dataset=plain(words["dataset"]),
         method=words["method"],
-        change=words["change"][0].upper() + words["change"][1:],
+        change=words.get("change", "")[:1].upper() + words.get("change", "")[1:],
         **fields,
     )
     return _save(card, folder)

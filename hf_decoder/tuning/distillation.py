@@ -87,6 +87,8 @@ def hidden_states(model: Any, **inputs: Any) -> torch.Tensor:
 def distillation_trainer(sft_trainer: type) -> type:
     """The trainer of SFT, whose training loss is `distillation_loss`. Its evaluation loss stays that of SFT."""
 
+    from trl.models.utils import _ForwardRedirection
+
     class DistillationTrainer(sft_trainer):  # type: ignore[misc,valid-type]
         def __init__(self, *args, teacher: Any, alpha: float, **kwargs):
             super().__init__(*args, **kwargs)
@@ -104,11 +106,16 @@ def distillation_trainer(sft_trainer: type) -> type:
             inputs = {name: inputs[name] for name in ("input_ids", "attention_mask", "position_ids") if name in inputs}
             with torch.no_grad():
                 taught = hidden_states(self.teacher, **inputs)[learned]
-            student = hidden_states(self.accelerator.unwrap_model(model), **inputs)[learned]
+            plain = self.accelerator.unwrap_model(model)
+            # through the forward of what wraps it, which joins the gradients of several processes
+            student = _ForwardRedirection()(model, plain, hidden_states, plain, **inputs)[learned]
             student_head, teacher_head = self._heads
             total = distillation_loss(student, student_head, taught, teacher_head, labels[learned], self.alpha)
-            count = learned.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-            return total / count
+            if num_items_in_batch is None:
+                return total / learned.sum().clamp(min=1)
+            # which counts the tokens of all processes, and their gradients are averaged
+            shares = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            return total * shares / num_items_in_batch
 
     return DistillationTrainer
 

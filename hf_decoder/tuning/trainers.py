@@ -69,7 +69,8 @@ def _trl_trainer(job: Job) -> Any:
     model = _language_model(job) if job.task.writes else _classifier(job, REWARD_NAMES)
     train, validation = trainer_rows(data, job.tokenizer, args, job.template)
     peft_config = _peft_config(job)
-    if peft_config is not None and is_conversational(data.train):
+    # what is trained on its own answers knows how to end them
+    if peft_config is not None and not job.task.samples and is_conversational(data.train):
         tokens = finetuning.train_template_tokens(peft_config, data.train, job.tokenizer, model)
         if tokens:
             print(f"the embeddings of the chat template's special tokens are trained too: {', '.join(tokens)}")

@@ -129,9 +129,9 @@ def test_a_stage_moves_its_measure_and_counts_what_it_skips(run, tmp_path, capsy
         assert any(entry.get("sampling_tokens_per_second", 0) > 0 for entry in history)
 
 
-@pytest.mark.parametrize("task", list(STAGES))
+@pytest.mark.parametrize("task", ["kto", "reward", "rloo", "distillation"])
 def test_a_stage_resumes_as_if_uninterrupted(run, tmp_path, task):
-    rows, flags = STAGES[task]
+    rows, flags = STAGES.get(task, (TEXTS, ["--teacher", str(run.folder), "--learning_rate", "1e-2"]))
     flags = [*flags, "--max_steps", "4", "--save_steps", "2", "--save_total_limit", "5"]
     assert main(argv_of(task, run.folder, tmp_path, rows, *flags)) == 0
     shutil.copytree(tmp_path / "out" / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
@@ -267,3 +267,20 @@ def test_nothing_stale_is_sampled_after_a_step(run, tmp_path):
     trainer.add_callback(Compare())
     trainer.train()
     assert len(seen) == 3 and all((one - other).abs().max() > 1e-3 for one, other in pairwise(seen))
+
+
+def test_an_adapter_is_a_reward_model_and_is_trained_by_it(run, tmp_path):
+    """The lines of its card load it; chats are sampled from a model with an adapter, too."""
+    reward = tmp_path / "scores"
+    peft = ["--use_peft", "true", "--lora_r", "4", "--max_steps", "1"]
+    assert main(argv_of("reward", run.folder, tmp_path, PAIRS, *peft, out="scores")) == 0
+    lines = ModelCard.load(reward / "README.md").text.split("```python\n")[1].split("```")[0]
+    found = {}
+    exec(lines.replace('"scores"', repr(str(reward))), found)
+    assert found["model"].config.num_labels == 1
+    chats = [{"messages": [{"role": "user", "content": p}, {"role": "assistant", "content": "it"}]} for p in PROMPTS]
+    held = write(tmp_path / "chats.jsonl", chats)
+    flags = [*RL, *peft, "--reward_funcs", f"reward_model:{reward}", "exact_match", "--validation_file", held]
+    assert main(argv_of("grpo", run.folder, tmp_path, chats, *flags)) == 0
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+    assert "user: the cat sees" in (tmp_path / "out" / "samples.md").read_text()
