@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 COMPLETIONS = {"eval_kl": "KL to the start", "eval_completions/mean_length": "tokens of a completion"}
 MARGINS = {"eval_rewards/margins": "reward margin", "eval_rewards/accuracies": "chosen answer ahead"}
@@ -16,9 +16,8 @@ class Task:
     config: str  # TRL's class of arguments, or transformers'
     trainer: str  # TRL's class of trainer, or transformers'
     unit: str  # of the loss
-    measures: Mapping[str, str] = field(default_factory=dict)  # metric -> its name; the first says what was reached
+    measures: Mapping[str, str]  # metric -> its name; the first says what was reached
     rate: float = 1.0  # the learning rate, where that of SFT is 1
-    rows: tuple[str, ...] = ()  # fields of `TaskArguments` that this task alone has
     has_reference: bool = False  # is compared with the model that it starts from, so that needs to be a trained one
     writes: bool = True  # the model writes text
     samples: bool = False  # the model is trained on what it writes
@@ -41,12 +40,12 @@ TASKS = {
         measures={"eval_accuracy": "chosen answer ahead", "eval_margin": "margin"},
     ),
     "grpo": Task(
-        config="GRPOConfig", trainer="GRPOTrainer", unit="policy gradient", rate=0.1, has_reference=True, samples=True,
-        measures={"eval_reward": "reward", **COMPLETIONS},
+        config="GRPOConfig", trainer="GRPOTrainer", unit="policy gradient", rate=0.25,
+        has_reference=True, samples=True, measures={"eval_reward": "reward", **COMPLETIONS},
     ),
     "rloo": Task(
-        config="RLOOConfig", trainer="RLOOTrainer", unit="policy gradient", rate=0.1, has_reference=True, samples=True,
-        measures={"eval_reward": "reward", **COMPLETIONS},
+        config="RLOOConfig", trainer="RLOOTrainer", unit="policy gradient", rate=0.25,
+        has_reference=True, samples=True, measures={"eval_reward": "reward", **COMPLETIONS},
     ),
     "distillation": Task(
         config="SFTConfig", trainer="SFTTrainer", unit="nats per token", measures={"eval_loss": "loss"}
