@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,8 @@ EVALUATION_METRICS = {
     "bleu": ("text-generation", "bleu", "BLEU (sacrebleu)"),
     "chrf": ("text-generation", "chrf", "chrF2 (sacrebleu)"),
     "exact_match": ("text-generation", "exact_match", "Exact match"),
+    "stop_rate": ("text-generation", "stop_rate", "Share of answers that end by themselves"),
+    "python_parses": ("text-generation", "python_parses", "Share of answers that parse as Python"),
     "accuracy": ("text-classification", "accuracy", "Accuracy"),
     "f1": ("text-classification", "f1", "F1 (macro)"),
 }
@@ -111,13 +113,6 @@ def update_model_index(folder: str | Path, results: Mapping[str, Any], *, datase
     Raises:
         ValueError: if the metadata of an existing README.md cannot be read.
     """
-    folder = Path(folder)
-    path = folder / "README.md"
-    name = folder.resolve().name
-    try:
-        card = ModelCard.load(path) if path.is_file() else ModelCard(f"---\n{{}}\n---\n\n# {plain(name)}\n")
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"the metadata at the top of {path} cannot be read: {error}") from None
     new = [
         EvalResult(
             task_type=task,
@@ -130,6 +125,34 @@ def update_model_index(folder: str | Path, results: Mapping[str, Any], *, datase
         for key, (task, metric, shown) in EVALUATION_METRICS.items()
         if key in results
     ]
+    return _add_results(folder, new)
+
+
+def add_task_results(folder: str | Path, tasks: Mapping[str, Mapping[str, float]]) -> ModelCard:
+    """The same for tasks of lm-evaluation-harness: by name of a task, its measures by name."""
+    new = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=line(task),
+            dataset_name=line(f"{task} (lm-evaluation-harness)"),
+            metric_type=line(metric),
+            metric_name=line(metric),
+            metric_value=value,
+        )
+        for task, measures in tasks.items()
+        for metric, value in measures.items()
+    ]
+    return _add_results(folder, new)
+
+
+def _add_results(folder: str | Path, new: Sequence[EvalResult]) -> ModelCard:
+    folder = Path(folder)
+    path = folder / "README.md"
+    name = folder.resolve().name
+    try:
+        card = ModelCard.load(path) if path.is_file() else ModelCard(f"---\n{{}}\n---\n\n# {plain(name)}\n")
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"the metadata at the top of {path} cannot be read: {error}") from None
     data: Any = card.data
     kept = [old for old in data.eval_results or [] if not any(_same_measure(old, result) for result in new)]
     data.model_name = data.model_name or line(name)
