@@ -7,7 +7,6 @@ import ctypes
 import math
 import os
 import platform
-import re
 import shutil
 import tempfile
 import time
@@ -30,6 +29,7 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 
 from hf_decoder.engine.precision import cpu_has
+from hf_decoder.reporting.markup import fenced
 from hf_decoder.training.checkpoint_formats import is_sharded, resumable
 from hf_decoder.training.checkpoints import checkpoints
 from hf_decoder.training.throughput import steps_planned
@@ -413,10 +413,3 @@ def write_samples(path: str | Path, samples: Sequence[tuple[str, str]]) -> None:
     for number, (prompt, completion) in enumerate(samples, 1):
         lines += [f"## {number}", "", "Prompt:", "", fenced(prompt), "", "Completion:", "", fenced(completion), ""]
     Path(path).write_text("\n".join(lines), encoding="utf-8")
-
-
-def fenced(text: str) -> str:
-    """`text` as a Markdown block, fenced by more backticks than it holds in a row."""
-    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return f"{fence}text\n{text}\n{fence}"
