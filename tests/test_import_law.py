@@ -16,6 +16,7 @@ SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
 # From the top floor down; imports only go down. The public names of `hf_decoder` are for everybody.
 ROOMS = [
     "cli",
+    "assistant",
     "publishing",
     "doctor",
     "serving",

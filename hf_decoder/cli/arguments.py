@@ -406,11 +406,22 @@ def parse_verb(verb: str, argv: Sequence[str]) -> tuple[Any, ...]:
     """Parses the arguments of a verb, whose flags are in its file in `cli/flags`."""
     flags = importlib.import_module(f"hf_decoder.cli.flags.{verb}")
     argv = list(argv) or list(getattr(flags, "WITHOUT_ARGUMENTS", ()))
+    if getattr(flags, "PARTIAL", False):
+        check_arguments(verb, flags.ARGUMENTS, argv, flags.DESCRIPTION)
+    return parse_arguments(verb, _types_of(verb, argv), argv, flags.DESCRIPTION)
+
+
+def check_verb(verb: str, argv: Sequence[str]) -> None:
+    """Complains about flags of a verb as `parse_verb` does, but for what only their values together get wrong."""
+    Parser(verb, _types_of(verb, argv), "").values(argv)
+
+
+def _types_of(verb: str, argv: Sequence[str]) -> tuple[type, ...]:
+    flags = importlib.import_module(f"hf_decoder.cli.flags.{verb}")
     if not getattr(flags, "PARTIAL", False):
-        return parse_arguments(verb, flags.ARGUMENTS, argv, flags.DESCRIPTION)
-    check_arguments(verb, flags.ARGUMENTS, argv, flags.DESCRIPTION)
+        return tuple(flags.ARGUMENTS)
     module = importlib.import_module(f"hf_decoder.cli.{verb}")
-    return parse_arguments(verb, module.argument_types(argv), argv, flags.DESCRIPTION)
+    return tuple(module.argument_types(argv))
 
 
 def takes_argv(main: Callable[..., int]) -> Callable[..., int]:

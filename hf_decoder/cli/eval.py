@@ -32,8 +32,8 @@ from hf_decoder.costs import accounting
 from hf_decoder.data import records
 from hf_decoder.data.documents import load_text
 from hf_decoder.data.label_names import name_classes
-from hf_decoder.evaluation import metrics
-from hf_decoder.evaluation.batch_generation import complete, encode_prompt
+from hf_decoder.evaluation import harness, metrics
+from hf_decoder.evaluation.batch_generation import complete_or_cut, encode_prompt
 from hf_decoder.evaluation.classification import (
     check_against_chance,
     class_report,
@@ -41,16 +41,21 @@ from hf_decoder.evaluation.classification import (
     predict,
     share_padding,
 )
-from hf_decoder.reporting.model_card import update_model_index
+from hf_decoder.reporting.model_card import add_task_results, update_model_index
+from hf_decoder.tuning.rewards import python_parses
+
+SHARES = (*LABEL_METRICS, "exact_match", "stop_rate", "python_parses")  # between 0 and 1
 
 
 @takes_argv
 def main(args: EvalArguments) -> int:
     """Measures and prints."""
     results = measure(args)
-    for metric in args.metrics:
+    for metric in args.metrics or ():
         signature = results.get(f"{metric}_signature")
         print(f"{metric:<16} {results[metric]:.4f}" + (f"  {signature}" if signature else ""))
+    for line in _task_lines(results.get("tasks", {})):
+        print(line)
     matrix = ", confusion_matrix.png" if "confusion_matrix" in results else ""
     print(f"{args.output_dir} holds eval_results.json{matrix} and eval_results.png")
     if matrix and (line := check_against_chance(results)):
@@ -65,7 +70,8 @@ def measure(args: EvalArguments) -> dict[str, Any]:
         ValueError: for what the user can get wrong, as far as possible before the model is loaded.
     """
     _check(args)
-    wanted = set(args.metrics)
+    wanted = set(args.metrics or ())
+    suite = harness.find_tasks(args.tasks, args.include_path, trusted=args.trust_remote_code) if args.tasks else None
     documents = _documents(args) if wanted & set(TEXT_METRICS) else None
     pairs = _pairs(args) if wanted & set(ANSWER_METRICS) else []
     references = [_references(row["reference"]) for row in pairs]
@@ -75,7 +81,7 @@ def measure(args: EvalArguments) -> dict[str, Any]:
     labelled = _labelled(args) if wanted & set(LABEL_METRICS) else []
     options: dict[str, Any] = {"adapter": args.adapter_name_or_path, "trust_remote_code": args.trust_remote_code}
     classifier = is_classifier(args.model_name_or_path, **options)
-    if classifier and wanted - set(LABEL_METRICS):
+    if classifier and (suite or wanted - set(LABEL_METRICS)):
         name = args.adapter_name_or_path or args.model_name_or_path
         raise ValueError(f"{name} is a sequence classifier, which has only {' and '.join(LABEL_METRICS)}")
     model = (load_classifier if classifier else load_model)(args.model_name_or_path, dtype=args.dtype, **options)
@@ -94,26 +100,68 @@ def measure(args: EvalArguments) -> dict[str, Any]:
     if labelled:
         measure_labels = _classify if classifier else _choose_labels
         results |= measure_labels(args, model, tokenizer, labelled, predictions)
+    if suite is not None:
+        results["tasks"] = _measure_tasks(args, model, tokenizer, suite)
     results |= accounting.hardware()
     _write(args, results, predictions)
     return results
 
 
 def _check(args: EvalArguments) -> None:
-    for metric in args.metrics:
+    if args.metrics is None and not args.tasks:
+        args.metrics = list(TEXT_METRICS)
+    for metric in args.metrics or ():
         check_choice("--metrics", metric, METRICS)
     for name in ("batch_size", "max_eval_samples", "max_new_tokens", "num_beams"):
         check_at_least(f"--{name}", getattr(args, name), 1)
+    check_at_least("--num_fewshot", args.num_fewshot, 0)
+    if args.limit is not None and not args.limit > 0:
+        raise ValueError(f"--limit {args.limit:g} must be more than 0: rows, or below 1 a share of them")
     if "{prompt}" not in (args.prompt_template or "{prompt}"):
         raise ValueError(f"--prompt_template {args.prompt_template!r} must hold {{prompt}}")
     for kind, flag in ((TEXT_METRICS, "validation_file"), ((*ANSWER_METRICS, *LABEL_METRICS), "test_file")):
-        asked = [metric for metric in args.metrics if metric in kind]
+        asked = [metric for metric in args.metrics or () if metric in kind]
         if asked and getattr(args, flag) is None:
             raise ValueError(f"--metrics {asked[0]} needs --{flag}")
-    if args.tokenize is not None and "bleu" not in args.metrics:
+    if args.tokenize is not None and "bleu" not in (args.metrics or ()):
         raise ValueError(f"--tokenize {args.tokenize} is for BLEU, which --metrics does not name")
     if args.update_card and not Path(args.model_name_or_path).is_dir():
         raise ValueError(f"--update_card writes into the model's folder, and {args.model_name_or_path} is none here")
+
+
+def _measure_tasks(args: EvalArguments, model: Any, tokenizer: Any, suite: harness.Suite) -> dict[str, Any]:
+    """By task: its measures, the one that counts, the level of chance, and that measure with random weights."""
+    options: dict[str, Any] = {"limit": args.limit, "num_fewshot": args.num_fewshot, "batch_size": args.batch_size}
+    options |= {"apply_chat_template": args.apply_chat_template, "trusted": args.trust_remote_code}
+    results = harness.run_tasks(model, tokenizer, suite, **options)
+    random: dict[str, Any] = {}
+    if suite.is_named if args.random_baseline is None else args.random_baseline:
+        new = harness.with_random_weights(model, args.seed, trust_remote_code=args.trust_remote_code)
+        random = harness.run_tasks(new, tokenizer, suite, **options)
+    for task, measures in results.items():
+        counted = harness.counted_measure(measures, suite.counts.get(task))
+        measures["counts"] = counted
+        measures["asked_for"] = task in suite.names
+        if counted.partition(",")[0] not in harness.CHOSEN:
+            measures.pop("chance", None)
+        if random:
+            measures["random_weights"] = random[task][counted]
+    return results
+
+
+def _task_lines(tasks: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A line for each task that was asked for; what its groups hold stands in eval_results.json."""
+    lines = []
+    for task, measures in tasks.items():
+        counted = measures["counts"]
+        if measures["asked_for"] and counted:
+            error = measures.get(counted.replace(",", "_stderr,", 1) if "," in counted else f"{counted}_stderr")
+            beside = [f"+- {error:.4f}"] if isinstance(error, float) else []
+            beside += [f"chance {measures['chance']:.4f}"] if "chance" in measures else []
+            beside += [f"random weights {measures['random_weights']:.4f}"] if "random_weights" in measures else []
+            rows = f"{measures['rows']:,} rows"
+            lines.append(f"{task:<16} {counted} {measures[counted]:.4f}  ({', '.join([*beside, rows])})")
+    return lines
 
 
 def _documents(args: EvalArguments) -> Any:
@@ -206,16 +254,21 @@ def _measure_answers(
     given = {name: getattr(args, name) for name in names}
     prompts = [_template(args, row["prompt"]) for row in rows]
     references = [_references(row["reference"]) for row in rows]
-    answers = list(show_progress(complete(model, tokenizer, prompts, given, args.batch_size), len(prompts), "answers"))
-    answers = [answer.strip() for answer in answers]
-    for prompt, answer, options in zip(prompts, answers, references, strict=True):
-        predictions.append({"prompt": prompt, "prediction": answer, "references": options})
-    results: dict[str, Any] = {"answers": len(rows)}
+    completions = complete_or_cut(model, tokenizer, prompts, given, args.batch_size)
+    completed = list(show_progress(completions, len(prompts), "answers"))
+    answers = [text.strip() for text, _ in completed]
+    for prompt, answer, options, (_, ended) in zip(prompts, answers, references, completed, strict=True):
+        predictions.append({"prompt": prompt, "prediction": answer, "references": options, "ended": ended})
+    wanted, results = args.metrics or (), {"answers": len(rows)}
     for name, scorer in scorers.items():
         results[name] = metrics.corpus_score(scorer, answers, references)
         results[f"{name}_signature"] = scorer.get_signature().format()
-    if "exact_match" in args.metrics:
+    if "exact_match" in wanted:
         results["exact_match"] = metrics.exact_match(answers, references)
+    if "stop_rate" in wanted:
+        results["stop_rate"] = sum(ended for _, ended in completed) / len(completed)
+    if "python_parses" in wanted:
+        results["python_parses"] = sum(python_parses(prompts, answers)) / len(answers)
     return results
 
 
@@ -274,15 +327,22 @@ def _write(args: EvalArguments, results: Mapping[str, Any], predictions: list[di
         (folder / "predictions.jsonl").write_text(lines, encoding="utf-8")
     if "confusion_matrix" in results:
         plot_confusion(results, folder / "confusion_matrix.png", str(results["model"]))
-    plot_metrics({name: results[name] for name in args.metrics}, folder / "eval_results.png", str(results["model"]))
+    shown = {name: results[name] for name in args.metrics or ()}
+    tasks = {name: measures for name, measures in results.get("tasks", {}).items() if measures["asked_for"]}
+    shown |= {name: measures[measures["counts"]] for name, measures in tasks.items() if measures["counts"]}
+    plot_metrics(shown, folder / "eval_results.png", str(results["model"]))
     if args.update_card:
         for kind, file in (
             (TEXT_METRICS, args.validation_file),
             ((*ANSWER_METRICS, *LABEL_METRICS), args.test_file),
         ):
-            names = {name for metric in kind if metric in args.metrics for name in (metric, f"{metric}_signature")}
+            asked = set(kind) & set(args.metrics or ())
+            names = {name for metric in asked for name in (metric, f"{metric}_signature")}
             if found := {name: results[name] for name in names & results.keys()}:
                 update_model_index(args.model_name_or_path, found, dataset=Path(str(file)).name)
+        if tasks:
+            counted = {name: {measures["counts"]: measures[measures["counts"]]} for name, measures in tasks.items()}
+            add_task_results(args.model_name_or_path, counted)
 
 
 def plot_metrics(values: Mapping[str, float], path: Path, title: str) -> None:
@@ -296,7 +356,7 @@ def plot_metrics(values: Mapping[str, float], path: Path, title: str) -> None:
         axes = figure.add_subplot(1, len(values), number)
         shown = value if value < float("inf") else 0.0
         axes.bar([name], [shown], color=f"C{number - 1}", width=0.5)
-        top = 100.0 if name in ("bleu", "chrf") else 1.0 if name in (*LABEL_METRICS, "exact_match") else 1.2 * shown
+        top = 100.0 if name in ("bleu", "chrf") else 1.0 if name in SHARES else 1.2 * shown
         axes.set_ylim(0, max(top, 1e-9))
         axes.set_xlim(-0.6, 0.6)
         axes.text(0, shown, f"{value:.4g}", ha="center", va="bottom")

@@ -14,11 +14,13 @@ from hf_decoder.safety.terminal import guard_streams
 
 VERBS = {
     "pretrain": "train a tokenizer and a language model from raw text",
+    "assistant": "every stage from raw text to an assistant: tokenizer, pretrain, finetune, eval, report",
     "tokenizer": "train a tokenizer from raw text and measure how well it fits",
-    "eval": "measure a model: perplexity, bits per byte, BLEU, chrF, accuracy, F1, exact match",
-    "finetune": "adapt a model to text, prompts, chats, labels or preferences; full, LoRA, DoRA or QLoRA",
+    "eval": "measure a model: perplexity, BLEU, chrF, accuracy, F1, exact match, tasks of lm-evaluation-harness",
+    "finetune": "train a model on text, chats, preferences, labels, rewards or a teacher; full or by adapter",
     "crossvalidate": "train a classifier from scratch on all folds but one, measure it on that one, in turn",
     "generate": "continue a prompt, chat, or answer a file of prompts, with a saved model",
+    "report": "the page of a run, or of several side by side: what each stage changed, curves, cost, answers",
     "compare": "judge two models' answers blind, in the terminal or on a local page",
     "doctor": "prove a checkpoint row by row: padding, caches, tying, reload, tokenizer, files, export",
     "push": "check a model, upload it to the Hub, and prove that a stranger can load it",

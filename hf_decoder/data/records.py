@@ -52,12 +52,15 @@ COMPANIONS = {"instruction": ("input", "context"), "question": ("context",)}
 # columns beside a conversation: the first two become turns, the others go to the chat template
 SURROUNDINGS = ("system", "history", "tools", "chat_template_kwargs")
 TO_TEMPLATE = ("tools", "chat_template_kwargs")
+COLUMNS = "columns"  # of a row of prompts: what rewards read beside the prompt, by column
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 BETWEEN = "\n\n"  # between a recognised prompt and its answer, and between the parts of a prompt
 KINDS = {
     "sft": (("messages",), ("prompt", "completion"), ("text",)),
     "classification": (("text", "label"),),
     "preference": (("prompt", "chosen", "rejected"), ("chosen", "rejected")),
+    "kto": (("prompt", "completion", "label"),),
+    "rewarded": (("prompt", "reference"), ("prompt",), ("messages",)),
     "reference": (("prompt", "reference"),),
     "prompt": (("prompt",), ("messages",), ("text",)),
 }
@@ -210,7 +213,7 @@ def _select(
     free = {name: column for name, column in by_name.items() if column not in found.values()}
     about = COMPANIONS.get(found.get("prompt", "").lower(), ()) if "prompt" not in named else ()
     companions = [free[name] for name in about if name in free]
-    is_answering = "label" not in found and "text" not in found
+    is_answering = kind == "kto" or not {"label", "text"} & found.keys()
     around = {
         role: next(free[name] for name in ALIASES[role] if name in free)
         for role in (SURROUNDINGS if is_answering else ())
@@ -224,6 +227,8 @@ def _select(
         values = {role: row.get(column) for role, column in found.items()}
         if companions:
             values["prompt"] = _joined([values["prompt"], *(row.get(column) for column in companions)])
+        if kind == "kto":
+            values["label"] = _verdict(values["label"])
         if is_answering:
             values = {role: read_turns(value) for role, value in values.items()}
             lost = [column for column in media if row.get(column) not in (None, "", [])]
@@ -308,13 +313,23 @@ def _surround(values: Row, beside: Row) -> Row:
     if first == "prompt" and not isinstance(values["prompt"], list) and "completion" in values:
         if not isinstance(answer, str) or not answer.strip():
             return {"messages": Unusable("empty completion")}
-        return {"messages": [*before, *start, {"role": "assistant", "content": answer}]}
+        said = [{"role": "assistant", "content": answer}]
+        if "label" in values:  # of the answer alone
+            return {**values, "prompt": [*before, *start], "completion": said}
+        return {"messages": [*before, *start, *said]}
     if before and isinstance(start[0], Mapping) and start[0].get("role") == "system":
         if beside.get("system") and beside["system"] != start[:1]:
             return {**values, first: Unusable("its system column is not what its system turn says")}
         before = before[len(beside.get("system") or []) :]
         return {**values, first: [start[0], *before, *start[1:]]}
     return {**values, first: [*before, *start]}
+
+
+def _verdict(label: Any) -> Any:
+    """Whether an answer is good, as a label says it: true or false, 1 or 0, also as text."""
+    known = {"true": True, "1": True, "false": False, "0": False}
+    found = known.get(str(label).strip().lower().removesuffix(".0"))
+    return Unusable("its label is neither true nor false") if found is None else found
 
 
 def _pair(values: Row, beside: Row, talks: bool) -> Row:
@@ -384,7 +399,7 @@ def _fault(role: str, value: Any) -> str | None:
     """Why a row with this value cannot be used, or None."""
     if isinstance(value, Unusable):
         return str(value)
-    if role in TO_TEMPLATE:
+    if role in (*TO_TEMPLATE, COLUMNS):
         return None
     if role == "label":
         return "no label" if value is None or value == "" else None
@@ -423,7 +438,7 @@ def check_alike(rows: Sequence[Row], source: str, *, across_roles: bool = False)
     seen: dict[tuple[str, bool], int] = {}
     for number, row in enumerate(rows, 1):
         for role, value in row.items():
-            if value and isinstance(value, str | list):
+            if value and isinstance(value, str | list) and not isinstance(value, Unusable):
                 seen.setdefault(("" if across_roles else role, isinstance(value, list)), number)
     for (role, has_messages), number in seen.items():
         if has_messages and (role, False) in seen:

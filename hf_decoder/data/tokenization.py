@@ -30,6 +30,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -60,25 +61,24 @@ QWEN2_SPLIT = (
     r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-# ChatML. The generation block spans what the model itself has to produce: the answer and the token that ends it.
-# Content is a string, or a list of parts of which the text is taken, or none.
-CHAT_TEMPLATE = (
-    "{%- macro text_of(content) -%}"
-    "{%- if content is string -%}{{- content -}}"
-    "{%- elif content is not none -%}{%- for part in content -%}{{- part['text'] -}}{%- endfor -%}"
-    "{%- endif -%}"
-    "{%- endmacro -%}"
-    "{%- for message in messages -%}"
-    "{{- '<|im_start|>' + message['role'] + '\\n' -}}"
-    "{%- if message['role'] == 'assistant' -%}"
-    "{%- generation -%}{{- text_of(message['content']) + '<|im_end|>' -}}{%- endgeneration -%}"
-    "{%- else -%}"
-    "{{- text_of(message['content']) + '<|im_end|>' -}}"
-    "{%- endif -%}"
-    "{{- '\\n' -}}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
-)
+CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8").rstrip("\n")
+
+# How transformers reads an answer of that template back into reasoning, text and calls (`parse_response`, `serve`).
+RESPONSE_TEMPLATE = {
+    "defaults": {"role": "assistant"},
+    "start_anchor": f"{IM_START}assistant\n",
+    "fields": {
+        "reasoning_content": {"open_pattern": r"<think>\n?", "close_pattern": r"\n?</think>\s*", "content": "text"},
+        "tool_calls": {
+            "open_pattern": r"\s*<tool_call>",
+            "close": "</tool_call>",
+            "repeats": True,
+            "content": "json",
+            "transform": {"type": "function", "function": "{content}"},
+        },
+        "content": {"close_pattern": r"\s*(?:<\|im_end\|>|<\|endoftext\|>)", "content": "text"},
+    },
+}
 
 _DIGIT = re.compile("[0-9]")
 _PIECE_CHARACTERS = 1 << 20
@@ -150,6 +150,7 @@ def _wrap(backend: Tokenizer, **settings) -> PreTrainedTokenizerFast:
         **settings,
     )
     tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.response_template = RESPONSE_TEMPLATE
     return tokenizer
 
 

@@ -50,7 +50,7 @@ def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
 
 def check_ids(model: Any, ids: Sequence[int]) -> None:
     """Raises ValueError if there are too many ids, or ids without an embedding."""
-    rows = model.get_input_embeddings().num_embeddings
+    rows = model.get_input_embeddings().weight.shape[0]  # an adapter's layer has no num_embeddings
     if max(ids) >= rows:
         raise ValueError(
             f"the tokenizer gives id {max(ids)}, but the model's vocabulary has {rows} entries; "
@@ -87,11 +87,21 @@ def generate_settings(model: Any, tokenizer: Any, length: int, given: Mapping[st
     return settings
 
 
-@torch.inference_mode()
 def complete(
     model: Any, tokenizer: Any, prompts: Sequence[Prompt], given: Mapping[str, Any] | None = None, batch_size: int = 8
 ) -> Iterator[str]:
+    """Yields the text of each prompt's completion, as `complete_or_cut`."""
+    for text, _ in complete_or_cut(model, tokenizer, prompts, given, batch_size):
+        yield text
+
+
+@torch.inference_mode()
+def complete_or_cut(
+    model: Any, tokenizer: Any, prompts: Sequence[Prompt], given: Mapping[str, Any] | None = None, batch_size: int = 8
+) -> Iterator[tuple[str, bool]]:
     """Yields the completion of each prompt, in order, without the prompt and without a stop string at its end.
+
+    With each comes whether the model ended it, by an end token or a stop string; else the limit of length cut it.
 
     Args:
         prompts: texts, or lists of chat messages. The end of the turn ends an answer in a chat.
@@ -124,7 +134,14 @@ def complete(
             settings.setdefault("eos_token_id", ends)
         output = model.generate(inputs, attention_mask=mask, **settings)
         for row in output[:, length:]:
-            yield cut_stop(tokenizer.decode(row, skip_special_tokens=True), given.get("stop_strings"))
+            text = tokenizer.decode(row, skip_special_tokens=True)
+            kept = cut_stop(text, given.get("stop_strings"))
+            ended = kept != text or not set(row.tolist()).isdisjoint(_as_list(settings.get("eos_token_id")))
+            yield kept, ended
+
+
+def _as_list(ids: Any) -> list[int]:
+    return list(ids) if isinstance(ids, list | tuple) else [] if ids is None else [ids]
 
 
 def cut_stop(text: str, stop_strings: str | Sequence[str] | None) -> str:

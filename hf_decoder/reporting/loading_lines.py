@@ -12,6 +12,7 @@ from hf_decoder.reporting.markup import quoted
 
 Prompt = str | Sequence[Mapping[str, Any]]  # text, or the messages of a chat
 
+CLASSIFIERS = ("classification", "reward")  # tasks whose model writes no text
 DEFAULT_PROMPT = "Once upon a time"
 
 
@@ -36,13 +37,17 @@ def load_lines(folder: str, prompt: Prompt = DEFAULT_PROMPT, *, trust: bool = Tr
     )
 
 
-def classifier_load_lines(folder: str, text: str) -> str:
-    """Three lines of Python that load the classifier of `folder` and classify `text`."""
+def classifier_load_lines(folder: str, text: str, *, scores: bool = False) -> str:
+    """Three lines of Python that load the classifier of `folder` and classify `text`.
+
+    `scores`: it is a reward model, whose number stays as it is.
+    """
+    as_it_is = ', function_to_apply="none"' if scores else ""
     return "\n".join(
         [
             "from transformers import pipeline",
             f'classify = pipeline("text-classification", model={quoted(folder)}, trust_remote_code=True)',
-            f"print(classify({_literal(text)}))",
+            f"print(classify({_literal(text)}{as_it_is}))",
         ]
     )
 
@@ -58,7 +63,7 @@ def adapter_load_lines(
 
     `id2label` names the classes of a classifier, which the base does not know.
     """
-    head = "SequenceClassification" if task == "classification" else "CausalLM"
+    head = "SequenceClassification" if task in CLASSIFIERS else "CausalLM"
     name = quoted(folder)
     labels = []
     if id2label is not None:
@@ -72,7 +77,9 @@ def adapter_load_lines(
         inputs = f'tokenizer({_literal(prompt)}, return_tensors="pt")'
     else:
         inputs = f'tokenizer.apply_chat_template({_literal(prompt)}, add_generation_prompt=True, return_tensors="pt", return_dict=True)'  # noqa: E501
-    if task == "classification":
+    if task == "reward":
+        use = f"print(float(model(**{inputs}).logits))"
+    elif task == "classification":
         use = f"print(model.config.id2label[int(model(**{inputs}).logits.argmax())])"
     else:
         use = f"print(tokenizer.decode(model.generate(**{inputs}, max_new_tokens=64)[0]))"
@@ -92,4 +99,6 @@ def finetuned_load_lines(folder: str, task: str, prompt: Prompt, *, adapter: Pat
     """Lines of Python that load and use a fine-tuned model in `folder`. `adapter` is the folder of an adapter."""
     if adapter is not None:
         return adapter_load_lines(folder, task, read_label_names(adapter), prompt)
-    return classifier_load_lines(folder, str(prompt)) if task == "classification" else load_lines(folder, prompt)
+    if task in CLASSIFIERS:
+        return classifier_load_lines(folder, str(prompt), scores=task == "reward")
+    return load_lines(folder, prompt)

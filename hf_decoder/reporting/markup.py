@@ -28,3 +28,10 @@ def line(text: object) -> str:
 def quoted(name: str) -> str:
     """`name` as a Python string for a block of code, without what HTML would read as a tag."""
     return json.dumps(name).replace("<", "\\u003c")
+
+
+def fenced(text: str) -> str:
+    """`text` as a Markdown block, fenced by more backticks than it holds in a row."""
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}text\n{text}\n{fence}"

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from hf_decoder.reporting.loading_lines import finetuned_load_lines, load_lines, neutral
+from hf_decoder.reporting.loading_lines import CLASSIFIERS, finetuned_load_lines, load_lines, neutral
 from hf_decoder.reporting.markup import code, line, plain, quoted
 from hf_decoder.safety.terminal import printable
 
@@ -99,6 +99,8 @@ EVALUATION_METRICS = {
     "bleu": ("text-generation", "bleu", "BLEU (sacrebleu)"),
     "chrf": ("text-generation", "chrf", "chrF2 (sacrebleu)"),
     "exact_match": ("text-generation", "exact_match", "Exact match"),
+    "stop_rate": ("text-generation", "stop_rate", "Share of answers that end by themselves"),
+    "python_parses": ("text-generation", "python_parses", "Share of answers that parse as Python"),
     "accuracy": ("text-classification", "accuracy", "Accuracy"),
     "f1": ("text-classification", "f1", "F1 (macro)"),
 }
@@ -116,6 +118,32 @@ def update_model_index(folder: str | Path, results: Mapping[str, Any], *, datase
     Raises:
         ValueError: if the metadata of an existing README.md cannot be read.
     """
+    new = [
+        _result(task, dataset, (metric, f"{shown} {results.get(f'{key}_signature', '')}".rstrip()), results[key])
+        for key, (task, metric, shown) in EVALUATION_METRICS.items()
+        if key in results
+    ]
+    return _add_results(folder, new)
+
+
+def add_task_results(folder: str | Path, tasks: Mapping[str, Mapping[str, float]]) -> ModelCard:
+    """The same for tasks of lm-evaluation-harness: by name of a task, its measures by name."""
+    new = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=line(task),
+            dataset_name=line(f"{task} (lm-evaluation-harness)"),
+            metric_type=line(metric),
+            metric_name=line(metric),
+            metric_value=value,
+        )
+        for task, measures in tasks.items()
+        for metric, value in measures.items()
+    ]
+    return _add_results(folder, new)
+
+
+def _add_results(folder: str | Path, new: Sequence[EvalResult]) -> ModelCard:
     folder = Path(folder)
     path = folder / "README.md"
     name = folder.resolve().name
@@ -123,11 +151,6 @@ def update_model_index(folder: str | Path, results: Mapping[str, Any], *, datase
         card = ModelCard.load(path) if path.is_file() else ModelCard(f"---\n{{}}\n---\n\n# {plain(name)}\n")
     except (ValueError, TypeError) as error:
         raise ValueError(f"the metadata at the top of {path} cannot be read: {error}") from None
-    new = [
-        _result(task, dataset, (metric, f"{shown} {results.get(f'{key}_signature', '')}".rstrip()), results[key])
-        for key, (task, metric, shown) in EVALUATION_METRICS.items()
-        if key in results
-    ]
     data: Any = card.data
     kept = [old for old in data.eval_results or [] if not any(_same_measure(old, result) for result in new)]
     data.model_name = data.model_name or line(name)
@@ -140,6 +163,11 @@ TASK_WORDS = {
     "sft": "supervised fine-tuning",
     "classification": "sequence classification",
     "preference": "preference optimisation (DPO)",
+    "kto": "preference optimisation (KTO)",
+    "reward": "a reward model",
+    "grpo": "reinforcement learning (GRPO)",
+    "rloo": "reinforcement learning (RLOO)",
+    "distillation": "distillation",
 }
 # metric of all_results.json -> (metric id of the Hub, name shown)
 FINETUNING_METRICS = {
@@ -147,6 +175,10 @@ FINETUNING_METRICS = {
     "perplexity": ("perplexity", "Perplexity (per token)"),
     "eval_accuracy": ("accuracy", "Accuracy"),
     "eval_f1": ("f1", "F1 (macro)"),
+    "eval_reward": ("reward", "Reward"),
+    "eval_kl": ("kl", "KL to the model that the training started from, nats per token"),
+    "eval_completions/mean_length": ("completion_length", "Tokens of a completion"),
+    "eval_margin": ("reward_margin", "Reward margin"),
     "eval_rewards/margins": ("reward_margin", "Reward margin"),
     "eval_rewards/accuracies": ("reward_accuracy", "Share of pairs with the chosen answer ahead"),
 }
@@ -160,13 +192,14 @@ def write_finetuning_card(
     Args:
         folder: folder of the model or adapter, whose name becomes the title.
         results: content of all_results.json.
-        words: `task`, `base` (name of the base model), `dataset` and `method`; where known, `base_model` (its Hub
-            name), `license` and `prompt`. The card shows a neutral prompt of the same kind.
+        words: `task`, `base` (name of the base model), `dataset` and `method`; where known, `change` (what it
+            changed), `base_model` (its Hub name), `license` and `prompt`. The card shows a neutral prompt of the same
+            kind.
         is_adapter: whether the folder holds an adapter.
     """
     folder = Path(folder)
     name = folder.resolve().name
-    kind = "text-classification" if words["task"] == "classification" else "text-generation"
+    kind = "text-classification" if words["task"] in CLASSIFIERS else "text-generation"
     found = {key: shown for key, shown in FINETUNING_METRICS.items() if key in results}
     card_data = ModelCardData(
         model_name=line(name),
@@ -202,6 +235,7 @@ def write_finetuning_card(
         base=code(words["base"]),
         dataset=plain(words["dataset"]),
         method=words["method"],
+        change=words.get("change", "")[:1].upper() + words.get("change", "")[1:],
         **fields,
     )
     return _save(card, folder)

@@ -7,7 +7,6 @@ import ctypes
 import math
 import os
 import platform
-import re
 import shutil
 import tempfile
 import time
@@ -30,6 +29,7 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 
 from hf_decoder.engine.precision import cpu_has
+from hf_decoder.reporting.markup import fenced
 from hf_decoder.training.checkpoint_formats import is_sharded, resumable
 from hf_decoder.training.checkpoints import checkpoints
 from hf_decoder.training.throughput import TokenClock, steps_planned
@@ -265,24 +265,31 @@ def plot_loss_curve(
     unit: str = "nats per token",
     bytes_per_token: float | None = None,
     xz_bits_per_byte: float | None = None,
+    curves: Mapping[str, str] | None = None,
 ) -> None:
     """Draws training and held-out loss, in `unit`, over steps into a PNG file.
 
-    With `bytes_per_token` of the held-out text, a second axis shows bits per byte. `xz_bits_per_byte` is drawn there
-    as a dashed line.
+    `curves` names further measures of the held-out rows; each is drawn below, with that of the training. With
+    `bytes_per_token` of the held-out text, a second axis shows bits per byte. `xz_bits_per_byte` is drawn there as a
+    dashed line.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    more = {
+        key: name
+        for key, name in (curves or {}).items()
+        if key != "eval_loss" and _points(log_history, key) + _points(log_history, key.removeprefix("eval_"))
+    }
+    figure = Figure(figsize=(8, 5 + 2.5 * len(more)), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    train = [(entry["step"], entry["loss"]) for entry in log_history if "loss" in entry]
-    held_out = [(entry["step"], entry["eval_loss"]) for entry in log_history if "eval_loss" in entry]
-    if train:
-        axes.plot(*zip(*train, strict=True), color="tab:blue", linewidth=1.2, marker=".", label="training")
-    if held_out:
-        axes.plot(*zip(*held_out, strict=True), color="tab:orange", marker="o", markersize=4, label="held out")
+    ratios = [2.0, *(1.0 for _ in more)]
+    axes, *below = figure.subplots(1 + len(more), sharex=True, squeeze=False, height_ratios=ratios)[:, 0]
+    _draw(axes, log_history, "eval_loss")
+    for place, (key, name) in zip(below, more.items(), strict=True):
+        _draw(place, log_history, key)
+        place.set_ylabel(name)
+        place.grid(alpha=0.3)
     if bytes_per_token:
         nats = bytes_per_token * math.log(2)  # per token, at one bit per byte
         if xz_bits_per_byte:
@@ -293,12 +300,24 @@ def plot_loss_curve(
         )
         second.set_ylabel("bits per byte")
     axes.set_title(title, parse_math=False)  # the name of a file may hold dollar signs
-    axes.set_xlabel("optimizer steps")
+    [axes, *below][-1].set_xlabel("optimizer steps")
     axes.set_ylabel(f"loss ({unit})")
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
         axes.legend()
     figure.savefig(path, dpi=120)
+
+
+def _points(log_history: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
+    return [(entry["step"], entry[key]) for entry in log_history if entry.get(key) is not None]
+
+
+def _draw(axes: Any, log_history: Sequence[Mapping[str, Any]], key: str) -> None:
+    """The measure `key` of the held-out rows, and that of the training."""
+    if train := _points(log_history, key.removeprefix("eval_")):
+        axes.plot(*zip(*train, strict=True), color="tab:blue", linewidth=1.2, marker=".", label="training")
+    if held_out := _points(log_history, key):
+        axes.plot(*zip(*held_out, strict=True), color="tab:orange", marker="o", markersize=4, label="held out")
 
 
 def held_out_prompts(texts: Sequence[str], count: int = 4, max_chars: int = 240) -> list[str]:
@@ -388,10 +407,3 @@ def write_samples(path: str | Path, samples: Sequence[tuple[str, str]]) -> None:
     for number, (prompt, completion) in enumerate(samples, 1):
         lines += [f"## {number}", "", "Prompt:", "", fenced(prompt), "", "Completion:", "", fenced(completion), ""]
     Path(path).write_text("\n".join(lines), encoding="utf-8")
-
-
-def fenced(text: str) -> str:
-    """`text` as a Markdown block, fenced by more backticks than it holds in a row."""
-    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return f"{fence}text\n{text}\n{fence}"

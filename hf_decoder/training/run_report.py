@@ -106,17 +106,25 @@ def write_outputs(
 
 
 def write_finetuning_outputs(
-    trainer: Trainer, train: dict[str, Any], evaluation: dict[str, Any], words: dict[str, Any], unit: str
+    trainer: Trainer,
+    train: dict[str, Any],
+    evaluation: dict[str, Any],
+    words: dict[str, Any],
+    drawing: dict[str, Any],
 ) -> None:
-    """Writes metrics, loss curve (in `unit`), confusion matrix and model card; prints the last lines."""
+    """Writes metrics, curves, confusion matrix and model card of a fine-tuning; prints the last lines.
+
+    `drawing` holds arguments of `plot_loss_curve`, `words` those of the card and what the run `change`d.
+    """
     folder = Path(str(trainer.args.output_dir))
     results = write_results(trainer, train, evaluation)
     title = f"{words['base']} on {words['dataset']}"
-    callbacks.plot_loss_curve(trainer.state.log_history, folder / "loss_curve.png", title=title, unit=unit)
+    callbacks.plot_loss_curve(trainer.state.log_history, folder / "loss_curve.png", title=title, **drawing)
     adapter = folder if (folder / ADAPTER_CONFIG).is_file() else None
     write_finetuning_card(folder, results, words, is_adapter=adapter is not None)
     lines = finetuned_load_lines(folder.as_posix(), words["task"], words["prompt"], adapter=adapter)
     print_closing(folder, results, "adapter" if adapter else "model", lines)
+    print(f"\n{words['change']}")
     if "confusion_matrix" in results:
         plot_confusion(results, folder / "confusion_matrix.png", title)
         if line := check_against_chance(results):
@@ -168,6 +176,10 @@ SHOWN = {
     "xz_bits_per_byte": "{:.3f} of xz -9e",
     "eval_accuracy": "accuracy {:.4f}",
     "eval_f1": "F1 {:.4f}",
+    "eval_reward": "reward {:.4f}",
+    "eval_kl": "KL {:.4f}",
+    "eval_completions/mean_length": "{:.1f} tokens a completion",
+    "eval_margin": "margin {:.3f}",
     "eval_rewards/margins": "reward margin {:.3f}",
     "eval_rewards/accuracies": "chosen answer ahead {:.4f}",
 }

@@ -23,13 +23,6 @@ from hf_decoder.training.checkpoint_formats import form_of
 from hf_decoder.tuning.rows import MOST_CHATS, TaskData, example_prompt
 
 HIGHEST_RATE = 5e-3  # of AdamW
-# what the loss of a task counts in
-LOSS_UNITS = {
-    "sft": "nats per token",
-    "classification": "cross-entropy, nats per row",
-    "preference": "DPO, nats per pair",
-}
-TASKS = ("sft", "classification", "preference")
 
 
 class ClassMetrics:
@@ -78,7 +71,7 @@ def train_template_tokens(peft_config: Any, rows: Sequence[Row], tokenizer: Any,
 def evaluate(trainer: Any, task: str) -> dict[str, Any]:
     """The measures on the held-out rows, under the names that pretraining gives them."""
     metrics = trainer.evaluate()
-    if task == "sft":
+    if task in ("sft", "distillation"):
         metrics["perplexity"] = perplexity(metrics["eval_loss"])
     elif task == "classification":
         metrics |= trainer.compute_metrics.report
@@ -167,17 +160,17 @@ def add_dropout(model: Any, probability: float) -> None:
         module.register_forward_hook(drop)
 
 
-def learning_rate(task: str, config: Any, *, new: bool, adapts: bool) -> float:
+def learning_rate(share: float, config: Any, *, new: bool, adapts: bool) -> float:
     """A peak learning rate for AdamW: what a model bears falls as it gets wider.
 
     5e-5 at a width of 768 is what BERT and GPT-2 are fine-tuned with, 1e-5 at 4096 what 7B models are. Below, where
     few have measured, it rises with the square of the width: 8e-4 at 192 is what the smallest preset takes best.
     LoRA takes ten times the rate of full fine-tuning (Schulman et al. 2025, "LoRA Without Regret"), a new model takes
-    four times, and the loss of preferences, whose optimum is flat, a tenth.
+    four times, and the loss of preferences, whose optimum is flat, a tenth: `share` is that of the task.
     """
     shrink = 768 / config.hidden_size
     rate = 5e-5 * (shrink**2 if shrink > 1 else shrink)
-    rate *= (10 if adapts else 1) * (4 if new else 1) * (0.1 if task == "preference" else 1)
+    rate *= (10 if adapts else 1) * (4 if new else 1) * share
     return min(float(f"{rate:.1g}"), HIGHEST_RATE)
 
 

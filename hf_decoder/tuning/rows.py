@@ -11,23 +11,27 @@ import hashlib
 import itertools
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hf_decoder.data.conversations import Rendering, is_learned, weighted_rows, without_weights
+from hf_decoder.data.conversations import Rendering, Unusable, is_learned, turns_fault, weighted_rows, without_weights
 from hf_decoder.data.label_names import label_map
 from hf_decoder.data.packing import IGNORE_INDEX
 from hf_decoder.data.records import (
+    COLUMNS,
+    MEDIA,
     TO_TEMPLATE,
     Row,
+    Selection,
     Skipped,
     check_alike,
     count_overlap,
     describe_unused,
     drop_unusable,
+    first_answer,
     read_lines,
     read_rows,
     select_columns,
@@ -35,11 +39,16 @@ from hf_decoder.data.records import (
 )
 from hf_decoder.evaluation.batch_generation import encode_prompt
 from hf_decoder.evaluation.classification import encode_texts
+from hf_decoder.training.callbacks import held_out_prompts
 from hf_decoder.training.run_report import example_of, line_of
+from hf_decoder.tuning.rewards import OF_TRL, REFERENCE
+from hf_decoder.tuning.tasks import TASKS
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+# task -> kind of rows in `records.KINDS`, where the two have different names
+KINDS_OF_ROWS = {"distillation": "sft", "reward": "preference"}
 MOST_CHATS = 100  # that are looked through for one that may stand as an example, or for special tokens
 
 
@@ -107,6 +116,7 @@ def load_task(
     completion_files: tuple[str | None, str | None] = (None, None),
     validation_fraction: float = 0.0,
     seed: int = 0,
+    needed: Collection[str] = (),
 ) -> TaskData:
     """Reads the rows of `task` and leaves out those that it cannot use.
 
@@ -114,6 +124,7 @@ def load_task(
         columns: role -> column, where the user named it (`records.select_columns`).
         completion_files: for sft, files of completions that run in parallel with the lines of the two files.
         validation_fraction: share of the training rows to hold out where there is no validation file.
+        needed: columns without which a row of prompts is of no use, because a reward reads them.
 
     Raises:
         ValueError: for files or columns that do not fit the task, or without one usable row.
@@ -125,13 +136,13 @@ def load_task(
     separators: list[str] = []
     for path, completions in zip(files, completion_files, strict=False):
         read = _with_completions(path, completions) if completions else read_rows(path)
-        rows = select_columns(read, task, columns, path)
+        rows = _select(read, task, columns, path, needed)
         unused[path] = rows.unused
         separators.append(rows.separator)
         selected, skipped[path] = drop_unusable(rows)
         if not selected:
             raise ValueError(f"{path} has no usable row: {skipped[path]}")
-        check_alike(rows, path, across_roles=task == "sft")
+        check_alike(rows, path, across_roles=KINDS_OF_ROWS.get(task, task) == "sft")
         parts.append(selected)
     train, validation = parts if len(parts) == 2 else _hold_out(parts[0], validation_fraction, seed)
     if (here := _roles(train)) != (there := _roles(validation or train)):
@@ -140,12 +151,41 @@ def load_task(
         raise ValueError(
             f"of {train_file} and {validation_file}, one holds text and the other messages; give two alike"
         )
+    if task == "kto":  # TRL takes these rows in order, and learns little from good and bad ones apart
+        random.Random(seed).shuffle(train)
     overlap = count_overlap(train, validation)
     return TaskData(train, validation, skipped, overlap, unused=unused, separator=separators[0])
 
 
+def _select(
+    read: Sequence[Row], task: str, columns: Mapping[str, str | None], path: str, needed: Collection[str]
+) -> Selection:
+    """`records.select_columns`; of prompts, with all other columns under `COLUMNS`, because a reward may read any."""
+    if not TASKS[task].samples:
+        return select_columns(read, KINDS_OF_ROWS.get(task, task), columns, path)
+    rows = select_columns(read, "rewarded", columns, path)
+    others = dict.fromkeys(column for row in read for column in row if column not in {*OF_TRL, *MEDIA})
+    for number, (whole, row) in enumerate(zip(read, rows, strict=True)):
+        beside = {column: whole.get(column) for column in others}
+        beside |= {REFERENCE: row[REFERENCE]} if REFERENCE in row else {}
+        prompt = row.get("prompt")
+        if "messages" in row:
+            prompt = turns = row["messages"]
+            if isinstance(turns, list) and not turns_fault("messages", turns):
+                beside[REFERENCE] = first_answer(turns)
+                prompt = list(itertools.takewhile(lambda turn: turn["role"] != "assistant", turns))
+        missing = [column for column in needed if beside.get(column) in (None, "", [])]
+        if any(row.get(role) for role in TO_TEMPLATE):
+            prompt = Unusable("its tools and template options are of no use in sampling")
+        elif missing:
+            prompt = Unusable(f"no {missing[0]!r}, which a reward reads")
+        rows[number] = {"prompt": prompt, COLUMNS: beside}
+    rows.unused = {}
+    return rows
+
+
 def _roles(rows: Sequence[Row]) -> tuple[str, ...]:
-    return tuple(role for role in rows[0] if role not in TO_TEMPLATE)
+    return tuple(role for role in rows[0] if role not in (*TO_TEMPLATE, COLUMNS))
 
 
 def _with_completions(path: str, completion_file: str) -> list[Row]:
@@ -231,17 +271,26 @@ def text_rows(rows: Sequence[Row], prompt_template: str | None = None, separator
     filled = [_fill(row, prompt_template, separator) for row in rows]
     # As JSON, turns keep their own keys: a table gives each the keys of all, without a value.
     kinds = {role: List(Json()) if isinstance(value, list) else Value("string") for role, value in filled[0].items()}
-    kinds |= {"tools": Value("string"), "chat_template_kwargs": Json()}
-    return Dataset.from_list(filled, Features({role: kinds[role] for role in filled[0]}))
+    kinds |= {"tools": Value("string"), "chat_template_kwargs": Json(), "label": Value("bool")}
+    features = {role: kinds[role] for role in filled[0]}
+    for row, whole in zip(filled, rows, strict=True):
+        beside = {column: value for column, value in whole.get(COLUMNS, {}).items() if column not in features}
+        # text in a column of JSON is taken for JSON
+        row |= {column: json.dumps(value) if isinstance(value, str) else value for column, value in beside.items()}
+    return Dataset.from_list(filled, Features({role: features.get(role, Json()) for role in filled[0]}))
 
 
 def _fill(row: Row, prompt_template: str | None, separator: str = "") -> Row:
+    row = {role: value for role, value in row.items() if role != COLUMNS}
     prompt = row.get("prompt")
     if isinstance(prompt, str):
         if prompt_template is None:
             return separate(row, separator)
         return {**row, "prompt": prompt_template.replace("{prompt}", prompt)}
-    row = {role: without_weights(value) if isinstance(value, list) else value for role, value in row.items()}
+    row = {
+        role: without_weights(value) if isinstance(value, list) and role not in TO_TEMPLATE else value
+        for role, value in row.items()
+    }
     if row.get("tools") is not None:
         row["tools"] = json.dumps(row["tools"])  # which TRL reads
     if "chat_template_kwargs" in row:
@@ -275,7 +324,8 @@ def skip_masked(trainer: Any, data: TaskData, prompt_template: str | None = None
                 f"--max_length or the model's context cuts a row off after {args.max_length:,}"
             )
         if lost:
-            reason = f"the prompt fills the {args.max_length:,} tokens of --max_length or of the model's context"
+            what = "an answer is longer than" if _is_whole(prepared) else "the prompt fills"
+            reason = f"{what} the {args.max_length:,} tokens of --max_length or of the model's context"
             data.skipped[path].reasons[reason] += lost
             lines.append(f"{name}: {lost:,} of {len(rows):,} rows skipped: {reason}")
         if rows and (cut := _count_full(prepared, args, packed)):
@@ -287,10 +337,18 @@ def skip_masked(trainer: Any, data: TaskData, prompt_template: str | None = None
     return lines
 
 
+def _is_whole(prepared: Dataset) -> bool:
+    """Whether rows hold answers together with their prompts, and are never cut, as those of a reward model."""
+    return "chosen_ids" in prepared.column_names and "prompt_ids" not in prepared.column_names
+
+
 def _count_full(prepared: Dataset, args: Any, packed: bool) -> int:
     """How many rows reach `max_length`, where what lies behind is cut off."""
-    if "input_ids" not in prepared.column_names:
-        longest = (max(len(row["chosen_ids"]), len(row["rejected_ids"])) + len(row["prompt_ids"]) for row in prepared)
+    answers = [name for name in ("chosen_ids", "rejected_ids", "completion_ids") if name in prepared.column_names]
+    if _is_whole(prepared):
+        return 0
+    if answers:
+        longest = (len(row["prompt_ids"]) + max(len(row[name]) for name in answers) for row in prepared)
     elif not packed:
         longest = (len(ids) for ids in prepared["input_ids"])
     elif args.packing_strategy == "bfd":
@@ -321,6 +379,30 @@ def _prompt_length(row: Row, tokenizer: Any) -> int:
     return len(encode_prompt(tokenizer, row["messages"][:answer]))
 
 
+def skip_long_prompts(data: TaskData, tokenizer: Any, prompt_template: str | None, most: int) -> list[str]:
+    """Leaves out the rows whose prompt has more than `most` tokens, and returns a line about those of each file.
+
+    Raises:
+        ValueError: if a file has no other rows.
+    """
+    lines = []
+    paths = (next(iter(data.skipped)), next(reversed(data.skipped)))
+    for path, part in zip(paths, ("train", "validation"), strict=True):
+        rows = getattr(data, part)
+        lengths = [
+            len(encode_prompt(tokenizer, _fill(row, prompt_template, data.separator)["prompt"])) for row in rows
+        ]
+        kept = [row for row, length in zip(rows, lengths, strict=True) if length <= most]
+        reason = f"the prompt has more than the {most:,} tokens that --max_completion_length leaves of the context"
+        if rows and not kept:
+            raise ValueError(f"{path} has no usable row: {reason}; the shortest has {min(lengths):,}")
+        if lost := len(rows) - len(kept):
+            data.skipped[path].reasons[reason] += lost
+            lines.append(f"{path}: {lost:,} of {len(rows):,} rows skipped: {reason}")
+        setattr(data, part, kept)
+    return lines
+
+
 def class_rows(rows: Sequence[Row], tokenizer: Any, label2id: Mapping[str, int], max_length: int | None) -> Dataset:
     """Rows for a classifier: `input_ids` of the text and `labels`, the class id.
 
@@ -342,14 +424,18 @@ def is_conversational(rows: Sequence[Row]) -> bool:
 
 def example_prompt(data: TaskData, prompt_template: str | None = None) -> Any:
     """A prompt of the user's own rows, text or messages, short enough to stand in a line of code."""
-    rows = (data.validation or data.train)[:MOST_CHATS]
-    prompts: list[Any]
+    if data.roles == ("text",):
+        return example_of([line_of([row["text"]]) for row in (data.validation or data.train)[:MOST_CHATS]])
+    return example_of(prompts_of(data, prompt_template))
+
+
+def prompts_of(data: TaskData, prompt_template: str | None = None, most: int = MOST_CHATS) -> list[Any]:
+    """The prompts of the first `most` held-out rows, or training rows where none is held out: text or messages."""
+    rows = (data.validation or data.train)[:most]
     if "messages" in data.roles:
-        prompts = [
-            list(itertools.takewhile(lambda turn: turn["role"] != "assistant", row["messages"])) for row in rows
-        ]
-    elif "prompt" in data.roles:
-        prompts = [_fill(row, prompt_template, data.separator)["prompt"] for row in rows]
-    else:
-        prompts = [row["text"] if "label" in data.roles else line_of([row["text"]]) for row in rows]
-    return example_of(prompts)
+        return [list(itertools.takewhile(lambda turn: turn["role"] != "assistant", row["messages"])) for row in rows]
+    if "prompt" in data.roles:
+        return [_fill(row, prompt_template, data.separator)["prompt"] for row in rows]
+    if data.roles == ("text",):
+        return held_out_prompts([row["text"] for row in rows], count=most)
+    return [row.get("text") or row["chosen"] for row in rows]

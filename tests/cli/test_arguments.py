@@ -418,15 +418,13 @@ def test_what_presets_count_without_torch_is_what_the_model_has(name):
 
 def test_choices_of_flags_are_those_of_the_library():
     """They are written twice, because the library imports torch."""
-    from hf_decoder.cli.flags import benchmark, convert, finetune, plan, tokenizer
+    from hf_decoder.cli.flags import benchmark, convert, plan, tokenizer
     from hf_decoder.data import tokenization
     from hf_decoder.evaluation import benchmarking
     from hf_decoder.interop import gguf_write
     from hf_decoder.training import planning
-    from hf_decoder.tuning import finetuning
 
     assert tokenizer.TOKENIZER_TYPES == tokenization.TOKENIZER_TYPES
     assert convert.OUTTYPES == gguf_write.OUTTYPES
     assert tuple(benchmarking.SUITES) == benchmark.SUITES
-    assert finetune.TASKS == finetuning.TASKS
     assert ("auto", *planning.STRATEGIES) == plan.STRATEGIES

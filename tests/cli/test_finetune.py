@@ -66,7 +66,8 @@ def build(folder, tmp_path, rows, *flags, task="sft"):
     task_args, model_args, args = parse_arguments("finetune", types, argv, "")
     args.max_length = 128
     data = load_task(task, train, None, {})
-    return finetune._trainer(task_args, model_args, args, data, AutoTokenizer.from_pretrained(folder))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return finetune._job_of(task_args, model_args, args, data, tokenizer, config=None).trainer()
 
 
 def learned(trainer) -> list[list[int]]:
@@ -785,21 +786,19 @@ TOOL_CHAT = [
     {"role": "tool", "tool_call_id": "1", "content": "21"},
     {"role": "assistant", "content": "21 degrees"},
 ]
-# A template that holds tools and their calls.
-TOOL_TEMPLATE = (
-    "{% if tools %}{{ tools[0].function.name }}\n{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n"
-    "{% if m.role == 'assistant' %}{% generation %}{{ m.content or '' }}{% for call in m.tool_calls or [] %}"
-    "{{ call.function.name }}{{ call.function.arguments | tojson }}{% endfor %}<|im_end|>{% endgeneration %}"
-    "{% else %}{{ m.content }}<|im_end|>{% endif %}\n{% endfor %}"
+# A template that holds neither tools nor their calls.
+PLAIN_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}"
+    "{{ m.content or '' }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 
 @pytest.fixture
-def with_tools(model_copy):
-    """A model whose chat template holds tools."""
+def without_tools(model_copy):
+    """A model whose chat template holds no tools."""
     tokenizer = AutoTokenizer.from_pretrained(model_copy)
-    tokenizer.chat_template = TOOL_TEMPLATE
+    tokenizer.chat_template = PLAIN_TEMPLATE
     tokenizer.save_pretrained(model_copy)
     return model_copy
 
@@ -814,24 +813,25 @@ def said(folder, trainer) -> list[str]:
     ]
 
 
-def test_tools_and_their_calls_are_trained_where_the_template_holds_them(with_tools, tmp_path):
+def test_tools_and_their_calls_are_trained(run, tmp_path):
     other = {**CALL, "function": {"name": "clock", "arguments": {"zone": "CET"}}}
     rows = [{"messages": TOOL_CHAT, "tools": TOOLS}] * 2
     rows += [{"messages": [TOOL_CHAT[0], {**TOOL_CHAT[1], "tool_calls": [other]}], "tools": json.dumps(TOOLS)}]
-    trainer = build(with_tools, tmp_path, rows)
-    texts = said(with_tools, trainer)
-    assert texts[0] == 'warm{"in": "Rome"}<|im_end|>21 degrees<|im_end|>'
-    assert texts[2] == 'clock{"zone": "CET"}<|im_end|>'
-    tokenizer = AutoTokenizer.from_pretrained(with_tools)
+    trainer = build(run.folder, tmp_path, rows)
+    texts = said(run.folder, trainer)
+    call = '<tool_call>\n{"name": "warm", "arguments": {"in": "Rome"}}\n</tool_call><|im_end|>'
+    assert texts[0] == f"{call}21 degrees<|im_end|>"
+    assert texts[2] == '<tool_call>\n{"name": "clock", "arguments": {"zone": "CET"}}\n</tool_call><|im_end|>'
+    tokenizer = AutoTokenizer.from_pretrained(run.folder)
     for row in trainer.train_dataset:
-        assert tokenizer.decode(row["input_ids"]).startswith("warm\n<|im_start|>user\nRome?")
+        assert '"name": "warm"' in tokenizer.decode(row["input_ids"]).partition("<|im_start|>user\nRome?")[0]
 
 
 @pytest.mark.process
-def test_tools_that_the_template_does_not_hold_are_counted(fails, run, with_tools, tmp_path, capsys):
+def test_tools_that_the_template_does_not_hold_are_counted(fails, without_tools, tmp_path, capsys):
     plain = [{"messages": [USER_TURN, {"role": "assistant", "content": "the dog", "mood": "mild"}]}] * 6
     rows = [*plain, {"messages": TOOL_CHAT}, {"messages": plain[0]["messages"], "tools": TOOLS}]
-    out = run_task(run.folder, tmp_path, rows, "--validation_split_percentage", "0")
+    out = run_task(without_tools, tmp_path, rows, "--validation_split_percentage", "0")
     printed = capsys.readouterr().out
     assert "1 of 8 rows skipped: the chat template does not hold tool calls" in printed
     assert "1 of 8 rows skipped: the chat template does not hold tools" in printed
@@ -839,12 +839,12 @@ def test_tools_that_the_template_does_not_hold_are_counted(fails, run, with_tool
     results = json.loads((out / "all_results.json").read_text())
     assert (results["train_rows"], results["skipped_rows"]) == (6, 2)
     argv = ["--train_file", write(tmp_path / "tools.jsonl", rows[6:]), "--output_dir", str(tmp_path / "new"), *QUICK]
-    assert "tools.jsonl has no usable row: " in fails("finetune", str(run.folder), *argv)
+    assert "tools.jsonl has no usable row: " in fails("finetune", str(without_tools), *argv)
     # a template of a stranger may refuse what it does not know
-    tokenizer = AutoTokenizer.from_pretrained(with_tools)
+    tokenizer = AutoTokenizer.from_pretrained(without_tools)
     tokenizer.chat_template = "{{ raise_exception('only two turns') }}"
-    tokenizer.save_pretrained(with_tools)
-    assert "the chat template cannot be rendered: only two turns" in fails("finetune", str(with_tools), *argv)
+    tokenizer.save_pretrained(without_tools)
+    assert "the chat template cannot be rendered: only two turns" in fails("finetune", str(without_tools), *argv)
 
 
 USER_TURN = {"role": "user", "content": "the cat"}

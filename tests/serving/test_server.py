@@ -286,7 +286,6 @@ REFUSED = [
     ("chat", {"logit_bias": {"9999": 1}}, "logit_bias: 9999 is not a token"),
     ("chat", {"response_format": {"type": "json_object"}}, "response_format"),
     ("chat", {"tool_choice": "required"}, "tool_choice"),
-    ("chat", {"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools: the model"),
     ("chat", {"reasoning_effort": "low"}, "reasoning_effort"),
     ("chat", {"stream_options": {"include_usage": True}}, "only with stream"),
     ("chat", {"extra_body": {"top_k": 5}}, "top_k: unknown to this server"),

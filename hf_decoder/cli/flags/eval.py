@@ -7,14 +7,16 @@ from dataclasses import dataclass
 from hf_decoder.cli.flags import CAUSAL_MODEL, Answers, Loading, flag, needed
 
 TEXT_METRICS = ("perplexity", "bits_per_byte")
-ANSWER_METRICS = ("bleu", "chrf", "exact_match")
+ANSWER_METRICS = ("bleu", "chrf", "exact_match", "stop_rate", "python_parses")
 LABEL_METRICS = ("accuracy", "f1")
 METRICS = (*TEXT_METRICS, *ANSWER_METRICS, *LABEL_METRICS)
 DEFAULT_BLOCK_SIZE = 1024
 DESCRIPTION = (
     "Measures a model. perplexity and bits_per_byte score --validation_file; bleu, chrf and exact_match compare what "
     "the model writes after each prompt of --test_file with the reference; accuracy and f1 choose among the labels of "
-    "--test_file the one the model finds likeliest, or ask the classification head of a classifier."
+    "--test_file the one the model finds likeliest, or ask the classification head of a classifier. stop_rate is the "
+    "share of answers that the model ends by itself, python_parses of those that parse. --tasks runs the tasks of "
+    "lm-evaluation-harness."
 )
 
 
@@ -43,7 +45,9 @@ class EvalArguments(Columns, Writing, Loading):
     """Which model, which measures, and on what."""
 
     model_name_or_path: str = needed(f"{CAUSAL_MODEL} or sequence classifier.", positional=True, metavar="MODEL")
-    metrics: list[str] = flag(list(TEXT_METRICS), "What to measure.", choices=METRICS)
+    metrics: list[str] | None = flag(
+        None, f"What to measure; if unset, {' and '.join(TEXT_METRICS)}, or the --tasks alone.", choices=METRICS
+    )
     validation_file: str | None = flag(None, "Held-out text: .txt, .jsonl, .parquet, or a folder.")
     encoding: str | None = flag(None, "Encoding of the text files that are not UTF-8, for example cp1252.")
     test_file: str | None = flag(
@@ -68,6 +72,16 @@ class EvalArguments(Columns, Writing, Loading):
     )
     batch_size: int = flag(8, "Rows that run together; no measure depends on it.")
     max_eval_samples: int | None = flag(None, "Only the first rows of --test_file.")
+    tasks: list[str] | None = flag(
+        None, "Tasks of lm-evaluation-harness (a,b or a b), or small: a set for models of 10M to 500M parameters."
+    )
+    include_path: str | None = flag(None, "Folder with tasks of one's own, as .yaml.")
+    limit: float | None = flag(None, "Only the first rows of each task; below 1, this share of them.")
+    num_fewshot: int | None = flag(None, "Solved rows before each row of a task; if unset, as the task says.")
+    apply_chat_template: bool = flag(False, "Put the rows of the tasks into the chat template.", rare=True)
+    random_baseline: bool | None = flag(
+        None, "Measure the tasks with random weights, too; if unset, for a named set of tasks.", rare=True
+    )
     adapter_name_or_path: str | None = flag(None, "PEFT adapter to put on the model.")
     output_dir: str = flag("runs/eval", "Folder for results, picture and predictions.")
     update_card: bool = flag(False, "Write the results into the model-index of README.md in the model's folder.")

@@ -6,13 +6,15 @@ from dataclasses import dataclass
 
 from hf_decoder.cli import MUON_ADAMW
 from hf_decoder.cli.flags import flag, needed
+from hf_decoder.tuning.tasks import TASKS
 
-TASKS = ("sft", "classification", "preference")
 OUTPUT_DIR = "runs/finetune"
 DESCRIPTION = (
     "Fine-tunes a model with TRL and PEFT. --task sft: rows of text, of prompt and completion (the loss is on the "
-    "completion), or of messages (on the assistant's turns). classification: text and label. preference: prompt, "
-    "chosen and rejected, by DPO. The flags of TRL's ModelConfig and of SFTConfig, TrainingArguments or DPOConfig go."
+    "completion), or of messages (on the assistant's turns). preference: prompt, chosen and rejected, by DPO. kto: "
+    "prompt, completion and label. reward: a reward model, from rows of preference. grpo and rloo: prompts, and "
+    "--reward_funcs of what the model writes. distillation: rows of sft, and a --teacher. classification: text and "
+    "label. The flags of TRL's ModelConfig and of the task's own config (SFTConfig, DPOConfig, GRPOConfig, ...) go."
 )
 
 
@@ -20,7 +22,7 @@ DESCRIPTION = (
 class TaskArguments:
     """What is learned, and from which rows."""
 
-    task: str = flag("sft", "What is learned.", choices=TASKS)
+    task: str = flag("sft", "What is learned.", choices=tuple(TASKS))
     train_file: str = needed("Rows to learn from: .jsonl, .json, .csv, .tsv, .parquet; or text, a row a line.")
     validation_file: str | None = flag(None, "Rows to measure on, of the same kind.")
     train_completion_file: str | None = flag(
@@ -35,9 +37,18 @@ class TaskArguments:
     label_column: str | None = flag(None, "The column that holds the label.", rare=True)
     chosen_column: str | None = flag(None, "The column that holds the better answer.", rare=True)
     rejected_column: str | None = flag(None, "The column that holds the worse answer.", rare=True)
+    reference_column: str | None = flag(None, "The column that holds what exact_match compares with.", rare=True)
     class_names: list[str] | None = flag(
         None, "The classes, in the order of their ids; those of the rows if unset.", rare=True
     )
+    reward_funcs: list[str] | None = flag(
+        None,
+        "What grpo and rloo reward: python_parses, exact_match, regex:PATTERN, length:TOKENS, reward_model:FOLDER, "
+        "package.module:function; --reward_weights weighs them.",
+    )
+    reward_timeout: float = flag(60.0, "Seconds that a call of a reward may take.", rare=True)
+    teacher: str | None = flag(None, "The model that distillation learns from, of the same tokenizer.")
+    alpha: float = flag(0.5, "Share of the teacher in the loss of distillation; the rest is the text's.", rare=True)
     preset: str | None = flag(None, "Train a new model of this shape, from random weights, in place of a model.")
     config_overrides: str | None = flag(
         None, "Changes to the preset's config: hidden_size=256,num_hidden_layers=4,...", rare=True

@@ -1,0 +1,1 @@
+"""Everything from raw text to an assistant in one run: rows, stages one after another, and their records."""
