@@ -58,8 +58,8 @@ def main(args: EvalArguments) -> int:
         print(line)
     matrix = ", confusion_matrix.png" if "confusion_matrix" in results else ""
     print(f"{args.output_dir} holds eval_results.json{matrix} and eval_results.png")
-    if matrix and (line := check_against_chance(results)):
-        print(line)
+    if matrix and (warning := check_against_chance(results)):
+        print(warning)
     return 0
 
 
@@ -259,7 +259,8 @@ def _measure_answers(
     answers = [text.strip() for text, _ in completed]
     for prompt, answer, options, (_, ended) in zip(prompts, answers, references, completed, strict=True):
         predictions.append({"prompt": prompt, "prediction": answer, "references": options, "ended": ended})
-    wanted, results = args.metrics or (), {"answers": len(rows)}
+    wanted = args.metrics or ()
+    results: dict[str, Any] = {"answers": len(rows)}
     for name, scorer in scorers.items():
         results[name] = metrics.corpus_score(scorer, answers, references)
         results[f"{name}_signature"] = scorer.get_signature().format()

@@ -291,9 +291,17 @@ def _fit_completions(args: Any, data: Any, tokenizer: Any, template: str | None,
 
 
 def _job_of(task_args: Any, model_args: Any, args: Any, data: Any, tokenizer: Any, **more: Any) -> Job:
-    loaders = {"load_model": load_model, "load_classifier": load_classifier, "load_tokenizer": load_tokenizer}
-    flags = {"task_args": task_args, "model_args": model_args, "args": args}
-    return Job(**flags, data=data, tokenizer=tokenizer, **loaders, **more)
+    return Job(
+        task_args=task_args,
+        model_args=model_args,
+        args=args,
+        data=data,
+        tokenizer=tokenizer,
+        load_model=load_model,
+        load_classifier=load_classifier,
+        load_tokenizer=load_tokenizer,
+        **more,
+    )
 
 
 def _settle(job: Job, checkpoint: str | None) -> None:

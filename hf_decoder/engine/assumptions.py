@@ -79,7 +79,9 @@ def structure_of(decoder: Any) -> Structure | None:
     if torch.nn.modules.module._has_any_global_hook():
         return None
     # Every call asks for every layer. The dictionaries of a module take a fifth of the time of its attributes.
-    modules, norms, inputs_of_attention, inputs_of_mlp, activations = [], [decoder.norm], [], [], []
+    inputs_of_attention: list[Any] = []
+    inputs_of_mlp: list[Any] = []
+    modules, norms, activations = [], [decoder.norm], []
     for layer in decoder.layers[: decoder.config.num_hidden_layers]:
         if not is_as_written(type(layer)):  # before its parts are asked for
             return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -143,7 +143,7 @@ def add_task_results(folder: str | Path, tasks: Mapping[str, Mapping[str, float]
     return _add_results(folder, new)
 
 
-def _add_results(folder: str | Path, new: Sequence[EvalResult]) -> ModelCard:
+def _add_results(folder: str | Path, new: list[EvalResult]) -> ModelCard:
     folder = Path(folder)
     path = folder / "README.md"
     name = folder.resolve().name

@@ -131,8 +131,8 @@ def _tests(runs: Sequence[Run]) -> Table:
 
 
 def _measure(test: str, name: str, stage: StageRun, before: StageRun | None) -> str:
-    value = stage.tests.get(test, {}).get(name)
-    earlier = before.tests.get(test, {}).get(name) if before else None
+    value: Any = stage.tests.get(test, {}).get(name)
+    earlier: Any = before.tests.get(test, {}).get(name) if before else None
     if not is_number(value):
         return "-"
     scale, form = (1, "{:.3g}") if name in WHOLE else (100, "{:.1f}%")
@@ -283,7 +283,10 @@ def draw_curves(runs: Sequence[Run], path: str | Path) -> None:
 
 def _draw(axes: Any, stage: StageRun, kind: str, colour: int | None, label: str) -> None:
     """The curve in training, and that on held-out rows with points."""
-    shown = {kind: ("training", "C0", {"linewidth": 1.1}), f"eval_{kind}": ("held out", "C1", {"marker": "o"})}
+    shown: dict[str, tuple[str, str, dict[str, Any]]] = {
+        kind: ("training", "C0", {"linewidth": 1.1}),
+        f"eval_{kind}": ("held out", "C1", {"marker": "o"}),
+    }
     for key, (name, own, style) in shown.items():
         points = [
             (entry["step"], entry[key])

@@ -98,7 +98,9 @@ def read_run(folder: str | Path) -> Run:
 
 def _read_stage(name: str, folder: Path) -> StageRun:
     history = _object(_read(folder / "trainer_state.json")).get("log_history")
-    entries = [entry for entry in history if isinstance(entry, dict)] if isinstance(history, list) else []
+    entries: list[Mapping[str, Any]] = (
+        [entry for entry in history if isinstance(entry, dict)] if isinstance(history, list) else []
+    )
     return StageRun(name, folder, _object(_read(folder / "all_results.json")), entries)
 
 
@@ -142,7 +144,7 @@ def _shape(path: Path) -> Shape | None:
     except ValueError:
         return None
     heads = config.get("num_attention_heads")
-    values = {name: config.get(name) for name in Shape.__dataclass_fields__}
+    values: dict[str, Any] = {name: config.get(name) for name in Shape.__dataclass_fields__}
     if not values["head_dim"] and isinstance(heads, int) and heads > 0:
         values["head_dim"] = (config.get("hidden_size") or 0) // heads
     sizes = [value for name, value in values.items() if name != "tie_word_embeddings"]

@@ -84,7 +84,7 @@ def find_reward(name: str) -> Reward:
     """
     kind, _, setting = name.partition(":")
     if name in ("python_parses", "exact_match"):
-        return {"python_parses": python_parses, "exact_match": exact_match}[name]
+        return python_parses if name == "python_parses" else exact_match
     if kind == "length":
         if not setting.isdecimal() or not int(setting):
             raise ValueError(f"reward {name!r} needs a number of tokens: length:64")

@@ -68,7 +68,8 @@ class Rewards:
 
     def load(self, load_classifier: Any, load_tokenizer: Any) -> dict[str, list[Any]]:
         """Arguments of TRL's trainers: functions and models, and a tokenizer for each model."""
-        functions, tokenizers = [], []
+        functions: list[Any] = []
+        tokenizers: list[Any] = []
         for name in self.names:
             if name in self._found:
                 functions.append(guarded(name, self._found[name], self.seconds))

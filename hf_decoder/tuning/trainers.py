@@ -87,7 +87,7 @@ def _trl_trainer(job: Job) -> Any:
             **kwargs, **job.rewards.load(job.load_classifier, job.load_tokenizer)
         )
     if job.task.trainer == "RewardTrainer":
-        callbacks = [KeepLabelNames(REWARD_NAMES)] if peft_config is not None else None
+        callbacks: list[Any] | None = [KeepLabelNames(REWARD_NAMES)] if peft_config is not None else None
         return trl.RewardTrainer(**kwargs, callbacks=callbacks, optimizer_cls_and_kwargs=_optimizer(args))
     if job.task.trainer != "SFTTrainer":
         return getattr(trl, job.task.trainer)(**kwargs)
@@ -96,7 +96,7 @@ def _trl_trainer(job: Job) -> Any:
         args.packing = is_text
     if args.packing_strategy is None:
         args.packing_strategy = "bfd_split" if is_text else "bfd"
-    kind = finetuning.sft_trainer()
+    kind: Callable[..., Any] = finetuning.sft_trainer()
     if job.task_args.task == "distillation":
         kind = functools.partial(distillation_trainer(kind), teacher=_teacher(job), alpha=job.task_args.alpha)
     return kind(**kwargs, optimizer_cls_and_kwargs=_optimizer(args))

@@ -44,7 +44,8 @@ def chosen_masks(
     if not inputs_embeds.is_cpu or (attention_mask is not None and not bool(attention_mask.all())):
         return {}
     has_documents = document_positions is not None and bool((document_positions.diff(dim=-1) != 1).any())
-    dtype, masks = product_dtype(inputs_embeds), {}
+    dtype = product_dtype(inputs_embeds)
+    masks: dict[str, LayerMask] = {}
     for kind, window in windows.items():
         window = None if window is None or window >= length else window
         rows = "packed" if has_documents else "whole" if window is None else "windowed"
@@ -61,7 +62,7 @@ def chosen_masks(
 
 def masks_in_graph(config: Any, inputs_embeds: torch.Tensor, windows: dict[str, int | None]) -> dict[str, LayerMask]:
     """The same for a compiled graph of rows of one document each, by what is known before it is traced."""
-    masks = {}
+    masks: dict[str, LayerMask] = {}
     for kind, window in windows.items():
         rows = "whole" if window is None else "windowed"
         way = _known_way(_sizes(config), rows, product_dtype(inputs_embeds), window)
@@ -143,7 +144,8 @@ def _run(way: str, module: Any, heads: list[torch.Tensor], grad: torch.Tensor | 
     if isinstance(mask, LayerMask):
         output = mask.attend(sdpa_attention_forward, module, *heads, **inputs)[0]
     else:
-        output = sdpa_attention_forward(module, *heads, mask, **inputs)[0]
+        query, key, value = heads
+        output = sdpa_attention_forward(module, query, key, value, mask, **inputs)[0]
     return output if grad is None else (output, *torch.autograd.grad(output, heads, grad))
 
 

@@ -144,7 +144,7 @@ def _prompt_by_torch(layer: Any, cpp: CppStep, ids: torch.Tensor) -> torch.Tenso
         return layer.prompt_logits(decoder, ids, None, None, None, 1)
 
 
-def _prompt_in_cpp(layer: Any, cpp: CppStep, ids: torch.Tensor) -> torch.Tensor:
+def _prompt_in_cpp(layer: Any, cpp: CppStep, ids: torch.Tensor) -> torch.Tensor | None:
     with torch.no_grad():
         buffers = Buffers.empty(1, 1, layer.groups, ids.shape[1], layer.head_dim, layer.embedding.dtype)
         return cpp.prompt(ids, buffers, None, None)

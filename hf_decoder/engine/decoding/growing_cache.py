@@ -92,7 +92,7 @@ class GrowingCache:
 
         Once the token is there, `extend` says so to the cache.
         """
-        layers = cache.layers if type(cache) is DynamicCache and not cache.offloading else []
+        layers: list[Any] = cache.layers if type(cache) is DynamicCache and not cache.offloading else []
         if not layers or not all(type(layer) is DynamicLayer and layer.is_initialized for layer in layers):
             return None
         found = self._buffers

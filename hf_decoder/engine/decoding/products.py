@@ -3,7 +3,7 @@
 Shapes: M outputs, N inputs.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -92,7 +92,7 @@ def _row_by_torch(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 HALF_ROW = {"torch": _row_by_torch, "without oneDNN": _row_without_onednn}
 ROW = {"torch": _row_by_torch, "in parts": _row_in_parts}
-FEW_ROWS = {"torch": linear, "turned": _rows_turned}
+FEW_ROWS: dict[str, Callable] = {"torch": linear, "turned": _rows_turned}
 
 
 def _row_inputs(
