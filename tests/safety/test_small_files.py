@@ -160,13 +160,13 @@ def test_a_template_has_its_limits(copy, capsys, little_memory, monkeypatch, tem
 
 def test_the_limits_leave_others_their_own(monkeypatch):
     """An earlier timer and memory limit are restored."""
-    handler, limits = signal.getsignal(signal.SIGALRM), resource.getrlimit(resource.RLIMIT_AS)
+    handler, memory = signal.getsignal(signal.SIGALRM), resource.getrlimit(resource.RLIMIT_AS)
     before = signal.getitimer(signal.ITIMER_REAL)
     monkeypatch.setattr(limits, "SECONDS", 0.1)
     with pytest.raises(ValueError, match="it takes more than"), limits.bounded("it"):
         while True:
             pass
-    assert signal.getsignal(signal.SIGALRM) is handler and resource.getrlimit(resource.RLIMIT_AS) == limits
+    assert signal.getsignal(signal.SIGALRM) is handler and resource.getrlimit(resource.RLIMIT_AS) == memory
     assert (signal.getitimer(signal.ITIMER_REAL)[0] > 0) == (before[0] > 0)
 
 
