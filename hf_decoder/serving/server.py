@@ -59,6 +59,7 @@ class Generation:
         self._manager, self._asked, self._body = manager, asked, body
         self.choice = 0  # of `n`
         self.finish: str | None = None  # "stop" or "length", once known
+        self.text = ""
         self.logprobs: dict[str, Any] | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -102,7 +103,7 @@ class Generation:
         return inputs
 
     @property
-    def _stops(self) -> list[str]:
+    def stops(self) -> list[str]:
         return self._asked.stops if self._asked is not None else []
 
     def _seeded(self, function: Callable[[], Any]) -> Any:
@@ -130,7 +131,7 @@ class Generation:
         length = inputs["input_ids"].shape[-1]
         ids = output.sequences[0, length:]
         whole = processor.decode(ids, skip_special_tokens=True)
-        text = cut_stop(whole, self._stops)
+        self.text = text = cut_stop(whole, self.stops)
         ended = len(text) < len(whole) or _is_end(ids[-1], gen_config)
         self.finish = "stop" if ended else "length"
         if count is not None:
@@ -165,9 +166,9 @@ class Generation:
                 if done:
                     continue
                 held += item
-                text = cut_stop(held, self._stops)
+                text = cut_stop(held, self.stops)
                 done = len(text) < len(held)
-                wait = 0 if done else _start_of_stop(text, self._stops)
+                wait = 0 if done else _start_of_stop(text, self.stops)
                 text, held = text[: len(text) - wait], text[len(text) - wait :]
                 if text:
                     cut.put_nowait(text)
@@ -342,6 +343,11 @@ def _merge(answers: list[tuple[dict[str, Any], Generation]]) -> dict[str, Any]:
         choice["index"] = index
         if choice["finish_reason"] != "tool_calls" and generation.finish:
             choice["finish_reason"] = generation.finish
+        message = choice.get("message") or {}
+        if not message.get("tool_calls") and not message.get("reasoning_content"):
+            message["content"] = generation.text  # transformers reads its own from ids, stop strings included
+        elif message.get("content"):
+            message["content"] = cut_stop(message["content"], generation.stops)
         if generation.logprobs is not None:
             choice["logprobs"] = generation.logprobs
         choices.append(choice)

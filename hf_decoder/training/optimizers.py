@@ -72,7 +72,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 def newton_schulz_dtype(device: torch.device) -> torch.dtype:
     """bf16, which is precise enough here; fp32 on a CPU that multiplies bf16 slowly."""
     # not `fast_dtype`, which measures: all processes that share a model must agree
-    is_slow = device.type == "cpu" and not FAST_HALF_PRECISION[NEWTON_SCHULZ_DTYPE]
+    is_slow = device.type == "cpu" and not FAST_HALF_PRECISION.get(NEWTON_SCHULZ_DTYPE, True)
     return torch.float32 if is_slow else NEWTON_SCHULZ_DTYPE
 
 

@@ -225,7 +225,7 @@ def test_answers_about_a_function_are_what_python_says_of_it():
     for row in rows["questions"]:
         asked, answer = row["prompt"][0]["content"], row["completion"][0]["content"]
         name = asked.rpartition("def ")[2].partition("(")[0]
-        if name not in functions or not inspect.isfunction(functions[name]):
+        if name not in functions or name.startswith("_") or not inspect.isfunction(functions[name]):
             continue
         parameters = inspect.signature(functions[name]).parameters
         if asked.startswith("Which arguments"):
@@ -300,7 +300,7 @@ def test_a_report_shows_the_figures_of_two_runs_side_by_side(tmp_path, capsys):
 
 def test_a_report_shows_what_strangers_wrote_as_text(tmp_path):
     evil = "<script>alert(1)</script><img src=x onerror=y> | `a` \x1b[31m \u202e ![x](http://evil)\n# no heading"
-    folder = made_run(tmp_path / "run <b>$x$</b> |", 4.0, evil)
+    folder = made_run(tmp_path / "run <b>$x$ |", 4.0, evil)
     assert main(["report", str(folder), "--output_dir", str(tmp_path / "out")]) == 0
     page = (tmp_path / "out/report.html").read_text(encoding="utf-8")
     tags = Tags()

@@ -57,14 +57,14 @@ def write(path, rows):
     return str(path)
 
 
-def build(folder, tmp_path, rows, *flags, task="sft"):
+def build(folder, tmp_path, rows, *flags, task="sft", max_length=128):
     """The trainer that the command would run."""
     train = write(tmp_path / "train.jsonl", rows)
     argv = ["--task", task, "--model_name_or_path", str(folder), "--train_file", train, *QUICK, *flags]
     argv += ["--validation_split_percentage", "0", "--output_dir", str(tmp_path / "out")]
     types = (finetune.TaskArguments, finetune._trl().ModelConfig, finetune.training_arguments(task))
     task_args, model_args, args = parse_arguments("finetune", types, argv, "")
-    args.max_length = 128
+    args.max_length = max_length
     data = load_task(task, train, None, {})
     tokenizer = AutoTokenizer.from_pretrained(folder)
     return finetune._job_of(task_args, model_args, args, data, tokenizer, config=None).trainer()
@@ -817,7 +817,7 @@ def test_tools_and_their_calls_are_trained(run, tmp_path):
     other = {**CALL, "function": {"name": "clock", "arguments": {"zone": "CET"}}}
     rows = [{"messages": TOOL_CHAT, "tools": TOOLS}] * 2
     rows += [{"messages": [TOOL_CHAT[0], {**TOOL_CHAT[1], "tool_calls": [other]}], "tools": json.dumps(TOOLS)}]
-    trainer = build(run.folder, tmp_path, rows)
+    trainer = build(run.folder, tmp_path, rows, max_length=1024)
     texts = said(run.folder, trainer)
     call = '<tool_call>\n{"name": "warm", "arguments": {"in": "Rome"}}\n</tool_call><|im_end|>'
     assert texts[0] == f"{call}21 degrees<|im_end|>"

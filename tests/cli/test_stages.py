@@ -244,7 +244,8 @@ def test_nothing_stale_is_sampled_after_a_step(run, tmp_path):
     """After each optimizer step the next completions are those of the weights on disk, freshly loaded."""
     from hf_decoder.cli import finetune
 
-    argv = argv_of("grpo", run.folder, tmp_path, *STAGES["grpo"], "--max_steps", "3", "--beta", "0")
+    rows, flags = STAGES["grpo"]
+    argv = argv_of("grpo", run.folder, tmp_path, rows, *flags, "--max_steps", "3", "--beta", "0")
     seen = []
 
     class Compare(TrainerCallback):

@@ -125,6 +125,9 @@ def open_end(folder):
     edit_json(folder / "generation_config.json", eos_token_id=0)
 
 
+OTHER_TURN = "{{- text_of(message['content']) + '<|im_end|>' -}}"
+
+
 def template(change):
     def write(folder):
         path = folder / "chat_template.jinja"
@@ -153,13 +156,13 @@ DAMAGES = [
     (open_end, "chat_roles", "no token of it ends generation"),
     (template(lambda t: SYSTEM_AWAY + t), "chat_roles", "leaves the system turn out"),
     (template(lambda t: t.replace("message['role'] + ", "'someone' + ")), "chat_roles", "look the same"),
-    (template(lambda t: t.replace("'<|im_end|>'", "''")), "chat_roles", "leaves out what closes"),
+    (template(lambda t: t.replace("'<|im_end|>'", "''")), "chat_roles", "leaves out the token that closes"),
     (
         template(
             lambda t: (
                 t.replace("{%- generation -%}", "")
-                .replace("{%- endgeneration -%}", "{%- generation -%}")
-                .replace("{%- else -%}", "{%- endgeneration -%}{%- else -%}")
+                .replace("{%- endgeneration -%}", "")
+                .replace(OTHER_TURN, "{%- generation -%}" + OTHER_TURN + "{%- endgeneration -%}")
             )
         ),
         "chat_roles",

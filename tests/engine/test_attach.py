@@ -103,7 +103,8 @@ def test_the_environment_switches_all_of_it_off():
             timeout=100,
             env={**os.environ, "HF_DECODER_ENGINE": value},
         )
-        assert set(json.loads(run.stdout).values()) == expected, run.stderr
+        switches = [value for value in json.loads(run.stdout).values() if isinstance(value, bool)]
+        assert set(switches) == expected, run.stderr
 
 
 @pytest.mark.parametrize("name", HEADS)

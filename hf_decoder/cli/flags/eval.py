@@ -77,7 +77,9 @@ class EvalArguments(Columns, Writing, Loading):
     )
     include_path: str | None = flag(None, "Folder with tasks of one's own, as .yaml.")
     limit: float | None = flag(None, "Only the first rows of each task; below 1, this share of them.")
-    num_fewshot: int | None = flag(None, "Solved rows before each row of a task; if unset, as the task says.")
+    num_fewshot: int | None = flag(
+        None, "Solved rows before each row of a task; if unset, as the task says.", rare=True
+    )
     apply_chat_template: bool = flag(False, "Put the rows of the tasks into the chat template.", rare=True)
     random_baseline: bool | None = flag(
         None, "Measure the tasks with random weights, too; if unset, for a named set of tasks.", rare=True
