@@ -300,7 +300,7 @@ def test_a_report_shows_the_figures_of_two_runs_side_by_side(tmp_path, capsys):
 
 def test_a_report_shows_what_strangers_wrote_as_text(tmp_path):
     evil = "<script>alert(1)</script><img src=x onerror=y> | `a` \x1b[31m \u202e ![x](http://evil)\n# no heading"
-    folder = made_run(tmp_path / "run <b>$x$</b> |", 4.0, evil)
+    folder = made_run(tmp_path / "run <b>$x$ |", 4.0, evil)
     assert main(["report", str(folder), "--output_dir", str(tmp_path / "out")]) == 0
     page = (tmp_path / "out/report.html").read_text(encoding="utf-8")
     tags = Tags()
