@@ -18,6 +18,8 @@ from hf_decoder.cli.arguments import parse_verb
 from hf_decoder.cli.main import main
 from hf_decoder.data.tokenization import train_tokenizer
 
+pytestmark = pytest.mark.process
+
 pytest.importorskip("trl")
 QUICK = ["--report_to", "none", "--disable_tqdm", "true", "--bf16", "false", "--logging_steps", "1"]
 PROMPTS = [f"the {a} {verb}" for a in ("cat", "dog", "bird") for verb in ("sees", "hears", "likes")]

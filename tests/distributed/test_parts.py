@@ -40,6 +40,7 @@ def test_training_in_parts_has_the_losses_of_one_process(tp_size, fsdp_size, tie
         torch.testing.assert_close(saved[name], weight, rtol=0, atol=1e-4)
 
 
+@pytest.mark.process
 def test_tensor_parallelism_generates_the_tokens_of_one_process(tied, tmp_path):
     model = new_model(tie_word_embeddings=tied).eval()
     model.save_pretrained(tmp_path / "model")

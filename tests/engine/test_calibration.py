@@ -268,6 +268,7 @@ def test_a_model_measures_what_it_computes_with_and_says_so(capsys):
     assert "norm torch.float32" in capsys.readouterr().out
 
 
+@pytest.mark.kernels
 def test_a_compiled_model_takes_what_was_measured_before():
     model = tiny_model(attn_implementation="sdpa").train()
     assert {case.split()[0] for case in measured()} >= {"attention"}

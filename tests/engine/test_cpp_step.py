@@ -272,6 +272,7 @@ def test_prompts_are_those_of_the_modules(variant, precision):
     check_prompt(tiny_model(NATIVE, dtype, **VARIANTS[variant]), rows=1, tokens=15)
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("before", [0, 6])
 @pytest.mark.parametrize(("rows", "tokens", "hidden"), [(1, 2, 0), (1, 40, 3), (2, 4, 0), (3, 21, 11), (8, 9, 8)])
 @pytest.mark.parametrize("cached_bytes", [1, 1 << 18])
@@ -408,6 +409,7 @@ def test_prompts_that_are_left_to_the_modules(prompts, monkeypatch):
     check(taken=False)
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("numbers", ["full", "half", "int8"])
 def test_a_machine_that_chooses_finds_that_both_take_prompts_alike(numbers, measuring, monkeypatch, caplog):
     monkeypatch.setattr(cpp_step, "READS", {"unasked": cpp_step.READS["unasked"]})  # no more is to be compiled

@@ -68,6 +68,7 @@ def test_onnxruntime_continues_a_text_with_its_own_cache(exported):
         logits = runtime(tokens[:, -1:], mask)
 
 
+@pytest.mark.peers
 def test_the_folder_is_whole(exported):
     model, folder = exported
     onnx.checker.check_model(folder / "onnx" / "model.onnx")

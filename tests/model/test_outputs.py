@@ -149,6 +149,7 @@ def test_forward_compiles_in_one_graph():
         torch.testing.assert_close(found[real], expected[real], rtol=0, atol=2e-5)
 
 
+@pytest.mark.kernels
 @torch.no_grad()
 def test_a_compiled_forward_isolates_documents_under_a_mask_of_ones():
     model = tiny_model(attn_implementation="sdpa", **MIXED)
