@@ -84,6 +84,7 @@ def compare(one, several, name):
         torch.testing.assert_close(several["weights"][key], weight, rtol=0, atol=float(moved) * 1e3 * tolerance)
 
 
+@pytest.mark.process
 def test_muon_orthogonalises_whole_matrices_in_every_layout(tmp_path, monkeypatch):
     monkeypatch.setattr(optimizers, "NEWTON_SCHULZ_DTYPE", torch.float32)
     expected = optimizers.orthogonalise(torch.stack(some_matrices()))

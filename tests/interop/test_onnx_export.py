@@ -14,6 +14,8 @@ from hf_decoder.interop.conversion import convert
 from hf_decoder.interop.onnx_export import OnnxModel
 from hf_decoder.interop.verification import VerificationError
 
+pytestmark = pytest.mark.peers
+
 CASES = {
     "tied, QK-norm": {"tie_word_embeddings": True, "qk_norm": True},
     "window and NoPE": {
@@ -50,7 +52,6 @@ def test_frequencies_that_change_with_the_length_are_refused(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["ours"]
 
 
-@pytest.mark.peers
 @torch.no_grad()
 def test_onnxruntime_continues_a_text_with_its_own_cache(exported):
     """One prompt of another length and batch than the export saw, then step by step, against no cache at all."""
@@ -68,7 +69,6 @@ def test_onnxruntime_continues_a_text_with_its_own_cache(exported):
         logits = runtime(tokens[:, -1:], mask)
 
 
-@pytest.mark.peers
 def test_the_folder_is_whole(exported):
     model, folder = exported
     onnx.checker.check_model(folder / "onnx" / "model.onnx")
@@ -126,7 +126,6 @@ def test_bad_input(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["stock"]
 
 
-@pytest.mark.peers
 @torch.no_grad()
 @pytest.mark.parametrize("case", PARAMETERS)
 def test_torch_export_with_a_static_cache(case: str):

@@ -21,6 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_decoder.cli.main import main
 
+pytestmark = pytest.mark.peers
+
 ROOT = Path(__file__).resolve().parents[2]
 MESSAGES = [{"role": "user", "content": "def main("}]
 
@@ -105,7 +107,6 @@ def expected(folder):
     return tokenizer.decode(tokens, skip_special_tokens=True)
 
 
-@pytest.mark.peers
 def test_the_folder_is_listed_and_chats(client, folder, expected):
     answer = client.chat.completions.create(model=str(folder), messages=MESSAGES, max_tokens=12, temperature=0.0)
     assert answer.choices[0].message.content == expected
@@ -367,7 +368,6 @@ def adapter(folder, tmp_path_factory):
     return path / "out"
 
 
-@pytest.mark.peers
 def test_an_adapter_is_served_on_its_base(adapter, folder, expected, tmp_path):
     from peft import AutoPeftModelForCausalLM
 
@@ -416,7 +416,6 @@ def test_what_a_user_can_get_wrong(flags, reason, capsys):
     assert line.startswith("hf-decoder serve: error: ") and reason in line
 
 
-@pytest.mark.peers
 def test_missing_packages_are_named(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert main(["serve", "folder"]) == 2
