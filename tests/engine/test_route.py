@@ -9,7 +9,7 @@ import pytest
 import torch
 from generating import VARIANTS, tiny_model
 from peft import LoraConfig, get_peft_model
-from tiny_models import OUR_WAYS, padded, random_ids
+from tiny_models import BLOCKS, padded, random_ids
 from torch import nn
 from transformers import DynamicCache, StaticCache
 from transformers.utils import ModelOutput
@@ -26,9 +26,9 @@ OF_A_LAYER = ["fused_rms_norm", "cast_once", "fused_rotation", "fused_rms_norm",
 
 
 @pytest.fixture(autouse=True)
-def our_ways():
-    """Blocks and tiles, however short."""
-    with settings.override(ways=OUR_WAYS):
+def in_blocks():
+    """However short tensors are."""
+    with settings.override(ways=BLOCKS):
         yield
 
 

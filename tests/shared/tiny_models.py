@@ -20,7 +20,8 @@ SHAPE: dict[str, Any] = {
 }
 
 # the engine's own ways, where `settings.ways` may pin them
-OUR_WAYS = {"attention": "tiles of 64", **dict.fromkeys(("norm", "cast", "rotation", "gate"), "blocks")}
+BLOCKS = dict.fromkeys(("norm", "cast", "rotation", "gate"), "blocks")
+OUR_WAYS = {"attention": "tiles of 64", **BLOCKS}
 WINDOWS = {"sliding_window": 5, "layer_types": ["full_attention", "sliding_attention"]}
 ATTENTION_KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
