@@ -175,7 +175,7 @@ class DecodingStep:
         kind: type[StaticStep] | None = None
         if has_kernels(self.embedding) and is_capturable(self):
             kind = CudaGraphStep
-        elif self._is_for_cpp():
+        elif is_for_cpp(self):  # asked anew: weights may have moved
             kind = CppStep
         if kind is None or rows > kind.max_rows:
             return
