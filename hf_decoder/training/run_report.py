@@ -123,8 +123,8 @@ def write_finetuning_outputs(
     adapter = folder if (folder / ADAPTER_CONFIG).is_file() else None
     write_finetuning_card(folder, results, words, is_adapter=adapter is not None)
     lines = finetuned_load_lines(folder.as_posix(), words["task"], words["prompt"], adapter=adapter)
+    print(f"{words['change']}\n")
     print_closing(folder, results, "adapter" if adapter else "model", lines)
-    print(f"\n{words['change']}")
     if "confusion_matrix" in results:
         plot_confusion(results, folder / "confusion_matrix.png", title)
         if line := check_against_chance(results):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_decoder.evaluation.batch_generation import complete, encode_prompt
-from hf_decoder.training.callbacks import fenced
+from hf_decoder.reporting.markup import fenced
 
 MOST_PROMPTS = 4
 NEW_TOKENS = 64

@@ -232,9 +232,10 @@ def test_pretraining_and_fine_tuning_end_alike(run, tmp_path, capsys):
     lines = capsys.readouterr().out.strip().splitlines()
     before = run.printed.strip().splitlines()
     for said in (lines, before):
-        where, _, *code = said[-5:]
-        assert any(line.startswith("held out: loss ") for line in said[-9:-5])
-        assert where.endswith(" holds the model. These lines load and use it:")
+        measures, _, where, _, *code = said[-7:]
+        assert measures.startswith("held out: loss ") and where.endswith(
+            " holds the model. These lines load and use it:"
+        )
         assert code[0] == "from transformers import pipeline"
     assert 'generate("the dog", ' in lines[-1] and 'generate("the' in before[-1]
     names = ("all_results", "train_results", "eval_results", "trainer_state")

@@ -56,12 +56,10 @@ def train(model: Any, autocast: bool = True, **inputs: Any) -> list[torch.Tensor
 def assert_trains_as_plain(model: Any, autocast: bool = True, **inputs: Any) -> None:
     found = train(model, autocast, **inputs)
     with settings.override(all=False):
-        expected, exact = train(model, autocast, **inputs), train(model, False, **inputs)
+        expected = train(model, autocast, **inputs)
     assert len(found) == len(expected) > 2
-    for mine, other, true in zip(found, expected, exact, strict=True):
-        # two ways to round to bf16 differ from each other as much as from fp32
-        far = 1.5 * (other - true).norm() + 5e-3 * true.norm() if autocast else 1e-5 * true.norm()
-        assert (mine - true).norm() <= far
+    for mine, other in zip(found, expected, strict=True):
+        assert (mine - other).norm() <= (2e-2 if autocast else 1e-5) * other.norm()
 
 
 @pytest.mark.parametrize("autocast", [True, False])
@@ -211,7 +209,7 @@ def test_linear_maps_are_called_as_they_are(what: str, fused):
     model, seen = tiny_model().train(), Seen()
     MAPS[what](model, seen)
     assert_trains_as_plain(model)
-    assert len(seen) == 3 and {"fused_rms_norm", "fused_rotation", "fused_gate"} <= {*fused}
+    assert len(seen) == 2 and {"fused_rms_norm", "fused_rotation", "fused_gate"} <= {*fused}
 
 
 def test_a_map_that_writes_into_its_input_has_one_of_its_own(fused):
