@@ -135,16 +135,16 @@ class HfDecoderRotaryEmbedding(nn.Module):
 
 def rotate_half(x: torch.Tensor) -> torch.Tensor:
     """Turns (a, b) halves of the last dimension into (-b, a)."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((-b, a), dim=-1)
+    half = x.shape[-1] // 2
+    return torch.cat((-x[..., half:], x[..., :half]), dim=-1)
 
 
 def apply_rotary_pos_emb(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotates the first R dimensions of x (B, heads, S, E) by cos and sin (B or 1, S, R)."""
     rotary_dim = cos.shape[-1]
-    rotated, rest = x[..., :rotary_dim], x[..., rotary_dim:]
-    rotated = rotated * cos.unsqueeze(1) + rotate_half(rotated) * sin.unsqueeze(1)
-    return torch.cat((rotated, rest), dim=-1) if rest.shape[-1] else rotated
+    if rotary_dim < x.shape[-1]:
+        return torch.cat((apply_rotary_pos_emb(x[..., :rotary_dim], cos, sin), x[..., rotary_dim:]), dim=-1)
+    return x * cos.unsqueeze(1) + rotate_half(x) * sin.unsqueeze(1)
 
 
 class HfDecoderMLP(nn.Module):
