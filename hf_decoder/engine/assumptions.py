@@ -82,13 +82,13 @@ def structure_of(decoder: Any) -> Structure | None:
     inputs_of_attention: list[Any] = []
     inputs_of_mlp: list[Any] = []
     modules, norms, activations = [], [decoder.norm], []
-    for layer in decoder.layers[: decoder.config.num_hidden_layers]:
-        if not is_as_written(type(layer)):  # before its parts are asked for
-            return None
-        parts = layer.__dict__["_modules"]
-        attention, mlp = parts.get("self_attn"), parts.get("mlp")
-        if not (is_as_written(type(attention)) and is_as_written(type(mlp))):
-            return None
+    layers = list(decoder.layers)[: decoder.config.num_hidden_layers]
+    blocks = [layer.__dict__["_modules"] for layer in layers]
+    containers = [*layers, *(parts.get(name) for parts in blocks for name in ("self_attn", "mlp"))]
+    if not all(map(is_as_written, set(map(type, containers)))):  # before their parts are asked for
+        return None
+    for layer, parts in zip(layers, blocks, strict=True):
+        attention, mlp = parts["self_attn"], parts["mlp"]
         of_attention, of_mlp = attention.__dict__["_modules"], mlp.__dict__["_modules"]
         modules += [layer, attention, mlp, of_mlp.get("act_fn")]
         norms += map(parts.get, ("input_layernorm", "post_attention_layernorm"))

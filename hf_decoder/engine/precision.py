@@ -18,7 +18,7 @@ FAST_HALF_PRECISION = {
     torch.bfloat16: torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported(),
     torch.float16: torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_fp16_supported(),
 }
-MIN_HALF_ROWS = 8  # with fewer rows that loop is as fast, because it reads the weights as they are
+MIN_HALF_ROWS = 16  # with fewer rows that loop is as fast, because it reads the weights as they are
 MAX_TRANSPOSED_ROWS = 128  # up to here MKL multiplies weight by rows faster than rows by weight
 PART_ELEMENTS = 2**20  # of a weight: 4 MiB of fp32
 PART_ROWS = 512

@@ -25,7 +25,7 @@ from hf_decoder.engine.training.gate import fused_gate
 from hf_decoder.engine.training.norm import fused_rms_norm
 from hf_decoder.engine.training.rotation import fused_rotation
 from hf_decoder.engine.training.shared_cast import cast_once
-from hf_decoder.engine.training.ways import in_blocks
+from hf_decoder.engine.training.ways import LEAST_ELEMENTS, in_blocks
 from hf_decoder.model.modeling_hf_decoder import CACHE_NAME, apply_rotary_pos_emb
 
 
@@ -55,19 +55,29 @@ class Route(Operators):
         attention_mask: torch.Tensor | dict | None,
         position_ids: torch.Tensor | None,
         cache: Any,
+        structure: Structure | None = None,
     ) -> "Route | None":
-        """The route of a call of the decoder with these embeddings (B, S, D); None if the call runs its modules."""
+        """The route of a call of the decoder with these embeddings (B, S, D); None if the call runs its modules.
+
+        structure: of the decoder, if the caller knows it.
+        """
+        if not (settings.training or settings.attention):
+            return None
         compiling = may_call_operators()
         if not compiling and not runs_as_written():
             return None
-        structure = None
+        mlp = getattr(decoder.layers[0], "mlp", None)
+        is_slow = needs_fast_products(x, getattr(mlp, "down_proj", None))
         if not compiling:
-            structure = structure_of(decoder)
+            is_few = settings.ways is None and x.is_cpu and x.numel() < LEAST_ELEMENTS and not torch.is_grad_enabled()
+            if is_few and not is_slow:
+                return None  # to look at the modules would take longer than any other way saves
+            structure = structure or structure_of(decoder)
             if structure is None or type(x) not in PLAIN or x.dtype not in DTYPES:
                 return None
         is_long = x.is_cpu or has_kernels(x)
         route = Route(x, structure if settings.training and is_long else None)
-        if needs_fast_products(x, decoder.layers[0].mlp.down_proj):
+        if is_slow:
             route.products = FastProducts
         if settings.attention and not isinstance(attention_mask, dict):
             route.masks = engine_masks(decoder, x, attention_mask, position_ids, cache)

@@ -17,7 +17,7 @@ class Settings:
 
     training: bool = True  # fused operators between the matrix products of layers, and the loss
     attention: bool = True  # tiled or variable-length attention instead of torch's kernels with a mask
-    decoding: bool = True  # prefill and decode steps without the modules, in `generate()` and `forward()`
+    decoding: bool = True  # decode steps without the modules, and in `generate()` prefill
     kernels: bool = True  # decode steps in C++ and as CUDA graphs, which are compiled at first use
     # Which of several ways to the same numbers is taken, by the name of the choice; torch's own if it is not named.
     # None: the fastest one, as measured on this machine (see `calibration`). Another machine may round otherwise.

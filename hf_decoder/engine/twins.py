@@ -32,8 +32,7 @@ from hf_decoder.model import modeling_hf_decoder as plain
 from hf_decoder.model.modeling_hf_decoder import CACHE_NAME
 
 # Arguments that a decode step or prefill without the modules supports; a call with any other runs the plain class.
-TAKEN = {"labels", "use_cache", "logits_to_keep", "skip_logits", "return_dict", "cache", "past_key_values"}
-FOR_LOSS = {"num_items_in_batch", "shift_labels", "ignore_index"}
+TAKEN = {"use_cache", "logits_to_keep", "return_dict", "cache", "past_key_values"}
 
 
 class _TwinClass(type):
@@ -108,8 +107,8 @@ class _PreTrained:
 class _Model(_PreTrained):
     """The decoder, which chooses a route for each call."""
 
-    def layer_masks(self, inputs_embeds, attention_mask, position_ids, cache):
-        route = Route.of(self, inputs_embeds, attention_mask, position_ids, cache)
+    def layer_masks(self, inputs_embeds, attention_mask, position_ids, cache, structure=None):
+        route = Route.of(self, inputs_embeds, attention_mask, position_ids, cache, structure)
         if route is None:
             return super().layer_masks(inputs_embeds, attention_mask, position_ids, cache)
         if route.masks is None or not {*self.config.layer_types} <= route.masks.keys():
@@ -131,21 +130,16 @@ class _ForCausalLM(_PreTrained):
 
     @wraps(plain.HfDecoderForCausalLM.forward)
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, *args, **kwargs):
-        if not args and input_ids is not None and kwargs.keys() <= TAKEN | FOR_LOSS:
+        if not args and input_ids is not None and kwargs.keys() <= TAKEN:
             outputs = self._past_the_modules(input_ids, attention_mask, position_ids, **kwargs)
             if outputs is not None:
                 return outputs
         return super().forward(input_ids, attention_mask, position_ids, *args, **kwargs)
 
-    def _past_the_modules(self, input_ids, attention_mask, position_ids, labels=None, logits_to_keep=0, **kwargs):
+    def _past_the_modules(self, input_ids, attention_mask, position_ids, logits_to_keep=0, **kwargs):
         """The outputs of a call, computed without the modules; None if they must run."""
-        for_loss = {name: kwargs.pop(name) for name in FOR_LOSS & kwargs.keys()}
         given = {name: value for name, value in kwargs.items() if value is not None}
-        targets = labels if for_loss.get("shift_labels") is None else for_loss["shift_labels"]
-        wants_loss = targets is not None
-        if given.get("return_dict") is False or (wants_loss and given.get("skip_logits", self.training)):
-            return None
-        if wants_loss and (type(logits_to_keep) is not int or logits_to_keep or targets.shape != input_ids.shape):
+        if given.get("return_dict") is False or type(logits_to_keep) is not int:  # indices may repeat a place
             return None
         cache = given.get("cache", given.get("past_key_values"))
         inputs = input_ids, attention_mask, position_ids, cache, given.get("use_cache", self.config.use_cache)
@@ -153,10 +147,7 @@ class _ForCausalLM(_PreTrained):
         if found is None:
             return None
         logits, cache = found
-        loss = None
-        if wants_loss:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **for_loss)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE_NAME: cache})
+        return CausalLMOutputWithPast(logits=logits, **{CACHE_NAME: cache})
 
     def linear_loss(self, hidden_states, labels, **kwargs):
         if not settings.training:

@@ -263,9 +263,16 @@ def test_many_rows_are_generated_without_slow_products(cache: str | None, dtype:
     with NoProducts() as products:
         text = model.generate(prompts, **options)
     assert products.count > 8 * 2 * 7
-    exact = tiny_model(**SHAPE).to(dtype).double()(text).logits[:, 5:-1]
-    chosen = exact.gather(-1, text[:, 6:, None]).squeeze(-1)
-    assert bool((chosen > exact.amax(-1) - 0.02 * exact.std()).all())
+    with settings.override(all=False):
+        by_torch = model.generate(prompts, **options)
+
+    def behind(text: torch.Tensor) -> float:
+        """How far the worst of the chosen tokens lies behind the best one."""
+        exact = tiny_model(**SHAPE).to(dtype).double()(text).logits[:, 5:-1]
+        chosen = exact.gather(-1, text[:, 6:, None]).squeeze(-1)
+        return ((exact.amax(-1) - chosen).max() / exact.std()).item()
+
+    assert behind(text) <= behind(by_torch) + 0.01
 
 
 def test_where_nothing_is_to_be_done(monkeypatch: pytest.MonkeyPatch):
@@ -347,7 +354,9 @@ def test_int8_weights_are_not_multiplied_out(way: str, rows: int, is_fast: bool,
         wanted = exact.double()(ids).logits
     quantized = [m for m in model.modules() if type(getattr(m, "weight", None)) is kind]
     assert len(taken) == len(quantized) >= 2 * 7
-    assert set(taken) == {torch.float32 if way == "fp32" else torch.bfloat16}
+    # torchao's products have their input's dtype; autocast changes attention's, which the output map reads
+    both = {torch.float32, torch.bfloat16}
+    assert set(taken) == {"fp32": {torch.float32}, "bf16": {torch.bfloat16}, "autocast": both}[way]
     assert error(logits, wanted) < (1e-5 if way == "fp32" else 0.05)
 
 

@@ -139,7 +139,7 @@ def _prompt_inputs(step: Any, tokens: int) -> tuple[Any, CppStep, torch.Tensor]:
 
 
 def _prompt_by_torch(layer: Any, cpp: CppStep, ids: torch.Tensor) -> torch.Tensor:
-    decoder = SimpleNamespace(layer_masks=lambda *_: dict.fromkeys(layer.kinds))  # those of torch's kernel
+    decoder = SimpleNamespace(layer_masks=lambda *_, **__: dict.fromkeys(layer.kinds))  # those of torch's kernel
     with torch.no_grad():
         return layer.prompt_logits(decoder, ids, None, None, None, 1)
 

@@ -19,7 +19,6 @@ from hf_decoder.engine.assumptions import is_as_written, is_hooked
 from hf_decoder.engine.calibration import taken
 from hf_decoder.engine.decoding.cpp_step import CppStep
 from hf_decoder.engine.decoding.growing_cache import GrowingCache, is_empty
-from hf_decoder.engine.decoding.products import multiply, multiply_as_modules
 from hf_decoder.engine.decoding.static_step import StaticStep, end_rows, first_seen, is_for_static_step
 from hf_decoder.engine.decoding.step import DecodingStep
 from hf_decoder.engine.operators import runs_as_written
@@ -37,14 +36,10 @@ _active: ContextVar["Decoding | None"] = ContextVar("hf_decoder_decoding", defau
 
 
 class Decoding:
-    """Chooses the fast path during one `generate()` call, or for one model call without gradients.
+    """Chooses the fast path during one `generate()` call, or for one token per row of a model call alone."""
 
-    In a model call, several tokens get the same bits as from the modules.
-    """
-
-    def __init__(self, model: Any, product: Callable = multiply):
+    def __init__(self, model: Any):
         self.model = model
-        self._product = product  # for several tokens per row
         self.step = DecodingStep.of(model)
         self.compiles = False  # set if the generation config asks for a static cache, on a CPU
         self._static: StaticStep | None = None  # kernels of its own, set by `has_static_step`
@@ -72,9 +67,12 @@ class Decoding:
         position_ids: torch.Tensor | None,
         cache: Any,
         use_cache: bool,
-        logits_to_keep: int | torch.Tensor,
+        logits_to_keep: int,
     ) -> tuple[torch.Tensor, Any] | None:
-        """The logits and the cache after a model call, in `generate()` or alone; None if modules must be called."""
+        """The logits and the cache after a model call, in `generate()` or alone; None if modules must be called.
+
+        Alone, only a step is worth the look at all modules, and only on a CPU.
+        """
         if not (runs_as_written() and (cache is None or isinstance(cache, Cache))):
             return None
         # the modules raise the error for different lengths
@@ -84,10 +82,10 @@ class Decoding:
             return None  # they mark documents
         decoding = _active.get()
         if decoding is None or decoding.model is not model:
-            # only on a CPU, where it has been measured to be faster
-            if torch.is_grad_enabled() or not input_ids.is_cpu:
+            is_step = input_ids.shape[1] == 1 and cache is not None and input_ids.is_cpu
+            if not is_step or torch.is_grad_enabled():
                 return None
-            decoding = cls(model, multiply_as_modules)  # for this call only
+            decoding = cls(model)  # for this call only
         if cache is None and use_cache and decoding.step is not None:
             cache = DynamicCache(config=model.config)
         logits = decoding.logits(input_ids, attention_mask, position_ids, cache, logits_to_keep)
@@ -99,7 +97,7 @@ class Decoding:
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
         cache: Any,
-        logits_to_keep: int | torch.Tensor = 0,
+        logits_to_keep: int = 0,
     ) -> torch.Tensor | None:
         """The logits of these ids by the fastest path that this call allows; None if modules must be called."""
         step = self.step
@@ -108,13 +106,13 @@ class Decoding:
         if input_ids.shape[1] == 1:
             is_static = self._is_static(input_ids, cache)
         else:
-            is_static = type(logits_to_keep) is int and logits_to_keep == 1 and self._takes_prompt(input_ids, cache)
+            is_static = logits_to_keep == 1 and self._takes_prompt(input_ids, cache)
         if is_static:
             logits = self._static_logits(input_ids, attention_mask, position_ids, cache)
             if logits is not None:
                 taken["decoding"] = "kernels"
                 return logits
-        elif input_ids.shape[1] == 1 or (type(logits_to_keep) is int and logits_to_keep == 1):
+        elif input_ids.shape[1] == 1 or logits_to_keep == 1:
             logits = self._logits_on_buffers(input_ids, attention_mask, position_ids, cache)
             if logits is not None:
                 taken["decoding"] = "C++"
@@ -126,8 +124,8 @@ class Decoding:
         logits = step.next_logits(*inputs, self._room)
         if logits is not None:
             taken["decoding"] = "torch"
-        if logits is None and type(logits_to_keep) is int:
-            logits = step.prompt_logits(self.model.model, *inputs, logits_to_keep, self._product)
+        if logits is None:
+            logits = step.prompt_logits(self.model.model, *inputs, logits_to_keep)
         return logits
 
     def sample(

@@ -148,9 +148,9 @@ def multiply(x: torch.Tensor, weights: AnyWeights) -> torch.Tensor:
 
 def multiply_as_modules(x: torch.Tensor, weights: Weights | Int8Weights) -> torch.Tensor:
     """x (..., N) -> (..., M), with the same bits as a call of the linear layer, under autocast too."""
-    dtype = product_dtype(x)
     if isinstance(weights, Int8Weights):
-        return int8_linear(x.to(dtype), weights)
+        return int8_linear(x, weights)
+    dtype = product_dtype(x)
     # quantized weights have their own products
     in_parts = type(weights.weight) in PLAIN and _rows(x) >= MIN_HALF_ROWS
     if in_parts and fast_dtype(x.device, dtype) != dtype:

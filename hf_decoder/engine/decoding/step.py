@@ -273,11 +273,8 @@ class DecodingStep:
         position_ids: torch.Tensor | None,
         cache: Any,
         keep: int,
-        product: Product = multiply,
     ) -> torch.Tensor | None:
         """Prefill: the logits (B, keep or S, V) of the last tokens; None, without effect, for an unknown id.
-
-        It computes what the modules compute, but with `product`.
 
         Args:
             decoder: the `HfDecoderModel` of this step.
@@ -286,7 +283,6 @@ class DecodingStep:
             position_ids: (B or 1, S).
             cache: any kind, of the previous tokens; it gets S more. None: nothing is cached.
             keep: how many tokens get logits; 0: all.
-            product: multiplies inputs and weights.
         """
         if position_ids is None:
             past = 0 if cache is None else cache.get_seq_length()
@@ -294,8 +290,9 @@ class DecodingStep:
         routes: list[Route] = []
 
         def operators(hidden: torch.Tensor) -> Operators:
-            masks = decoder.layer_masks(hidden, attention_mask, None, cache)
-            routes.append(Route(hidden, self.structure if settings.training else None, masks))
+            masks = decoder.layer_masks(hidden, attention_mask, None, cache, structure=self.structure)
+            by_modules = not isinstance(masks, Route)
+            routes.append(Route(hidden, None, masks) if by_modules else masks)
             return routes[0]
 
         def attend_of(rotation: tuple[torch.Tensor, torch.Tensor]) -> Callable:
@@ -304,7 +301,7 @@ class DecodingStep:
                 layer.attention, route[self.kinds[index]], rotation, kwargs, *heads
             )
 
-        return self._logits(input_ids, position_ids, product, operators, attend_of, keep)
+        return self._logits(input_ids, position_ids, multiply, operators, attend_of, keep)
 
     def _logits(
         self,

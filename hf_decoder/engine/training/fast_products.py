@@ -62,10 +62,9 @@ class FastProducts(TorchFunctionMode):
 def _linear(input: Any, weight: Any, bias: Any = None) -> torch.Tensor | None:
     """The product, or None if torch is to compute it, or to refuse it."""
     if (int8 := int8_weights(weight, bias)) is not None:
-        dtype = _common_dtype(input)
-        if dtype is None or torch.compiler.is_compiling() or _needs_gradients(input, bias):
+        if _common_dtype(input) is None or torch.compiler.is_compiling() or _needs_gradients(input, bias):
             return None
-        return int8_linear(input.to(dtype), int8)
+        return int8_linear(input, int8)
     dtype = _common_dtype(input, weight) if bias is None else _common_dtype(input, weight, bias)
     if dtype is None or not _is_slow(dtype) or input.shape[-1:] != weight.shape[1:]:
         return None

@@ -80,4 +80,4 @@ CANDIDATES = {
     name: {"torch": partial(_run, plain), BLOCKS: partial(_run, fused)} for name, (plain, fused) in WAYS.items()
 }
 
-__all__ = ["in_blocks"]
+__all__ = ["LEAST_ELEMENTS", "in_blocks"]
