@@ -25,7 +25,7 @@ from hf_decoder.engine.training.gate import fused_gate
 from hf_decoder.engine.training.norm import fused_rms_norm
 from hf_decoder.engine.training.rotation import fused_rotation
 from hf_decoder.engine.training.shared_cast import cast_once
-from hf_decoder.engine.training.ways import LEAST_ELEMENTS, in_blocks
+from hf_decoder.engine.training.ways import LEAST_ELEMENTS, any_in_blocks, in_blocks
 from hf_decoder.model.modeling_hf_decoder import CACHE_NAME, apply_rotary_pos_emb
 
 
@@ -75,8 +75,8 @@ class Route(Operators):
             structure = structure or structure_of(decoder)
             if structure is None or type(x) not in PLAIN or x.dtype not in DTYPES:
                 return None
-        is_long = x.is_cpu or has_kernels(x)
-        route = Route(x, structure if settings.training and is_long else None)
+        gains = settings.training and (_gains(decoder.config, x) if x.is_cpu and not compiling else has_kernels(x))
+        route = Route(x, structure if gains else None)
         if is_slow:
             route.products = FastProducts
         if settings.attention and not isinstance(attention_mask, dict):
@@ -133,7 +133,7 @@ class Route(Operators):
             return False
         kind = (name, x.shape, x.dtype)
         if kind not in self._ways:
-            self._ways[kind] = in_blocks(name, x, dtype)
+            self._ways[kind] = in_blocks(name, x.shape, x.dtype, dtype)
         return self._ways[kind]
 
     def norm(self, norm: Any, x: torch.Tensor) -> torch.Tensor:
@@ -161,6 +161,12 @@ class Route(Operators):
         if not rotation[0].requires_grad and self._is_fused("rotation", query, dtype):
             return fused_rotation(query, key, *rotation, dtype)
         return apply_rotary_pos_emb(query, *rotation), apply_rotary_pos_emb(key, *rotation)
+
+
+def _gains(config: Any, x: torch.Tensor) -> bool:
+    """Whether operators of this room may gain with these hidden states on a CPU; else layers run as modules."""
+    is_plain = not torch.is_grad_enabled() and autocast_dtype(x.device) is None
+    return any_in_blocks(config, x) if is_plain else True
 
 
 __all__ = ["Route"]

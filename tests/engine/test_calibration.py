@@ -250,7 +250,7 @@ def test_the_environment_pins_ways(value, ways, run_python):
 @pytest.mark.parametrize("name", ["norm", "gate", "rotation", "cast"])
 def test_blocks_give_the_numbers_of_torch_where_a_machine_chooses(name, dtype, to, trains, caplog):
     with torch.set_grad_enabled(trains):
-        in_blocks(name, torch.empty(100, 50, dtype=dtype), to if name != "cast" else torch.float16)
+        in_blocks(name, torch.Size((100, 50)), dtype, to if name != "cast" else torch.float16)
     (times,) = measured().values()
     assert {*times} == {"torch", "blocks"} and None not in times.values() and not caplog.text
 

@@ -16,6 +16,7 @@ from hf_decoder.engine.decoding.step import DecodingStep
 from hf_decoder.engine.switches import settings
 from hf_decoder.engine.training import loss as engine_loss
 from hf_decoder.engine.training.loss import causal_lm_loss
+from hf_decoder.model.modeling_hf_decoder import HfDecoderMLP
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
@@ -134,6 +135,15 @@ def test_a_loop_of_ones_own(variant: str, rows: int, kind: str, layers):
         logits.append(torch.cat(made, 1)[mask.bool()])
         assert bool(layers) == (one is not model)
     torch.testing.assert_close(*logits, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("way", ["torch", "blocks"])
+def test_a_layer_runs_its_modules_unless_an_operator_is_faster_in_blocks(way: str, monkeypatch):
+    called, call = [], HfDecoderMLP.__call__
+    monkeypatch.setattr(HfDecoderMLP, "__call__", lambda *inputs: called.append(1) or call(*inputs))
+    with settings.override(ways={"gate": way}):
+        tiny_model()(random_ids(2, 13))
+    assert len(called) == (2 if way == "torch" else 0)
 
 
 def test_what_is_left_behind():

@@ -23,20 +23,32 @@ HEADS = 4  # of a tensor that is rotated
 BLOCKS = "blocks"
 
 
-def in_blocks(name: str, x: torch.Tensor, dtype: torch.dtype | None = None) -> bool:
-    """Whether blocks are the faster way for tensors like x.
+def in_blocks(name: str, shape: torch.Size, dtype: torch.dtype, to: torch.dtype | None = None) -> bool:
+    """Whether blocks are the faster way for tensors of this shape and dtype.
 
     Args:
         name: `norm`, `gate`, `rotation` or `cast`.
-        x: which is normed, gated, rotated or cast.
-        dtype: that it is cast to, or that the rotated one shall have.
+        shape: of what is normed, gated, rotated or cast.
+        dtype: of the same.
+        to: the dtype that it is cast to, or that the rotated one shall have.
     """
-    width = bucket(x.shape[-1], 16, 2**14)
-    elements = max(bucket(x.numel(), LEAST_ELEMENTS, MOST_ELEMENTS), HEADS * width)
+    width = bucket(shape[-1], 16, 2**14)
+    elements = max(bucket(shape.numel(), LEAST_ELEMENTS, MOST_ELEMENTS), HEADS * width)
     trains = torch.is_grad_enabled()
-    key = (x.dtype, dtype, elements, width, "training" if trains else "inference")
-    inputs = partial(_inputs, name, x.dtype, dtype, elements // width, width, trains)
+    key = (dtype, to, elements, width, "training" if trains else "inference")
+    inputs = partial(_inputs, name, dtype, to, elements // width, width, trains)
     return choose(name, key, CANDIDATES[name], inputs) == BLOCKS
+
+
+def any_in_blocks(config: Any, x: torch.Tensor) -> bool:
+    """Whether blocks are the faster way for any operator of a layer with these hidden states (B, S, D) as they are."""
+    *tokens, hidden = x.shape
+    shapes = {
+        "norm": (*tokens, hidden),
+        "gate": (*tokens, config.intermediate_size),
+        "rotation": (*tokens, config.num_attention_heads, config.head_dim),
+    }
+    return any(in_blocks(name, torch.Size(shape), x.dtype) for name, shape in shapes.items())
 
 
 def _inputs(name: str, dtype: torch.dtype, to: torch.dtype | None, rows: int, width: int, trains: bool) -> tuple:
@@ -80,4 +92,4 @@ CANDIDATES = {
     name: {"torch": partial(_run, plain), BLOCKS: partial(_run, fused)} for name, (plain, fused) in WAYS.items()
 }
 
-__all__ = ["LEAST_ELEMENTS", "in_blocks"]
+__all__ = ["LEAST_ELEMENTS", "any_in_blocks", "in_blocks"]
