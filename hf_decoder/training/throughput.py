@@ -18,6 +18,7 @@ from hf_decoder.costs.accounting import flops_per_token, mfu
 from hf_decoder.engine.precision import fast_dtype
 from hf_decoder.training.optimizers import DECAY_SHARE
 
+STEPS_TO_TRUST = 5  # that a time per step is taken from: the first one compiles, and others may be disturbed
 _UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0}
 
 
@@ -53,7 +54,7 @@ class TimeLimit(TrainerCallback, ExportableState):
         self._started = clock() if started is None else started
         self._earlier = 0.0
         self.decay: tuple[int, float, int] | None = None  # first step, factor of the rate there, last step
-        self._first_step, self._first_time = 0, 0.0
+        self._first: tuple[int, float] | None = None  # the first step of this run, and the time when it ended
 
     def elapsed(self) -> float:
         return self._earlier + self._clock() - self._started
@@ -75,17 +76,20 @@ class TimeLimit(TrainerCallback, ExportableState):
             decay = saved["attributes"]["decay"]
             if decay is not None:
                 self._fall(state, lr_scheduler, *decay)
-        self._first_step, self._first_time = state.global_step, self.elapsed()
+        self._first = None
 
     def on_step_end(self, args, state, control, lr_scheduler=None, **kwargs):
         step, now = state.global_step, self.elapsed()
-        per_step = (now - self._first_time) / (step - self._first_step)
+        if self._first is None:
+            self._first = step, now
+        measured = step - self._first[0]
+        per_step = (now - self._first[1]) / max(measured, 1)
         fit = max(0, math.floor((self.seconds - now) / max(per_step, 1e-9)))
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             agreed = torch.tensor(fit, device=args.device)
             torch.distributed.all_reduce(agreed, op=torch.distributed.ReduceOp.MIN)
             fit = int(agreed)
-        if step + fit >= state.max_steps:
+        if step + fit >= state.max_steps or (measured < STEPS_TO_TRUST <= fit):
             return
         if self.decay is None and fit > DECAY_SHARE * (step + fit):
             return

@@ -108,6 +108,13 @@ def test_steps_that_become_slower_shorten_the_decay(tmp_path):
     assert all(before >= after for before, after in zip(clock.rates[2:], clock.rates[3:], strict=False))
 
 
+def test_a_first_step_that_compiles_says_nothing_of_the_others(tmp_path):
+    clock = Clock(lambda step: 20.0 if step == 1 else 1.0)
+    trainer = limited(tmp_path, clock, 100.0)
+    trainer.train()
+    assert trainer.state.global_step == 81 and clock.now == 100.0
+
+
 def test_a_schedule_that_fits_is_not_touched(tmp_path):
     clock, free = Clock(lambda step: 1.0), Clock(lambda step: 1.0)
     trainer = limited(tmp_path / "limited", clock, 30.0, max_steps=30)
