@@ -66,23 +66,27 @@ class Route(Operators):
         compiling = may_call_operators()
         if not compiling and not runs_as_written():
             return None
+        if not compiling and (type(x) not in PLAIN or x.dtype not in DTYPES):
+            return None
+        # the modules are looked at last, which takes longer than all the rest
         mlp = getattr(decoder.layers[0], "mlp", None)
         is_slow = needs_fast_products(x, getattr(mlp, "down_proj", None))
+        if not compiling and not is_slow and settings.ways is None and _is_short(x):
+            return None
+        masks, gains = None, False
+        if settings.attention and not isinstance(attention_mask, dict):
+            masks = engine_masks(decoder, x, attention_mask, position_ids, cache)
+        if settings.training and not compiling:
+            gains = _gains(decoder.config, x) if x.is_cpu else has_kernels(x)
+        if masks is None and not gains and not is_slow:
+            return None
         if not compiling:
-            is_few = settings.ways is None and x.is_cpu and x.numel() < LEAST_ELEMENTS and not torch.is_grad_enabled()
-            if is_few and not is_slow:
-                return None  # to look at the modules would take longer than any other way saves
             structure = structure or structure_of(decoder)
-            if structure is None or type(x) not in PLAIN or x.dtype not in DTYPES:
+            if structure is None:
                 return None
-        gains = settings.training and (_gains(decoder.config, x) if x.is_cpu and not compiling else has_kernels(x))
-        route = Route(x, structure if gains else None)
+        route = Route(x, structure if gains else None, masks)
         if is_slow:
             route.products = FastProducts
-        if settings.attention and not isinstance(attention_mask, dict):
-            route.masks = engine_masks(decoder, x, attention_mask, position_ids, cache)
-        if route.structure is None and route.masks is None and route.products is nullcontext:
-            return None
         return route
 
     def __getitem__(self, kind: str) -> Any:
@@ -161,6 +165,11 @@ class Route(Operators):
         if not rotation[0].requires_grad and self._is_fused("rotation", query, dtype):
             return fused_rotation(query, key, *rotation, dtype)
         return apply_rotary_pos_emb(query, *rotation), apply_rotary_pos_emb(key, *rotation)
+
+
+def _is_short(x: torch.Tensor) -> bool:
+    """Whether hidden states on a CPU are so few that no other way saves as much as a look at the modules takes."""
+    return x.is_cpu and not torch.is_grad_enabled() and x.numel() < LEAST_ELEMENTS
 
 
 def _gains(config: Any, x: torch.Tensor) -> bool:

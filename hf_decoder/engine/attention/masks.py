@@ -28,15 +28,13 @@ def engine_masks(
         position_ids: (B, S), as the caller gave them; a document starts where they do not go up by one.
         cache: of the previous tokens.
     """
-    if not attends_as_stock(decoder):
-        return None
     config, training = decoder.config, decoder.training
     windows = {kind: config.sliding_window if kind == "sliding_attention" else None for kind in config.layer_types}
     if torch.compiler.is_compiling():
         # a graph cannot look for documents and padding in the data
         whole = position_ids is None and attention_mask is None and cache is None
         is_taken = whole and training and inputs_embeds.device.type == "cpu"
-        return (masks_in_graph(config, inputs_embeds, windows) or None) if is_taken else None
+        return _if_stock(decoder, masks_in_graph(config, inputs_embeds, windows)) if is_taken else None
     if cache is not None and (type(cache) is not DynamicCache or cache.get_seq_length()):
         return None
     if attention_mask is not None and attention_mask.ndim != 2:
@@ -45,7 +43,12 @@ def engine_masks(
         attention_mask = None  # a mask of ones must not hide documents
     documents = position_ids if cache is None and attention_mask is None else None
     inputs = inputs_embeds, attention_mask, documents, windows
-    return varlen_masks(*inputs, config.head_dim, training) or chosen_masks(config, *inputs) or None
+    return _if_stock(decoder, varlen_masks(*inputs, config.head_dim, training) or chosen_masks(config, *inputs))
+
+
+def _if_stock(decoder: Any, masks: Mapping[str, Any] | None) -> Mapping[str, LayerMask | None] | None:
+    """These masks, if there are any and attention is torch's own; to look at all layers takes the longest."""
+    return masks if masks and attends_as_stock(decoder) else None
 
 
 __all__ = ["engine_masks"]

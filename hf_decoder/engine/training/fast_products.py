@@ -38,10 +38,15 @@ def needs_fast_products(x: torch.Tensor, reader: nn.Module | None) -> bool:
         x: the input.
         reader: one of the linear layers that are called; all have its kind of weight.
     """
-    if not settings.training or not x.is_cpu or not (runs_as_written() or may_call_operators()):
+    if not settings.training or not x.is_cpu:
         return False
-    is_slow = _is_slow(product_dtype(x)) and x.shape[:-1].numel() >= MIN_HALF_ROWS
-    return is_slow or int8_weights(getattr(reader, "weight", None), None) is not None
+    dtype, weight = product_dtype(x), getattr(reader, "weight", None)
+    if dtype == torch.float32 and type(weight) in PLAIN:  # every layer asks, if the call has no route
+        return False
+    if not (runs_as_written() or may_call_operators()):
+        return False
+    is_slow = _is_slow(dtype) and x.shape[:-1].numel() >= MIN_HALF_ROWS
+    return is_slow or int8_weights(weight, None) is not None
 
 
 def fast_products(x: torch.Tensor, reader: nn.Module | None) -> AbstractContextManager:
