@@ -5,6 +5,7 @@ Nothing heavy is imported at the top: `hf-decoder --help` should not wait for to
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import sys
@@ -50,6 +51,12 @@ def check_choice(flag: str, value: str, choices: Sequence[str]) -> None:
     """Raises ValueError unless `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(f"{flag} {value!r} is unknown; choose one of: {', '.join(choices)}")
+
+
+def check_package(name: str, extra: str) -> None:
+    """Raises ValueError where a package is not installed that comes with this extra."""
+    if importlib.util.find_spec(name) is None:
+        raise ValueError(f"this needs {name}: pip install 'hf-decoder[{extra}]'")
 
 
 def check_at_least(flag: str, value: int | None, least: int) -> None:

@@ -18,6 +18,7 @@ from transformers import set_seed
 
 from hf_decoder.cli import (
     check_at_least,
+    check_package,
     load_model,
     load_tokenizer,
     select_device,
@@ -28,10 +29,9 @@ from hf_decoder.cli.flags.compare import CompareArguments
 from hf_decoder.data.records import read_prompts, read_rows
 from hf_decoder.evaluation.batch_generation import Prompt, complete
 from hf_decoder.evaluation.blind_comparison import JudgmentFile, Pair, blind_pairs
-from hf_decoder.evaluation.comparison_page import JudgmentServer
 from hf_decoder.safety.terminal import printable
 
-KEYS = {"1": "left", "l": "left", "2": "right", "r": "right", "t": "tie", "0": "tie"}
+KEYS = {"1": "left", "l": "left", "2": "right", "r": "right", "t": "tie", "0": "tie", "b": "both_bad"}
 NARROWEST = 60
 
 
@@ -40,6 +40,11 @@ def main(args: CompareArguments) -> int:
     """Has both models answer, and asks for judgments until there are no more pairs."""
     for name in ("batch_size", "max_new_tokens"):
         check_at_least(f"--{name}", getattr(args, name), 1)
+    if args.web:
+        check_package("gradio", "demo")
+        from hf_decoder.serving.local_page import free_port
+
+        free_port(args.port)  # before the models answer, which takes longer
     names = _names(args.model_a, args.model_b)
     prompts = [row["prompt"] for row in read_prompts(args.input_file, args.prompt_column)]
     file = JudgmentFile(Path(args.output_dir) / "judgments.jsonl", names)
@@ -56,8 +61,11 @@ def main(args: CompareArguments) -> int:
         if not file.remaining(pairs):
             pass
         elif args.web:
+            from hf_decoder.serving.comparison_page import KEYS_SCRIPT, ComparisonPage
+            from hf_decoder.serving.local_page import serve
+
             with suppress(KeyboardInterrupt):  # the way to end it
-                JudgmentServer(file, pairs, args.port).serve()
+                serve(ComparisonPage(file, pairs).build(), args.port, head=KEYS_SCRIPT)
         else:
             judge_in_terminal(file, pairs)
     finally:  # an interrupt loses nothing
@@ -132,27 +140,30 @@ def _ask(args: CompareArguments, name: str, prompts: Sequence[Prompt], settings:
 
 def judge_in_terminal(file: JudgmentFile, pairs: Sequence[Pair]) -> None:
     """Shows the pairs that are left, one at a time, and reads judgments until `q` or the end of input."""
-    print("1: left is better   2: right is better   t: tie   q: stop (nothing judged is lost)")
-    for pair in file.remaining(pairs):
-        print("\n" + "\n".join(side_by_side(pair, shutil.get_terminal_size().columns)))
-        choice = _read_choice()
-        if choice is None:
+    print("1: left is better   2: right is better   t: tie   b: both bad")
+    print("u: undo the last one   q: stop (nothing judged is lost)")
+    while left := file.remaining(pairs):
+        print("\n" + "\n".join(side_by_side(left[0], shutil.get_terminal_size().columns)))
+        said = _read_key()
+        if said == "q":
             return
-        file.add(pair, choice)
+        if said == "u":
+            if file.undo() is None:
+                print("nothing was judged since the start")
+        else:
+            file.add(left[0], KEYS[said])
 
 
-def _read_choice() -> str | None:
-    """The next valid key's choice; None to stop."""
+def _read_key() -> str:
+    """The next valid key; the end of input is `q`."""
     while True:
         try:
-            said = input("better? [1/2/t/q] " if sys.stdin.isatty() else "").strip().lower()
+            said = input("better? [1/2/t/b/u/q] " if sys.stdin.isatty() else "").strip().lower()
         except EOFError:
-            return None
-        if said == "q":
-            return None
-        if said in KEYS:
-            return KEYS[said]
-        print(f"{said!r} is none of 1, 2, t, q")
+            return "q"
+        if said in (*KEYS, "u", "q"):
+            return said
+        print(f"{said!r} is none of 1, 2, t, b, u, q")
 
 
 def side_by_side(pair: Pair, width: int) -> list[str]:

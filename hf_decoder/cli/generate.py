@@ -35,7 +35,7 @@ from hf_decoder.evaluation.batch_generation import (
     generate_settings,
 )
 from hf_decoder.safety.interrupts import going_on
-from hf_decoder.training.run_report import is_pretrained_only
+from hf_decoder.serving.conversation import fit_conversation, untaught_note
 
 GENERATION_FLAGS = (
     "max_new_tokens",
@@ -177,10 +177,9 @@ class Chat:
         length = "" if context is None else f", a context of {context:,} tokens"
         kind, dtype = type(model).__name__, str(model.dtype).removeprefix("torch.")
         _note(f"{name}: {kind}, {size}{length}, {dtype} on {model.device}")
-        if self.tokenizer.chat_template is None:
-            _note("It was never taught to chat (no chat template): it continues each text, and remembers none.")
-        elif self.args.adapter_name_or_path is None and is_pretrained_only(Path(self.args.model_name_or_path)):
-            _note("It was never taught to chat: it has a chat template, but was only pretrained.")
+        note = untaught_note(self.tokenizer, self.args.model_name_or_path, self.args.adapter_name_or_path)
+        if note is not None:
+            _note(note)
         _note("/help lists the commands; /exit or Ctrl-D ends.")
 
     def _take(self, said: str) -> None:
@@ -226,8 +225,10 @@ class Chat:
         Raises:
             ValueError: if the message alone is too long for the model. The chat stays as it was.
         """
-        turn = {"role": "user", "content": said}
-        ids = self._fit(turn)
+        ids, kept = fit_conversation(self.model, self.tokenizer, self.system, self.turns, said)
+        if len(kept) < len(self.turns):
+            _note(f"(the context is full: the {len(self.turns) - len(kept)} oldest messages are forgotten)")
+        self.turns = kept
         with _interruptible() as stopped:
             criterion = StoppingCriteriaList([lambda ids, _: torch.full(ids.shape[:1], stopped(), device=ids.device)])
             answer = stream(
@@ -241,27 +242,7 @@ class Chat:
             )
         if stopped():
             _note("(stopped)")
-        self.turns += [turn, {"role": "assistant", "content": answer}]
-
-    def _fit(self, turn: dict[str, str]) -> list[int]:
-        """The token ids of the chat with `turn`, without the oldest exchanges if there is no room for an answer."""
-        if self.tokenizer.chat_template is None:
-            ids = encode_prompt(self.tokenizer, turn["content"])
-            check_ids(self.model, ids)
-            return ids
-        limit = getattr(self.model.config, "max_position_embeddings", None)
-        kept = list(self.turns)
-        while True:
-            ids = encode_prompt(self.tokenizer, [*self._system(), *kept, turn])
-            # An answer gets at least a quarter of the context.
-            if limit is None or not kept or len(ids) <= limit - limit // 4:
-                break
-            del kept[:2]
-        check_ids(self.model, ids)
-        if len(kept) < len(self.turns):
-            _note(f"(the context is full: the {len(self.turns) - len(kept)} oldest messages are forgotten)")
-        self.turns = kept
-        return ids
+        self.turns += [{"role": "user", "content": said}, {"role": "assistant", "content": answer}]
 
 
 @contextmanager

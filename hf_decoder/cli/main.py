@@ -21,6 +21,7 @@ VERBS = {
     "crossvalidate": "train a classifier from scratch on all folds but one, measure it on that one, in turn",
     "generate": "continue a prompt, chat, or answer a file of prompts, with a saved model",
     "report": "the page of a run, or of several side by side: what each stage changed, curves, cost, answers",
+    "demo": "open a page to talk to a model, or to two side by side",
     "compare": "judge two models' answers blind, in the terminal or on a local page",
     "doctor": "prove a checkpoint row by row: padding, caches, tying, reload, tokenizer, files, export",
     "push": "check a model, upload it to the Hub, and prove that a stranger can load it",

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 Z95 = 1.959963984540054  # 97.5% quantile of the normal distribution: two-sided 95%
-CHOICES = ("left", "right", "tie")
+CHOICES = ("left", "right", "tie", "both_bad")
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,11 @@ class Pair:
         return hashlib.sha256(json.dumps([self.prompt, a, b]).encode()).hexdigest()[:16]
 
     def winner(self, choice: str) -> str:
-        """`A`, `B` or `tie`. Raises ValueError for a choice that is none of `CHOICES`."""
+        """`A`, `B`, `tie` or `both_bad`. Raises ValueError for a choice that is none of `CHOICES`."""
         if choice not in CHOICES:
             raise ValueError(f"choice {choice!r} is unknown; choose one of: {', '.join(CHOICES)}")
-        if choice == "tie":
-            return "tie"
+        if choice in ("tie", "both_bad"):
+            return choice
         return "A" if (choice == "left") == self.left_is_a else "B"
 
 
@@ -72,6 +72,7 @@ class JudgmentFile:
         self.names = names
         self.judged: dict[str, str] = {}
         self.lefts = 0
+        self._added: list[tuple[Pair, str, int]] = []  # with the length of the file before
         self.path.parent.mkdir(parents=True, exist_ok=True)
         data = self.path.read_bytes() if self.path.exists() else b""
         whole = data[: data.rfind(b"\n") + 1]
@@ -95,7 +96,7 @@ class JudgmentFile:
         self.judged[key] = winner
         self.lefts += row.get("choice") == "left"
 
-    def add(self, pair: Pair, choice: str) -> bool:
+    def add(self, pair: Pair, choice: str, note: str = "") -> bool:
         """Appends a judgment and waits until the disk has it; False if the pair was judged before."""
         winner = pair.winner(choice)
         if pair.key in self.judged:
@@ -109,7 +110,9 @@ class JudgmentFile:
             "answer_a": a,
             "answer_b": b,
         }
+        row |= {"note": note} if note else {}
         with self.path.open("a", encoding="utf-8") as file:
+            self._added.append((pair, choice, file.tell()))
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -117,22 +120,39 @@ class JudgmentFile:
         self.lefts += choice == "left"
         return True
 
+    @property
+    def can_undo(self) -> bool:
+        return bool(self._added)
+
+    def undo(self) -> Pair | None:
+        """Takes back the last judgment since the file was opened, on the disk too; None if there is none."""
+        if not self._added:
+            return None
+        pair, choice, length = self._added.pop()
+        with self.path.open("r+b") as file:
+            file.truncate(length)
+            os.fsync(file.fileno())
+        del self.judged[pair.key]
+        self.lefts -= choice == "left"
+        return pair
+
     def remaining(self, pairs: Sequence[Pair]) -> list[Pair]:
         """The pairs that are not judged yet, in their order."""
         return [pair for pair in pairs if pair.key not in self.judged]
 
     def tally(self) -> Tally:
         winners = list(self.judged.values())
-        return Tally(winners.count("A"), winners.count("B"), winners.count("tie"), self.lefts)
+        return Tally(*(winners.count(winner) for winner in ("A", "B", "tie", "both_bad")), lefts=self.lefts)
 
 
 @dataclass(frozen=True)
 class Tally:
-    """Judgments counted: for A, for B, ties, and how many chose the left answer."""
+    """Judgments counted: for A, for B, ties, those that call both bad, and how many chose the left answer."""
 
     wins_a: int
     wins_b: int
     ties: int
+    both_bad: int = 0
     lefts: int = 0
 
     @property
@@ -143,10 +163,11 @@ class Tally:
         """Win rate of A among the decided judgments, its 95% interval, and the judgments still needed."""
         low, high = wilson_interval(self.wins_a, self.decided)
         return {
-            "judgments": self.decided + self.ties,
+            "judgments": self.decided + self.ties + self.both_bad,
             "wins_a": self.wins_a,
             "wins_b": self.wins_b,
             "ties": self.ties,
+            "both_bad": self.both_bad,
             "win_rate_a": self.wins_a / self.decided if self.decided else None,
             "interval_low": low,
             "interval_high": high,
@@ -157,7 +178,7 @@ class Tally:
     def lines(self, names: tuple[str, str]) -> list[str]:
         """The results for a person to read."""
         found = self.results()
-        counts = f"{names[0]} {self.wins_a}, {names[1]} {self.wins_b}, ties {self.ties}"
+        counts = f"{names[0]} {self.wins_a}, {names[1]} {self.wins_b}, ties {self.ties}, both bad {self.both_bad}"
         if not self.decided:
             return [counts, "no judgment prefers a side yet"]
         rate = (

@@ -40,6 +40,24 @@ def base_of(folder: str | Path) -> str:
     return str(base)
 
 
+def adapters_near(folder: str | Path) -> list[Path]:
+    """The adapters in the folder of a language model and beside it that were made for it."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        return []
+    return [path for path in sorted([*folder.iterdir(), *folder.parent.iterdir()]) if _is_made_for(path, folder)]
+
+
+def _is_made_for(path: Path, folder: Path) -> bool:
+    if not is_adapter(path):
+        return False
+    try:
+        is_of_text = read_adapter_config(path / ADAPTER_CONFIG).get("task_type") != CLASSIFIER
+        return is_of_text and _same_base(base_of(path), str(folder))
+    except ValueError:  # a damaged one is no choice
+        return False
+
+
 def read_adapter_config(path: Path) -> dict[str, Any]:
     """The content of an adapter_config.json.
 

@@ -17,7 +17,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
 from hf_decoder import HfDecoderForCausalLM, HfDecoderPreTrainedModel
-from hf_decoder.interop import checkpoint, gguf_read, gguf_write, onnx_export, verification
+from hf_decoder.interop import checkpoint, gguf_read, gguf_write, ollama, onnx_export, verification
 from hf_decoder.interop.checkpoint import LazyTensor, Tensors
 from hf_decoder.interop.families import FAMILIES, OURS, BuiltConfig, Family, fused_names, read_config, to_stock
 from hf_decoder.interop.untrusted_files import check_folder
@@ -171,7 +171,12 @@ def _write_gguf(
         bar.close()
         if verify:
             gguf_read.verify(aside, plan, source.tensors, source.path)
-    return f"{plan.architecture} in GGUF, {outtype}"
+    recipe = destination.with_name("Modelfile")
+    if recipe.exists():  # of another GGUF file
+        recipe = destination.with_suffix(".Modelfile")
+    text = ollama.modelfile(destination.name, source.path, source.config.max_position_embeddings)
+    recipe.write_text(text, encoding="utf-8")
+    return f"{plan.architecture} in GGUF, {outtype}; `ollama create NAME -f {recipe}` makes it a model of Ollama"
 
 
 def _write_card(

@@ -79,14 +79,14 @@ def push(
             if the base's code is not trusted, or if the server cannot be reached.
         RuntimeError: if what arrived differs from what was sent, or cannot be loaded.
     """
-    _check_name(repo_id)
+    check_name(repo_id)
     if create_pr and revision is not None:
         raise ValueError("--create_pr opens a pull request against the default branch; leave --revision out")
     folder = Path(folder)
     files = files_to_push(folder)
     if rest := left_out(folder, files):
         print(f"not sent, as it is no part of a model: {', '.join(rest)}", file=sys.stderr)
-    with tempfile.TemporaryDirectory() as scratch, _explained(repo_id):
+    with tempfile.TemporaryDirectory() as scratch, explained(repo_id):
         sent, cache = Path(scratch) / "sent", Path(scratch) / "cache"
         base = _stage(folder, files, sent, base_model)
         digests = {name: file_digest(sent / name) for name in _names(sent)}
@@ -108,7 +108,7 @@ def push(
     return replace(pushed, foreign=tuple(sorted({*there} - {*digests, ".gitattributes"})))
 
 
-def _check_name(repo_id: str) -> None:
+def check_name(repo_id: str) -> None:
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
@@ -136,7 +136,7 @@ def _stage(folder: Path, files: list[Path], sent: Path, base_model: str | None) 
         return None
     base = base_model or base_of(folder)
     try:
-        _check_name(base)
+        check_name(base)
         is_folder = Path(base).exists()
     except ValueError:
         is_folder = True
@@ -319,7 +319,7 @@ def _receive(api: HfApi, job: Job, digests: dict[str, str], cache: Path) -> None
 
 
 @contextlib.contextmanager
-def _explained(repo_id: str) -> Iterator[None]:
+def explained(repo_id: str) -> Iterator[None]:
     """Turns errors of the client and the server into a ValueError of one line with the way out."""
     login = "log in with `hf auth login`, or set HF_TOKEN"
     try:

@@ -70,6 +70,20 @@ def test_judging_stops_and_goes_on(argv, run, tmp_path, monkeypatch, capsys):
         assert row["answer_a"] == first["completion"]
 
 
+def test_undo_and_both_bad(argv, tmp_path, monkeypatch, capsys):
+    say(monkeypatch, "u", "1", "u", "b", "t")
+    assert main(argv) == 0
+    assert "nothing was judged since the start" in capsys.readouterr().out
+    first, second = judgments(tmp_path)
+    assert (first["choice"], second["choice"]) == ("both_bad", "tie")
+
+
+def test_the_page_needs_gradio(argv, monkeypatch, fails):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for command in (["compare", *argv[1:], "--web"], ["demo", argv[1]]):
+        assert "this needs gradio: pip install 'hf-decoder[demo]'" in fails(*command)
+
+
 @pytest.mark.process
 def test_interrupt_keeps_what_is_judged(argv, tmp_path, monkeypatch, capsys):
     said = iter(["1"])

@@ -1,10 +1,7 @@
 """Intervals against their definition, anonymous pairs, and judgments that survive a restart."""
 
-import http.client
 import json
 import math
-import threading
-from urllib.parse import urlencode
 
 import pytest
 
@@ -17,7 +14,6 @@ from hf_decoder.evaluation.blind_comparison import (
     judgments_needed,
     wilson_interval,
 )
-from hf_decoder.evaluation.comparison_page import JudgmentServer
 
 NAMES = ("one", "two")
 PROMPTS = [f"prompt {n} <b>&" for n in range(20)]
@@ -86,7 +82,23 @@ def test_judgments_survive_an_interrupt_in_the_middle_of_a_line(tmp_path):
     for line in path.read_text("utf-8").splitlines():
         json.loads(line)
     wins_a = sum(pair.left_is_a for pair in pairs[:5])
-    assert JudgmentFile(path, NAMES).tally() == again.tally() == Tally(wins_a, 5 - wins_a, 1, 5)
+    assert JudgmentFile(path, NAMES).tally() == again.tally() == Tally(wins_a, 5 - wins_a, 1, lefts=5)
+
+
+def test_undo_takes_back_what_was_judged_since_the_start(tmp_path):
+    pairs = blind_pairs(PROMPTS, A, B)
+    path = tmp_path / "judgments.jsonl"
+    JudgmentFile(path, NAMES).add(pairs[0], "left")
+    before = path.read_bytes()
+    file = JudgmentFile(path, NAMES)
+    assert file.undo() is None and not file.can_undo  # of an earlier session
+    file.add(pairs[1], "left", note="a note")
+    file.add(pairs[2], "both_bad")
+    assert json.loads(path.read_text("utf-8").splitlines()[1])["note"] == "a note"
+    assert file.tally().results()["both_bad"] == 1 and file.tally().decided == 2
+    assert file.undo() == pairs[2] and file.undo() == pairs[1] and file.undo() is None
+    assert path.read_bytes() == before and file.remaining(pairs) == pairs[1:]
+    assert file.tally() == JudgmentFile(path, NAMES).tally()
 
 
 def test_judgments_of_others_are_refused(tmp_path):
@@ -104,52 +116,3 @@ def test_the_words_of_a_result():
     assert "excludes 50%: two is preferred" in Tally(20, 60, 3).lines(NAMES)[2]
     assert "more decided judgments" in Tally(6, 4, 0).lines(NAMES)[2]
     assert Tally(0, 0, 2).results()["win_rate_a"] is None
-
-
-@pytest.fixture
-def page(tmp_path):
-    file = JudgmentFile(tmp_path / "judgments.jsonl", NAMES)
-    server = JudgmentServer(file, blind_pairs(PROMPTS[:3], A[:3], B[:3]))
-    thread = threading.Thread(target=server.serve, kwargs={"said": lambda line: None})
-    thread.start()
-    yield server
-    server.finished.set()
-    thread.join(timeout=10)
-    assert not thread.is_alive()
-
-
-def ask(server, method="GET", form=None, host=None, path="/") -> tuple[int, str]:
-    connection = http.client.HTTPConnection("127.0.0.1", server.server_address[1], timeout=10)
-    headers = {"Content-Type": "application/x-www-form-urlencoded"} | ({"Host": host} if host else {})
-    connection.request(method, path, urlencode(form) if form else None, headers)
-    answer = connection.getresponse()
-    return answer.status, answer.read().decode()
-
-
-def test_page_judges_blind_until_all_are_judged(page):
-    assert page.server_address[0] == "127.0.0.1"
-    for number, pair in enumerate(page.pairs):
-        status, text = ask(page)
-        assert status == 200 and f"{number + 1} of 3" in text
-        assert "&lt;b&gt;" in text and "</pre><script>" not in text.split("<form")[0]
-        assert not any(word in text for word in ("model_a", "left_is_a", '"A"', '"B"'))
-        assert text.index(pair.left[:8]) < text.rindex(pair.right[:8])
-        form = {"token": page.token, "key": pair.key, "choice": "left"}
-        assert ask(page, "POST", form)[0] == 303
-        assert ask(page, "POST", form)[0] == 303  # pressed twice
-        assert page.file.judged[pair.key] == pair.winner("left")
-        assert len(page.file.judged) == number + 1
-    assert "Every pair is judged" in ask(page)[1]
-    assert page.finished.wait(5)
-
-
-def test_page_takes_judgments_from_itself_only(page):
-    form = {"token": page.token, "key": page.pairs[0].key, "choice": "left"}
-    assert ask(page, "POST", {**form, "token": "guess"})[0] == 403
-    assert ask(page, "POST", form, host="evil.example")[0] == 403
-    assert ask(page, host="evil.example:80")[0] == 403
-    assert ask(page, "POST", {**form, "choice": "both"})[0] == 400
-    assert ask(page, "POST", {**form, "key": "other"})[0] == 400
-    assert ask(page, "POST", {**form, "padding": "x" * 20_000})[0] == 400
-    assert ask(page, path="/etc/passwd")[0] == 404
-    assert not page.file.judged

@@ -25,6 +25,7 @@ import yaml
 TOKENS = {"hf_owner": "owner", "hf_other": "other"}
 READ_ONLY = {"hf_reader": "owner"}
 GITATTRIBUTES = b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n*.png filter=lfs diff=lfs merge=lfs -text\n"
+SPACE = "@space"
 LFS_SUFFIXES = (".safetensors", ".png", ".bin", ".pt", ".gguf")
 
 
@@ -134,6 +135,10 @@ class Hub:
         return [line for line in self.requests if re.search(pattern, line)]
 
 
+def _as_space(found: re.Match[str]) -> str:
+    return f"{'/api/models' if found[1] else ''}/{found[2]}{SPACE}"
+
+
 class Handler(BaseHTTPRequestHandler):
     hub: Hub
     _body: bytes | None = None
@@ -200,7 +205,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def _serve(self) -> None:
         self._body = None
-        path = self.path.partition("?")[0]
+        # a Space is kept beside the models, under a name that none of them can have
+        path = re.sub(r"^(/api)?/spaces/([^/]+/[^/.]+)", _as_space, self.path.partition("?")[0])
         self.hub.requests.append(f"{self.command} {path}")
         for methods, pattern, action in ROUTES:
             found = re.fullmatch(pattern, path)
@@ -231,7 +237,7 @@ class Handler(BaseHTTPRequestHandler):
         if namespace is None:
             raise Refused(401, "Invalid username or password.")
         self._check_may_write(namespace)
-        name = f"{namespace}/{wanted['name']}"
+        name = f"{namespace}/{wanted['name']}" + (SPACE if wanted.get("type") == "space" else "")
         url = {"url": f"{self.hub.endpoint}/{name}", "name": name}
         if name in self.hub.repos:
             return self._answer({"error": "You already created this model repo", **url}, 409)

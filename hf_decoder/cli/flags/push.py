@@ -19,7 +19,13 @@ class PushArguments:
     """What is uploaded, and where to."""
 
     folder: str = needed("Folder of a saved model or adapter.", positional=True, metavar="FOLDER")
-    repo_id: str = needed("user/name on the Hub, made if it does not exist.", positional=True, metavar="USER/NAME")
+    repo_id: str | None = flag(
+        None,
+        "user/name on the Hub, made if it does not exist. As --space if not given.",
+        positional=True,
+        metavar="USER/NAME",
+    )
+    space: str | None = flag(None, "user/name of a Space to make of the model: a page to talk to it.")
     private: bool = flag(False, "Make the new repo private.")
     revision: str | None = flag(None, "Branch to push to, made if it does not exist.")
     create_pr: bool = flag(False, "Open a pull request instead of changing the branch.")
