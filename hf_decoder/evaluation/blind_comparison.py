@@ -142,7 +142,8 @@ class JudgmentFile:
 
     def tally(self) -> Tally:
         winners = list(self.judged.values())
-        return Tally(*(winners.count(winner) for winner in ("A", "B", "tie", "both_bad")), lefts=self.lefts)
+        wins_a, wins_b, ties, both_bad = (winners.count(winner) for winner in ("A", "B", "tie", "both_bad"))
+        return Tally(wins_a, wins_b, ties, both_bad, self.lefts)
 
 
 @dataclass(frozen=True)
