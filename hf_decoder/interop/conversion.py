@@ -165,6 +165,7 @@ def _write_gguf(
 ) -> str:
     plan = gguf_write.plan(source.config, source.tensors, outtype)
     vocabulary = gguf_write.read_vocabulary(source.path, source.config)
+    modelfile = ollama.modelfile(destination.name, source.path, source.config.max_position_embeddings)
     with checkpoint.written_aside(destination, plan.num_bytes + SMALL_FILES + vocabulary.num_bytes) as aside:
         bar = progress("writing", plan.num_bytes)
         gguf_write.write(aside, destination.stem, plan, vocabulary, bar.update)
@@ -174,8 +175,7 @@ def _write_gguf(
     recipe = destination.with_name("Modelfile")
     if recipe.exists():  # of another GGUF file
         recipe = destination.with_suffix(".Modelfile")
-    text = ollama.modelfile(destination.name, source.path, source.config.max_position_embeddings)
-    recipe.write_text(text, encoding="utf-8")
+    recipe.write_text(modelfile, encoding="utf-8")
     return f"{plan.architecture} in GGUF, {outtype}; `ollama create NAME -f {recipe}` makes it a model of Ollama"
 
 

@@ -14,13 +14,14 @@ CHATML = """{{- range .Messages }}<|im_start|>{{ .Role }}
 {{ .Content }}<|im_end|>
 {{ end }}<|im_start|>assistant
 """
-# Settings of generate() and Ollama's names for them.
-PARAMETERS = {
-    "temperature": "temperature",
-    "top_p": "top_p",
-    "top_k": "top_k",
-    "min_p": "min_p",
-    "repetition_penalty": "repeat_penalty",
+# Setting of generate(): Ollama's name for it, and the value that generate() takes where none is given. Ollama would
+# take another: 0.8, 0.9, 40 and 1.1.
+PARAMETERS: dict[str, tuple[str, float]] = {
+    "temperature": ("temperature", 1.0),
+    "top_p": ("top_p", 1.0),
+    "top_k": ("top_k", 50),
+    "min_p": ("min_p", 0.0),
+    "repetition_penalty": ("repeat_penalty", 1.0),
 }
 END_OF_TURN = "<|im_end|>"
 
@@ -29,6 +30,9 @@ def modelfile(gguf_name: str, folder: Path, context_length: int) -> str:
     """The text of the Modelfile for `gguf_name`, which was made from the model and tokenizer in `folder`.
 
     A chat template that is not ChatML has no counterpart in it; a comment says so.
+
+    Raises:
+        ValueError: if a setting in generation_config.json is not a number.
     """
     bound_templates()
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -41,12 +45,20 @@ def modelfile(gguf_name: str, folder: Path, context_length: int) -> str:
         lines.append(f'TEMPLATE """{CHATML}"""')
     elif tokenizer.chat_template:
         lines.append("# The chat template is not ChatML; Ollama looks for a known one in the GGUF file.")
-    lines += [f"PARAMETER stop {_quoted(text)}" for text in _stops(tokenizer, config, is_chatml)]
-    # Without do_sample, transformers takes the likeliest token, and Ollama draws unless the temperature is 0.
-    given = {name: getattr(config, name) for name in PARAMETERS}
-    if not config.do_sample:
-        given = {"temperature": 0.0, "repetition_penalty": config.repetition_penalty}
-    lines += [f"PARAMETER {PARAMETERS[name]} {value}" for name, value in given.items() if value is not None]
+    for text in _stops(tokenizer, config, is_chatml):
+        if '"' in text or not text.isprintable():
+            lines.append(f"# A Modelfile cannot hold the stop token {text!a}.")
+        else:
+            lines.append(f'PARAMETER stop "{text}"')
+    for name, (ollama_name, default) in PARAMETERS.items():
+        value = getattr(config, name)
+        value = default if value is None else value
+        if name == "temperature" and not config.do_sample:
+            value = 0.0  # generate() then takes the likeliest token; Ollama draws unless the temperature is 0
+        if not isinstance(value, int | float):  # of a stranger, whose text would be read as instructions
+            raise ValueError(f"{name} in generation_config.json of {folder} is {value!r}, not a number")
+        lines.append(f"PARAMETER {ollama_name} {value}")
+    lines.append("PARAMETER repeat_last_n -1")  # generate() penalizes what occurs anywhere in the text
     return "\n".join([*lines, f"PARAMETER num_ctx {context_length}", ""])
 
 
@@ -69,9 +81,4 @@ def _stops(tokenizer: Any, config: GenerationConfig, is_chatml: bool) -> list[st
     ends = config.eos_token_id
     ids = [*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id]
     texts = [tokenizer.convert_ids_to_tokens(one) for one in ids if one is not None]
-    found = dict.fromkeys(filter(None, [*texts, END_OF_TURN if is_chatml else None]))
-    return [text for text in found if '"""' not in text]
-
-
-def _quoted(text: str) -> str:
-    return f'"""{text}"""' if '"' in text or "\n" in text else f'"{text}"'
+    return list(dict.fromkeys(filter(None, [*texts, END_OF_TURN if is_chatml else None])))

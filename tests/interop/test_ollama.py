@@ -68,11 +68,11 @@ def test_a_chat_model_that_draws(folder, capsys):
     assert f"-f {folder.parent / 'Modelfile'}" in capsys.readouterr().out
     assert found["FROM"] == ["./mine.gguf"]
     assert found["PARAMETER stop"] == ["<|endoftext|>", "<|im_end|>"]
-    assert {name: found[f"PARAMETER {name}"] for name in ("temperature", "top_p", "num_ctx")} == {
-        "temperature": ["0.7"],
-        "top_p": ["0.9"],
-        "num_ctx": ["96"],
-    }
+    given = {"temperature": 0.7, "top_p": 0.9, "num_ctx": 96}
+    # what is not given is what generate() takes, not what Ollama would
+    given |= {"top_k": GenerationConfig._get_default_generation_params()["top_k"], "min_p": 0, "repeat_penalty": 1}
+    given |= {"repeat_last_n": -1}
+    assert {key.split()[1]: float(*found[key]) for key in found if key[-4:] != "stop" and " " in key} == given
     tokenizer = AutoTokenizer.from_pretrained(folder)
     for chat in CHATS:
         expected = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
@@ -100,3 +100,10 @@ def test_a_template_that_is_not_chatml_is_left_to_ollama_and_an_older_modelfile_
     assert second["FROM"] == ["./other.gguf"]
     assert "is not ChatML" in (folder.parent / "other.Modelfile").read_text("utf-8")
     assert parse((folder.parent / "Modelfile").read_text("utf-8")) == first
+
+
+def test_settings_of_a_stranger_are_numbers(folder, capsys):
+    (folder / "generation_config.json").write_text('{"do_sample": true, "top_p": "0.9\\nADAPTER /etc/passwd"}')
+    before = set(folder.parent.iterdir())
+    assert main(["convert", str(folder), str(folder.parent / "mine.gguf"), "--to", "gguf"]) == 2
+    assert "not a number" in capsys.readouterr().err and set(folder.parent.iterdir()) == before
