@@ -28,7 +28,7 @@ def main(args: DemoArguments) -> int:
 
 
 def _choices(args: DemoArguments) -> list[Any]:
-    """The folders as they were given, and then what else their models and the adapters near them offer."""
+    """What the page offers: the folders that were given, then their base models, then the adapters near those."""
     from hf_decoder.serving.conversation import untaught_note
     from hf_decoder.serving.live_generation import Choice, LoadedModel
 
@@ -59,6 +59,6 @@ def _choices(args: DemoArguments) -> list[Any]:
 
 
 def _whole_path(name: str) -> str:
-    """A folder by its one full path; a name of the Hub as it is."""
+    """The full path of a folder; a name of the Hub as it is."""
     folder = Path(name).expanduser()
     return str(folder.resolve()) if folder.is_dir() else name

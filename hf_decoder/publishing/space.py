@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
@@ -78,7 +79,8 @@ def _write(sent: Path, folder: Path, model: Pushed, space: str) -> None:
     pins = {name: version(name).partition("+")[0] for name in PACKAGES}
     (sent / "requirements.txt").write_text("".join(f"{name}=={pin}\n" for name, pin in pins.items()), "utf-8")
     head = {"title": space.partition("/")[2], "emoji": "\U0001f4ac", "colorFrom": "blue", "colorTo": "gray"}
-    head |= {"sdk": "gradio", "sdk_version": pins["gradio"], "app_file": "app.py", "models": [model.repo_id]}
+    head |= {"sdk": "gradio", "sdk_version": pins["gradio"], "python_version": "{}.{}".format(*sys.version_info)}
+    head |= {"app_file": "app.py", "models": [model.repo_id]}
     (sent / "README.md").write_text(
         "---\n"
         + "".join(f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in head.items())

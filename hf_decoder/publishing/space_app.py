@@ -1,10 +1,11 @@
 """A page to talk to a model of the Hub. Its weights and its code are those of one commit."""
 
 from collections.abc import Callable, Iterator
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import gradio as gr
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextIteratorStreamer
 
 MODEL, REVISION, TRUST_REMOTE_CODE = "user/name", "main", False  # `hf-decoder push --space` writes this line
@@ -26,16 +27,31 @@ def load(name: str = MODEL, revision: str | None = REVISION) -> Callable[[str, l
             )
         else:  # it never learned to chat, and goes on with the text
             inputs = tokenizer(message, return_tensors="pt")
-        streamer: Any = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=120)
-        room = model.config.max_position_embeddings - inputs["input_ids"].shape[1]
+        streamer: Any = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        room = getattr(model.config, "max_position_embeddings", 10**9) - inputs["input_ids"].shape[1]
         if room < 1:
             raise gr.Error("The conversation is longer than the model's context. Start a new one.")
-        settings = {**inputs, "streamer": streamer, "max_new_tokens": min(512, room)}
-        Thread(target=model.generate, kwargs=settings, daemon=True).start()
+        stopped = Event()
+
+        def must_stop(ids: torch.Tensor, scores: Any) -> torch.Tensor:
+            return torch.full(ids.shape[:1], stopped.is_set(), device=ids.device)
+
+        def generate() -> None:
+            try:
+                model.generate(
+                    **inputs, streamer=streamer, max_new_tokens=min(512, room), stopping_criteria=[must_stop]
+                )
+            finally:
+                streamer.end()  # also after an error, which the log of the Space shows
+
+        Thread(target=generate, daemon=True).start()
         text = ""
-        for piece in streamer:
-            text += piece
-            yield text
+        try:
+            for piece in streamer:
+                text += piece
+                yield text
+        finally:  # the visitor stopped it, or left
+            stopped.set()
 
     return answer
 

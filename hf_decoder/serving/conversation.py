@@ -24,9 +24,9 @@ def untaught_note(tokenizer: Any, folder: str | Path, adapter: str | None = None
 def fit_conversation(
     model: Any, tokenizer: Any, system: str | None, turns: Sequence[Turn], said: str
 ) -> tuple[list[int], list[Turn]]:
-    """Token ids of `turns` and of what the user said then, and the turns among them.
+    """Token ids of the conversation up to the answer, and the `turns` that are part of it.
 
-    The oldest exchanges go where they leave no room for an answer. Without a chat template the ids are those of
+    The oldest exchanges are dropped if there is no room for an answer. Without a chat template the ids are those of
     `said` alone.
 
     Raises:

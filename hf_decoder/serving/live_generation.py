@@ -1,4 +1,4 @@
-"""Generates for a page: token by token, to be stopped at any time, with the probability of each token afterwards."""
+"""Generates token by token until it is stopped, and tells the probability of each token afterwards."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class LoadedModel:
     lock: Lock = field(default_factory=Lock)
 
     @contextmanager
-    def wearing(self, adapter: str | None) -> Iterator[Any]:
+    def with_adapter(self, adapter: str | None) -> Iterator[Any]:
         """The model with this adapter on it, or with none, for one caller at a time.
 
         Raises:
@@ -36,8 +36,8 @@ class LoadedModel:
         with self.lock:
             if adapter != self.adapter:
                 if self.adapter is not None:  # an adapter of prompts changes no module, and cannot be unloaded
-                    worn = self.model
-                    self.model = worn.unload() if hasattr(worn, "unload") else worn.get_base_model()
+                    model = self.model
+                    self.model = model.unload() if hasattr(model, "unload") else model.get_base_model()
                     self.adapter = None
                 if adapter is not None:
                     self.model = load_adapter(self.model, adapter).eval()
@@ -87,7 +87,7 @@ class Choice:
 
         def generate() -> None:
             try:
-                with self.loaded.wearing(self.adapter) as model, torch.inference_mode():
+                with self.loaded.with_adapter(self.adapter) as model, torch.inference_mode():
                     settings = generate_settings(model, self.tokenizer, len(ids), given)
                     settings["eos_token_id"] = end_ids(model, self.tokenizer, chat=chat) or None
                     settings |= {"streamer": streamer, "stopping_criteria": [must_stop]}
@@ -121,7 +121,7 @@ class Choice:
     @torch.inference_mode()
     def pieces(self, ids: Sequence[int], tokens: Sequence[int]) -> list[Piece]:
         """The text of `tokens` after the prompt `ids`, with the model's own probabilities: before temperature."""
-        with self.loaded.wearing(self.adapter) as model:
+        with self.loaded.with_adapter(self.adapter) as model:
             whole = torch.tensor([[*ids, *tokens]], device=model.device)
             logits = model(whole, logits_to_keep=len(tokens) + 1, use_cache=False).logits[0, :-1]
         found: list[Piece] = []

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import html
+import os
 import socket
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from hf_decoder.safety.terminal import printable
 
 ADDRESS = "127.0.0.1"
 NAMES = (ADDRESS, "localhost")
+CLOSED = ("/file=", "/file/", "/proxy=", "/upload")
 # The browser asks nobody else, whatever the page holds. Gradio's own scripts are inline and make functions of text.
 POLICY = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; frame-ancestors 'none'"
 NARROWEST = 300  # pixels of a column; a phone shows one below the other
@@ -29,7 +30,10 @@ def escaped(text: str) -> str:
 
 
 class _OwnPageOnly:
-    """Answers requests under this page's own address and from its own pages, and forbids anything from elsewhere."""
+    """Answers requests under this page's own address and from its own pages, and forbids anything from elsewhere.
+
+    Gradio's routes that read files and fetch from other servers are closed: the page holds nothing but text.
+    """
 
     def __init__(self, app: Any, port: int):
         self.app = app
@@ -40,9 +44,9 @@ class _OwnPageOnly:
             return await self.app(scope, receive, send)
         headers = Headers(scope=scope)
         origin = headers.get("origin")
-        if headers.get("host") not in self.hosts or (
-            origin is not None and origin.removeprefix("http://") not in self.hosts
-        ):
+        is_own = headers.get("host") in self.hosts
+        is_own &= origin is None or origin.removeprefix("http://") in self.hosts
+        if not is_own or any(route in scope["path"] for route in CLOSED):
             return await PlainTextResponse("This page answers to itself only.", 403)(scope, receive, send)
 
         async def send_with_policy(message: Any) -> None:
@@ -57,7 +61,7 @@ def free_port(port: int) -> int:
     """`port`, or for 0 one that is free.
 
     Raises:
-        ValueError: if it is in use, or not to be had.
+        ValueError: if it is in use, or cannot be had.
     """
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -71,13 +75,16 @@ def free_port(port: int) -> int:
         return int(probe.getsockname()[1])
 
 
-def serve(page: gr.Blocks, port: int, head: str = "", said: Callable[[str], Any] = print) -> None:
+def serve(page: gr.Blocks, port: int, head: str = "") -> None:
     """Serves a page on 127.0.0.1 until it is interrupted.
 
     Raises:
         ValueError: as `free_port`.
     """
     port = free_port(port)
+    # Gradio asks its own page whether it is there; a proxy of this machine cannot tell.
+    others = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
+    os.environ["no_proxy"] = f"{others},{ADDRESS}" if others else ADDRESS
     page.launch(
         server_name=ADDRESS,
         server_port=port,
@@ -96,7 +103,7 @@ def serve(page: gr.Blocks, port: int, head: str = "", said: Callable[[str], Any]
         app_kwargs={"middleware": [Middleware(_OwnPageOnly, port=port)]},
     )
     try:
-        said(f"the page is at http://{ADDRESS}:{port}/ (Ctrl-C ends it)")
+        print(f"the page is at http://{ADDRESS}:{port}/ (Ctrl-C ends it)", flush=True)
         while True:
             time.sleep(3600)
     finally:

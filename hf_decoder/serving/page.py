@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from threading import Event
@@ -14,9 +15,9 @@ from hf_decoder.serving.conversation import Turn, fit_conversation
 from hf_decoder.serving.live_generation import Choice, Piece
 from hf_decoder.serving.local_page import NARROWEST, escaped
 
-# Setting of generate(): label, smallest value, what it is where the model's generation_config does not say.
+# Setting of generate(): label, smallest value, value where the model's generation_config has none.
 SETTINGS: dict[str, tuple[str, float, float]] = {
-    "max_new_tokens": ("Longest answer", 1, 200),
+    "max_new_tokens": ("Max new tokens", 1, 200),
     "temperature": ("Temperature", 0, 1.0),
     "top_p": ("Top p", 0, 1.0),
     "top_k": ("Top k", 0, 50),
@@ -24,13 +25,15 @@ SETTINGS: dict[str, tuple[str, float, float]] = {
     "repetition_penalty": ("Repetition penalty", 0, 1.0),
     "seed": ("Seed (-1: none)", -1, -1),
 }
-HINT = "The darker a token, the less likely it was. Point at one to see its probability."
+HINT = "The darker a token, the less likely it was. Point at one, or tap it, to see its probability."
+# What the page has above and below a chat takes 28rem: the chat scrolls, and the buttons stay in sight.
+CHAT_HEIGHT = "max(16rem, calc(100vh - 28rem))"
 GENERATES: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private"}
 AT_ONCE: dict[str, Any] = {"queue": False, "api_visibility": "private"}
 
 
 class Page:
-    """The page of some choices, in one or two columns. A browser that leaves stops what was written for it."""
+    """The page, with one or two columns; each shows one of `choices`. When a browser leaves, its answer stops."""
 
     def __init__(self, choices: Sequence[Choice], columns: int):
         self.choices = {choice.name: choice for choice in choices}
@@ -80,12 +83,19 @@ class Page:
                     made.append(make(column))
         return made
 
+    def _written(self, kind: str, column: int, value: str, asked: Sequence[Any], **how: Any) -> gr.HTML:
+        """The part that shows what a model wrote; of two, each is under the name of its model."""
+        if self.columns > 1:
+            pick = asked[column - self.columns]
+            name = gr.HTML(_line(pick.value))
+            pick.change(_line, pick, name, **AT_ONCE)
+        return gr.HTML(value, elem_id=f"{kind}{column}", **how)
+
     # ------------------------------------------------------------------------------------------------------ chat
 
     def _chat_tab(self, asked: list[Any]) -> None:
-        shown = self._columns(
-            lambda column: gr.HTML(_talk([]), autoscroll=True, max_height=460, elem_id=f"chat{column}")
-        )
+        how = {"autoscroll": True, "max_height": CHAT_HEIGHT}
+        shown = self._columns(lambda column: self._written("chat", column, _talk([]), asked, **how))
         said = gr.Textbox(show_label=False, placeholder="Say something", elem_id="said", max_lines=8, autofocus=True)
         with gr.Row():
             send = gr.Button("Send", variant="primary", elem_id="send", min_width=60)
@@ -113,7 +123,7 @@ class Page:
         for column, choice in enumerate(chosen):
             if stopped.is_set():
                 break
-            with _explained(), choice.loaded.wearing(choice.adapter) as model:
+            with _explained(), choice.loaded.with_adapter(choice.adapter) as model:
                 ids, kept = fit_conversation(model, choice.tokenizer, system or None, before[column], said)
             if len(kept) < len(before[column]):
                 status = f"The context is full: {choice.name} no longer reads its oldest messages."
@@ -135,7 +145,7 @@ class Page:
         with gr.Row():
             go = gr.Button("Continue", variant="primary", elem_id="continue", min_width=60)
             stop = gr.Button("Stop", elem_id="stop_completion", min_width=60)
-        shown = self._columns(lambda column: gr.HTML(_tokens("", []), elem_id=f"completion{column}"))
+        shown = self._columns(lambda column: self._written("completion", column, _tokens("", []), asked))
         hint = gr.HTML(_line(HINT))
         go.click(self.complete, [prompt, *asked], [hint, *shown], **GENERATES)
         stop.click(self.stop, **AT_ONCE)
@@ -150,7 +160,7 @@ class Page:
                 break
             with _explained():
                 ids = encode_prompt(choice.tokenizer, prompt)
-                with choice.loaded.wearing(choice.adapter) as model:
+                with choice.loaded.with_adapter(choice.adapter) as model:
                     check_ids(model, ids)
                 tokens: list[int] = []
                 for tokens in choice.stream(ids, given, stopped, seed=seed, chat=False):
@@ -201,7 +211,7 @@ def _tokens(prompt: str, pieces: Sequence[Piece]) -> str:
         others = "  ".join(f"{text!r} {100 * share:.1f}%" for text, share in piece.likeliest)
         tip = f"{100 * piece.probability:.1f}%   likeliest: {others}" if others else ""
         tip = f' data-tip="{escaped(tip)}"' if tip else ""
-        shade = 0.55 * (1 - piece.probability)
+        shade = 0.15 * min(4.0, -math.log10(max(piece.probability, 1e-9)))  # darkest at 1 in 10,000
         spans.append(f'<span{tip} style="background: rgba(230, 120, 30, {shade:.2f})">{escaped(piece.text)}</span>')
     inner = f'<span class="prompt">{escaped(prompt)}</span>{"".join(spans)}'
     return f'<div class="tokens"><div class="text">{inner}</div></div>'

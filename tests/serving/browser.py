@@ -44,6 +44,7 @@ def chromium(folder: Path):
 def served(*argv: object, log: Path):
     """The process of `hf-decoder ARGV --port 0`, and the address of its page."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    environment |= {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}  # where nothing answers
     with log.open("w") as out:
         process = subprocess.Popen(
             [sys.executable, str(ROOT / "scripts" / f"{argv[0]}.py"), *map(str, argv[1:]), "--port", "0"],

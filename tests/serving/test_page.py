@@ -10,7 +10,7 @@ from urllib.request import urlopen
 import psutil
 import pytest
 import torch
-from browser import as_phone, chromium, needs_chromium, one, requested, served, text_of, wait_for
+from browser import ROOT, as_phone, chromium, needs_chromium, one, requested, served, text_of, wait_for
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -131,7 +131,7 @@ def test_a_chat_side_by_side(models, page, driver):
     driver.get(page[1])
     one(driver, "#said textarea")
     assert "never taught to chat" in one(driver, "body").text
-    set_number(driver, "Longest answer", 12)
+    set_number(driver, "Max new tokens", 12)
     write(driver, "#said textarea", SAID)
     one(driver, "#send").click()
     expected = [answer(models / name, SAID) for name in ("one", "two")]
@@ -145,7 +145,7 @@ def test_stop_retry_and_the_system_prompt(models, page, driver):
     process, address = page
     driver.get(address)
     one(driver, "#said textarea")
-    set_number(driver, "Longest answer", 8000)  # which takes long
+    set_number(driver, "Max new tokens", 8000)  # which takes long
     write(driver, "#said textarea", SAID)
     one(driver, "#send").click()
     wait_for(lambda: len((bubbles(driver, 0) or [""])[-1]) > 20)
@@ -153,7 +153,7 @@ def test_stop_retry_and_the_system_prompt(models, page, driver):
     wait_for(lambda: is_idle(process))
     assert len(bubbles(driver, 0)) == 2
 
-    set_number(driver, "Longest answer", 12)
+    set_number(driver, "Max new tokens", 12)
     write(driver, "#system textarea", SYSTEM)
     open_settings(driver, False)
     one(driver, "#retry").click()
@@ -181,7 +181,7 @@ def test_a_browser_that_leaves_stops_the_work(page, tmp_path):
     with chromium(tmp_path / "leaving") as driver:
         driver.get(address)
         one(driver, "#said textarea")
-        set_number(driver, "Longest answer", 8000)
+        set_number(driver, "Max new tokens", 8000)
         write(driver, "#said textarea", SAID)
         one(driver, "#send").click()
         wait_for(lambda: len((bubbles(driver, 0) or [""])[-1]) > 20)
@@ -193,7 +193,7 @@ def test_a_browser_that_leaves_stops_the_work(page, tmp_path):
 def test_a_completion_tells_the_probability_of_each_token(models, page, driver):
     driver.get(page[1])
     one(driver, "#said textarea")
-    set_number(driver, "Longest answer", 6)
+    set_number(driver, "Max new tokens", 6)
     next(tab for tab in driver.find_elements("css selector", "button[role=tab]") if "Completion" in tab.text).click()
     write(driver, "#prompt textarea", SAID)
     one(driver, "#continue").click()
@@ -217,7 +217,7 @@ def test_an_adapter_is_chosen_and_taken_off(models, driver, tmp_path):
         driver.get(address)
         as_phone(driver)
         one(driver, "#said textarea")
-        set_number(driver, "Longest answer", 12)
+        set_number(driver, "Max new tokens", 12)
         for number, (name, adapter) in enumerate([("one + lora", models / "lora"), ("one", None)]):
             if number:
                 one(driver, "#model0 input").click()
@@ -293,15 +293,15 @@ def test_blind_judgments_on_a_phone(comparing, driver):
 
 
 def test_the_page_answers_to_itself_only(comparing):
-    process, address, _ = comparing
+    process, address, folder = comparing
     port = int(address.rsplit(":", 1)[1].strip("/"))
     sockets = psutil.Process(process.pid).net_connections()
     listening = {found.laddr.ip for found in sockets if found.status == psutil.CONN_LISTEN}
     assert listening == {"127.0.0.1"}
 
-    def ask(**headers: str) -> tuple[int, str | None]:
+    def ask(path: str = "/", **headers: str) -> tuple[int, str | None]:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
-        connection.request("GET", "/", headers=headers)
+        connection.request("GET", path, headers=headers)
         found = connection.getresponse()
         return found.status, found.getheader("Content-Security-Policy")
 
@@ -309,6 +309,8 @@ def test_the_page_answers_to_itself_only(comparing):
     assert status == 200 and policy.startswith("default-src 'self'") and "http" not in policy
     assert ask(Host="evil.example")[0] == ask(Origin="http://evil.example")[0] == ask(Host="localhost:1")[0] == 403
     assert ask(Origin=f"http://127.0.0.1:{port}")[0] == 200
+    for path in (folder / "prompts.txt", ROOT / "pyproject.toml", "http://192.0.2.1/a"):
+        assert ask(f"/gradio_api/file={path}")[0] == ask(f"/gradio_api/%66ile={path}")[0] == 403
 
 
 def test_a_port_in_use_is_one_line(models, capsys):
