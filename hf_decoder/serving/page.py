@@ -26,8 +26,8 @@ SETTINGS: dict[str, tuple[str, float, float]] = {
     "seed": ("Seed (-1: none)", -1, -1),
 }
 HINT = "The darker a token, the less likely it was. Point at one, or tap it, to see its probability."
-# What the page has above and below a chat takes 28rem: the chat scrolls, and the buttons stay in sight.
-CHAT_HEIGHT = "max(16rem, calc(100vh - 28rem))"
+# What the page has above and below a chat takes 31rem: the chat scrolls, and the buttons stay in sight.
+CHAT_HEIGHT = "max(16rem, calc(100vh - 31rem))"
 GENERATES: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private"}
 AT_ONCE: dict[str, Any] = {"queue": False, "api_visibility": "private"}
 
