@@ -13,8 +13,9 @@ MODEL, REVISION, TRUST_REMOTE_CODE = "user/name", "main", False  # `hf-decoder p
 
 def load(name: str = MODEL, revision: str | None = REVISION) -> Callable[[str, list], Iterator[str]]:
     """The function that answers a message after a conversation; yields the answer so far."""
-    tokenizer: Any = AutoTokenizer.from_pretrained(name, revision=revision)
-    model: Any = AutoModelForCausalLM.from_pretrained(name, revision=revision, trust_remote_code=TRUST_REMOTE_CODE)
+    source = {"revision": revision, "trust_remote_code": TRUST_REMOTE_CODE}
+    tokenizer: Any = AutoTokenizer.from_pretrained(name, **source)  # reads the config, and would ask about its code
+    model: Any = AutoModelForCausalLM.from_pretrained(name, **source)
 
     def answer(message: str, history: list) -> Iterator[str]:
         turns = [{"role": turn["role"], "content": _text(turn["content"])} for turn in history]

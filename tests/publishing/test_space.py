@@ -22,7 +22,7 @@ answer = app["load"]()
 app["build"](answer)
 history = [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}, {"role": "assistant", "content": "ho"}]
 answers = [list(answer("def main(", []))[-1], list(answer("def main(", history))[-1]]
-with open("answers.json", "w") as file:  # what libraries say goes to the output
+with open("answers.json", "w") as file:
     json.dump(answers, file)
 """
 
@@ -60,6 +60,7 @@ def test_a_space_answers_as_the_model_does(client, hub_env, unexamined, folder, 
         env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=200,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert "custom code" not in done.stdout + done.stderr  # a question that nobody answers there
     tokenizer, torch_model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
     turns = [{"role": "user", "content": "def main("}]
     before = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "ho"}]
@@ -68,7 +69,7 @@ def test_a_space_answers_as_the_model_does(client, hub_env, unexamined, folder, 
         inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
         out = torch_model.generate(**inputs, max_length=128)[0, inputs["input_ids"].shape[1] :]
         expected.append(tokenizer.decode(out, skip_special_tokens=True))
-    assert json.loads((tmp_path / "answers.json").read_text()) == expected, done.stdout[-600:]
+    assert json.loads((tmp_path / "answers.json").read_text()) == expected
     assert len(expected[0]) > 3
 
 
