@@ -8,6 +8,7 @@ import sys
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, constants
 
@@ -78,7 +79,12 @@ def _write(sent: Path, folder: Path, model: Pushed, space: str) -> None:
     (sent / "app.py").write_text(app, encoding="utf-8")
     pins = {name: version(name).partition("+")[0] for name in PACKAGES}
     (sent / "requirements.txt").write_text("".join(f"{name}=={pin}\n" for name, pin in pins.items()), "utf-8")
-    head = {"title": space.partition("/")[2], "emoji": "\U0001f4ac", "colorFrom": "blue", "colorTo": "gray"}
+    head: dict[str, Any] = {
+        "title": space.partition("/")[2],
+        "emoji": "\U0001f4ac",
+        "colorFrom": "blue",
+        "colorTo": "gray",
+    }
     head |= {"sdk": "gradio", "sdk_version": pins["gradio"], "python_version": "{}.{}".format(*sys.version_info)}
     head |= {"app_file": "app.py", "models": [model.repo_id]}
     (sent / "README.md").write_text(

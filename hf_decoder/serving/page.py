@@ -173,7 +173,7 @@ class Page:
 
     def _asked(self, values: Sequence[Any]) -> tuple[dict[str, Any], int | None, list[Choice]]:
         """Settings of generate(), the seed and the choices, from the fields that both tabs share."""
-        given = {}
+        given: dict[str, Any] = {}
         for (name, (label, _, start)), value in zip(SETTINGS.items(), values, strict=False):
             if value is None:
                 raise _problem(f"{label} is empty.")
