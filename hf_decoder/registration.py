@@ -61,6 +61,7 @@ def register() -> None:
     once_imported("transformers.models.auto.configuration_auto", _register_config)
     once_imported("transformers.models.auto.modeling_auto", _register_models)
     once_imported("peft.utils.constants", _complete_peft_tables)
+    once_imported("hf_decoder.engine.quantized.loading", _tell_how_gguf_is_read)
 
 
 def _register_config(configuration_auto: ModuleType) -> None:
@@ -80,6 +81,11 @@ def _complete_peft_tables(constants: ModuleType) -> None:
     for name, table in vars(constants).items():
         if name.startswith("TRANSFORMERS_MODELS_TO_") and isinstance(table, dict) and "llama" in table:
             table.setdefault(MODEL_TYPE, table["llama"])
+
+
+def _tell_how_gguf_is_read(loading: Any) -> None:
+    """The engine loads what the room `interop` reads, and knows no room above itself."""
+    loading.read_file = lambda path: importlib.import_module("hf_decoder.interop.conversion").read_gguf(path)
 
 
 def once_imported(name: str, complete: Callable[[ModuleType], None]) -> None:

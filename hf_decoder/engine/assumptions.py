@@ -191,12 +191,17 @@ def _fit_together(layers: Iterable[Any]) -> bool:
     shapes = set()
     for index, layer in enumerate(layers):
         own = vars(layer.__dict__["_modules"]["self_attn"])
-        weights = (own["_modules"][name].__dict__["_parameters"]["weight"] for name in ("q_proj", "k_proj", "v_proj"))
-        queries, keys, values = (weight.shape[0] for weight in weights)
+        queries, keys, values = (outputs_of(own["_modules"][name]) for name in ("q_proj", "k_proj", "v_proj"))
         if own["layer_idx"] != index or queries != keys * own["num_key_value_groups"] or keys != values:
             return False
         shapes.add((own["head_dim"], queries, keys, own["scaling"]))
     return len(shapes) == 1
+
+
+def outputs_of(module: Any) -> int:
+    """How many numbers a linear map gives; packed weights have rows to fill their last tile."""
+    own = vars(module)
+    return own["out_features"] if "format_name" in own else own["_parameters"]["weight"].shape[0]
 
 
 def modules_below(*roots: nn.Module) -> list[nn.Module]:
@@ -239,6 +244,7 @@ __all__ = [
     "is_as_written",
     "is_hooked",
     "modules_below",
+    "outputs_of",
     "register",
     "state_of",
     "structure_of",

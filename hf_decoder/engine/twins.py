@@ -65,6 +65,18 @@ class _PreTrained:
         _give_twins(self)
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, gguf_file=None, **kwargs):
+        """As in transformers; the weights of a GGUF file stay packed on a CPU."""
+        load = super().from_pretrained
+        if gguf_file is None:
+            return load(pretrained_model_name_or_path, *args, **kwargs)
+        from hf_decoder.engine.quantized.loading import HELD, load_gguf  # with transformers' quantizers
+
+        if cls.__name__ != HELD or args:
+            raise ValueError(f"{cls.__name__} reads no GGUF file; {HELD}.from_pretrained(folder, gguf_file=...) does")
+        return load_gguf(load, pretrained_model_name_or_path, gguf_file, **kwargs)
+
+    @classmethod
     def is_remote_code(cls) -> bool:
         # FSDP2 puts a class of torch over a sharded model, and transformers would save torch's files as its code
         return super().is_remote_code() and not cls.__module__.startswith("torch.")
@@ -94,6 +106,11 @@ class _PreTrained:
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As in transformers; also removes code files of older versions from the folder."""
         unpack_layers(self)
+        if any(hasattr(module, "format_name") for module in self.modules()):
+            raise ValueError(
+                "these weights stay packed as they are in their GGUF file, and are saved in no other form; "
+                "`hf-decoder convert FILE.gguf FOLDER` unpacks them"
+            )
         if not self.is_remote_code():
             Path(save_directory).mkdir(parents=True, exist_ok=True)
             custom_object_save(plain.HfDecoderPreTrainedModel, save_directory)

@@ -139,6 +139,14 @@ class LazyTensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+@dataclass(frozen=True)
+class PackedTensor(LazyTensor):
+    """A matrix of a GGUF file: the name of its type there, and its rows (M, bytes) as they are."""
+
+    format_name: str
+    load_blocks: Callable[[], torch.Tensor]
+
+
 Tensors = dict[str, LazyTensor]
 
 

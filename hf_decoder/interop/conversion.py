@@ -81,6 +81,23 @@ def open_source(name: str, revision: str | None = None) -> Source:
                 _name_tokenizer_class(destination, family)
 
         source = Source(folder, config, family, tensors, copy)
+    return _checked(source)
+
+
+def read_gguf(path: Path) -> tuple[BuiltConfig, Tensors]:
+    """Config and tensor table of a GGUF file, whatever its tokenizer is; no weights yet.
+
+    Raises:
+        ValueError: if anything about it is wrong or not held here, in one line.
+    """
+    config, tensors, _ = gguf_read.read_model(path)
+    source = _checked(Source(path, config, None, tensors, lambda folder: None))
+    return source.config, source.tensors
+
+
+def _checked(source: Source) -> Source:
+    """The source, if it has the tensors that its config asks for, without the copy of a tied head."""
+    config = source.config
     check_layers(config, len(source.tensors), str(source.path))
     tensors = _without_tied_head(source)
     checkpoint.check(tensors, _shapes(HfDecoderForCausalLM, config), str(source.path))

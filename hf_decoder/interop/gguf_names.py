@@ -14,17 +14,22 @@ from hf_decoder.interop.families import BuiltConfig
 
 @dataclass(frozen=True)
 class Architecture:
-    """A graph of llama.cpp. `permuted` says that it rotates neighbouring dimensions where we rotate halves."""
+    """A graph of llama.cpp, to be read, and to be written with one of these biases.
+
+    `permuted` says that it rotates neighbouring dimensions where we rotate halves, `fused` that it stacks matrices.
+    """
 
     qk_norm: bool
     attention_biases: tuple[bool | str, ...]
     permuted: bool = False
+    fused: bool = False
 
 
 ARCHITECTURES = {
     "llama": Architecture(qk_norm=False, attention_biases=(False, True), permuted=True),
     "qwen2": Architecture(qk_norm=False, attention_biases=("qkv",)),
     "qwen3": Architecture(qk_norm=True, attention_biases=(False,)),
+    "phi3": Architecture(qk_norm=False, attention_biases=(), fused=True),
 }
 # Fields that all three graphs fix.
 FIXED: dict[str, Any] = {"hidden_act": "silu", "mlp_bias": False, "final_logit_softcapping": None}
@@ -36,7 +41,10 @@ ROPE_TYPES = {
     "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
 }
 # The file holds llama3's frequencies as factors in a tensor, and their parameters under a key of ours.
+# Meta's models have these, and a factor that is the largest in the tensor.
 ROPE_FREQUENCIES = "rope_freqs.weight"
+META_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+LONG_FACTORS = {"short_factor": "rope_factors_short.weight", "long_factor": "rope_factors_long.weight"}
 ROPE_KEY = "hf_decoder.rope_parameters"
 
 MODULES = {
@@ -56,6 +64,11 @@ LAYER_MODULES = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+}
+# What a graph that stacks them has in the place of several of ours.
+FUSED = {
+    "attn_qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "ffn_up": ("mlp.gate_proj", "mlp.up_proj"),
 }
 
 LLAMA3_SPLIT = (
@@ -90,6 +103,17 @@ def to_ours(name: str) -> str | None:
     )
     ours = {theirs: own for own, theirs in table.items()}.get(leaf)
     return None if ours is None else f"{prefix}{ours}.{kind}"
+
+
+def fused_parts(name: str, config: BuiltConfig) -> dict[str, int]:
+    """Our names whose rows a tensor of a graph that stacks them holds, with the number of each; none of any other."""
+    match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(\w+)", name)
+    if match is None or match[2] not in FUSED:
+        return {}
+    heads, groups = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    rows = (heads, groups, groups) if match[2] == "attn_qkv" else (config.intermediate_size,) * 2
+    ours = (f"model.layers.{match[1]}.{part}.{match[3]}" for part in FUSED[match[2]])
+    return dict(zip(ours, rows, strict=True))
 
 
 def permuted_heads(name: str, config: BuiltConfig) -> int | None:

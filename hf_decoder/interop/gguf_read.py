@@ -7,15 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from hf_decoder.interop import gguf_names as names
-from hf_decoder.interop.checkpoint import LazyTensor, Tensors, parse_json
+from hf_decoder.interop.checkpoint import LazyTensor, PackedTensor, Tensors, parse_json
 from hf_decoder.interop.families import BuiltConfig
 from hf_decoder.interop.gguf_file import StoredTensor, read_file
-from hf_decoder.interop.gguf_write import Plan, require_package
+from hf_decoder.interop.gguf_write import Plan, llama3_factors, require_package
 from hf_decoder.interop.verification import VerificationError, text_ids
 from hf_decoder.model.configuration_hf_decoder import HfDecoderConfig
 from hf_decoder.model.modeling_hf_decoder import HfDecoderRotaryEmbedding
@@ -47,6 +48,16 @@ def read(path: Path) -> tuple[BuiltConfig, Tensors, Callable[[Path], None]]:
     """Config, tensors under our names, and what writes the tokenizer into a folder.
 
     Raises:
+        ValueError: if the file is damaged, or of another architecture or with another tokenizer than those held here.
+    """
+    config, tensors, metadata = read_model(path)
+    return config, tensors, _tokenizer_writer(path, metadata, config.vocab_size)
+
+
+def read_model(path: Path) -> tuple[BuiltConfig, Tensors, dict[str, Any]]:
+    """Config, tensors under our names, and all fields of the file, whatever its tokenizer is.
+
+    Raises:
         ValueError: if the file is damaged, or of another architecture than those held here.
     """
     gguf = require_package()
@@ -57,11 +68,7 @@ def read(path: Path) -> tuple[BuiltConfig, Tensors, Callable[[Path], None]]:
             f"{path} has general.architecture={architecture!r}; held are {', '.join(names.ARCHITECTURES)}"
         )
     config = _config(path, architecture, metadata, stored)
-    return (
-        config,
-        _tensors(gguf, path, architecture, config, stored),
-        _tokenizer_writer(path, metadata, config.vocab_size),
-    )
+    return config, _tensors(gguf, path, architecture, config, stored), metadata
 
 
 def verify(path: Path, plan: Plan, tensors: Tensors, folder: Path) -> None:
@@ -138,25 +145,31 @@ def _config(path: Path, architecture: str, metadata: dict[str, Any], stored: dic
         attention_bias=attention_bias,
         tie_word_embeddings="output.weight" not in stored,
         rope_parameters=_rope(path, architecture, metadata, stored),
+        sliding_window=metadata.get(f"{architecture}.attention.sliding_window") or None,
         bos_token_id=ids["bos"],
         eos_token_id=ids["eos"],
         pad_token_id=ids["padding"],
         dtype=DTYPES.get(stored[EMBEDDING].tensor_type.name, torch.float32),
     )
     try:
-        return HfDecoderConfig(**fields)
+        config: BuiltConfig = HfDecoderConfig(**fields)
+        factors = None if names.ROPE_KEY in metadata else stored.get(names.ROPE_FREQUENCIES)
+        if factors is not None:
+            fields["rope_parameters"] |= {"rope_type": "llama3", "factor": float(np.max(factors.data))}
+            config = HfDecoderConfig(**fields | {"rope_parameters": fields["rope_parameters"] | names.META_ROPE})
+            found, told = llama3_factors(config).numpy(), factors.data.reshape(-1)
+            if found.shape != told.shape or not np.allclose(found, told, rtol=1e-4):
+                raise ValueError(
+                    f"it scales RoPE by {names.ROPE_FREQUENCIES} in another way than Llama 3; convert the original"
+                )
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} describes no model that can be: {error}") from None
+    return config
 
 
 def _rope(path: Path, architecture: str, metadata: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
     if names.ROPE_KEY in metadata:
         return parse_json(metadata[names.ROPE_KEY], f"{names.ROPE_KEY} in {path}")
-    if names.ROPE_FREQUENCIES in stored:
-        raise ValueError(
-            f"{path} scales RoPE by the tensor {names.ROPE_FREQUENCIES} and does not say by which rule; convert the "
-            "original checkpoint"
-        )
     prefix = f"{architecture}.rope."
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": metadata.get(f"{prefix}freq_base", 10000.0)}
     kind = metadata.get(f"{prefix}scaling.type", "none")
@@ -164,40 +177,71 @@ def _rope(path: Path, architecture: str, metadata: dict[str, Any], stored: dict[
         rope |= {"rope_type": kind, "factor": metadata.get(f"{prefix}scaling.factor")}
     if kind == "yarn":
         rope["original_max_position_embeddings"] = metadata.get(f"{prefix}scaling.original_context_length")
+    long = {name: stored[theirs].data for name, theirs in names.LONG_FACTORS.items() if theirs in stored}
+    if len(long) == len(names.LONG_FACTORS):
+        rope |= {"rope_type": "longrope"} | {name: data.reshape(-1).tolist() for name, data in long.items()}
+        rope["original_max_position_embeddings"] = metadata.get(f"{prefix}scaling.original_context_length")
+        rope["attention_factor"] = metadata.get(f"{prefix}scaling.attn_factor")
+    rotated, width = metadata.get(f"{prefix}dimension_count"), metadata.get(f"{architecture}.attention.key_length")
+    heads, size = (metadata.get(f"{architecture}.{KEYS[name]}") for name in ("num_attention_heads", "hidden_size"))
+    if all(type(value) is int and value > 0 for value in (rotated, heads, size)):
+        width = width or size // heads
+        if rotated != width and names.ARCHITECTURES[architecture].permuted:
+            raise ValueError(f"{path} rotates {rotated} of {width} dimensions of a head, which is not held here")
+        if rotated != width:
+            rope["partial_rotary_factor"] = rotated / width
     return rope
 
 
 def _tensors(gguf: Any, path: Path, architecture: str, config: BuiltConfig, stored: dict[str, Any]) -> Tensors:
-    permuted = names.ARCHITECTURES[architecture].permuted
-
-    def loader(name: str, theirs: Any) -> Callable[[], torch.Tensor]:
-        heads = names.permuted_heads(name, config) if permuted else None
-
-        def load() -> torch.Tensor:
-            if theirs.tensor_type.name == "BF16":
-                tensor = torch.from_numpy(theirs.data.copy()).view(torch.bfloat16)
-            elif theirs.tensor_type.name in DTYPES:
-                tensor = torch.from_numpy(theirs.data.copy())
-            else:
-                tensor = torch.from_numpy(gguf.dequantize(theirs.data, theirs.tensor_type))
-            tensor = tensor.reshape(shape).to(config.dtype)
-            return tensor if heads is None else names.separate(tensor, heads)
-
-        shape = tuple(reversed(theirs.shape))
-        return load
-
+    graph = names.ARCHITECTURES[architecture]
     tensors = {}
     for theirs_name, theirs in stored.items():
-        if theirs_name == names.ROPE_FREQUENCIES:
+        if theirs_name in (names.ROPE_FREQUENCIES, *names.LONG_FACTORS.values()):
             continue
-        name = names.to_ours(theirs_name)
-        if name is None:
-            raise ValueError(f"{path} holds the tensor {theirs_name!r}, which is not held here")
+        parts = names.fused_parts(theirs_name, config) if graph.fused else {}
+        if not parts:
+            name = names.to_ours(theirs_name)
+            if name is None:
+                raise ValueError(f"{path} holds the tensor {theirs_name!r}, which is not held here")
+            parts = {name: theirs.shape[-1]}
+        elif sum(parts.values()) != theirs.shape[-1]:
+            raise ValueError(
+                f"{path} has {theirs.shape[-1]} rows in {theirs_name!r}; its fields ask for {sum(parts.values())}"
+            )
         if theirs.tensor_type.name not in DTYPES:
             _check_readable(gguf, path, theirs_name, theirs)
-        shape = tuple(reversed(theirs.shape))
-        tensors[name] = LazyTensor(shape, config.dtype, loader(name, theirs))
+        start = 0
+        for name, rows in parts.items():
+            heads = names.permuted_heads(name, config) if graph.permuted else None
+            tensors[name] = _tensor(gguf, theirs, slice(start, start + rows), heads, config.dtype)
+            start += rows
     return tensors
+
+
+def _tensor(gguf: Any, theirs: StoredTensor, rows: slice, heads: int | None, dtype: torch.dtype) -> LazyTensor:
+    """Those rows of a tensor of the file, in our order, which differs from theirs within so many heads."""
+    kind = theirs.tensor_type.name
+    shape = (rows.stop - rows.start, *reversed(theirs.shape[:-1]))
+
+    def ordered(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if heads is None else names.separate(tensor, heads)
+
+    def load_blocks() -> torch.Tensor:
+        return ordered(torch.from_numpy(theirs.data[rows].copy()))
+
+    def load() -> torch.Tensor:
+        if kind == "BF16":
+            tensor = torch.from_numpy(theirs.data[rows].copy()).view(torch.bfloat16)
+        elif kind in DTYPES:
+            tensor = torch.from_numpy(theirs.data[rows].copy())
+        else:
+            tensor = torch.from_numpy(gguf.dequantize(theirs.data[rows], theirs.tensor_type))
+        return ordered(tensor.reshape(shape).to(dtype))
+
+    if kind in DTYPES or len(shape) != 2:
+        return LazyTensor(shape, dtype, load)
+    return PackedTensor(shape, dtype, load, kind, load_blocks)
 
 
 def _check_readable(gguf: Any, path: Path, name: str, theirs: StoredTensor) -> None:

@@ -81,7 +81,7 @@ def plan(config: BuiltConfig, tensors: Tensors, outtype: str) -> Plan:
         for name, tensor in tensors.items()
     }
     if config.rope_parameters["rope_type"] == "llama3":
-        factors = _llama3_factors(config)
+        factors = llama3_factors(config)
         renamed[names.ROPE_FREQUENCIES] = LazyTensor(tuple(factors.shape), factors.dtype, lambda: factors)
     types, num_bytes = {}, 0
     for name, tensor in renamed.items():
@@ -129,7 +129,7 @@ def _permute(tensor: LazyTensor, heads: int | None) -> LazyTensor:
     return LazyTensor(tensor.shape, tensor.dtype, lambda: names.interleave(tensor.load(), heads))
 
 
-def _llama3_factors(config: BuiltConfig) -> torch.Tensor:
+def llama3_factors(config: BuiltConfig) -> torch.Tensor:
     """The factors by which llama.cpp divides the plain frequencies."""
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config)
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim

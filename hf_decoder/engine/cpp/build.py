@@ -90,8 +90,8 @@ def is_own(path: Path, is_kind: Callable[[int], bool] = stat.S_ISDIR) -> bool:
 def _key(compiler: str, flags: tuple[str, ...], source: str) -> str:
     """Of all that the compiled code depends on: `native` is another CPU elsewhere."""
     capabilities = sorted(name for name, there in getattr(torch.cpu, "get_capabilities", dict)().items() if there)
-    header = (HERE / "vectors.h").read_text("utf-8")
-    parts = [_version(compiler), *flags, *capabilities, cpu_facts("flags", "Features"), header, source]
+    headers = [path.read_text("utf-8") for path in sorted(HERE.glob("*.h"))]
+    parts = [_version(compiler), *flags, *capabilities, cpu_facts("flags", "Features"), *headers, source]
     return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:32]
 
 

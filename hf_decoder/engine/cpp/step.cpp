@@ -8,7 +8,7 @@
 // Shapes: B rows, S new tokens of each, L = B S lines, D hidden_size, H query heads, G key/value heads, E head_dim, R its
 // rotated part, F intermediate_size, V vocab_size, K cached and new tokens; M outputs and N inputs of a product.
 
-#include "vectors.h"
+#include "quantized.h"
 
 // What Python writes, eight bytes a field.
 
@@ -22,6 +22,7 @@ struct Product {
     const void *scales;  // (M,), in fp32 if they are wide
     const void *bias;    // (M,)
     int64_t wide, outputs, inputs;
+    int64_t kind;  // of packed weights, as GGUF numbers it; 0 of others
 };
 
 struct Layer {
@@ -33,6 +34,7 @@ struct Layer {
 struct Step {
     const Layer *layers;
     const void *embedding;  // (V, D)
+    int64_t kind;           // of a packed one
     Norm norm;
     Product head;
     const float *frequencies;  // (R / 2,)
@@ -60,16 +62,32 @@ template <class T> static void normed(const Norm &norm, const float *x, int64_t 
     for (; i < size; i++) y[i] = x[i] * scale * number(weight[i]);
 }
 
-// The outputs `from` to `to` of x (L, N), each handed to `take` with its line.
+// Lines (L, N) in fp32 and, for packed weights, as they multiply them.
+struct Inputs {
+    const float *x;
+    void *rounded;
+};
+
+// The outputs `from` to `to` of lines, each handed to `take` with its line.
 template <class T, class F>
-static void multiply(const Product &of, const float *x, int64_t lines, int64_t from, int64_t to, F take) {
+static void multiply(const Product &of, Inputs x, int64_t lines, int64_t from, int64_t to, F take) {
     const auto by = [&](const auto *weight, auto scale) {
         const T *bias = (const T *)of.bias;
         const auto give = [&](int64_t line, int64_t output, float y) {
             take(line, output, y * scale(output) + (bias ? number(bias[output]) : 0.0f));
         };
-        products(weight, x, of.inputs, lines, from, to, give);
+        products(weight, x.x, of.inputs, lines, from, to, give);
     };
+#ifdef PACKED_WEIGHTS
+    if (of.kind) {
+        const T *bias = (const T *)of.bias;
+        const auto give = [&](int64_t line, int64_t output, float y) {
+            take(line, output, bias ? y + number(bias[output]) : y);
+        };
+        const Lines rounded(x.rounded, of.inputs, lines);
+        return packed_products(of.kind, (const uint8_t *)of.weight, rounded, lines, from, to, give);
+    }
+#endif
     if (!of.scales)
         by((const T *)of.weight, [](int64_t) { return 1.0f; });
     else if (of.wide)
@@ -257,6 +275,14 @@ template <class T> static int64_t likeliest(const T *logits, int64_t count) {
     return 0;
 }
 
+// Room for that many lines as packed weights multiply them, in a vector that keeps it.
+static uint8_t *room_for_rounded(std::vector<uint8_t> &room, const Step &step, int64_t lines) {
+#ifdef PACKED_WEIGHTS
+    room.resize(Lines::bytes(lines, std::max({step.size, step.inner, step.heads * step.width})));
+#endif
+    return room.data();
+}
+
 // Logits (B, V) of the last of the tokens that `ids` (B, S) holds; keys and values of all join the cache. The
 // likeliest next ones, if they are to be chosen, join their texts and come next.
 template <class T>
@@ -265,6 +291,8 @@ static void run(const Step &step, const Buffers *buffers, State *states, int64_t
     const int64_t rows = step.rows, lines = rows * tokens, size = step.size, inner = step.inner;
     const int64_t vocab_size = step.head.outputs, all_heads = step.all_heads();
     const Shared shared(step, lines, room);
+    static thread_local std::vector<uint8_t> rounded_room;
+    uint8_t *const rounded_lines = room_for_rounded(rounded_room, step, lines);
 #pragma omp parallel num_threads(threads)
     {
         const Team team{omp_get_thread_num(), omp_get_num_threads()};
@@ -279,6 +307,14 @@ static void run(const Step &step, const Buffers *buffers, State *states, int64_t
                 turn[i] = std::cos(angle) * (float)step.rotary_scale;
                 turn[i + half] = std::sin(angle) * (float)step.rotary_scale;
             }
+#ifdef PACKED_WEIGHTS
+            if (step.kind) {
+                float *hidden = shared.hidden + line * size;
+                if (line % team.threads == team.thread)
+                    unpack_row(step.kind, (const uint8_t *)step.embedding, size, ids[line], hidden);
+                continue;
+            }
+#endif
             for (int64_t i = team.from(size); i < team.to(size); i++)
                 shared.hidden[line * size + i] = number(((const T *)step.embedding)[ids[line] * size + i]);
         }
@@ -293,17 +329,38 @@ static void run(const Step &step, const Buffers *buffers, State *states, int64_t
                 normed<T>(norm, shared.hidden + line * size, size, shared.normed + line * size);
 #pragma omp barrier
         };
+        // Ready for products, if one of these reads them packed: one line sooner by each thread than waited for.
+        const auto inputs_of = [&](const float *x, int64_t lines, std::initializer_list<const Product *> readers) {
+            Inputs inputs{x, nullptr};
+#ifdef PACKED_WEIGHTS
+            const Product *packed = nullptr;
+            for (const Product *reader : readers)
+                if (reader->kind) packed = reader;
+            if (!packed) return inputs;
+            static thread_local std::vector<uint8_t> own_rounded;
+            const bool alone = lines == rows;
+            inputs.rounded = alone ? room_for_rounded(own_rounded, step, lines) : rounded_lines;
+            const Lines rounded(inputs.rounded, packed->inputs, lines);
+            for (int64_t line = alone ? 0 : team.thread; line < lines; line += alone ? 1 : team.threads)
+                rounded.round(line, x + line * packed->inputs);
+            if (!alone) {
+#pragma omp barrier
+            }
+#endif
+            return inputs;
+        };
         const auto add = [&](int64_t line, int64_t output, float y) { shared.hidden[line * size + output] += y; };
         for (int64_t index = 0; index < step.depth; index++) {
             const Layer &layer = step.layers[index];
 #pragma omp barrier
             norm_lines(layer.input_norm);
             int64_t before = 0;
+            const Inputs normed_inputs = inputs_of(x, lines, {&layer.query, &layer.key, &layer.value});
             for (const Product *part : {&layer.query, &layer.key, &layer.value}) {
                 const int64_t from = std::clamp(team.from(all_heads) - before, (int64_t)0, part->outputs);
                 const int64_t to = std::clamp(team.to(all_heads) - before, (int64_t)0, part->outputs);
                 float *heads = shared.heads + before;
-                multiply<T>(*part, x, lines, from, to,
+                multiply<T>(*part, normed_inputs, lines, from, to,
                             [=](int64_t line, int64_t output, float y) { heads[line * all_heads + output] = y; });
                 before += part->outputs;
             }
@@ -315,24 +372,28 @@ static void run(const Step &step, const Buffers *buffers, State *states, int64_t
             }
             attention.attend_heads(team);
 #pragma omp barrier
-            multiply<T>(layer.output, shared.attended, lines, team.from(size), team.to(size), add);
+            const Inputs attended_inputs = inputs_of(shared.attended, lines, {&layer.output});
+            multiply<T>(layer.output, attended_inputs, lines, team.from(size), team.to(size), add);
 #pragma omp barrier
             norm_lines(layer.mlp_norm);
             const int64_t from = team.from(inner), to = team.to(inner);
-            multiply<T>(layer.gate, x, lines, from, to,
+            const Inputs mlp_inputs = inputs_of(x, lines, {&layer.gate, &layer.up});
+            multiply<T>(layer.gate, mlp_inputs, lines, from, to,
                         [&](int64_t line, int64_t output, float y) { shared.gate[line * inner + output] = y; });
-            multiply<T>(layer.up, x, lines, from, to,
+            multiply<T>(layer.up, mlp_inputs, lines, from, to,
                         [&](int64_t line, int64_t output, float y) { shared.up[line * inner + output] = y; });
             for (int64_t line = 0; line < lines; line++)
                 gate_and_up(shared.gate + line * inner, shared.up + line * inner, from, to);
 #pragma omp barrier
-            multiply<T>(layer.down, shared.gate, lines, team.from(size), team.to(size), add);
+            const Inputs gated_inputs = inputs_of(shared.gate, lines, {&layer.down});
+            multiply<T>(layer.down, gated_inputs, lines, team.from(size), team.to(size), add);
         }
 #pragma omp barrier
         for (int64_t row = 0; row < rows; row++)
             normed<T>(step.norm, shared.hidden + ((row + 1) * tokens - 1) * size, size, own.data() + row * size);
         const float cap = (float)step.cap;
-        multiply<T>(step.head, own.data(), rows, team.from(vocab_size), team.to(vocab_size),
+        const Inputs last_inputs = inputs_of(own.data(), rows, {&step.head});
+        multiply<T>(step.head, last_inputs, rows, team.from(vocab_size), team.to(vocab_size),
                     [&](int64_t row, int64_t output, float y) {
                         put(logits + row * vocab_size + output, cap ? cap * std::tanh(y / cap) : y);
                     });

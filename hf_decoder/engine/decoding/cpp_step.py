@@ -23,13 +23,16 @@ from hf_decoder.engine.calibration import bucket, choose, numbers
 from hf_decoder.engine.cpp.build import load_file
 from hf_decoder.engine.decoding.growing_cache import Buffers
 from hf_decoder.engine.decoding.products import AnyWeights, Weights
-from hf_decoder.engine.decoding.static_step import StaticStep, end_rows, is_for_kernels
+from hf_decoder.engine.decoding.static_step import StaticStep, end_rows, is_for_kernels, outputs_of
 from hf_decoder.engine.int8 import Int8Weights
+from hf_decoder.engine.quantized.layers import Table
+from hf_decoder.engine.quantized.products import BlockWeights
 from hf_decoder.engine.switches import settings
 
 DTYPES = (torch.float32, torch.bfloat16)
 WIDE_VECTORS = torch.backends.cpu.get_cpu_capability() == "AVX512"  # of 512 bits
 MAX_PROMPT_LINES = 128  # of all rows: with more, the products of a library are as fast, and their attention faster
+MAX_PACKED_PROMPT_LINES = 512  # which no library multiplies
 READS = {  # ways to read weights, by what vectors.h is compiled with
     "unasked": ("PREFETCH_LOCALITY=-1",),
     "asked for, kept in no cache": ("PREFETCH_LOCALITY=0",),
@@ -57,14 +60,16 @@ class CppStep(StaticStep):
         super().__init__(step, rows)
         self._function = _function()
         size, heads, width = step.embedding.shape[1], step.groups * step.heads_per_group, step.head_dim
-        inner = step.layers[0].gate[0].shape[0]
+        inner = outputs_of(step.layers[0].gate)
+        table = step.embedding
         rotary = step.rotary
         self._frequencies = rotary.inv_freq.float().contiguous()
         # the struct `Step` and those it points to
         self._layers = _table([_layer(layer) for layer in step.layers])
         self._struct = _table(
             [
-                *(self._layers.data_ptr(), step.embedding.data_ptr(), *_norm(step.norm), *_product(step.head)),
+                *(self._layers.data_ptr(), table.data_ptr(), table.module.form.kind if type(table) is Table else 0),
+                *(*_norm(step.norm), *_product(step.head)),
                 self._frequencies.data_ptr(),
                 *map(_bits, (rotary.attention_scaling, step.scaling, step.cap or 0.0)),
                 *(rows, len(step.layers), size, heads, step.groups, width, 2 * len(self._frequencies), inner),
@@ -85,6 +90,8 @@ class CppStep(StaticStep):
         )
 
     def takes_prompts(self, rows: int, tokens: int) -> bool:
+        if isinstance(self._step.layers[0].gate, BlockWeights):
+            return rows == self.rows and rows * tokens <= MAX_PACKED_PROMPT_LINES
         if rows != self.rows or rows * tokens > MAX_PROMPT_LINES:
             return False
         first, lines = self._step.layers[0], bucket(rows * tokens, 2, MAX_PROMPT_LINES)
@@ -167,7 +174,7 @@ def is_for_cpp(step: Any) -> bool:
         sys.platform != "win32"  # its usual compiler lacks GCC's vectors
         and step.embedding.device.type == "cpu"
         and step.embedding.dtype in DTYPES
-        and is_for_kernels(step, Weights, Int8Weights)
+        and is_for_kernels(step, Weights, Int8Weights, BlockWeights)
     )
 
 
@@ -235,9 +242,12 @@ def _norm(norm: Any) -> list[int]:
 
 
 def _product(of: AnyWeights) -> list[int]:
+    if isinstance(of, BlockWeights):
+        bias = 0 if of.bias is None else of.bias.data_ptr()
+        return [of.blocks.data_ptr(), 0, bias, 0, of.outputs, of.inputs, of.form.kind]
     scales = of.scales if isinstance(of, Int8Weights) else None
     places = [0 if tensor is None else tensor.data_ptr() for tensor in (of[0], scales, of.bias)]
-    return [*places, scales is not None and scales.dtype == torch.float32, *of[0].shape]
+    return [*places, scales is not None and scales.dtype == torch.float32, *of[0].shape, 0]
 
 
 def _layer(layer: Any) -> list[int]:

@@ -16,6 +16,8 @@ from hf_decoder.engine.assumptions import PLAIN
 from hf_decoder.engine.calibration import bucket, choose, numbers
 from hf_decoder.engine.int8 import Int8Weights, int8_linear, int8_weights
 from hf_decoder.engine.precision import MIN_HALF_ROWS, fast_dtype, linear_in_parts, product_dtype
+from hf_decoder.engine.quantized.layers import PackedLinear
+from hf_decoder.engine.quantized.products import BlockWeights, multiply_blocks
 
 SPLIT = 4
 MAX_TURNED_ROWS = 128  # more are as quick either way
@@ -37,7 +39,7 @@ class PackedWeights(NamedTuple):
     bias: torch.Tensor | None
 
 
-AnyWeights = Weights | PackedWeights | Int8Weights
+AnyWeights = Weights | PackedWeights | Int8Weights | BlockWeights
 
 
 @contextmanager
@@ -110,6 +112,8 @@ def _sizes(weight: torch.Tensor) -> tuple[int, int]:
 
 def weights_of(module: nn.Linear) -> AnyWeights:
     """The module's own tensors, the same objects at every call."""
+    if isinstance(module, PackedLinear):
+        return module.weights()
     return int8_weights(module.weight, module.bias) or Weights(module.weight, module.bias)
 
 
@@ -146,8 +150,10 @@ def multiply(x: torch.Tensor, weights: AnyWeights) -> torch.Tensor:
     return multiply_as_modules(x, weights)
 
 
-def multiply_as_modules(x: torch.Tensor, weights: Weights | Int8Weights) -> torch.Tensor:
+def multiply_as_modules(x: torch.Tensor, weights: Weights | Int8Weights | BlockWeights) -> torch.Tensor:
     """x (..., N) -> (..., M), with the same bits as a call of the linear layer, under autocast too."""
+    if isinstance(weights, BlockWeights):
+        return multiply_blocks(x, weights)
     if isinstance(weights, Int8Weights):
         return int8_linear(x, weights)
     dtype = product_dtype(x)

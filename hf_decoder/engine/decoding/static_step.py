@@ -17,6 +17,8 @@ from hf_decoder.engine.assumptions import PLAIN, SILU
 from hf_decoder.engine.decoding.growing_cache import Buffers
 from hf_decoder.engine.int8 import Int8Weights
 from hf_decoder.engine.precision import autocast_dtype
+from hf_decoder.engine.quantized.layers import Table
+from hf_decoder.engine.quantized.products import BlockWeights
 
 FIXED_ANGLES = ("default", "linear", "llama3", "yarn", "proportional")  # other types change with the length
 
@@ -47,7 +49,7 @@ class StaticStep(ABC):
         # per layer: addresses of keys, values and the number of cached tokens
         self._buffers = torch.zeros(len(step.layers), 4, dtype=torch.int64, device=device)
         self._ids = torch.zeros(rows, dtype=torch.int64, device=device)
-        self._logits = torch.empty(rows, step.head[0].shape[0], dtype=dtype, device=device)
+        self._logits = torch.empty(rows, outputs_of(step.head), dtype=dtype, device=device)
 
     @abstractmethod
     def _run(self, chooses: bool) -> None:
@@ -200,7 +202,11 @@ def is_for_static_step(step: Any, input_ids: torch.Tensor, cache: Any) -> bool:
 def is_for_kernels(step: Any, *kinds: type) -> bool:
     """Whether kernels support this step: weights of these kinds, SiLU, no windows, fixed angles."""
     dtype, products = step.embedding.dtype, weights_of_products(step)
-    of_type = [step.embedding, *(norm.weight for norm in _norms(step))]
+    of_type = [norm.weight for norm in _norms(step)]
+    if type(step.embedding) is not Table:
+        of_type.append(step.embedding)
+    elif not step.embedding.module.weights().are_whole():
+        return False
     others: list[torch.Tensor] = []
     for of in products:
         if type(of) not in kinds:
@@ -209,6 +215,10 @@ def is_for_kernels(step: Any, *kinds: type) -> bool:
             if of.values.dtype != torch.int8 or of.scales.dtype not in (dtype, torch.float32):
                 return False
             others += [of.values, of.scales]
+        elif isinstance(of, BlockWeights):
+            if not of.are_whole():
+                return False
+            others.append(of.blocks)
         else:
             of_type.append(of.weight)
         if of.bias is not None:
@@ -227,6 +237,11 @@ def weights_of_products(step: Any) -> list[Any]:
     return [step.head, *(weights for layer in of_layers for weights in layer)]
 
 
+def outputs_of(of: Any) -> int:
+    """How many numbers a product gives."""
+    return of.outputs if isinstance(of, BlockWeights) else of[0].shape[0]
+
+
 def _norms(step: Any) -> list[Any]:
     """The modules of all norms."""
     of_layers = [(layer.input_norm, layer.query_norm, layer.key_norm, layer.mlp_norm) for layer in step.layers]
@@ -234,8 +249,16 @@ def _norms(step: Any) -> list[Any]:
 
 
 def _addresses(step: Any) -> list[int]:
-    products = [tensor for of in weights_of_products(step) for tensor in of if tensor is not None]
+    products = [tensor for of in weights_of_products(step) for tensor in of if isinstance(tensor, torch.Tensor)]
     return [tensor.data_ptr() for tensor in (step.embedding, *(norm.weight for norm in _norms(step)), *products)]
 
 
-__all__ = ["StaticStep", "end_rows", "first_seen", "is_for_kernels", "is_for_static_step", "weights_of_products"]
+__all__ = [
+    "StaticStep",
+    "end_rows",
+    "first_seen",
+    "is_for_kernels",
+    "is_for_static_step",
+    "outputs_of",
+    "weights_of_products",
+]

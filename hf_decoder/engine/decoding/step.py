@@ -30,7 +30,7 @@ from transformers.cache_utils import (
 )
 from transformers.utils import logging
 
-from hf_decoder.engine.assumptions import PLAIN, SILU, Structure, state_of
+from hf_decoder.engine.assumptions import PLAIN, SILU, Structure, outputs_of, state_of
 from hf_decoder.engine.decoding.cpp_step import CppStep, is_for_cpp, is_ready
 from hf_decoder.engine.decoding.cuda_graph_step import CudaGraphStep, is_capturable
 from hf_decoder.engine.decoding.growing_cache import GrowingCache
@@ -47,6 +47,7 @@ from hf_decoder.engine.decoding.products import (
 from hf_decoder.engine.decoding.static_step import StaticStep, weights_of_products
 from hf_decoder.engine.layer import LayerParts, Operators, run_layer
 from hf_decoder.engine.precision import autocast_dtype
+from hf_decoder.engine.quantized.layers import PackedEmbedding, Table
 from hf_decoder.engine.route import Route
 from hf_decoder.engine.switches import settings
 from hf_decoder.engine.training.blocks import has_kernels
@@ -89,7 +90,8 @@ class DecodingStep:
 
     def __init__(self, model: Any):
         decoder, config = model.model, model.config
-        self.embedding = decoder.embed_tokens.weight
+        table = decoder.embed_tokens
+        self.embedding: Any = Table(table) if isinstance(table, PackedEmbedding) else table.weight
         self.rotary = decoder.rotary_emb
         self.kinds = config.layer_types
         windows = [config.sliding_window if kind == "sliding_attention" else None for kind in self.kinds]
@@ -101,7 +103,7 @@ class DecodingStep:
         attention = layers[0].self_attn
         self.head_dim, self.scaling = attention.head_dim, attention.scaling
         self.heads_per_group = attention.num_key_value_groups
-        self.groups = attention.k_proj.weight.shape[0] // self.head_dim
+        self.groups = outputs_of(attention.k_proj) // self.head_dim
         self.structure = Structure(True, True, all(type(layer.activation) in SILU for layer in self.layers))
         self._parts: dict[Any, tuple[LayerParts, ...]] = {}  # by the product that they multiply with
         self._static: StaticStep | None = None
@@ -110,7 +112,7 @@ class DecodingStep:
         self._making = Lock()
         weights = [of[0] for of in weights_of_products(self) if isinstance(of, Weights)]
         # other tensors may need the dispatch keys that `below_autograd` skips
-        self._is_plain = all(type(weight) in PLAIN for weight in (self.embedding, *weights))
+        self._is_plain = all(type(weight) in (*PLAIN, Table) for weight in (self.embedding, *weights))
 
     @staticmethod
     def of(model: Any) -> "DecodingStep | None":
@@ -173,7 +175,7 @@ class DecodingStep:
 
     def _make_static(self, rows: int) -> None:
         kind: type[StaticStep] | None = None
-        if has_kernels(self.embedding) and is_capturable(self):
+        if self.embedding.device.type == "cuda" and has_kernels(self.embedding) and is_capturable(self):
             kind = CudaGraphStep
         elif is_for_cpp(self):  # asked anew: weights may have moved
             kind = CppStep
@@ -316,7 +318,10 @@ class DecodingStep:
         """The logits (B, keep or S, V) of ids (B, S); a single token has shape (D,), which takes fewer calls."""
         with reading_weights_once(input_ids, self.embedding.dtype), self.below_autograd():
             try:
-                hidden = nn.functional.embedding(input_ids, self.embedding)
+                if isinstance(self.embedding, Table):
+                    hidden = self.embedding.rows(input_ids)
+                else:
+                    hidden = nn.functional.embedding(input_ids, self.embedding)
             except IndexError:  # the modules raise the error
                 return None
             operators = operators_for(hidden)
