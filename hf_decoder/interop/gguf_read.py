@@ -184,8 +184,8 @@ def _rope(path: Path, architecture: str, metadata: dict[str, Any], stored: dict[
         rope["attention_factor"] = metadata.get(f"{prefix}scaling.attn_factor")
     rotated, width = metadata.get(f"{prefix}dimension_count"), metadata.get(f"{architecture}.attention.key_length")
     heads, size = (metadata.get(f"{architecture}.{KEYS[name]}") for name in ("num_attention_heads", "hidden_size"))
-    if all(type(value) is int and value > 0 for value in (rotated, heads, size)):
-        width = width or size // heads
+    if isinstance(rotated, int) and isinstance(size, int) and isinstance(heads, int) and heads > 0 < rotated:
+        width = width if isinstance(width, int) and width > 0 else max(size // heads, 1)
         if rotated != width and names.ARCHITECTURES[architecture].permuted:
             raise ValueError(f"{path} rotates {rotated} of {width} dimensions of a head, which is not held here")
         if rotated != width:

@@ -22,7 +22,7 @@ class PackedLinear(nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.format_name = inputs, outputs, format_name
         self.weight = _room(inputs, outputs, self.form)
-        self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
+        self.register_parameter("bias", nn.Parameter(torch.empty(outputs)) if bias else None)
 
     @property
     def form(self) -> Format:
@@ -53,7 +53,9 @@ class PackedEmbedding(nn.Module):
         self.num_embeddings, self.embedding_dim, self.format_name, self.dtype = entries, width, format_name, dtype
         self.weight = _room(width, entries, self.form)
 
-    form = PackedLinear.form
+    @property
+    def form(self) -> Format:
+        return FORMATS[self.format_name]
 
     def weights(self) -> BlockWeights:
         return BlockWeights(self.weight, None, self.form, self.num_embeddings, self.embedding_dim)

@@ -28,8 +28,10 @@ METHOD = "hf_decoder_gguf"
 OF_THE_HUB = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
 HELD = "HfDecoderForCausalLM"
 # Fields of a config that the tensors of a file decide.
-SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-SIZES += ("num_key_value_heads", "head_dim", "qk_norm", "attention_bias", "mlp_bias", "tie_word_embeddings")
+SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "qk_norm", "attention_bias", "mlp_bias", "tie_word_embeddings"),
+)
 _CPU = {"cpu", torch.device("cpu")}
 
 # Reads a file: our config, and by our names tensors that `load()` numbers and, if they have a `format_name`,
@@ -53,6 +55,7 @@ class PackedConfig(QuantizationConfigMixin):
 class PackedQuantizer(HfQuantizer):
     """Makes room for packed weights, which are then loaded as they are."""
 
+    quantization_config: PackedConfig
     requires_calibration = False
     is_trainable = True  # adapters on top of them
     is_compileable = True
