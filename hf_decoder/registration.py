@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable
+from functools import wraps
 from importlib.abc import MetaPathFinder
 from importlib.util import find_spec
 from types import ModuleType
@@ -61,6 +62,7 @@ def register() -> None:
     once_imported("transformers.models.auto.configuration_auto", _register_config)
     once_imported("transformers.models.auto.modeling_auto", _register_models)
     once_imported("peft.utils.constants", _complete_peft_tables)
+    once_imported("peft.tuners.tuners_utils", _refuse_to_merge_packed)
     once_imported("hf_decoder.engine.quantized.loading", _tell_how_gguf_is_read)
 
 
@@ -81,6 +83,25 @@ def _complete_peft_tables(constants: ModuleType) -> None:
     for name, table in vars(constants).items():
         if name.startswith("TRANSFORMERS_MODELS_TO_") and isinstance(table, dict) and "llama" in table:
             table.setdefault(MODEL_TYPE, table["llama"])
+
+
+def _refuse_to_merge_packed(tuners_utils: ModuleType) -> None:
+    """An adapter is merged by an addition to the numbers of a weight, and packed weights are bytes."""
+    tuner = tuners_utils.BaseTuner
+    check = tuner._check_merge_allowed
+    if hasattr(check, "__wrapped__"):
+        return
+
+    @wraps(check)
+    def check_packed(self: Any) -> None:
+        if any(hasattr(module, "format_name") for module in self.model.modules()):
+            raise ValueError(
+                "an adapter cannot be merged into packed GGUF weights; load the file with "
+                "quantization_config=GgufConfig(dequantize=True), put the adapter on top, and merge"
+            )
+        check(self)
+
+    tuner._check_merge_allowed = check_packed
 
 
 def _tell_how_gguf_is_read(loading: Any) -> None:

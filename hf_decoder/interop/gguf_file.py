@@ -77,7 +77,12 @@ class _Reader:
         if type(alignment) is not int or not 0 < alignment <= 1 << 20:
             raise ValueError(f"general.alignment is {alignment!r}")
         start = math.ceil(self._place / alignment) * alignment
-        return fields, {name: self._tensor(gguf, name, start, *entry) for name, entry in entries.items()}
+        tensors = {name: self._tensor(gguf, name, start, *entry) for name, entry in entries.items()}
+        if sum(tensor.data.nbytes for tensor in tensors.values()) > len(self._data):
+            raise ValueError(
+                f"its tensors lie over one another: together they are more than {len(self._data):,} bytes"
+            )
+        return fields, tensors
 
     def _take(self, count: int) -> np.ndarray:
         """The next `count` bytes."""

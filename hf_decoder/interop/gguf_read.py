@@ -155,10 +155,12 @@ def _config(path: Path, architecture: str, metadata: dict[str, Any], stored: dic
         config: BuiltConfig = HfDecoderConfig(**fields)
         factors = None if names.ROPE_KEY in metadata else stored.get(names.ROPE_FREQUENCIES)
         if factors is not None:
-            fields["rope_parameters"] |= {"rope_type": "llama3", "factor": float(np.max(factors.data))}
-            config = HfDecoderConfig(**fields | {"rope_parameters": fields["rope_parameters"] | names.META_ROPE})
-            found, told = llama3_factors(config).numpy(), factors.data.reshape(-1)
-            if found.shape != told.shape or not np.allclose(found, told, rtol=1e-4):
+            told = factors.data.reshape(-1)
+            rope = {"rope_type": "llama3", "factor": float(np.max(told))} | names.META_ROPE
+            is_partial = "partial_rotary_factor" in fields["rope_parameters"]
+            config = HfDecoderConfig(**fields | {"rope_parameters": fields["rope_parameters"] | rope})
+            fits = 2 * len(told) == config.head_dim and not is_partial  # asked first: head_dim is the file's claim
+            if not (fits and np.allclose(llama3_factors(config).numpy(), told, rtol=1e-4)):
                 raise ValueError(
                     f"it scales RoPE by {names.ROPE_FREQUENCIES} in another way than Llama 3; convert the original"
                 )

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from hf_decoder.engine.cpp import build
 from hf_decoder.engine.quantized import products
-from hf_decoder.engine.quantized.formats import FORMATS, tiled, untiled
+from hf_decoder.engine.quantized.formats import FORMATS, tiled
 from hf_decoder.engine.quantized.products import BlockWeights, multiply_blocks, obstacle, unpacked_rows
+from hf_decoder.engine.switches import settings as switches
 
 pytest.importorskip("gguf", reason="the package gguf is not installed: pip install 'hf-decoder[gguf]'")
 from gguf_blocks import numbers, random_rows
@@ -49,15 +50,6 @@ def whole_numbers(lines: int, inputs: int, seed: int = 0) -> torch.Tensor:
     x = torch.randint(-127, 128, (lines, inputs), generator=torch.Generator().manual_seed(seed)).float()
     x[:, ::BLOCK] = 127
     return x
-
-
-@each_format
-@pytest.mark.parametrize("outputs", [1, 8, 13])
-def test_tiles_hold_the_bytes_of_the_file(name, outputs):
-    form, rows = FORMATS[name], random_rows(name, outputs, 3 * FORMATS[name].columns)
-    tiles = tiled(rows, form)
-    assert tiles.nbytes <= rows.nbytes + 7 * form.row_bytes(3 * form.columns)
-    assert untiled(tiles, form)[:outputs].equal(rows)
 
 
 @needs_kernels
@@ -132,6 +124,17 @@ def test_the_gradient_is_that_of_the_numbers():
     multiply_blocks(x, packed).backward(grad)
     torch.testing.assert_close(x.grad, grad @ dense, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(packed.bias.grad, grad.sum(0))
+
+
+@needs_kernels
+def test_without_kernels_the_product_is_that_of_the_numbers():
+    packed, dense = weights("Q5_K", 13, 1)
+    packed = packed._replace(bias=torch.randn(13))
+    x = torch.randn(5, packed.inputs)
+    expected = torch.nn.functional.linear(x, dense, packed.bias)
+    with switches.override(kernels=False):
+        torch.testing.assert_close(multiply_blocks(x, packed), expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(multiply_blocks(x, packed), expected, rtol=1e-5, atol=1e-5)
 
 
 @needs_kernels

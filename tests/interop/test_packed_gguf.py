@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GgufConfig
 
 from hf_decoder import HfDecoderForCausalLM, HfDecoderModel
 from hf_decoder.engine.quantized import loading, products
 from hf_decoder.engine.quantized.layers import PackedEmbedding, PackedLinear
+from hf_decoder.engine.switches import settings
 from hf_decoder.interop.quantization import tensor_bytes
 
-pytest.importorskip("gguf", reason="the package gguf is not installed: pip install 'hf-decoder[gguf]'")
+gguf = pytest.importorskip("gguf", reason="the package gguf is not installed: pip install 'hf-decoder[gguf]'")
 from gguf_blocks import write_file
 
 needs_kernels = pytest.mark.skipif(products.obstacle() is not None, reason=str(products.obstacle()))
@@ -72,6 +73,16 @@ def test_memory_is_that_of_the_file(name, folder):
 
 
 @needs_kernels
+def test_a_packed_head_over_layers_that_are_not(folder, monkeypatch):
+    monkeypatch.delitem(loading.FORMATS, "Q4_K")
+    model = load(folder, "llama")
+    assert isinstance(model.lm_head, PackedLinear) and type(model.model.layers[0].mlp.gate_proj) is torch.nn.Linear
+    found = model.generate(IDS[:1], cache_implementation="static", **FIXED)
+    with settings.override(decoding=False):
+        assert found.equal(model.generate(IDS[:1], **FIXED))
+
+
+@needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("cache", [None, "static"])
 @pytest.mark.parametrize("name", ["qwen2", "Q4_0"])
@@ -96,8 +107,13 @@ def test_an_adapter_trains_on_top(folder):
     loss.backward()
     grads = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert grads and all(grad is not None and grad.abs().sum() > 0 for grad in grads.values())
-    with pytest.raises(RuntimeError):
-        model.merge_and_unload()
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match=r"cannot be merged into packed GGUF weights; .*dequantize=True"):
+            merge()
+    dense = load(folder, "llama", quantization_config=GgufConfig(dequantize=True))
+    merged = peft.get_peft_model(dense, peft.LoraConfig(r=2, init_lora_weights=False))
+    expected = merged(IDS).logits
+    torch.testing.assert_close(merged.merge_and_unload()(IDS).logits, expected, rtol=1e-3, atol=1e-3)
 
 
 @needs_kernels
@@ -130,6 +146,18 @@ def said(monkeypatch) -> list[str]:
     lines: list[str] = []
     monkeypatch.setattr(loading.logger, "warning_once", lines.append)
     return lines
+
+
+@needs_kernels
+@torch.no_grad()
+def test_switches_give_the_exact_numbers(folder, monkeypatch):
+    lines, packed = said(monkeypatch), load(folder, "qwen2")
+    with settings.override(all=False):
+        dense = load(folder, "qwen2")
+        assert type(dense.lm_head) is torch.nn.Linear and lines[0].endswith("compiled kernels are switched off")
+        expected = dense.float()(IDS).logits
+        assert relative_gap(packed(IDS).logits, expected) < 1e-4
+    assert relative_gap(packed(IDS).logits, expected) > 1e-3
 
 
 @torch.no_grad()
@@ -165,7 +193,20 @@ def test_what_cannot_be_is_refused_in_a_line(folder, tmp_path):
         load(folder, "Q4_0", quantization_config={"load_in_8bit": True})
 
 
-def test_a_head_count_that_lies_is_refused(tmp_path):
-    write_file(tmp_path / "lies.gguf", **{"attention.key_length": 48})
+@pytest.mark.parametrize("length", [48, 2**31])
+@pytest.mark.parametrize("factors", [0, 16])
+def test_a_width_of_heads_that_lies_is_refused(length, factors, tmp_path):
+    fields = {"attention.key_length": length, "rope.dimension_count": length}
+    write_file(tmp_path / "lies.gguf", rope_factors=factors, **fields)
     with pytest.raises(ValueError, match=r"lies\.gguf"):
         load(tmp_path, "lies")
+
+
+def test_tensors_over_one_another_are_refused(folder, tmp_path):
+    whole = (folder / "Q4_0.gguf").read_bytes()
+    (tmp_path / "over.gguf").write_bytes(whole)
+    for tensor in gguf.GGUFReader(tmp_path / "over.gguf", "r+").tensors:
+        tensor.field.parts[-1][0] = 0  # where its bytes begin
+    (tmp_path / "over.gguf").write_bytes((tmp_path / "over.gguf").read_bytes()[: len(whole) // 2])
+    with pytest.raises(ValueError, match="lie over one another"):
+        load(tmp_path, "over")

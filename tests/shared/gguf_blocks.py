@@ -30,7 +30,12 @@ def numbers(name: str, rows: torch.Tensor) -> torch.Tensor:
 
 
 def write_file(
-    path: Path, architecture: str = "llama", kind: str = "Q4_K", head: str | None = "Q6_K", **fields: int
+    path: Path,
+    architecture: str = "llama",
+    kind: str = "Q4_K",
+    head: str | None = "Q6_K",
+    rope_factors: int = 0,
+    **fields: int,
 ) -> None:
     """A GGUF file of two random layers whose matrices are of one type, the head of another, tied for None."""
     shape = {"embedding_length": 256, "feed_forward_length": 512, "block_count": 2, "attention.head_count": 8}
@@ -69,6 +74,8 @@ def write_file(
         for layer in range(2):
             for name in ("q", "k"):
                 writer.add_tensor(f"blk.{layer}.attn_{name}_norm.weight", np.linspace(0.5, 1.5, 32, dtype=np.float32))
+    if rope_factors:
+        writer.add_tensor("rope_freqs.weight", np.full(rope_factors, 8.0, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -283,6 +283,62 @@ static uint8_t *room_for_rounded(std::vector<uint8_t> &room, const Step &step, i
     return room.data();
 }
 
+#ifdef PACKED_WEIGHTS
+// How many numbers of a line those products read that have packed weights; 0 if none has.
+static int64_t packed_inputs(std::initializer_list<const Product *> readers) {
+    for (const Product *reader : readers)
+        if (reader->kind) return reader->inputs;
+    return 0;
+}
+#endif
+
+// Lines as these products read them: of a few, each thread rounds all, which is sooner done than waited for.
+static Inputs inputs_of(const Step &step, const float *x, int64_t lines, std::initializer_list<const Product *> readers,
+                        uint8_t *shared_room, const Team &team) {
+    Inputs inputs{x, nullptr};
+#ifdef PACKED_WEIGHTS
+    const int64_t size = packed_inputs(readers);
+    if (!size) return inputs;
+    static thread_local std::vector<uint8_t> own_room;
+    const bool alone = lines == step.rows;
+    inputs.rounded = alone ? room_for_rounded(own_room, step, lines) : shared_room;
+    const Lines rounded(inputs.rounded, size, lines);
+    for (int64_t line = alone ? 0 : team.thread; line < lines; line += alone ? 1 : team.threads)
+        rounded.round(line, x + line * size);
+    if (!alone) {
+#pragma omp barrier
+    }
+#endif
+    return inputs;
+}
+
+// Angles and embeddings of all lines, of which a thread makes its part.
+template <class T>
+static void begin_lines(const Step &step, const Shared &shared, const State *states, const int64_t *ids, int64_t lines,
+                        int64_t tokens, const Team &team) {
+    const int64_t size = step.size;
+    const int64_t half = step.rotated / 2;
+    for (int64_t line = 0; line < lines; line++) {
+        float *turn = shared.angles + line * step.rotated;
+        const float position = std::max<int64_t>(0, states[line / tokens].position + line % tokens);
+        for (int64_t i = half * team.thread / team.threads; i < half * (team.thread + 1) / team.threads; i++) {
+            const float angle = position * step.frequencies[i];
+            turn[i] = std::cos(angle) * (float)step.rotary_scale;
+            turn[i + half] = std::sin(angle) * (float)step.rotary_scale;
+        }
+#ifdef PACKED_WEIGHTS
+        if (step.kind) {
+            float *hidden = shared.hidden + line * size;
+            if (line % team.threads == team.thread)
+                unpack_row(step.kind, (const uint8_t *)step.embedding, size, ids[line], hidden);
+            continue;
+        }
+#endif
+        for (int64_t i = team.from(size); i < team.to(size); i++)
+            shared.hidden[line * size + i] = number(((const T *)step.embedding)[ids[line] * size + i]);
+    }
+}
+
 // Logits (B, V) of the last of the tokens that `ids` (B, S) holds; keys and values of all join the cache. The
 // likeliest next ones, if they are to be chosen, join their texts and come next.
 template <class T>
@@ -298,26 +354,7 @@ static void run(const Step &step, const Buffers *buffers, State *states, int64_t
         const Team team{omp_get_thread_num(), omp_get_num_threads()};
         static thread_local std::vector<float> own;
         own.resize(rows * size);
-        const int64_t half = step.rotated / 2;
-        for (int64_t line = 0; line < lines; line++) {
-            float *turn = shared.angles + line * step.rotated;
-            const float position = std::max<int64_t>(0, states[line / tokens].position + line % tokens);
-            for (int64_t i = half * team.thread / team.threads; i < half * (team.thread + 1) / team.threads; i++) {
-                const float angle = position * step.frequencies[i];
-                turn[i] = std::cos(angle) * (float)step.rotary_scale;
-                turn[i + half] = std::sin(angle) * (float)step.rotary_scale;
-            }
-#ifdef PACKED_WEIGHTS
-            if (step.kind) {
-                float *hidden = shared.hidden + line * size;
-                if (line % team.threads == team.thread)
-                    unpack_row(step.kind, (const uint8_t *)step.embedding, size, ids[line], hidden);
-                continue;
-            }
-#endif
-            for (int64_t i = team.from(size); i < team.to(size); i++)
-                shared.hidden[line * size + i] = number(((const T *)step.embedding)[ids[line] * size + i]);
-        }
+        begin_lines<T>(step, shared, states, ids, lines, tokens, team);
         const float *x = tokens == 1 ? own.data() : shared.normed;
         const auto norm_lines = [&](const Norm &norm) {
             if (tokens == 1) {  // sooner done than waited for
@@ -329,25 +366,8 @@ static void run(const Step &step, const Buffers *buffers, State *states, int64_t
                 normed<T>(norm, shared.hidden + line * size, size, shared.normed + line * size);
 #pragma omp barrier
         };
-        // Ready for products, if one of these reads them packed: one line sooner by each thread than waited for.
-        const auto inputs_of = [&](const float *x, int64_t lines, std::initializer_list<const Product *> readers) {
-            Inputs inputs{x, nullptr};
-#ifdef PACKED_WEIGHTS
-            const Product *packed = nullptr;
-            for (const Product *reader : readers)
-                if (reader->kind) packed = reader;
-            if (!packed) return inputs;
-            static thread_local std::vector<uint8_t> own_rounded;
-            const bool alone = lines == rows;
-            inputs.rounded = alone ? room_for_rounded(own_rounded, step, lines) : rounded_lines;
-            const Lines rounded(inputs.rounded, packed->inputs, lines);
-            for (int64_t line = alone ? 0 : team.thread; line < lines; line += alone ? 1 : team.threads)
-                rounded.round(line, x + line * packed->inputs);
-            if (!alone) {
-#pragma omp barrier
-            }
-#endif
-            return inputs;
+        const auto inputs_for = [&](const float *x, int64_t lines, std::initializer_list<const Product *> readers) {
+            return inputs_of(step, x, lines, readers, rounded_lines, team);
         };
         const auto add = [&](int64_t line, int64_t output, float y) { shared.hidden[line * size + output] += y; };
         for (int64_t index = 0; index < step.depth; index++) {
@@ -355,7 +375,7 @@ static void run(const Step &step, const Buffers *buffers, State *states, int64_t
 #pragma omp barrier
             norm_lines(layer.input_norm);
             int64_t before = 0;
-            const Inputs normed_inputs = inputs_of(x, lines, {&layer.query, &layer.key, &layer.value});
+            const Inputs normed_inputs = inputs_for(x, lines, {&layer.query, &layer.key, &layer.value});
             for (const Product *part : {&layer.query, &layer.key, &layer.value}) {
                 const int64_t from = std::clamp(team.from(all_heads) - before, (int64_t)0, part->outputs);
                 const int64_t to = std::clamp(team.to(all_heads) - before, (int64_t)0, part->outputs);
@@ -372,12 +392,12 @@ static void run(const Step &step, const Buffers *buffers, State *states, int64_t
             }
             attention.attend_heads(team);
 #pragma omp barrier
-            const Inputs attended_inputs = inputs_of(shared.attended, lines, {&layer.output});
+            const Inputs attended_inputs = inputs_for(shared.attended, lines, {&layer.output});
             multiply<T>(layer.output, attended_inputs, lines, team.from(size), team.to(size), add);
 #pragma omp barrier
             norm_lines(layer.mlp_norm);
             const int64_t from = team.from(inner), to = team.to(inner);
-            const Inputs mlp_inputs = inputs_of(x, lines, {&layer.gate, &layer.up});
+            const Inputs mlp_inputs = inputs_for(x, lines, {&layer.gate, &layer.up});
             multiply<T>(layer.gate, mlp_inputs, lines, from, to,
                         [&](int64_t line, int64_t output, float y) { shared.gate[line * inner + output] = y; });
             multiply<T>(layer.up, mlp_inputs, lines, from, to,
@@ -385,14 +405,14 @@ static void run(const Step &step, const Buffers *buffers, State *states, int64_t
             for (int64_t line = 0; line < lines; line++)
                 gate_and_up(shared.gate + line * inner, shared.up + line * inner, from, to);
 #pragma omp barrier
-            const Inputs gated_inputs = inputs_of(shared.gate, lines, {&layer.down});
+            const Inputs gated_inputs = inputs_for(shared.gate, lines, {&layer.down});
             multiply<T>(layer.down, gated_inputs, lines, team.from(size), team.to(size), add);
         }
 #pragma omp barrier
         for (int64_t row = 0; row < rows; row++)
             normed<T>(step.norm, shared.hidden + ((row + 1) * tokens - 1) * size, size, own.data() + row * size);
         const float cap = (float)step.cap;
-        const Inputs last_inputs = inputs_of(own.data(), rows, {&step.head});
+        const Inputs last_inputs = inputs_for(own.data(), rows, {&step.head});
         multiply<T>(step.head, last_inputs, rows, team.from(vocab_size), team.to(vocab_size),
                     [&](int64_t row, int64_t output, float y) {
                         put(logits + row * vocab_size + output, cap ? cap * std::tanh(y / cap) : y);

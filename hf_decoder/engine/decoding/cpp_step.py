@@ -23,7 +23,13 @@ from hf_decoder.engine.calibration import bucket, choose, numbers
 from hf_decoder.engine.cpp.build import load_file
 from hf_decoder.engine.decoding.growing_cache import Buffers
 from hf_decoder.engine.decoding.products import AnyWeights, Weights
-from hf_decoder.engine.decoding.static_step import StaticStep, end_rows, is_for_kernels, outputs_of
+from hf_decoder.engine.decoding.static_step import (
+    StaticStep,
+    end_rows,
+    is_for_kernels,
+    outputs_of,
+    weights_of_products,
+)
 from hf_decoder.engine.int8 import Int8Weights
 from hf_decoder.engine.quantized.layers import Table
 from hf_decoder.engine.quantized.products import BlockWeights
@@ -79,6 +85,7 @@ class CppStep(StaticStep):
         self._numbers = rotated + 2 * size + (2 * heads + 2 * step.groups) * width + 2 * inner  # per token
         self._room = torch.zeros(rows, self._numbers, dtype=torch.float32, device="cpu")
         self._is_half = step.embedding.dtype == torch.bfloat16
+        self._is_packed = any(isinstance(of, BlockWeights) for of in weights_of_products(step))
 
     def _run(self, chooses: bool) -> None:
         self._call(self._ids, self._room, 1, chooses)
@@ -90,7 +97,7 @@ class CppStep(StaticStep):
         )
 
     def takes_prompts(self, rows: int, tokens: int) -> bool:
-        if isinstance(self._step.layers[0].gate, BlockWeights):
+        if self._is_packed:
             return rows == self.rows and rows * tokens <= MAX_PACKED_PROMPT_LINES
         if rows != self.rows or rows * tokens > MAX_PROMPT_LINES:
             return False

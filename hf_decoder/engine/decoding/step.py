@@ -175,7 +175,7 @@ class DecodingStep:
 
     def _make_static(self, rows: int) -> None:
         kind: type[StaticStep] | None = None
-        if self.embedding.device.type == "cuda" and has_kernels(self.embedding) and is_capturable(self):
+        if has_kernels(self.embedding) and is_capturable(self):
             kind = CudaGraphStep
         elif is_for_cpp(self):  # asked anew: weights may have moved
             kind = CppStep

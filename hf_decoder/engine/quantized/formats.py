@@ -2,7 +2,7 @@
 
 A file holds a row after the other, each in blocks: scales, then codes. Here eight rows lie side by side, a tile: of
 each block the scales of all eight, then four codes of each, the next four, and so on, as cpp/quantized.h reads them.
-No byte changes, so that a file's rows can be had back.
+No byte changes.
 """
 
 from typing import NamedTuple
@@ -52,14 +52,4 @@ def tiled(rows: torch.Tensor, form: Format) -> torch.Tensor:
     return torch.cat(parts, -1).view_as(padded)
 
 
-def untiled(weight: torch.Tensor, form: Format) -> torch.Tensor:
-    """The inverse of `tiled`, but for the rows that were added."""
-    blocks = weight.view(len(weight) // TILE, -1, TILE * form.block_bytes)
-    parts = [
-        part.unflatten(-1, (-1, TILE, unit)).permute(0, 3, 1, 2, 4).flatten(3)
-        for part, (_, unit) in zip(blocks.split([TILE * size for size, _ in form.parts], -1), form.parts, strict=True)
-    ]
-    return torch.cat(parts, -1).view_as(weight)
-
-
-__all__ = ["FORMATS", "Format", "tiled", "untiled"]
+__all__ = ["FORMATS", "Format", "tiled"]

@@ -4,7 +4,6 @@ Their weight is a parameter of bytes, in the order of `formats.tiled`, which no 
 """
 
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -34,10 +33,6 @@ class PackedLinear(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return multiply_blocks(input, self.weights())
-
-    def unpacked(self) -> torch.Tensor:
-        """The weight (M, N) as numbers."""
-        return unpacked_rows(torch.arange(self.out_features), self.weights(), torch.float32)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.format_name}"
@@ -105,12 +100,6 @@ def _room(inputs: int, outputs: int, form: Format) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape, dtype=torch.uint8), requires_grad=False)
 
 
-def packed_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The packed layers of a model by name."""
-    kinds = PackedLinear, PackedEmbedding
-    yield from ((name, module) for name, module in model.named_modules() if isinstance(module, kinds))
-
-
 register(sys.modules[__name__])
 
-__all__ = ["PackedEmbedding", "PackedLinear", "Table", "packed_layers"]
+__all__ = ["PackedEmbedding", "PackedLinear", "Table"]

@@ -21,6 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from hf_decoder.engine.quantized.formats import FORMATS, tiled
 from hf_decoder.engine.quantized.layers import PackedEmbedding, PackedLinear
 from hf_decoder.engine.quantized.products import obstacle
+from hf_decoder.engine.switches import settings
 
 logger = logging.get_logger(__name__)
 
@@ -96,6 +97,8 @@ def load_gguf(load: Callable[..., Any], name: Any, gguf_file: str, **kwargs: Any
         raise ValueError(
             f"{path} is quantized already; leave quantization_config away, or GgufConfig(dequantize=True)"
         )
+    if own is not None:
+        config = _with_sizes_of(config, own, path)
     device = kwargs.get("device_map")
     if not unpacks and torch.accelerator.is_available() and not _CPU.issuperset(_devices(device)):
         logger.warning_once(f"{path} is unpacked: its weights are multiplied as they are on a CPU, not on {device}")
@@ -110,20 +113,23 @@ def load_gguf(load: Callable[..., Any], name: Any, gguf_file: str, **kwargs: Any
         key: tiled(tensor.load_blocks(), FORMATS[formats[key]]) if key in formats else tensor.load().to(dtype)
         for key, tensor in tensors.items()
     }
-    if own is not None:
-        for field in SIZES:
-            if getattr(own, field) != getattr(config, field):
-                raise ValueError(
-                    f"{path} has {field}={getattr(config, field)}; the given config has {getattr(own, field)}"
-                )
-        config = copy.deepcopy(own)
-        config.__dict__.pop("quantization_config", None)  # of another file
     if formats:
         kwargs["quantization_config"] = PackedConfig(formats)
     found = load(None, config=config, state_dict=state, dtype=dtype, **kwargs)
     model = found[0] if isinstance(found, tuple) else found
     model.config.name_or_path = model.name_or_path = str(name)
     return found
+
+
+def _with_sizes_of(config: Any, own: Any, path: Path) -> Any:
+    """The caller's own config, if the file's tensors have its sizes."""
+    for field in SIZES:
+        found, asked = getattr(config, field), getattr(own, field, None)
+        if asked != found:
+            raise ValueError(f"{path} has {field}={found}; the given config has {asked}")
+    own = copy.deepcopy(own)
+    own.__dict__.pop("quantization_config", None)  # of another file
+    return own
 
 
 def _locate(name: Any, gguf_file: str, of_the_hub: dict[str, Any]) -> Path:
@@ -147,7 +153,8 @@ def _formats(path: Path, tensors: Mapping[str, Any]) -> dict[str, str]:
     if others:
         count = len(stored) - len(formats)
         logger.warning_once(f"{count} tensors of {path} are unpacked, of types not held packed: {', '.join(others)}")
-    if formats and (reason := obstacle()) is not None:
+    reason = obstacle() if settings.kernels else "compiled kernels are switched off"
+    if formats and reason is not None:
         logger.warning_once(f"{path} is unpacked, which takes several times its memory: {reason}")
         return {}
     return formats
