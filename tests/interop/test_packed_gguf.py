@@ -15,7 +15,8 @@ from hf_decoder.engine.quantized.layers import PackedEmbedding, PackedLinear
 from hf_decoder.engine.switches import settings
 from hf_decoder.interop.quantization import tensor_bytes
 
-gguf = pytest.importorskip("gguf", reason="the package gguf is not installed: pip install 'hf-decoder[gguf]'")
+pytest.importorskip("gguf", reason="the package gguf is not installed: pip install 'hf-decoder[gguf]'")
+import gguf
 from gguf_blocks import write_file
 
 needs_kernels = pytest.mark.skipif(products.obstacle() is not None, reason=str(products.obstacle()))
