@@ -176,3 +176,12 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.section("figures")
         for line in FIGURES:
             terminalreporter.write_line(line)
+
+
+@pytest.fixture(scope="session")
+def packed_kernels():
+    """Compiled products of packed weights, or a skip where this machine has none."""
+    from hf_decoder.engine.quantized.products import obstacle
+
+    if (reason := obstacle()) is not None:
+        pytest.skip(reason)

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from hf_decoder.engine.cpp import build
 from hf_decoder.engine.quantized import products
 from hf_decoder.engine.quantized.formats import FORMATS, tiled
-from hf_decoder.engine.quantized.products import BlockWeights, multiply_blocks, obstacle, unpacked_rows
+from hf_decoder.engine.quantized.products import BlockWeights, multiply_blocks, unpacked_rows
 from hf_decoder.engine.switches import settings as switches
 
 pytest.importorskip("gguf", reason="the package gguf is not installed: pip install 'hf-decoder[gguf]'")
 from gguf_blocks import numbers, random_rows
 
-needs_kernels = pytest.mark.skipif(obstacle() is not None, reason=str(obstacle()))
+needs_kernels = pytest.mark.usefixtures("packed_kernels")
 each_format = pytest.mark.parametrize("name", FORMATS)
 BLOCK = 32  # numbers of a line that share a scale
 

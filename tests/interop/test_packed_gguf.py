@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, GgufConfig
 
 from hf_decoder import HfDecoderForCausalLM, HfDecoderModel
-from hf_decoder.engine.quantized import loading, products
+from hf_decoder.engine.quantized import loading
 from hf_decoder.engine.quantized.layers import PackedEmbedding, PackedLinear
 from hf_decoder.engine.switches import settings
 from hf_decoder.interop.quantization import tensor_bytes
@@ -19,7 +19,7 @@ pytest.importorskip("gguf", reason="the package gguf is not installed: pip insta
 import gguf
 from gguf_blocks import write_file
 
-needs_kernels = pytest.mark.skipif(products.obstacle() is not None, reason=str(products.obstacle()))
+needs_kernels = pytest.mark.usefixtures("packed_kernels")
 IDS = torch.randint(3, 107, (2, 21), generator=torch.Generator().manual_seed(0))
 FIXED: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 12}
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "phi3"]
