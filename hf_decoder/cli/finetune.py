@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import inspect
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import field, make_dataclass
 from pathlib import Path
@@ -158,6 +159,8 @@ def _trl() -> Any:
         import trl
     except ModuleNotFoundError:
         raise ValueError("fine-tuning needs trl: pip install 'hf-decoder[finetune]'") from None
+    # TRL asks at every step by the older name, and a reward that quiets warnings makes Python say it again
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     return trl
 
 

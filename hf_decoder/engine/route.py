@@ -174,8 +174,11 @@ def _is_short(x: torch.Tensor) -> bool:
 
 def _gains(config: Any, x: torch.Tensor) -> bool:
     """Whether operators of this room may gain with these hidden states on a CPU; else layers run as modules."""
-    is_plain = not torch.is_grad_enabled() and autocast_dtype(x.device) is None
-    return any_in_blocks(config, x) if is_plain else True
+    if torch.is_grad_enabled() or autocast_dtype(x.device) is not None:
+        return True
+    if x.dtype == torch.float32 and settings.ways is None:  # nearly all of the time is products'
+        return False
+    return any_in_blocks(config, x)
 
 
 __all__ = ["Route"]

@@ -114,22 +114,39 @@ class CudaGraphStep(StaticStep):
         return launches
 
     def _plan_layers(self) -> Iterator[list[Callable[[], Any]]]:
-        from hf_decoder.engine.triton.decoding import (
-            KEYS_PER_SPLIT,
-            SPLITS,
-            attention_kernel,
-            gate_kernel,
-            heads_kernel,
-            residual_kernel,
-        )
+        attend = self._attention()
+        for layer, buffers in zip(self._step.layers, self._buffers, strict=True):
+            yield [
+                self._project(layer),
+                attend(layer, buffers),
+                self._residual(self._attended, layer.output),
+                self._gate(layer),
+                self._residual(self._gated, layer.down),
+            ]
+
+    def _project(self, layer: Any) -> Callable[[], Any]:
+        from hf_decoder.engine.triton.decoding import heads_kernel
+
+        (query, key, value), norm, size = layer.heads, layer.input_norm, self._hidden.shape[0]
+        width, group_width = query.weight.shape[0], key.weight.shape[0]
+        _, settings = _settings(width, size)
+        rows = settings["BLOCK_M"]
+        blocks = _blocks(width, rows) + 2 * _blocks(group_width, rows)
+        normed = (self._hidden, norm.weight, norm.variance_epsilon)
+        maps = (query.weight, key.weight, value.weight, *map(_bias, layer.heads))
+        shape = (self._heads, size, width, group_width, query.bias is not None)
+        return partial(heads_kernel[(blocks,)], *normed, *maps, *shape, **settings)
+
+    def _attention(self) -> Callable[[Any, torch.Tensor], Callable[[], Any]]:
+        """Gives the launch of attention of a layer with its buffers."""
+        from hf_decoder.engine.triton.decoding import KEYS_PER_SPLIT, SPLITS, attention_kernel
 
         step, device, hidden = self._step, self._state.device, self._hidden
         heads, groups, head_dim = step.groups * step.heads_per_group, step.groups, step.head_dim
-        size, width, group_width = hidden.shape[0], heads * head_dim, groups * head_dim
-        inner, rotary = self._gated.shape[0], step.rotary
+        rotary = step.rotary
         frequencies = rotary.inv_freq.to(device=device, dtype=torch.float32).contiguous()
         # results that programs of attention exchange; layers run one after the other and share them
-        sums = torch.empty(SPLITS, width, dtype=torch.float32, device=device)
+        sums = torch.empty(SPLITS, heads * head_dim, dtype=torch.float32, device=device)
         weights = torch.empty(SPLITS, 2, heads, dtype=torch.float32, device=device)
         arrived = torch.zeros(groups, dtype=torch.int32, device=device)
         between = (self._attended, sums, weights, arrived)
@@ -144,41 +161,39 @@ class CudaGraphStep(StaticStep):
             "SPLITS": SPLITS,
             "KEYS_PER_SPLIT": KEYS_PER_SPLIT,
             "PRECISION": PRECISION,
-            **_early(size),
+            **_early(hidden.shape[0]),
         }
 
-        def residual(x: torch.Tensor, of: Weights) -> Callable[[], Any]:
-            blocks, settings = _settings(size, x.shape[0])
-            product = residual_kernel[(blocks,)]
-            return partial(product, x, of.weight, _bias(of), hidden, size, x.shape[0], of.bias is not None, **settings)
-
-        for layer, buffers in zip(step.layers, self._buffers, strict=True):
-            query, key, value = layer.heads
-            norm, mlp_norm = layer.input_norm, layer.mlp_norm
-            normed = (hidden, norm.weight, norm.variance_epsilon)
-            _, settings = _settings(width, size)
-            rows = settings["BLOCK_M"]
-            blocks = _blocks(width, rows) + 2 * _blocks(group_width, rows)
-            maps = (query.weight, key.weight, value.weight, *map(_bias, layer.heads))
-            shape = (self._heads, size, width, group_width, query.bias is not None)
-            project = partial(heads_kernel[(blocks,)], *normed, *maps, *shape, **settings)
-
+        def launch(layer: Any, buffers: torch.Tensor) -> Callable[[], Any]:
+            norm = layer.input_norm
             head_norms: tuple[Any, ...] = (norm.weight, norm.weight, 0.0)  # placeholders, which are not read
             if layer.query_norm is not None:
                 norms = layer.query_norm, layer.key_norm
                 head_norms = (norms[0].weight, norms[1].weight, norms[0].variance_epsilon)
             scales = (frequencies, float(rotary.attention_scaling), step.scaling, self._state, buffers)
             kinds = {"NORMED": layer.query_norm is not None, "ROPE": layer.attention.use_rope}
-            attend = partial(
-                attention_kernel[(groups, SPLITS)], self._heads, *head_norms, *scales, *between, **kinds, **sizes
-            )
+            attention = attention_kernel[(groups, SPLITS)]
+            return partial(attention, self._heads, *head_norms, *scales, *between, **kinds, **sizes)
 
-            blocks, settings = _settings(inner, size)
-            normed = (hidden, mlp_norm.weight, mlp_norm.variance_epsilon)
-            maps = (layer.gate.weight, layer.up.weight, _bias(layer.gate), _bias(layer.up))
-            gate_shape = (self._gated, inner, size, layer.gate.bias is not None)
-            gate = partial(gate_kernel[(blocks,)], *normed, *maps, *gate_shape, **settings)
-            yield [project, attend, residual(self._attended, layer.output), gate, residual(self._gated, layer.down)]
+        return launch
+
+    def _gate(self, layer: Any) -> Callable[[], Any]:
+        from hf_decoder.engine.triton.decoding import gate_kernel
+
+        inner, size, norm = self._gated.shape[0], self._hidden.shape[0], layer.mlp_norm
+        blocks, settings = _settings(inner, size)
+        normed = (self._hidden, norm.weight, norm.variance_epsilon)
+        maps = (layer.gate.weight, layer.up.weight, _bias(layer.gate), _bias(layer.up))
+        shape = (self._gated, inner, size, layer.gate.bias is not None)
+        return partial(gate_kernel[(blocks,)], *normed, *maps, *shape, **settings)
+
+    def _residual(self, x: torch.Tensor, of: Weights) -> Callable[[], Any]:
+        from hf_decoder.engine.triton.decoding import residual_kernel
+
+        size, width = self._hidden.shape[0], x.shape[0]
+        blocks, settings = _settings(size, width)
+        product = residual_kernel[(blocks,)]
+        return partial(product, x, of.weight, _bias(of), self._hidden, size, width, of.bias is not None, **settings)
 
 
 class _Copy:

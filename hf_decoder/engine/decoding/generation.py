@@ -122,10 +122,9 @@ class Decoding:
             step = self._packed
         inputs = input_ids, attention_mask, position_ids, cache
         logits = step.next_logits(*inputs, self._room)
-        if logits is not None:
-            taken["decoding"] = "torch"
         if logits is None:
-            logits = step.prompt_logits(self.model.model, *inputs, logits_to_keep)
+            return step.prompt_logits(self.model.model, *inputs, logits_to_keep)
+        taken["decoding"] = "torch"
         return logits
 
     def sample(
@@ -178,20 +177,25 @@ class Decoding:
             positions = positions[:, -1:] + 1
         # one row needs no pad token; transformers has already refused several rows without one
         pad = 0 if config._pad_token_tensor is None else int(config._pad_token_tensor)
-        static = self._static
-        if by_kernels and static is not None and self._is_static(ids[:, -1:], cache):
-            with static.lock:
-                text = static.greedy(ids, cache, mask, positions, length, ends, pad)
-            if text is not None:
-                taken["decoding"] = "kernels"
-                return text
-        if self.step is not None and ids.device.type == "cpu":
-            return self._greedy(ids, cache, mask, positions, length, ends, pad)
+        text = self._greedy(by_kernels, ids, cache, mask, positions, length, ends, pad)
+        if text is not None:
+            return text
         # from the length of the mask transformers knows that the ids are the whole text, not only new ones
         go_on.keywords.update(attention_mask=torch.ones_like(ids) if mask is None else mask, position_ids=positions)
         return go_on(ids, stopping_criteria=stopping_criteria)
 
-    def _greedy(
+    def _greedy(self, by_kernels: bool, ids: torch.Tensor, cache: Any, *rest: Any) -> torch.Tensor | None:
+        """What `StaticStep.greedy` returns of these ids, cache and `rest`; None if transformers' loop must go on."""
+        static = self._static
+        if by_kernels and static is not None and self._is_static(ids[:, -1:], cache):
+            with static.lock:
+                text = static.greedy(ids, cache, *rest)
+            if text is not None:
+                taken["decoding"] = "kernels"
+                return text
+        return self._greedy_by_steps(ids, cache, *rest) if self.step is not None and ids.is_cpu else None
+
+    def _greedy_by_steps(
         self,
         ids: torch.Tensor,
         cache: Any,
