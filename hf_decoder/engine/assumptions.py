@@ -136,8 +136,9 @@ def attends_as_stock(decoder: Any) -> bool:
 
 def _heads_fit(attention: Any) -> bool:
     """Whether the number of query heads is that of the repeated keys."""
-    queries, keys = (getattr(of, "out_features", -1) for of in (attention.q_proj, attention.k_proj))
-    return queries == keys * attention.num_key_value_groups
+    maps = (getattr(attention, name, None) for name in ("q_proj", "k_proj"))
+    queries, keys = (getattr(of, "out_features", -1) for of in maps)
+    return queries == keys * getattr(attention, "num_key_value_groups", 0)
 
 
 def state_of(model: Any) -> tuple[list[int], list[Any]] | None:

@@ -176,6 +176,27 @@ WATCHED: dict[str, Callable[[Any, Seen], Any]] = {
 }
 
 
+class OwnAttention(nn.Module):
+    is_causal = True
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.map = nn.Linear(width, width)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, None]:
+        return self.map(hidden_states), None
+
+
+@torch.no_grad()
+def test_attention_without_our_maps_is_called():
+    model, ids = tiny_model(), random_ids(1, 40)
+    model.model.layers[1].self_attn = OwnAttention(model.config.hidden_size)
+    with settings.override(ways={"attention": "tiles of 64"}):
+        found = model(ids).logits
+    with settings.override(all=False):
+        assert found.equal(model(ids).logits)
+
+
 @pytest.mark.parametrize("what", WATCHED)
 def test_who_watches_what_is_passed_by_sees_all_of_it(what: str, fused):
     model, seen = tiny_model(qk_norm=True).train(), Seen()
