@@ -40,7 +40,14 @@ def load_class(name: str) -> Any:
         plain_class = getattr(importlib.import_module("hf_decoder.model.modeling_hf_decoder"), name)
         if name not in HEADS.values():
             return plain_class
-        return importlib.import_module("hf_decoder.engine.twins").twin_of(plain_class)
+        twins = importlib.import_module("hf_decoder.engine.twins")
+        twins.read_gguf = _read_gguf
+        return twins.twin_of(plain_class)
+
+
+def _read_gguf(path: Any) -> Any:
+    """What the engine loads and the room `interop` reads; the engine knows no room above itself."""
+    return importlib.import_module("hf_decoder.interop.conversion").read_gguf(path)
 
 
 class _LateClasses(dict):
@@ -63,7 +70,6 @@ def register() -> None:
     once_imported("transformers.models.auto.modeling_auto", _register_models)
     once_imported("peft.utils.constants", _complete_peft_tables)
     once_imported("peft.tuners.tuners_utils", _refuse_to_merge_packed)
-    once_imported("hf_decoder.engine.quantized.loading", _tell_how_gguf_is_read)
 
 
 def _register_config(configuration_auto: ModuleType) -> None:
@@ -102,11 +108,6 @@ def _refuse_to_merge_packed(tuners_utils: ModuleType) -> None:
         check(self)
 
     tuner._check_merge_allowed = check_packed
-
-
-def _tell_how_gguf_is_read(loading: Any) -> None:
-    """The engine loads what the room `interop` reads, and knows no room above itself."""
-    loading.read_file = lambda path: importlib.import_module("hf_decoder.interop.conversion").read_gguf(path)
 
 
 def once_imported(name: str, complete: Callable[[ModuleType], None]) -> None:

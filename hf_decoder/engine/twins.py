@@ -31,6 +31,8 @@ from hf_decoder.engine.training.loss import linear_causal_lm_loss
 from hf_decoder.model import modeling_hf_decoder as plain
 from hf_decoder.model.modeling_hf_decoder import CACHE_NAME
 
+# Reads a GGUF file; registration gives it, since this room knows none above itself.
+read_gguf: Any = None
 # Arguments that a decode step or prefill without the modules supports; a call with any other runs the plain class.
 TAKEN = {"use_cache", "logits_to_keep", "return_dict", "cache", "past_key_values"}
 
@@ -74,7 +76,7 @@ class _PreTrained:
 
         if cls.__name__ != HELD or args:
             raise ValueError(f"{cls.__name__} reads no GGUF file; {HELD}.from_pretrained(folder, gguf_file=...) does")
-        return load_gguf(load, pretrained_model_name_or_path, gguf_file, **kwargs)
+        return load_gguf(load, read_gguf, pretrained_model_name_or_path, gguf_file, **kwargs)
 
     @classmethod
     def is_remote_code(cls) -> bool:

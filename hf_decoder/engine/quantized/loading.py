@@ -36,8 +36,8 @@ SIZES = (
 _CPU = {"cpu", torch.device("cpu")}
 
 # Reads a file: our config, and by our names tensors that `load()` numbers and, if they have a `format_name`,
-# `load_blocks()`. The room that can read one tells it at registration, since this room knows none above itself.
-read_file: Callable[[Path], tuple[Any, Mapping[str, Any]]] | None = None
+# `load_blocks()`.
+Reader = Callable[[Path], tuple[Any, Mapping[str, Any]]]
 
 
 @register_quantization_config(METHOD)
@@ -80,17 +80,24 @@ class PackedQuantizer(HfQuantizer):
         return False
 
 
-def load_gguf(load: Callable[..., Any], name: Any, gguf_file: str, **kwargs: Any) -> Any:
-    """The model of a GGUF file, `load` being the `from_pretrained` of its class.
+def load_gguf(load: Callable[..., Any], read: Reader | None, name: Any, gguf_file: str, **kwargs: Any) -> Any:
+    """The model of a GGUF file.
+
+    Args:
+        load: the `from_pretrained` of its class.
+        read: reads a file.
+        name: folder or Hub name that holds it.
+        gguf_file: its name there, or a path.
+        kwargs: other arguments of `from_pretrained`.
 
     Raises:
         ValueError: if the file is damaged or not held here, in one line.
         OSError: if it is not there.
     """
-    if read_file is None:
+    if read is None:
         raise ValueError("GGUF files are read by the package hf_decoder; import it first")
     path = _locate(name, gguf_file, {key: kwargs.pop(key) for key in OF_THE_HUB if key in kwargs})
-    config, tensors = read_file(path)
+    config, tensors = read(path)
     asked, own = kwargs.pop("quantization_config", None), kwargs.pop("config", None)
     unpacks = asked.get("dequantize") if isinstance(asked, dict) else getattr(asked, "dequantize", None)
     if asked is not None and unpacks is None:
