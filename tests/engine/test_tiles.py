@@ -1,5 +1,7 @@
 """Attention in tiles equals attention with the whole mask, is used where it is faster, and compiles."""
 
+from importlib import import_module
+
 import pytest
 import torch
 from tiny_models import WINDOWS, random_ids, tiny_model
@@ -274,6 +276,7 @@ def test_compiled_training_is_eager_training(variant: str, monkeypatch):
             reached.append(len(a))
         return mm(a, b, **kwargs)
 
+    import_module("torch._inductor.select_algorithm")  # names its kernels, on disk too, by the functions that it finds
     monkeypatch.setattr(torch, "mm", recorded_mm)
     monkeypatch.setattr(torch, "bmm", lambda a, b: taken.append(1) or bmm(a, b))  # of tiles alone
     monkeypatch.setitem(precision.FAST_HALF_PRECISION, torch.bfloat16, True)  # whatever CPU this is
