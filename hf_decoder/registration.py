@@ -40,7 +40,7 @@ def load_class(name: str) -> Any:
         plain_class = getattr(importlib.import_module("hf_decoder.model.modeling_hf_decoder"), name)
         if name not in HEADS.values():
             return plain_class
-        twins = importlib.import_module("hf_decoder.engine.twins")
+        twins: Any = importlib.import_module("hf_decoder.engine.twins")
         twins.read_gguf = _read_gguf
         return twins.twin_of(plain_class)
 
