@@ -32,7 +32,9 @@ def test_gguf(run, tmp_path, capsys):
     pytest.importorskip("gguf", reason="the package gguf is not installed: pip install 'hf-decoder[gguf]'")
     file = tmp_path / "model.gguf"
     assert main(["convert", str(run.folder), str(file), "--to", "gguf", "--outtype", "q8_0"]) == 0
-    assert capsys.readouterr().out.strip() == f"{file}: qwen3 in GGUF, q8_0"
+    recipe = tmp_path / "Modelfile"
+    told = f"{file}: qwen3 in GGUF, q8_0; `ollama create NAME -f {recipe}` makes it a model of Ollama"
+    assert capsys.readouterr().out.strip() == told and "FROM ./model.gguf\n" in recipe.read_text("utf-8")
     assert main(["convert", str(file), str(tmp_path / "back")]) == 0
     ids = [AutoTokenizer.from_pretrained(path)(TEXT)["input_ids"] for path in (run.folder, tmp_path / "back")]
     assert ids[0] == ids[1]
