@@ -109,8 +109,8 @@ def test_a_stage_moves_its_measure_and_counts_what_it_skips(run, tmp_path, capsy
     assert before["step"] == 0 and results[measure] > before[measure] + max(before[measure], 0.03)
     assert f"1 of {len(rows) + 1} rows skipped: " in printed and reason in printed
     assert results["skipped_rows"] == 1 and results["train_rows"] == len(rows)
-    last = printed.strip().splitlines()[-1]
-    assert last.startswith("the stage changed, on the held-out rows: ") and " -> " in last
+    (change,) = (line for line in printed.splitlines() if line.startswith("the stage changed"))
+    assert change.startswith("the stage changed, on the held-out rows: ") and " -> " in change
     card = ModelCard.load(out / "README.md")
     assert "{{" not in card.content and " -> " in card.text and str(tmp_path) not in card.content
     assert (out / "loss_curve.png").stat().st_size > 1000
