@@ -18,7 +18,7 @@ from typing import Any
 
 from hf_decoder.data.documents import load_standard_library
 
-HELD_OUT = {"questions": 200, "functions": 100}
+HELD_OUT = {"questions": 200, "calls": 100, "functions": 100}
 LONGEST_HEADER, LONGEST_SUMMARY, LONGEST_FUNCTION = 100, 100, 320  # characters
 VALUES = (0, 1, 2, 10, True, None, "a", "name", "path", "x.txt")
 Row = dict[str, Any]
@@ -26,10 +26,10 @@ FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def write_rows(folder: Path, seed: int = 0) -> dict[str, int]:
-    """Writes `questions` and `functions`, each to train on and held out, as .jsonl; returns how many rows each has.
+    """Writes `chats` and `functions` to train on, and each kind of rows held out, as .jsonl; returns how many.
 
-    `questions.jsonl` holds both kinds: the chats to fine-tune on. `functions.jsonl` holds the prompts of the second
-    kind alone, for reinforcement learning.
+    `chats.jsonl` holds all kinds, to fine-tune on: questions, calls of a tool, and functions to write.
+    `functions.jsonl` holds the last kind alone, for reinforcement learning.
     """
     splits = load_standard_library()
     folder.mkdir(parents=True, exist_ok=True)
@@ -37,7 +37,7 @@ def write_rows(folder: Path, seed: int = 0) -> dict[str, int]:
     held_out = make_rows(splits["validation"]["text"], seed)
     seen = {str(row["prompt"]) for rows in train.values() for row in rows}
     files = {
-        "questions": _shuffled([*train["questions"], *train["functions"]], seed),
+        "chats": _shuffled([row for rows in train.values() for row in rows], seed),
         "functions": train["functions"],
         **{
             f"held_out_{kind}": [row for row in rows if str(row["prompt"]) not in seen][: HELD_OUT[kind]]
@@ -51,13 +51,14 @@ def write_rows(folder: Path, seed: int = 0) -> dict[str, int]:
 
 
 def make_rows(texts: Iterable[str], seed: int = 0) -> dict[str, list[Row]]:
-    """The rows that source texts give, shuffled: `prompt` and `completion`, each one turn of a chat."""
-    rows: dict[str, list[Row]] = {"questions": [], "functions": []}
+    """The rows that source texts give, shuffled: `prompt` and `completion`, each one turn of a chat, and `tools`."""
+    rows: dict[str, list[Row]] = {"questions": [], "calls": [], "functions": []}
     for text in texts:
         for function in _functions(text):
             header = _header(function)
             if len(header) <= LONGEST_HEADER:
-                rows["questions"] += _questions(function, header, seed)
+                row = _question(function, header, seed)
+                rows["calls" if "tools" in row else "questions"].append(row)
                 rows["functions"] += _to_write(function, header)
     return {kind: _shuffled(_unique(found), seed) for kind, found in rows.items()}
 
@@ -82,7 +83,8 @@ def _header(function: FunctionNode) -> str:
     return f"def {function.name}({ast.unparse(function.args)}):"
 
 
-def _questions(function: FunctionNode, header: str, seed: int) -> list[Row]:
+def _question(function: FunctionNode, header: str, seed: int) -> Row:
+    """A question about a function, or the task of calling it."""
     draw = random.Random(f"{seed} {header}")
     arguments = function.args
     names = [argument.arg for argument in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
@@ -95,11 +97,18 @@ def _questions(function: FunctionNode, header: str, seed: int) -> list[Row]:
     if summary:
         rows.append(_row(f"What does this function do?\n\n{header}", summary))
     if 0 < len(own) <= 3 and arguments.vararg is arguments.kwarg is None:
-        given = {name: draw.choice(VALUES) for name in own}
-        said = " and ".join(f"{name} = {json.dumps(value)}" for name, value in given.items())
-        call = json.dumps({"name": function.name, "arguments": given})
-        rows.append(_row(f"Call this function with {said}.\n\n{header}", call))
-    return [draw.choice(rows)]  # one a function, so that the kinds come equally often
+        rows.append(_call(function.name, summary, {name: draw.choice(VALUES) for name in own}))
+    return draw.choice(rows)  # one a function, so that the kinds come equally often
+
+
+def _call(name: str, summary: str, arguments: dict[str, Any]) -> Row:
+    """The task of calling the one tool that there is with these arguments."""
+    said = " and ".join(f"{argument} = {json.dumps(value)}" for argument, value in arguments.items())
+    parameters = {"type": "object", "properties": {argument: {} for argument in arguments}, "required": [*arguments]}
+    tool = {"name": name, **({"description": summary} if summary else {}), "parameters": parameters}
+    row = _row(f"Call {name} with {said}.", "")
+    row["completion"][0]["tool_calls"] = [{"type": "function", "function": {"name": name, "arguments": arguments}}]
+    return {**row, "tools": [{"type": "function", "function": tool}]}
 
 
 def _to_write(function: FunctionNode, header: str) -> list[Row]:

@@ -74,7 +74,8 @@ def measure(args: EvalArguments) -> dict[str, Any]:
     suite = harness.find_tasks(args.tasks, args.include_path, trusted=args.trust_remote_code) if args.tasks else None
     documents = _documents(args) if wanted & set(TEXT_METRICS) else None
     pairs = _pairs(args) if wanted & set(ANSWER_METRICS) else []
-    references = [_references(row["reference"]) for row in pairs]
+    tokenizer = load_tokenizer(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
+    references = [_references(row, tokenizer) for row in pairs]
     scorers: dict[str, Any] = {
         name: metrics.text_metric(name, references, args.tokenize) for name in ("bleu", "chrf") if name in wanted
     }
@@ -86,7 +87,6 @@ def measure(args: EvalArguments) -> dict[str, Any]:
         raise ValueError(f"{name} is a sequence classifier, which has only {' and '.join(LABEL_METRICS)}")
     model = (load_classifier if classifier else load_model)(args.model_name_or_path, dtype=args.dtype, **options)
     model = model.to(select_device(args.device)).eval()
-    tokenizer = load_tokenizer(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
     if classifier:
         share_padding(model, tokenizer)
     set_seed(args.seed)
@@ -96,7 +96,7 @@ def measure(args: EvalArguments) -> dict[str, Any]:
     if documents is not None:
         results |= _measure_text(args, model, tokenizer, documents)
     if pairs:
-        results |= _measure_answers(args, model, tokenizer, pairs, scorers, predictions)
+        results |= _measure_answers(args, model, tokenizer, pairs, references, scorers, predictions)
     if labelled:
         measure_labels = _classify if classifier else _choose_labels
         results |= measure_labels(args, model, tokenizer, labelled, predictions)
@@ -188,8 +188,6 @@ def _pairs(args: EvalArguments) -> list[records.Row]:
         if selected.unused:
             print(f"{args.test_file}: {records.describe_unused(selected.unused)}")
     rows = _usable(args, rows)
-    if any(row.get("tools") for row in rows):
-        raise ValueError(f"{args.test_file} has tools, which are passed to no model here; leave the column out")
     if args.prompt_template is None:
         rows = [records.separate(row, separator) for row in rows]
     return rows
@@ -247,14 +245,15 @@ def _measure_answers(
     model: Any,
     tokenizer: Any,
     rows: list[records.Row],
+    references: list[list[str]],
     scorers: Mapping[str, Any],
     predictions: list[dict[str, Any]],
 ) -> dict[str, Any]:
     names = ("max_new_tokens", "num_beams", "length_penalty", "do_sample", "stop_strings")
     given = {name: getattr(args, name) for name in names}
     prompts = [_template(args, row["prompt"]) for row in rows]
-    references = [_references(row["reference"]) for row in rows]
-    completions = complete_or_cut(model, tokenizer, prompts, given, args.batch_size)
+    tools = [row.get("tools") for row in rows]
+    completions = complete_or_cut(model, tokenizer, prompts, given, args.batch_size, tools)
     completed = list(show_progress(completions, len(prompts), "answers"))
     answers = [text.strip() for text, _ in completed]
     for prompt, answer, options, (_, ended) in zip(prompts, answers, references, completed, strict=True):
@@ -273,13 +272,23 @@ def _measure_answers(
     return results
 
 
-def _references(value: Any) -> list[str]:
-    """The texts that an answer is compared with: a text, several, or of messages what the assistant says first."""
+def _references(row: records.Row, tokenizer: Any) -> list[str]:
+    """The texts that an answer is compared with: a text, several, or of messages what the assistant says first.
+
+    A call of a tool is compared as the chat template writes it.
+    """
+    value = row["reference"]
     if not isinstance(value, list):
         return [str(value)]
-    if isinstance(value[0], Mapping):
-        return [str(records.first_answer(value))]
-    return [str(option) for option in value]
+    if not isinstance(value[0], Mapping):
+        return [str(option) for option in value]
+    answer: Any = records.first_answer(value)
+    if not answer.get("tool_calls"):
+        return [str(answer["content"])]
+    prompt = row["prompt"] if isinstance(row["prompt"], list) else [{"role": "user", "content": row["prompt"]}]
+    asked = encode_prompt(tokenizer, prompt, row.get("tools"))
+    whole = tokenizer.apply_chat_template([*prompt, answer], tools=row.get("tools"), return_dict=True)
+    return [tokenizer.decode(whole["input_ids"][len(asked) :], skip_special_tokens=True).strip()]
 
 
 def _classify(

@@ -423,10 +423,9 @@ def _fault(role: str, value: Any) -> str | None:
     return None
 
 
-def first_answer(turns: Sequence[Mapping[str, Any]]) -> str | None:
-    """The assistant's first text in a conversation, or None."""
-    said = (turn["content"] for turn in turns if turn["role"] == "assistant")
-    return next((content for content in said if isinstance(content, str) and content.strip()), None)
+def first_answer(turns: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The first turn of a conversation in which the assistant says something or calls a tool, or None."""
+    return next((turn for turn in turns if turn["role"] == "assistant" and says_something(turn)), None)
 
 
 def check_alike(rows: Sequence[Row], source: str, *, across_roles: bool = False) -> None:

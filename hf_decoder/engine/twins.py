@@ -7,6 +7,7 @@ a live model their twins; `detach` takes them away.
 
 import copyreg
 import sys
+from contextlib import nullcontext
 from functools import cache, wraps
 from pathlib import Path
 from typing import Any
@@ -149,7 +150,7 @@ class _ForCausalLM(_PreTrained):
 
     @wraps(plain.HfDecoderForCausalLM.forward)
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, *args, **kwargs):
-        if not args and input_ids is not None and kwargs.keys() <= TAKEN:
+        if settings.decoding and not args and input_ids is not None and kwargs.keys() <= TAKEN:
             outputs = self._past_the_modules(input_ids, attention_mask, position_ids, **kwargs)
             if outputs is not None:
                 return outputs
@@ -181,7 +182,7 @@ class _ForCausalLM(_PreTrained):
 
     @wraps(plain.HfDecoderForCausalLM.generate)
     def generate(self, *args, **kwargs):
-        with Decoding(self):
+        with Decoding(self) if settings.decoding else nullcontext():
             return super().generate(*args, **kwargs)
 
     @wraps(plain.HfDecoderForCausalLM.prepare_inputs_for_generation)

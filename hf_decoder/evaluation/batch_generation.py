@@ -12,7 +12,7 @@ DEFAULT_NEW_TOKENS = 200
 END_OF_TURN = "<|im_end|>"
 DRAWS = frozenset({"temperature", "top_p", "top_k", "min_p"})
 
-Prompt = str | list[dict[str, str]]
+Prompt = str | list[dict[str, Any]]
 
 
 def end_ids(model: Any, tokenizer: Any, *, chat: bool = False) -> list[int]:
@@ -25,8 +25,8 @@ def end_ids(model: Any, tokenizer: Any, *, chat: bool = False) -> list[int]:
     return sorted(ids | ({vocabulary[END_OF_TURN]} if chat and END_OF_TURN in vocabulary else set()))
 
 
-def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
-    """Encodes a prompt, or renders a conversation with the chat template up to the assistant's answer.
+def encode_prompt(tokenizer: Any, prompt: Prompt, tools: Sequence[Any] | None = None) -> list[int]:
+    """Encodes a prompt, or renders a conversation and its tools with the chat template up to the assistant's answer.
 
     Raises:
         ValueError: for an empty prompt, and for a conversation that the chat template rejects, or without a template.
@@ -40,7 +40,8 @@ def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
         if tokenizer.chat_template is None:
             raise ValueError("the tokenizer has no chat template, so prompts must be text, not messages")
         try:
-            ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+            options = {"tools": tools, "add_generation_prompt": True, "return_dict": True}
+            ids = tokenizer.apply_chat_template(prompt, **options)["input_ids"]
         except TemplateError as error:  # for example one without system messages
             raise ValueError(f"the chat template does not take this conversation: {error}") from None
     if not ids:
@@ -97,7 +98,12 @@ def complete(
 
 @torch.inference_mode()
 def complete_or_cut(
-    model: Any, tokenizer: Any, prompts: Sequence[Prompt], given: Mapping[str, Any] | None = None, batch_size: int = 8
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    given: Mapping[str, Any] | None = None,
+    batch_size: int = 8,
+    tools: Sequence[Any] | None = None,
 ) -> Iterator[tuple[str, bool]]:
     """Yields the completion of each prompt, in order, without the prompt and without a stop string at its end.
 
@@ -108,6 +114,7 @@ def complete_or_cut(
         given: settings of `generate` that differ from the model's generation_config.
         batch_size: prompts per batch. Greedy and beam search answer each prompt as if it were alone, up to rounding;
             sampling depends on the batch.
+        tools: descriptions of the tools of each prompt, or None.
 
     Raises:
         ValueError: for a prompt that is empty, too long, or outside the model's vocabulary; names its number.
@@ -116,7 +123,7 @@ def complete_or_cut(
     encoded: list[list[int]] = []
     for number, prompt in enumerate(prompts, 1):
         try:
-            ids = encode_prompt(tokenizer, prompt)
+            ids = encode_prompt(tokenizer, prompt, tools[number - 1] if tools else None)
             check_ids(model, ids)
         except ValueError as error:
             raise ValueError(f"prompt {number}: {error}") from None

@@ -172,7 +172,7 @@ def _select(
         if "messages" in row:
             prompt = turns = row["messages"]
             if isinstance(turns, list) and not turns_fault("messages", turns):
-                beside[REFERENCE] = first_answer(turns)
+                beside[REFERENCE] = (first_answer(turns) or {}).get("content")
                 prompt = list(itertools.takewhile(lambda turn: turn["role"] != "assistant", turns))
         missing = [column for column in needed if beside.get(column) in (None, "", [])]
         if any(row.get(role) for role in TO_TEMPLATE):

@@ -236,13 +236,17 @@ def test_answers_about_a_function_are_what_python_says_of_it():
         if asked.startswith("Which arguments"):
             kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
             assert answer == (", ".join(n for n, p in parameters.items() if p.kind not in kinds) or "none")
-        elif asked.startswith("Call"):
-            call = json.loads(answer)
-            assert call["name"] == name and set(call["arguments"]) == set(parameters)
         else:
             assert answer == name or answer in " ".join(functions[name].__doc__.split())
         checked += 1
-    assert checked > 10
+    assert checked > 10 and rows["calls"]
+    for row in rows["calls"]:
+        (tool,), (call,) = row["tools"], row["completion"][0]["tool_calls"]
+        name, arguments = call["function"]["name"], call["function"]["arguments"]
+        assert tool["function"]["name"] == name and row["prompt"][0]["content"].startswith(f"Call {name} with ")
+        assert set(tool["function"]["parameters"]["properties"]) == set(arguments)
+        if inspect.isfunction(functions.get(name)) and "self" not in inspect.signature(functions[name]).parameters:
+            assert set(arguments) <= set(inspect.signature(functions[name]).parameters)
     for row in rows["functions"]:
         compile(row["completion"][0]["content"], "written", "exec")
 

@@ -144,6 +144,26 @@ def test_references_in_messages_are_what_the_assistant_says(run, tmp_path):
     assert results["bleu"] == pytest.approx(sacrebleu.corpus_bleu(answers, [[f"the {w}" for w in "abcd"]]).score)
 
 
+def test_tools_are_shown_to_the_model_and_a_call_is_compared_as_the_template_writes_it(model_copy, tmp_path):
+    config = json.loads((model_copy / "config.json").read_text())
+    (model_copy / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 512}))
+    path = tmp_path / "calls.jsonl"
+    tools = [{"type": "function", "function": {"name": "see", "parameters": {"properties": {"what": {}}}}}]
+    prompt = [{"role": "user", "content": "the cat"}]
+    call = {"type": "function", "function": {"name": "see", "arguments": {"what": 1}}}
+    row = {"prompt": prompt, "completion": [{"role": "assistant", "content": "", "tool_calls": [call]}]}
+    path.write_text(json.dumps({**row, "tools": tools}) + "\n" + json.dumps(row) + "\n", encoding="utf-8")
+    evaluate(model_copy, tmp_path / "out", "--metrics", "exact_match", "--test_file", path, "--max_new_tokens", 8)
+    saved = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text("utf-8").splitlines()]
+    tokenizer, model = AutoTokenizer.from_pretrained(model_copy), AutoModelForCausalLM.from_pretrained(model_copy)
+    for row, described in zip(saved, (tools, None), strict=True):
+        assert row["references"] == ['<tool_call>\n{"name": "see", "arguments": {"what": 1}}\n</tool_call>']
+        asked = tokenizer.apply_chat_template(prompt, tools=described, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(asked, return_tensors="pt").input_ids
+        answer = model.generate(ids, max_new_tokens=8, do_sample=False, attention_mask=torch.ones_like(ids))
+        assert row["prediction"] == tokenizer.decode(answer[0, ids.shape[1] :], skip_special_tokens=True).strip()
+
+
 def test_an_answer_may_have_several_references(run, tmp_path):
     path = tmp_path / "several.jsonl"
     options = [greedy(run.folder, "the cat", 4), "x"]

@@ -3,7 +3,7 @@
 Shapes: M outputs, N inputs.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,6 +22,8 @@ from hf_decoder.engine.quantized.products import BlockWeights, multiply_blocks
 SPLIT = 4
 MAX_TURNED_ROWS = 128  # more are as quick either way
 MEASURED_ELEMENTS = 2**23  # of a weight, at most
+READ_ELEMENTS = 2**24  # of the weights that are measured in turn: more than caches hold, as in a model
+COUNTED_ROWS = 8  # with more of them arithmetic takes longer than reading, and fewer weights are enough
 HALF_PRECISION = (torch.bfloat16, torch.float16)
 
 
@@ -53,7 +55,7 @@ def reading_weights_once(input_ids: torch.Tensor, dtype: torch.dtype) -> Iterato
         or dtype not in HALF_PRECISION
         or input_ids.device.type != "cpu"
         or not torch._C._get_mkldnn_enabled()
-        or choose("half a row", (dtype,), HALF_ROW, partial(_row_inputs, 2**12, 2**10, dtype)) == "torch"
+        or choose("half a row", (dtype,), _in_turn(HALF_ROW), partial(_row_inputs, 2**12, 2**10, dtype)) == "torch"
     ):
         yield
         return
@@ -100,9 +102,18 @@ FEW_ROWS: dict[str, Callable] = {"torch": linear, "turned": _rows_turned}
 def _row_inputs(
     outputs: int, inputs: int, dtype: torch.dtype = torch.float32, rows: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x (R, N), or (N,) of a single row, and a weight (M, N)."""
+    """x (R, N), or (N,) of a single row, and several weights (K, M, N)."""
     x = numbers(rows, inputs, dtype=dtype) if rows else numbers(inputs, dtype=dtype)
-    return x, numbers(outputs, inputs, dtype=dtype)
+    elements = READ_ELEMENTS // max(1, rows // COUNTED_ROWS)
+    return x, numbers(max(1, elements // (outputs * inputs)), outputs, inputs, dtype=dtype)
+
+
+def _in_turn(ways: Mapping[str, Callable]) -> dict[str, Callable]:
+    """Candidates that multiply by one weight after another. A single one would stay in the caches."""
+    return {name: partial(lambda way, x, weights: [way(x, weight) for weight in weights], ways[name]) for name in ways}
+
+
+ROWS_IN_TURN, FEW_ROWS_IN_TURN = _in_turn(ROW), _in_turn(FEW_ROWS)
 
 
 def _sizes(weight: torch.Tensor) -> tuple[int, int]:
@@ -173,7 +184,7 @@ def multiply_row(x: torch.Tensor, weights: AnyWeights) -> torch.Tensor:
     way = "torch"
     if weight.dtype == torch.float32 and weight.shape[0] % SPLIT == 0 and weight.is_contiguous():
         sizes = _sizes(weight)
-        way = choose("one row", sizes, ROW, partial(_row_inputs, *sizes))
+        way = choose("one row", sizes, ROWS_IN_TURN, partial(_row_inputs, *sizes))
     product = ROW[way](x, weight)
     return product if weights.bias is None else product + weights.bias
 
@@ -191,7 +202,7 @@ def _are_turned(x: torch.Tensor, weight: torch.Tensor) -> bool:
         return False
     sizes, rows = _sizes(weight), bucket(rows, 2, MAX_TURNED_ROWS)
     inputs = partial(_row_inputs, *sizes, rows=rows)
-    return choose("few rows", (rows, *sizes), FEW_ROWS, inputs) == "turned"
+    return choose("few rows", (rows, *sizes), FEW_ROWS_IN_TURN, inputs) == "turned"
 
 
 __all__ = [
