@@ -23,7 +23,7 @@ from transformers.modeling_utils import PreTrainedModel
 from hf_decoder.engine.assumptions import register
 from hf_decoder.engine.attention.choice import measure_for_graphs
 from hf_decoder.engine.bitsandbytes import settle_layers, settle_tied_head, unpack_layers
-from hf_decoder.engine.decoding.generation import Decoding
+from hf_decoder.engine.decoding.generation import OPTIONS, Decoding
 from hf_decoder.engine.loading import check_loaded_sizes
 from hf_decoder.engine.route import Route
 from hf_decoder.engine.switches import settings
@@ -35,7 +35,7 @@ from hf_decoder.model.modeling_hf_decoder import CACHE_NAME
 # Reads a GGUF file; registration gives it, since this room knows none above itself.
 read_gguf: Any = None
 # Arguments that a decode step or prefill without the modules supports; a call with any other runs the plain class.
-TAKEN = {"use_cache", "logits_to_keep", "return_dict", "cache", "past_key_values"}
+TAKEN = {"return_dict", "cache", "past_key_values", *OPTIONS}
 
 
 class _TwinClass(type):

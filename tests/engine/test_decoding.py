@@ -44,6 +44,15 @@ def without_kernels():
         yield
 
 
+def test_a_tokenizer_that_generate_hands_on_to_the_model_changes_nothing(steps, without_kernels):
+    model, ids = tiny_model(), random_ids(1, 9)
+    settings = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None}
+    expected = model.generate(ids, **settings)
+    taken = len(steps)
+    assert taken and torch.equal(model.generate(ids, tokenizer=SimpleNamespace(), **settings), expected)
+    assert len(steps) == 2 * taken
+
+
 @pytest.mark.parametrize("cache", [None, "static"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_step_gives_the_tokens_and_logits_of_the_modules(variant: str, cache: str | None, steps):

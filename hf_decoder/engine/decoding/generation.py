@@ -30,7 +30,8 @@ MAX_PACKED_TOKENS = 64  # of several tokens per row; with more, plain weights ar
 STEPS_BEFORE_PACKING = 2  # packing takes about as long as three steps save
 # methods that transformers' loop calls around a step and that others may replace, and arguments that we know
 METHODS = {"prepare_inputs_for_generation", "_update_model_kwargs_for_generation"}
-MODEL_KWARGS = {CACHE_NAME, "attention_mask", "position_ids", "use_cache", "logits_to_keep"}
+OPTIONS = {"use_cache", "logits_to_keep", "tokenizer"}  # the model has no use for the last, which is handed on to it
+MODEL_KWARGS = {CACHE_NAME, "attention_mask", "position_ids", *OPTIONS}
 
 _active: ContextVar["Decoding | None"] = ContextVar("hf_decoder_decoding", default=None)
 
@@ -356,7 +357,7 @@ class Decoding:
     ) -> dict | None:
         """The inputs of a step that bypasses the modules, without masks; None if transformers must prepare them."""
         step, cache = self.step, kwargs.pop(CACHE_NAME, None)
-        if kwargs.keys() - {"use_cache", "logits_to_keep"} or self._changes_angles(
+        if kwargs.keys() - OPTIONS or self._changes_angles(
             0 if cache is None else int(cache.get_seq_length()), input_ids.shape[1]
         ):
             return None

@@ -158,11 +158,6 @@ def multiply(x: torch.Tensor, weights: AnyWeights) -> torch.Tensor:
     if isinstance(weights, Weights) and _are_turned(x, weights.weight):
         product = _rows_turned(x, weights.weight)
         return product if weights.bias is None else product + weights.bias
-    return multiply_as_modules(x, weights)
-
-
-def multiply_as_modules(x: torch.Tensor, weights: Weights | Int8Weights | BlockWeights) -> torch.Tensor:
-    """x (..., N) -> (..., M), with the same bits as a call of the linear layer, under autocast too."""
     if isinstance(weights, BlockWeights):
         return multiply_blocks(x, weights)
     if isinstance(weights, Int8Weights):
@@ -211,7 +206,6 @@ __all__ = [
     "Weights",
     "joined",
     "multiply",
-    "multiply_as_modules",
     "multiply_row",
     "packed_weights",
     "reading_weights_once",
