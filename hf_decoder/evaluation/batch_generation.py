@@ -21,8 +21,10 @@ def end_ids(model: Any, tokenizer: Any, *, chat: bool = False) -> list[int]:
     ids = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
     if tokenizer.eos_token_id is not None:
         ids.add(tokenizer.eos_token_id)
-    vocabulary = tokenizer.get_vocab()
-    return sorted(ids | ({vocabulary[END_OF_TURN]} if chat and END_OF_TURN in vocabulary else set()))
+    if chat:  # not by the whole vocabulary, which takes a while to list
+        turn = tokenizer.convert_tokens_to_ids(END_OF_TURN)
+        ids |= {turn} if turn is not None and turn != tokenizer.unk_token_id else set()
+    return sorted(ids)
 
 
 def encode_prompt(tokenizer: Any, prompt: Prompt, tools: Sequence[Any] | None = None) -> list[int]:
