@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from hf_decoder.engine.calibration import choose, numbers
-from hf_decoder.engine.training.blocks import as_rows
+from hf_decoder.engine.training.kernels import as_rows
 
 # whether oneDNN has half-precision products for this CPU; else torch multiplies number by number
 FAST_HALF_PRECISION = {

@@ -18,14 +18,14 @@ from hf_decoder.engine.layer import LayerParts, Operators, run_layer
 from hf_decoder.engine.operators import may_call_operators, runs_as_written
 from hf_decoder.engine.precision import autocast_dtype
 from hf_decoder.engine.switches import settings
-from hf_decoder.engine.training import blocks
-from hf_decoder.engine.training.blocks import has_kernels
+from hf_decoder.engine.training import kernels
+from hf_decoder.engine.training.compiled import takes
 from hf_decoder.engine.training.fast_products import FastProducts, needs_fast_products
 from hf_decoder.engine.training.gate import fused_gate
+from hf_decoder.engine.training.kernels import has_kernels
 from hf_decoder.engine.training.norm import fused_rms_norm
 from hf_decoder.engine.training.rotation import fused_rotation
-from hf_decoder.engine.training.shared_cast import cast_once
-from hf_decoder.engine.training.ways import LEAST_ELEMENTS, any_in_blocks, in_blocks
+from hf_decoder.engine.training.ways import LEAST_ELEMENTS, any_in_cpp, in_cpp
 from hf_decoder.model.modeling_hf_decoder import CACHE_NAME, apply_rotary_pos_emb
 
 
@@ -127,33 +127,32 @@ class Route(Operators):
             query, key = self.rotated(query, key, rotation, for_cache=cache is not None)
         return attention.attend(query, key, value, mask, cache, **kwargs)[0]
 
-    def _is_fused(self, name: str, x: torch.Tensor, dtype: torch.dtype | None = None) -> bool:
-        """Whether one operator of this room is faster for x than several of torch's."""
+    def _is_fused(self, name: str, *tensors: torch.Tensor, to: torch.dtype | None = None) -> bool:
+        """Whether one operator of this room is faster for these tensors than several of torch's."""
+        x = tensors[0]
         if self.structure is None:
             return False
         if self.has_kernels:
-            return x.numel() >= blocks.MIN_KERNEL_ELEMENTS
-        if not x.is_cpu:
+            return x.numel() >= kernels.MIN_KERNEL_ELEMENTS
+        if not takes(*tensors, to=to):
             return False
-        kind = (name, x.shape, x.dtype)
+        kind = (name, x.shape, x.dtype, to)
         if kind not in self._ways:
-            self._ways[kind] = in_blocks(name, x.shape, x.dtype, dtype)
+            self._ways[kind] = in_cpp(name, x.shape, x.dtype, to)
         return self._ways[kind]
 
     def norm(self, norm: Any, x: torch.Tensor) -> torch.Tensor:
-        if self._is_fused("norm", x):
+        if self._is_fused("norm", x, norm.weight):
             return fused_rms_norm(x, norm.weight, norm.variance_epsilon)
         return norm(x)
 
     def norm_for(self, norm: Any, x: torch.Tensor, readers: int) -> tuple[torch.Tensor, ...]:
-        if readers not in self.casts or not self._is_fused("cast", x, self.attention_dtype):
+        if readers not in self.casts or not self._is_fused("norm", x, norm.weight, to=self.attention_dtype):
             return super().norm_for(norm, x, readers)
-        if self.has_kernels:
-            return fused_rms_norm(x, norm.weight, norm.variance_epsilon, self.attention_dtype, readers)
-        return cast_once(self.norm(norm, x), self.attention_dtype, readers)
+        return fused_rms_norm(x, norm.weight, norm.variance_epsilon, self.attention_dtype, readers)
 
     def gated(self, down: Any, gate: torch.Tensor, up: torch.Tensor, activation: nn.Module) -> torch.Tensor:
-        if self.has_silu and self._is_fused("gate", gate):
+        if self.has_silu and self._is_fused("gate", gate, up):
             return fused_gate(down, gate, up)
         return super().gated(down, gate, up, activation)
 
@@ -162,7 +161,7 @@ class Route(Operators):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         # without a cache, the result is rounded at once to the dtype that autocast gives to attention
         dtype = None if for_cache else self.attention_dtype
-        if not rotation[0].requires_grad and self._is_fused("rotation", query, dtype):
+        if not rotation[0].requires_grad and self._is_fused("rotation", query, key, *rotation, to=dtype):
             return fused_rotation(query, key, *rotation, dtype)
         return apply_rotary_pos_emb(query, *rotation), apply_rotary_pos_emb(key, *rotation)
 
@@ -178,7 +177,7 @@ def _gains(config: Any, x: torch.Tensor) -> bool:
         return True
     if x.dtype == torch.float32 and settings.ways is None:  # nearly all of the time is products'
         return False
-    return any_in_blocks(config, x)
+    return any_in_cpp(config, x)
 
 
 __all__ = ["Route"]

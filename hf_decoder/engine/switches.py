@@ -18,7 +18,7 @@ class Settings:
     training: bool = True  # fused operators between the matrix products of layers, and the loss
     attention: bool = True  # tiled or variable-length attention instead of torch's kernels with a mask
     decoding: bool = True  # decode steps without the modules, and in `generate()` prefill
-    kernels: bool = True  # decode steps in C++ and as CUDA graphs, which are compiled at first use
+    kernels: bool = True  # C++, for training and decode steps, and CUDA graphs, which are compiled at first use
     # Which of several ways to the same numbers is taken, by the name of the choice; torch's own if it is not named.
     # None: the fastest one, as measured on this machine (see `calibration`). Another machine may round otherwise.
     ways: Mapping[str, str] | None = None
@@ -41,7 +41,7 @@ class Settings:
 
 
 def _pinned(ways: str | None) -> dict[str, str] | None:
-    """The ways that the environment names: `attention=tiles of 64,norm=blocks`, or nothing for torch's alone."""
+    """The ways that the environment names: `attention=tiles of 64,norm=C++`, or nothing for torch's alone."""
     return None if ways is None else dict(way.split("=", 1) for way in ways.split(",") if "=" in way)
 
 

@@ -164,6 +164,8 @@ class MuonAdamW(torch.optim.AdamW):
             wrong = [tuple(p.shape) for p in group["params"] if group["use_muon"] and p.ndim != 2]
             if wrong:
                 raise ValueError(f"Muon takes matrices only, not a parameter of shape {wrong[0]}; give it to AdamW")
+            if all(type(p) is nn.Parameter and p.device.type == "cpu" for p in group["params"]):
+                group.setdefault("fused", True)  # torch's loop over tensors takes a CPU several times as long
         super().__init__(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
     @torch.no_grad()

@@ -7,6 +7,15 @@ from fixtures import flex_attention_without_compiler, in_tiles, layers, small_ch
 
 from hf_decoder.engine import calibration, settings
 from hf_decoder.engine.cpp import build
+from hf_decoder.engine.training import compiled
+
+
+@pytest.fixture(scope="session")
+def cpp_library():
+    """C++ for training, which this machine compiles once; a skip where it cannot."""
+    if build.find_compiler() is None:
+        pytest.skip("no C++ compiler")
+    return compiled._library()
 
 
 @pytest.fixture

@@ -48,16 +48,14 @@ def test_the_folder_is_the_users_alone_and_what_is_in_it_serves_again(nothing_bu
 def test_what_a_process_begins_in_the_background_outlives_it(nothing_built, run_python, monkeypatch):
     begin = """
     import time
-    from hf_decoder.engine.decoding.cpp_step import is_ready
-    assert not is_ready()
+    from hf_decoder.engine.decoding.cpp_step import later
+    assert not later.is_ready()
     time.sleep(1)
     """
     run_python(begin, XDG_CACHE_HOME=str(nothing_built))
     assert waits_for(lambda: any(build.own_folder().glob("*.so")))
     monkeypatch.setattr(build.subprocess, "run", only_asks)
-    monkeypatch.setattr(cpp_step, "_getting", None)
-    cpp_step._is_gotten.clear()
-    assert waits_for(cpp_step.is_ready)
+    assert waits_for(build.Later(cpp_step._function, "the step").is_ready)
 
 
 def waits_for(condition) -> bool:

@@ -13,7 +13,8 @@ from hf_decoder.cli.main import main
 from hf_decoder.engine import calibration, settings
 from hf_decoder.engine.calibration import bucket, choose, measured
 from hf_decoder.engine.cpp import build
-from hf_decoder.engine.training.ways import in_blocks
+from hf_decoder.engine.training import compiled
+from hf_decoder.engine.training.ways import in_cpp
 
 pytestmark = pytest.mark.usefixtures("measuring")
 
@@ -235,7 +236,7 @@ def test_sizes_are_rounded_to_powers_of_two():
 @pytest.mark.process
 @pytest.mark.parametrize(
     "value, ways",
-    [(None, None), ("", {}), ("norm=blocks,attention=tiles of 64", {"norm": "blocks", "attention": "tiles of 64"})],
+    [(None, None), ("", {}), ("norm=C++,attention=tiles of 64", {"norm": "C++", "attention": "tiles of 64"})],
 )
 def test_the_environment_pins_ways(value, ways, run_python):
     variables = {} if value is None else {"HF_DECODER_WAYS": value}
@@ -245,27 +246,43 @@ def test_the_environment_pins_ways(value, ways, run_python):
     assert run_python(code, **variables).strip().endswith(str(ways))
 
 
+@pytest.fixture
+def built(cpp_library, monkeypatch):
+    monkeypatch.setattr(compiled, "_was_built", lambda: True)
+
+
 @pytest.mark.parametrize("trains", [True, False])
 @pytest.mark.parametrize("dtype, to", [(torch.float32, torch.bfloat16), (torch.bfloat16, None)])
-@pytest.mark.parametrize("name", ["norm", "gate", "rotation", "cast"])
-def test_blocks_give_the_numbers_of_torch_where_a_machine_chooses(name, dtype, to, trains, caplog):
+@pytest.mark.parametrize("name", ["norm", "gate", "rotation"])
+def test_cpp_gives_the_numbers_of_torch_where_a_machine_chooses(name, dtype, to, trains, built, caplog):
     with torch.set_grad_enabled(trains):
-        in_blocks(name, torch.Size((100, 50)), dtype, to if name != "cast" else torch.float16)
+        in_cpp(name, torch.Size((100, 50)), dtype, to)
     (times,) = measured().values()
-    assert {*times} == {"torch", "blocks"} and None not in times.values() and not caplog.text
+    assert {*times} == {"torch", "C++"} and None not in times.values() and not caplog.text
 
 
-def test_a_model_measures_what_it_computes_with_and_says_so(capsys):
+def test_a_model_measures_what_it_computes_with_and_says_so(built, capsys):
     model = tiny_model(attn_implementation="sdpa").train()
     ids = random_ids(2, 40)
     with torch.autocast("cpu", torch.bfloat16):
         found = model(ids, labels=ids).loss
     kinds = {case.split(" torch.")[0] for case in measured()}
-    assert kinds >= {"attention whole", "norm", "gate", "rotation", "cast", "block of the loss", "products"}
+    assert kinds >= {"attention whole", "norm", "gate", "rotation", "loss", "block of the loss", "products"}
     with settings.override(all=False), torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(found, model(ids, labels=ids).loss, rtol=2e-2, atol=0)
     assert main(["env"]) == 0
     assert "norm torch.float32" in capsys.readouterr().out
+
+
+def test_nobody_waits_for_cpp(monkeypatch):
+    """Until it is compiled, torch's operators are taken."""
+    monkeypatch.setattr(compiled, "_was_built", lambda: False)
+    monkeypatch.setattr(compiled, "_later", build.Later(lambda: time.sleep(9), "what takes long"))
+    model, ids = tiny_model(attn_implementation="sdpa").train(), random_ids(2, 40)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(ids, labels=ids).loss.backward()
+    kinds = {case.split(" torch.")[0] for case in measured()}
+    assert not kinds & {"norm", "gate", "rotation", "loss"}
 
 
 @pytest.mark.kernels

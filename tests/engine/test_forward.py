@@ -71,7 +71,7 @@ def test_several_tokens_and_one(variant: str, dtype: torch.dtype):
 @pytest.mark.parametrize("is_fast", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_long_rows(dtype: torch.dtype, is_fast: bool, monkeypatch):
-    """In tiles and blocks, and by products of few and of many rows."""
+    """In tiles, and by products of few and of many rows."""
     monkeypatch.setitem(precision.FAST_HALF_PRECISION, dtype, is_fast)
     model = tiny_model(max_position_embeddings=512, qk_norm=True, attention_bias=True).to(dtype)
     for rows, tokens in ((1, 2), (1, 16), (1, 17), (2, 130), (1, 300)):
@@ -137,8 +137,8 @@ def test_a_loop_of_ones_own(variant: str, rows: int, kind: str, layers):
     torch.testing.assert_close(*logits, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("way", ["torch", "blocks"])
-def test_a_layer_runs_its_modules_unless_an_operator_is_faster_in_blocks(way: str, monkeypatch):
+@pytest.mark.parametrize("way", ["torch", "C++"])
+def test_a_layer_runs_its_modules_unless_an_operator_is_faster_in_cpp(way: str, cpp_library, monkeypatch):
     called, call = [], HfDecoderMLP.__call__
     monkeypatch.setattr(HfDecoderMLP, "__call__", lambda *inputs: called.append(1) or call(*inputs))
     with settings.override(ways={"gate": way}):

@@ -37,7 +37,7 @@ def test_logits_of_the_modules(variant: str, cache: str | None, layers):
 
 
 @pytest.mark.parametrize("variant", ["plain", "qk-norm", "partial-rotary", "gelu", "windows"])
-def test_long_prompts_in_tiles_and_blocks(variant: str, layers):
+def test_long_prompts_in_tiles_and_cpp(variant: str, layers):
     model = tiny_model(**{"max_position_embeddings": 512, **VARIANTS[variant]})
     with settings.override(ways=OUR_WAYS):
         check(model, random_ids(2, 300), layers, atol=1e-4)

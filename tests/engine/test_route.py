@@ -9,7 +9,7 @@ import pytest
 import torch
 from generating import VARIANTS, tiny_model
 from peft import LoraConfig, get_peft_model
-from tiny_models import BLOCKS, padded, random_ids
+from tiny_models import CPP, padded, random_ids
 from torch import nn
 from transformers import DynamicCache, StaticCache
 from transformers.utils import ModelOutput
@@ -17,18 +17,19 @@ from transformers.utils import ModelOutput
 from hf_decoder import HfDecoderForCausalLM
 from hf_decoder.engine import route
 from hf_decoder.engine.switches import settings
-from hf_decoder.engine.training import blocks
+from hf_decoder.engine.training import kernels
 from hf_decoder.model import modeling_hf_decoder as plain
 
 IDS = random_ids(2, 9)
-FUSED = ("fused_rms_norm", "fused_rotation", "fused_gate", "cast_once")
-OF_A_LAYER = ["fused_rms_norm", "cast_once", "fused_rotation", "fused_rms_norm", "cast_once", "fused_gate"]
+FUSED = ("fused_rms_norm", "fused_rotation", "fused_gate")
+CASTING = "fused_rms_norm, which casts for several readers"
+OF_A_LAYER = [CASTING, "fused_rotation", CASTING, "fused_gate"]
 
 
 @pytest.fixture(autouse=True)
-def in_blocks():
+def in_cpp(cpp_library):
     """However short tensors are."""
-    with settings.override(ways=BLOCKS):
+    with settings.override(ways=CPP):
         yield
 
 
@@ -38,9 +39,12 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     calls: list[str] = []
     for name in FUSED:
         function = getattr(route, name)
-        monkeypatch.setattr(
-            route, name, lambda *args, function=function, name=name: calls.append(name) or function(*args)
-        )
+
+        def call(*args: Any, function: Callable = function, name: str = name) -> Any:
+            calls.append(CASTING if name == "fused_rms_norm" and len(args) > 3 else name)
+            return function(*args)
+
+        monkeypatch.setattr(route, name, call)
     return calls
 
 
@@ -59,7 +63,7 @@ def assert_trains_as_plain(model: Any, autocast: bool = True, **inputs: Any) -> 
         expected = train(model, autocast, **inputs)
     assert len(found) == len(expected) > 2
     for mine, other in zip(found, expected, strict=True):
-        assert (mine - other).norm() <= (2e-2 if autocast else 1e-5) * other.norm()
+        assert (mine - other).norm() <= (4e-2 if autocast else 1e-5) * other.norm()
 
 
 @pytest.mark.parametrize("autocast", [True, False])
@@ -67,7 +71,7 @@ def assert_trains_as_plain(model: Any, autocast: bool = True, **inputs: Any) -> 
 def test_a_training_step_goes_by_fused_functions(variant: str, autocast: bool, fused):
     model = tiny_model(**VARIANTS[variant]).train()
     assert_trains_as_plain(model, autocast)
-    assert {*fused} == {*FUSED} - (set() if autocast else {"cast_once"})
+    assert {*fused} == {*FUSED, *([CASTING] if autocast else [])}
     if variant == "plain" and autocast:
         assert fused == [*2 * OF_A_LAYER, "fused_rms_norm"]
 
@@ -238,7 +242,7 @@ def test_a_map_that_writes_into_its_input_has_one_of_its_own(fused):
     model.model.layers[0].mlp.up_proj.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 2,))
     model.model.layers[0].self_attn.q_proj.register_forward_pre_hook(lambda module, inputs: (inputs[0] + 1,))
     assert_trains_as_plain(model)
-    assert "cast_once" not in fused
+    assert CASTING not in fused
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "up_proj"], ["o_proj", "down_proj"], "all-linear"], ids=str)
@@ -248,7 +252,7 @@ def test_adapters(targets: Any, autocast: bool, fused):
     model = get_peft_model(tiny_model(), LoraConfig(r=3, target_modules=targets, init_lora_weights=False)).train()
     assert_trains_as_plain(model, autocast)
     assert {"fused_rms_norm", "fused_rotation", "fused_gate"} <= {*fused}
-    assert ("cast_once" in fused) == (autocast and "o_proj" in targets)  # an adapter casts in its own way
+    assert (CASTING in fused) == (autocast and "o_proj" in targets)  # an adapter casts in its own way
 
 
 @pytest.mark.parametrize(
@@ -261,7 +265,7 @@ def test_other_models(overrides: dict, lacking: set[str], fused):
     model = tiny_model(**overrides).train()
     model.set_attn_implementation(attention)
     assert_trains_as_plain(model)
-    assert {*fused} == {*FUSED} - lacking
+    assert {*fused} - {CASTING} == {*FUSED} - lacking
 
 
 def test_other_types_and_devices(fused):
@@ -314,7 +318,7 @@ def test_what_looks_inside_finds_the_plain_modules(fused):
 def test_no_compiler_is_led_into_the_question_for_kernels(monkeypatch):
     """Asking launches a kernel, and would break a graph."""
     model = tiny_model().train()
-    monkeypatch.setattr(blocks, "kernels_run_on", lambda device: pytest.fail("asked within a graph"))
+    monkeypatch.setattr(kernels, "kernels_run_on", lambda device: pytest.fail("asked within a graph"))
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     with torch.autocast("cpu", torch.bfloat16):
         assert compiled(IDS, use_cache=False).logits.isfinite().all()

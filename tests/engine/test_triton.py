@@ -15,12 +15,11 @@ from triton_kernels import DEVICE, DTYPES, HALF, NEVER, counted, kernels, leaf, 
 from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM
 from hf_decoder.engine.assumptions import SILU as SILU_KINDS
 from hf_decoder.engine.precision import autocast_dtype
-from hf_decoder.engine.training import blocks
-from hf_decoder.engine.training.blocks import has_kernels
+from hf_decoder.engine.training import kernels as training_kernels
 from hf_decoder.engine.training.gate import fused_gate
+from hf_decoder.engine.training.kernels import has_kernels
 from hf_decoder.engine.training.norm import fused_rms_norm
 from hf_decoder.engine.training.rotation import fused_rotation
-from hf_decoder.engine.training.shared_cast import cast_once
 from hf_decoder.engine.triton import training as triton_training
 from hf_decoder.model.modeling_hf_decoder import HfDecoderRMSNorm, apply_rotary_pos_emb
 
@@ -28,7 +27,7 @@ SILU = ACT2FN["silu"]
 
 
 def is_long(x: torch.Tensor) -> bool:
-    return x.numel() >= blocks.MIN_KERNEL_ELEMENTS
+    return x.numel() >= training_kernels.MIN_KERNEL_ELEMENTS
 
 
 class Norm(HfDecoderRMSNorm):
@@ -53,10 +52,6 @@ def rotated(query, key, cos, sin, for_cache: bool = True) -> tuple[torch.Tensor,
     if is_long(query):
         return fused_rotation(query, key, cos, sin, None if for_cache else autocast_dtype(query.device))
     return apply_rotary_pos_emb(query, cos, sin), apply_rotary_pos_emb(key, cos, sin)
-
-
-def shared_input(x: torch.Tensor, *maps: torch.nn.Module) -> tuple[torch.Tensor, ...]:
-    return cast_once(x, autocast_dtype(x.device), len(maps)) if is_long(x) else (x,) * len(maps)
 
 
 def normed_for(norm: HfDecoderRMSNorm, x: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
@@ -306,35 +301,6 @@ def test_rotation_takes_gradients_that_are_one_number():
         torch.testing.assert_close(grad, expected[:, :, None].expand_as(grad))
 
 
-@pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("count", [2, 3])
-def test_shared_input(count, dtype, monkeypatch):
-    torch.manual_seed(0)
-    maps = [torch.nn.Linear(24, width, bias=False).to(DEVICE) for width in (8, 4, 4)[:count]]
-    calls = counted(monkeypatch)
-
-    def all_maps(x: torch.Tensor) -> torch.Tensor:
-        inputs = shared_input(x * 1, *maps)  # autocast would keep the cast of a leaf
-        return torch.cat([module(mine) for module, mine in zip(maps, inputs, strict=True)], -1)
-
-    with torch.autocast(DEVICE, dtype):
-        mine = results(all_maps, [leaf(2, 5, 24)])
-        assert calls == ["sum_in_fp32"]
-        take_from(monkeypatch, NEVER)
-        whole = results(all_maps, [leaf(2, 5, 24)])
-    assert torch.equal(mine[0], whole[0]) and mine[1].dtype == torch.float32
-    torch.testing.assert_close(mine[1], whole[1], rtol=1e-6, atol=1e-6)  # sums in fp32, in another order
-
-
-def test_shared_input_of_which_a_part_is_used():
-    torch.manual_seed(0)
-    maps, x, alone = [torch.nn.Linear(16, 8).to(DEVICE) for _ in range(2)], leaf(5, 16), leaf(5, 16)
-    with torch.autocast(DEVICE, torch.bfloat16):
-        maps[1](shared_input(x, *maps)[1]).sum().backward()
-        maps[1](alone).sum().backward()
-    torch.testing.assert_close(x.grad, alone.grad)
-
-
 class Reader(torch.nn.Module):
     """Two or three linear maps, each with its own input."""
 
@@ -461,11 +427,10 @@ def test_a_training_step_takes_all_of_them(autocast, checkpointing, monkeypatch)
         "gated_silu": 4,  # with checkpointing the layer is run again, without it the product is made again
         "gated_silu_gradients": 2,
         "rotated": 2 * (forwards + 1),
-        "sum_in_fp32": 0,  # the gradients of norms do it
         "cross_entropy": 1,
     }
     assert {name: calls.count(name) for name in expected} == expected
-    monkeypatch.setattr(blocks, "kernels_run_on", lambda device: False)
+    monkeypatch.setattr(training_kernels, "kernels_run_on", lambda device: False)
     calls.clear()
     for a, b in zip(mine, step(), strict=True):
         assert (a - b).norm() <= (3e-2 if autocast else 1e-4) * b.norm()

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 from triton_kernels import DEVICE, DTYPES, HALF, NEVER, counted, kernels, leaf, random, take_from  # noqa: F401
 
-from hf_decoder.engine.training import blocks
+from hf_decoder.engine.training import kernels as training_kernels
 from hf_decoder.engine.training import loss as engine_loss
 from hf_decoder.engine.training.loss import chunk_rows_of, linear_cross_entropy
 from hf_decoder.engine.triton import training as triton_training
@@ -54,7 +54,7 @@ def test_loss(options, dtype, small_chunks, monkeypatch):
     calls = counted(monkeypatch)
     mine = run(linear_cross_entropy, dtype)
     assert calls == ["cross_entropy"] * 3
-    monkeypatch.setattr(blocks, "kernels_run_on", lambda device: False)
+    monkeypatch.setattr(training_kernels, "kernels_run_on", lambda device: False)
     plain = run(linear_cross_entropy, dtype)
     for a, b, true in zip(mine, plain, run(loss_in_fp64, torch.float64), strict=True):
         assert a.dtype == b.dtype and a.shape == b.shape

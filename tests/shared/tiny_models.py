@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM
+from hf_decoder.engine.cpp.build import find_compiler
 
 # No size equals another one, so that a mixed-up dimension cannot go unnoticed.
 SHAPE: dict[str, Any] = {
@@ -20,8 +21,8 @@ SHAPE: dict[str, Any] = {
 }
 
 # the engine's own ways, where `settings.ways` may pin them
-BLOCKS = dict.fromkeys(("norm", "cast", "rotation", "gate"), "blocks")
-OUR_WAYS = {"attention": "tiles of 64", **BLOCKS}
+CPP = dict.fromkeys(("norm", "rotation", "gate", "loss"), "C++" if find_compiler() else "torch")
+OUR_WAYS = {"attention": "tiles of 64", **CPP}
 WINDOWS = {"sliding_window": 5, "layer_types": ["full_attention", "sliding_attention"]}
 ATTENTION_KINDS: dict[str, dict[str, Any]] = {
     "plain": {},

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from hf_decoder.engine.training import blocks
-from hf_decoder.engine.training.blocks import has_kernels
+from hf_decoder.engine.training import kernels as training_kernels
+from hf_decoder.engine.training.kernels import has_kernels
 
 pytest.importorskip("triton")
 from triton.runtime import interpreter
@@ -23,7 +23,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, *HALF])
 def kernels(monkeypatch: pytest.MonkeyPatch):
     """Uses the kernels for short tensors too, and on a CPU."""
     if DEVICE == "cpu":
-        monkeypatch.setattr(blocks, "kernels_run_on", lambda device: device.type == "cpu")
+        monkeypatch.setattr(training_kernels, "kernels_run_on", lambda device: device.type == "cpu")
         monkeypatch.setattr(interpreter, "_convert_float", as_devices_round(interpreter._convert_float))
     assert has_kernels(torch.ones(1, device=DEVICE))  # now, because a GPU launches a kernel to find out
     take_from(monkeypatch, 1)
@@ -41,7 +41,7 @@ def as_devices_round(convert: Callable) -> Callable:
 
 
 def take_from(monkeypatch: pytest.MonkeyPatch, elements: int) -> None:
-    monkeypatch.setattr(blocks, "MIN_KERNEL_ELEMENTS", elements)
+    monkeypatch.setattr(training_kernels, "MIN_KERNEL_ELEMENTS", elements)
 
 
 def counted(monkeypatch: pytest.MonkeyPatch, *names: str) -> list[str]:

@@ -83,7 +83,7 @@ def test_steps_equal_those_of_torch_muon_and_torch_adamw(monkeypatch):
     muon, *adamw = parameter_groups(theirs, 0.1)
     oracles = [
         torch.optim.Muon(muon["params"], momentum=0.95, adjust_lr_fn="match_rms_adamw", **settings),
-        torch.optim.AdamW(adamw, betas=(0.9, 0.95), lr=0.01),
+        torch.optim.AdamW(adamw, betas=(0.9, 0.95), lr=0.01, fused=True),  # else it rounds otherwise
     ]
     for seed in range(4):
         torch.manual_seed(seed)

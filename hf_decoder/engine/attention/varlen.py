@@ -17,7 +17,7 @@ from transformers.utils.import_utils import is_tracing
 
 from hf_decoder.engine.attention.tiles import document_starts
 from hf_decoder.engine.precision import product_dtype
-from hf_decoder.engine.training.blocks import is_nvidia_with_bf16
+from hf_decoder.engine.training.kernels import is_nvidia_with_bf16
 from hf_decoder.model.modeling_hf_decoder import LayerMask
 
 MAX_HEAD_DIM = 256

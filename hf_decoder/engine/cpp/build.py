@@ -14,8 +14,10 @@ import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from threading import Event, Thread
 
 import torch
+from transformers.utils import logging
 
 HERE = Path(__file__).parent
 # -ffp-contract=fast: fused multiply-add
@@ -24,6 +26,31 @@ COMPILERS = ("c++", "g++", "clang++")
 SECONDS = 300
 # to its end, also where the process that asked for it has ended before
 COMPILE = '"$@" -o "$0.$$" && mv "$0.$$" "$0" || { rm -f "$0.$$"; exit 1; }'
+
+logger = logging.get_logger(__name__)
+
+
+class Later:
+    """What is compiled in the background, unless an earlier process has compiled it."""
+
+    def __init__(self, get: Callable[[], object], what: str):
+        """get: loads what is compiled, and compiles it first if need be; what: is named where that fails."""
+        self._get, self._what, self._is_gotten = get, what, Event()
+        self._thread: Thread | None = None
+
+    def is_ready(self) -> bool:
+        """Whether it is at hand at once. The first call begins to get it."""
+        if self._thread is None:
+            self._thread = Thread(target=self._get_or_say_why, daemon=True)
+            self._thread.start()
+        return self._is_gotten.is_set()
+
+    def _get_or_say_why(self) -> None:
+        try:
+            self._get()
+            self._is_gotten.set()
+        except Exception as error:
+            logger.info(f"{self._what} could not be compiled", exc_info=error)
 
 
 @cache
@@ -38,12 +65,7 @@ def load_file(name: str, *defines: str) -> ctypes.CDLL:
 
 def load(source: str, *defines: str) -> ctypes.CDLL:
     """Compiles C++, which may include what lies in this folder, unless it has been already, and loads it."""
-    compiler = find_compiler()
-    if compiler is None:
-        raise RuntimeError("no C++ compiler was found; install g++, or set CXX")
-    flags = (*FLAGS, *(f"-D{define}" for define in defines))
-    folder = own_folder()
-    library = folder / f"step-{_key(compiler, flags, source)}.so"
+    library, compiler, flags = _place(source, defines)
     if not library.exists():
         command = ["sh", "-c", COMPILE, str(library), compiler, *flags, "-x", "c++", "-", "-I", str(HERE)]
         run = subprocess.run(
@@ -53,6 +75,24 @@ def load(source: str, *defines: str) -> ctypes.CDLL:
             lines = [line for line in run.stderr.splitlines() if "error" in line] or [run.stderr.strip()]
             raise RuntimeError(f"{compiler} failed: {lines[0]}")
     return ctypes.CDLL(str(library))
+
+
+def is_built(name: str, *defines: str) -> bool:
+    """Whether a process of this user has compiled a file of this folder.
+
+    Raises:
+        RuntimeError: if there is no compiler.
+    """
+    return _place((HERE / name).read_text("utf-8"), defines)[0].exists()
+
+
+def _place(source: str, defines: tuple[str, ...]) -> tuple[Path, str, tuple[str, ...]]:
+    """Where the library of a source is kept, the compiler and its flags."""
+    compiler = find_compiler()
+    if compiler is None:
+        raise RuntimeError("no C++ compiler was found; install g++, or set CXX")
+    flags = (*FLAGS, *(f"-D{define}" for define in defines))
+    return own_folder() / f"step-{_key(compiler, flags, source)}.so", compiler, flags
 
 
 def find_compiler() -> str | None:
@@ -109,4 +149,4 @@ def cpu_facts(*fields: str) -> str:
     return "\n".join(line for line in lines if line.startswith(fields))
 
 
-__all__ = ["cpu_facts", "find_compiler", "is_own", "load", "load_file", "own_folder"]
+__all__ = ["Later", "cpu_facts", "find_compiler", "is_built", "is_own", "load", "load_file", "own_folder"]

@@ -98,6 +98,24 @@ static inline Floats load(const int8_t *from) {
 }
 #endif
 
+static inline void store(bfloat16 *to, Floats x) {  // as `put` rounds
+#ifdef MULTIPLIES_BF16
+    _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh((__m512)x));
+#else
+    typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+    typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+    Words bits = (Words)x;
+    bits = ((x != x) ? Words{} + 0x7fc00000 : bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+#if defined(__AVX2__) && LANES == 8
+    const __m256i pairs = _mm256_packus_epi32((__m256i)bits, (__m256i)bits);
+    const Halves y = (Halves)_mm256_castsi256_si128(_mm256_permute4x64_epi64(pairs, 0x08));
+#else
+    const Halves y = __builtin_convertvector(bits, Halves);
+#endif
+    std::memcpy(to, &y, sizeof y);
+#endif
+}
+
 static inline float sum(Floats x) {
 #ifdef __AVX512F__
     return _mm512_reduce_add_ps((__m512)x);
@@ -112,8 +130,14 @@ static inline float sum(Floats x) {
 // e to the x, to a few units of the last place (Cephes' polynomial); what would be 0 is the smallest normal number.
 static inline Floats exponential(Floats x) {
     const Floats lowest = Floats{} - 87.0f, highest = Floats{} + 88.0f, round = Floats{} + 12582912.0f;
+#if defined(__AVX512F__)  // in two instructions, which GCC does not find
+    x = (Floats)_mm512_min_ps((__m512)highest, _mm512_max_ps((__m512)lowest, (__m512)x));
+#elif defined(__AVX2__)
+    x = (Floats)_mm256_min_ps((__m256)highest, _mm256_max_ps((__m256)lowest, (__m256)x));
+#else
     x = x < lowest ? lowest : x;
     x = x > highest ? highest : x;
+#endif
     const Floats power = (x * 1.44269504f + round) - round;
     const Floats r = (x - power * 0.693359375f) + power * 2.12194440e-4f;
     Floats y = Floats{} + 1.9875691500e-4f;

@@ -11,16 +11,14 @@ import sys
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from threading import Event, Thread
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from transformers.cache_utils import StaticCache
-from transformers.utils import logging
 
 from hf_decoder.engine.calibration import bucket, choose, numbers
-from hf_decoder.engine.cpp.build import load_file
+from hf_decoder.engine.cpp.build import Later, load_file
 from hf_decoder.engine.decoding.growing_cache import Buffers
 from hf_decoder.engine.decoding.products import AnyWeights, Weights
 from hf_decoder.engine.decoding.static_step import (
@@ -48,8 +46,6 @@ READS = {  # ways to read weights, by what vectors.h is compiled with
 }
 PROBE_SHAPE = 2**15, 2**10  # 64 MiB
 HEAD_OUTPUTS = 16  # where the layers of a prompt are measured
-
-logger = logging.get_logger(__name__)
 
 
 class CppStep(StaticStep):
@@ -185,32 +181,14 @@ def is_for_cpp(step: Any) -> bool:
     )
 
 
-def is_ready() -> bool:
-    """Whether the function is at hand at once. The first call gets it in the background, compiled if need be."""
-    global _getting
-    if _getting is None:
-        _getting = Thread(target=_get_or_say_why, daemon=True)
-        _getting.start()
-    return _is_gotten.is_set()
-
-
-_getting: Thread | None = None
-_is_gotten = Event()
-
-
-def _get_or_say_why() -> None:
-    try:
-        _function()
-        _is_gotten.set()
-    except Exception as error:
-        logger.info("The decoding step could not be compiled", exc_info=error)
-
-
 def _function() -> Callable:
     kernel = load_file("step.cpp", *READS[_read()]).kernel  # called without the interpreter's lock
     kernel.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_int64] * 4
     kernel.restype = None
     return kernel
+
+
+later = Later(_function, "The decoding step")
 
 
 def _read() -> str:
@@ -264,4 +242,4 @@ def _layer(layer: Any) -> list[int]:
     return [*fields, layer.attention.use_rope]
 
 
-__all__ = ["CppStep", "is_for_cpp", "is_ready"]
+__all__ = ["CppStep", "is_for_cpp", "later"]

@@ -31,7 +31,7 @@ from transformers.cache_utils import (
 from transformers.utils import logging
 
 from hf_decoder.engine.assumptions import PLAIN, SILU, Structure, outputs_of, state_of
-from hf_decoder.engine.decoding.cpp_step import CppStep, is_for_cpp, is_ready
+from hf_decoder.engine.decoding.cpp_step import CppStep, is_for_cpp, later
 from hf_decoder.engine.decoding.cuda_graph_step import CudaGraphStep, is_capturable
 from hf_decoder.engine.decoding.growing_cache import GrowingCache
 from hf_decoder.engine.decoding.products import (
@@ -50,7 +50,7 @@ from hf_decoder.engine.precision import autocast_dtype
 from hf_decoder.engine.quantized.layers import PackedEmbedding, Table
 from hf_decoder.engine.route import Route
 from hf_decoder.engine.switches import settings
-from hf_decoder.engine.training.blocks import has_kernels
+from hf_decoder.engine.training.kernels import has_kernels
 from hf_decoder.model.loss_hf_decoder import softcap
 from hf_decoder.model.modeling_hf_decoder import CACHE_NAME, apply_rotary_pos_emb
 
@@ -164,7 +164,7 @@ class DecodingStep:
         """The step of so many rows in C++, as for a static cache; None where, or as long as, it is not built."""
         if not (settings.kernels and self._is_for_cpp() and rows <= CppStep.max_rows):
             return None
-        is_wanted = settings.ways.get("growing cache") == "C++" if settings.ways is not None else is_ready()
+        is_wanted = settings.ways.get("growing cache") == "C++" if settings.ways is not None else later.is_ready()
         found = self.on_static_cache(rows) if is_wanted else None
         return found if isinstance(found, CppStep) else None
 

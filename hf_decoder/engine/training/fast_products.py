@@ -28,7 +28,7 @@ from hf_decoder.engine.precision import (
     row_parts,
 )
 from hf_decoder.engine.switches import settings
-from hf_decoder.engine.training.blocks import as_rows, gradients_of_formula
+from hf_decoder.engine.training.kernels import as_rows, gradients_of_formula
 
 
 def needs_fast_products(x: torch.Tensor, reader: nn.Module | None) -> bool:

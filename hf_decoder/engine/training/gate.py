@@ -1,4 +1,4 @@
-"""The gate of SwiGLU (Shazeer 2020), silu(gate) * up, in blocks of rows on a CPU and by a kernel on CUDA.
+"""The gate of SwiGLU (Shazeer 2020), silu(gate) * up, by a kernel on CUDA and by C++ on a CPU.
 
 Each tensor is read and written once. The forward pass keeps the two inputs, but not the result of the activation; with
 kernels it does not keep the product for the next linear map either.
@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import silu
 
 from hf_decoder.engine.assumptions import PLAIN
-from hf_decoder.engine.training.blocks import as_rows, blocks, gradients_of_formula, has_kernels
+from hf_decoder.engine.training.kernels import gradients_of_formula, has_kernels, kernels_of
 
 
 def fused_gate(reader: Callable[[torch.Tensor], torch.Tensor], gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -22,7 +22,7 @@ def fused_gate(reader: Callable[[torch.Tensor], torch.Tensor], gate: torch.Tenso
     """
     if gate.dtype != up.dtype or gate.shape != up.shape:  # from an adapter
         return reader(silu(gate) * up)
-    product = _BlockedGatedSiLU.apply(gate, up)
+    product = _GatedSiLU.apply(gate, up)
     is_kept = not has_kernels(product) or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
     if is_kept or not product.requires_grad:
         return reader(product)
@@ -33,7 +33,7 @@ def fused_gate(reader: Callable[[torch.Tensor], torch.Tensor], gate: torch.Tenso
         return tensor.shape if is_product else tensor
 
     def unpack(kept: torch.Tensor | torch.Size) -> torch.Tensor:
-        return kept if isinstance(kept, torch.Tensor) else _product(gate, up).view(kept)
+        return kept if isinstance(kept, torch.Tensor) else kernels_of(up).gated_silu(gate, up).view(kept)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         return reader(product)
@@ -44,24 +44,11 @@ def _mark(x: torch.Tensor) -> tuple:
     return x.data_ptr(), x.numel(), x.dtype, x._version
 
 
-def _product(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up."""
-    if has_kernels(up):
-        from hf_decoder.engine.triton.training import gated_silu
-
-        return gated_silu(gate, up)
-    gates, ups = as_rows(gate), as_rows(up)
-    output = torch.empty_like(ups)
-    for block in blocks(*ups.shape):
-        torch.mul(silu(gates[block]), ups[block], out=output[block])
-    return output.view(up.shape)
-
-
-class _BlockedGatedSiLU(torch.autograd.Function):
+class _GatedSiLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up):
         ctx.save_for_backward(gate, up)
-        return _product(gate, up)
+        return kernels_of(up).gated_silu(gate, up)
 
     @staticmethod
     def backward(ctx, grad_output):
@@ -69,23 +56,7 @@ class _BlockedGatedSiLU(torch.autograd.Function):
         needs = ctx.needs_input_grad
         if torch.is_grad_enabled():
             return tuple(gradients_of_formula(lambda gate, up: silu(gate) * up, (gate, up), needs, grad_output))
-        if has_kernels(up):
-            from hf_decoder.engine.triton.training import gated_silu_gradients
-
-            return gated_silu_gradients(grad_output, gate, up, *needs)
-        grads, gates, ups = as_rows(grad_output), as_rows(gate), as_rows(up)
-        grad_gate = torch.empty_like(gates) if needs[0] else None
-        grad_up = torch.empty_like(ups) if needs[1] else None
-        for block in blocks(*ups.shape):
-            if grad_up is not None:
-                torch.mul(grads[block], silu(gates[block]), out=grad_up[block])
-            if grad_gate is not None:
-                grad = grads[block] * ups[block]
-                torch.ops.aten.silu_backward.grad_input(grad, gates[block], grad_input=grad_gate[block])
-        return (
-            None if grad_gate is None else grad_gate.view(gate.shape),
-            None if grad_up is None else grad_up.view(up.shape),
-        )
+        return kernels_of(up).gated_silu_gradients(grad_output, gate, up, *needs)
 
 
 __all__ = ["fused_gate"]

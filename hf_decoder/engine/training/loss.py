@@ -2,11 +2,11 @@
 
 Rows go through the head in chunks, and the same pass forms the gradients from the chunk's logits. So memory holds one
 chunk of logits instead of several copies of all. The idea is that of Wijmans et al. 2024 ("Cut Your Losses") and Liger
-Kernel. This is plain PyTorch for any device; on CUDA a kernel computes what is between the products.
+Kernel. This is plain PyTorch for any device; on CUDA a kernel computes what is between the products, on a CPU C++.
 Shapes: N rows (tokens), D hidden_size, V vocab_size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any, cast
 
@@ -16,8 +16,10 @@ from torch import nn
 from hf_decoder.engine.calibration import bucket, choose, numbers
 from hf_decoder.engine.operators import may_call_operators, operator, runs_as_written
 from hf_decoder.engine.precision import fast_dtype, product_dtype
-from hf_decoder.engine.training.blocks import has_kernels
+from hf_decoder.engine.switches import settings as engine_settings
+from hf_decoder.engine.training import compiled
 from hf_decoder.engine.training.fast_products import fast_products
+from hf_decoder.engine.training.kernels import has_kernels
 from hf_decoder.model.loss_hf_decoder import (
     causal_lm_loss,
     check_targets,
@@ -166,11 +168,12 @@ def _loss_and_gradients(
     total = torch.zeros((), dtype=torch.float32, device=rows.device)
     chunk_rows = chunk_rows_of(rows.shape[0], vocab_size, has_kernel)
     block_rows = chunk_rows
-    if on_cpu:
+    in_cpp = _is_in_cpp(rows, vocab_size, settings)
+    if on_cpu and not in_cpp:
         block_rows = min(chunk_rows, max(1, BLOCK_ELEMENTS // _share_of_block(rows.dtype, vocab_size) // vocab_size))
     # all chunks share this memory: fresh pages would cost as much as the arithmetic
     all_logits = rows.new_empty(chunk_rows, vocab_size)
-    buffer_shape = (0 if has_kernel else 2 if settings[2] is None else 3, block_rows, vocab_size)
+    buffer_shape = (0 if has_kernel or in_cpp else 2 if settings[2] is None else 3, block_rows, vocab_size)
     buffers = rows.new_empty(buffer_shape, dtype=torch.float32)
     if has_kernel:
         _assert_targets(targets, vocab_size, settings[0])
@@ -187,6 +190,8 @@ def _loss_and_gradients(
             from hf_decoder.engine.triton.training import cross_entropy
 
             total += cross_entropy(logits, target, *settings, needs_gradient=any(needs)).sum()
+        elif in_cpp:
+            total += compiled.cross_entropy(logits, target, *settings[:2], needs_gradient=any(needs)).sum()
         else:
             for first in range(0, chunk.shape[0], block_rows):
                 block = slice(first, first + block_rows)
@@ -238,6 +243,17 @@ def chunk_rows_of(rows: int, vocab_size: int, has_kernel: bool) -> int:
     return min(limit, max(rows, 1))
 
 
+def _is_in_cpp(rows: torch.Tensor, vocab_size: int, settings: tuple[int, float, float | None, float]) -> bool:
+    """Whether C++ is faster than blocks, at hand, and for such a loss."""
+    fits = settings[2] is None and not settings[3] and runs_as_written() and compiled.takes(rows)
+    if not (fits and (engine_settings.ways is not None or compiled.is_ready())):
+        return False
+    vocab_size = bucket(vocab_size, 2**10, MEASURED_ELEMENTS // 4)
+    candidates: dict[str, Callable] = {"torch": partial(_loss_in_blocks, None), "C++": _loss_in_cpp}
+    key = (rows.dtype, vocab_size)
+    return choose("loss", key, candidates, partial(_logits, *key)) == "C++"
+
+
 def _share_of_block(dtype: torch.dtype, vocab_size: int) -> int:
     """What BLOCK_ELEMENTS is divided by where that is faster."""
     vocab_size = bucket(vocab_size, 2**10, MEASURED_ELEMENTS // 4)
@@ -251,8 +267,16 @@ def _logits(dtype: torch.dtype, vocab_size: int) -> tuple[torch.Tensor, torch.Te
     return numbers(rows, vocab_size, dtype=dtype), torch.arange(rows, device="cpu") % vocab_size
 
 
-def _loss_in_blocks(share: int, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def _loss_in_cpp(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """The gradient of all rows."""
+    gradient = logits.clone()
+    compiled.cross_entropy(gradient, targets, -100, 0.0, needs_gradient=True)
+    return gradient
+
+
+def _loss_in_blocks(share: int | None, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The gradient of all rows; None: in the fastest blocks."""
+    share = share or _share_of_block(logits.dtype, logits.shape[1])
     gradient, rows = logits.clone(), max(1, BLOCK_ELEMENTS // share // logits.shape[1])
     buffers = torch.empty(2, rows, logits.shape[1], dtype=torch.float32, device="cpu")
     for first in range(0, len(logits), rows):

@@ -354,26 +354,6 @@ def rotated(
 
 
 @triton.jit
-def _sum_kernel(a_ptr, b_ptr, c_ptr, out_ptr, N, HAS_C: tl.constexpr, BLOCK: tl.constexpr):
-    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = offsets < N
-    total = tl.load(a_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-    total += tl.load(b_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-    if HAS_C:
-        total += tl.load(c_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + offsets, total, mask=inside)
-
-
-def sum_in_fp32(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor | None = None) -> torch.Tensor:
-    """a + b + c, of one shape."""
-    a, b, c = a.contiguous(), b.contiguous(), None if c is None else c.contiguous()
-    output = torch.empty_like(a, dtype=torch.float32)
-    with _device_of(a):
-        _sum_kernel[(_parts(a.numel(), TILE),)](a, b, c, output, a.numel(), HAS_C=c is not None, BLOCK=TILE)
-    return output
-
-
-@triton.jit
 def _tanh(x):
     return 1.0 - 2.0 / (1.0 + tl.exp(2.0 * x))
 
@@ -473,5 +453,4 @@ __all__ = [
     "rms_norm",
     "rms_norm_gradients",
     "rotated",
-    "sum_in_fp32",
 ]

@@ -1,11 +1,12 @@
-"""Splits long tensors into blocks of rows that fit a CPU's caches; a GPU has the kernels of triton/training.py.
+"""Finds the compiled functions for what stands between the matrix products of training: Triton's, or C++ on a CPU.
 
-Tensor by tensor, the operators between the matrix products of a training step (norms, rotations, gates, casts) pass
-through memory a dozen times, on a CPU with fresh pages. Block by block, each tensor is read and written once.
+Operator by operator, norms, rotations, gates and casts pass through memory a dozen times, on a CPU with fresh pages.
+The compiled functions read and write each tensor once.
 """
 
 from collections.abc import Callable, Sequence
 from functools import cache
+from typing import Any
 
 import torch
 from transformers.utils import logging
@@ -14,12 +15,22 @@ from hf_decoder.engine.assumptions import DTYPES, PLAIN
 
 logger = logging.get_logger(__name__)
 
-BLOCK_ELEMENTS = 2**18
 MIN_KERNEL_ELEMENTS = 2**14  # with fewer, launches take longer than the work
 
 
+def kernels_of(x: torch.Tensor) -> Any:
+    """The module of the functions that take this tensor."""
+    if has_kernels(x):
+        from hf_decoder.engine.triton import training
+
+        return training
+    from hf_decoder.engine.training import compiled
+
+    return compiled
+
+
 def has_kernels(x: torch.Tensor) -> bool:
-    """Whether the kernels take this tensor."""
+    """Whether Triton's kernels take this tensor."""
     return type(x) in PLAIN and x.dtype in DTYPES and kernels_run_on(x.device)
 
 
@@ -34,22 +45,16 @@ def kernels_run_on(device: torch.device) -> bool:
     if not is_nvidia_with_bf16(device):
         return False
     try:
-        from hf_decoder.engine.triton.training import sum_in_fp32
+        from hf_decoder.engine.triton.training import gated_silu
 
         one = torch.ones(1, device=device)
-        sum_in_fp32(one, one)
+        gated_silu(one, one)
     except ImportError:
         return False
     except Exception as error:
         logger.warning(f"Triton does not work here, so that training is slower: {error}")
         return False
     return True
-
-
-def blocks(count: int, width: int) -> list[slice]:
-    """Slices that cut `count` rows of `width` numbers into blocks."""
-    size = max(1, BLOCK_ELEMENTS // width)
-    return [slice(start, start + size) for start in range(0, count, size)]
 
 
 def as_rows(x: torch.Tensor) -> torch.Tensor:
@@ -66,4 +71,4 @@ def gradients_of_formula(
     return [next(found) if is_needed else None for is_needed in needs]
 
 
-__all__ = ["as_rows", "blocks", "gradients_of_formula", "has_kernels", "is_nvidia_with_bf16", "kernels_run_on"]
+__all__ = ["as_rows", "gradients_of_formula", "has_kernels", "is_nvidia_with_bf16", "kernels_of", "kernels_run_on"]
