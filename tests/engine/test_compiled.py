@@ -333,44 +333,49 @@ def test_what_does_not_go_together_is_refused():
             compiled.cross_entropy(torch.ones(1, 8), torch.tensor([target]), -100, 0.0, needs_gradient=True)
 
 
-SANITIZED = """
-import torch
-from hf_decoder.engine.training import compiled
-
-def tensor(*shape, dtype):
-    return torch.randn(*shape).to(dtype)
-
-for dtype in (torch.float32, torch.bfloat16):
-    for rows, width in ((0, 5), (1, 1), (3, 7), (5, 16), (2, 33), (4, 130)):
-        x, weight = tensor(rows, width, dtype=dtype), tensor(width, dtype=dtype)
-        for to in (torch.float32, torch.bfloat16):
-            output, scales = compiled.rms_norm(x, weight, 1e-6, to)
-            compiled.rms_norm_gradients([output] * 3, x, weight, scales, True, True)
-        compiled.gated_silu_gradients(x, compiled.gated_silu(x, x), x, True, True)
-        for needs_gradient in (False, True):
-            targets = torch.arange(rows) % width - (torch.arange(rows) == 2) * 101
-            compiled.cross_entropy(x, targets.clamp(min=-100), -100, 0.1, needs_gradient)
-        turned = 2 * (width // 2)
-        cos = tensor(2, rows, turned, dtype=dtype)
-        query, key = (tensor(2, rows, heads, width, dtype=dtype).transpose(1, 2) for heads in (3, 1))
-        for backwards in (False, True):
-            compiled.rotated(query, key, cos[:1], cos[1:], [torch.bfloat16, torch.float32], backwards)
-            compiled.rotated(query, key, cos, cos, [torch.float32, torch.bfloat16], backwards)
-print("all is well")
+SANITIZED = r"""
+#include "training.cpp"
+typedef std::vector<char> Room;
+static Room room(int64_t count, bool is_half) { return Room(count * (is_half ? 2 : 4), 1); }
+static void norm_and_rotation(int64_t rows, int64_t width, bool a, bool b, bool c) {
+    Room x = room(rows * width, a), weight = room(width, b), output = room(rows * width, c), grad = x;
+    std::vector<float> scales(rows), grads(2 * width);
+    rms_norm(x.data(), weight.data(), output.data(), scales.data(), rows, width, 1e-6, a, b, c, 2);
+    const void *readers[] = {output.data(), output.data(), output.data()};
+    rms_norm_gradients(readers, 3, x.data(), weight.data(), scales.data(), grad.data(), grads.data(), rows, width, a,
+                       b, c, 2);
+    const int64_t turned = width / 2 * 2;
+    const Rotation of{2, 3, rows, width, turned, 3 * rows * width, rows * width, width, 0, c, 2};
+    Room heads = room(6 * rows * width, a), angles = room(rows * turned, b), result = room(6 * rows * width, c);
+    rotate(&of, heads.data(), angles.data(), angles.data(), result.data(), a, b, c);
+}
+int main() {
+    for (int kinds = 0; kinds < 8; kinds++)
+        for (int64_t width : {1, 7, 8, 33, 130})
+            for (int64_t rows : {0, 1, 5}) {
+                norm_and_rotation(rows, width, kinds & 1, kinds & 2, kinds & 4);
+                Room x = room(rows * width, kinds & 1), up = x, grad = x, to_gate = x, to_up = x;
+                for (const void *of : {(void *)nullptr, (void *)grad.data()})
+                    gate(x.data(), up.data(), of, to_gate.data(), to_up.data(), rows * width, kinds & 1, 2);
+                std::vector<int64_t> targets(rows, width - 1);
+                if (rows > 1) targets[1] = -100;
+                std::vector<float> losses(rows);
+                for (bool needs : {false, true})
+                    cross_entropy(x.data(), targets.data(), losses.data(), rows, width, -100, 0.1, needs, kinds & 1,
+                                  2);
+            }
+}
 """
 
 
 @pytest.mark.kernels
-@pytest.mark.process
-def test_memory_is_touched_where_it_may_be(tmp_path, run_python):
-    """By the address and the undefined-behaviour sanitizer of GCC."""
-    compiler = build.find_compiler()
-    wrapper = tmp_path / "c++"
-    wrapper.write_text(f'#!/bin/sh\nexec {compiler} -g -fsanitize=address,undefined -fno-sanitize-recover=all "$@"\n')
-    wrapper.chmod(0o700)
-    found = subprocess.run([compiler, "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
-    if not os.path.isabs(found):
+def test_memory_is_touched_where_it_may_be(tmp_path):
+    """By the address and the undefined-behaviour sanitizer."""
+    flags = "-O1 -g -std=c++17 -march=native -fopenmp -fsanitize=address,undefined -fno-sanitize-recover=all -x c++ -"
+    command = [build.find_compiler(), *flags.split(), "-I", str(build.HERE), "-o", str(tmp_path / "run")]
+    if subprocess.run(command, input=SANITIZED, capture_output=True, text=True).returncode:
         pytest.skip("this compiler comes without sanitizers")
-    variables = {"CXX": str(wrapper), "XDG_CACHE_HOME": str(tmp_path), "LD_PRELOAD": found}
-    out = run_python(SANITIZED, **variables, ASAN_OPTIONS="detect_leaks=0")
-    assert "all is well" in out
+    run = subprocess.run(
+        [tmp_path / "run"], env={**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}, capture_output=True, text=True
+    )
+    assert not run.returncode, run.stderr
