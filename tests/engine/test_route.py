@@ -58,12 +58,19 @@ def train(model: Any, autocast: bool = True, **inputs: Any) -> list[torch.Tensor
 
 
 def assert_trains_as_plain(model: Any, autocast: bool = True, **inputs: Any) -> None:
+    """The loss and gradients are those of the plain modules; in half precision they are rounded no more than those."""
     found = train(model, autocast, **inputs)
     with settings.override(all=False):
         expected = train(model, autocast, **inputs)
+        exact = train(model, False, **inputs) if autocast else expected
     assert len(found) == len(expected) > 2
-    for mine, other in zip(found, expected, strict=True):
-        assert (mine - other).norm() <= (4e-2 if autocast else 1e-5) * other.norm()
+    ours, theirs = (
+        [float((one - true).norm() / true.norm()) for one, true in zip(ones, exact, strict=True)]
+        for ones in (found, expected)
+    )
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine <= (1.5 * other + 5e-3 if autocast else 1e-5)
+    assert sum(ours) <= 1.15 * sum(theirs) or not autocast
 
 
 @pytest.mark.parametrize("autocast", [True, False])
@@ -234,7 +241,7 @@ def test_linear_maps_are_called_as_they_are(what: str, fused):
     model, seen = tiny_model().train(), Seen()
     MAPS[what](model, seen)
     assert_trains_as_plain(model)
-    assert len(seen) == 2 and {"fused_rms_norm", "fused_rotation", "fused_gate"} <= {*fused}
+    assert len(seen) == 3 and {"fused_rms_norm", "fused_rotation", "fused_gate"} <= {*fused}
 
 
 def test_a_map_that_writes_into_its_input_has_one_of_its_own(fused):
