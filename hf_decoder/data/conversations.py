@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +29,9 @@ ROLES = {
     "function_response": "tool",
     "function": "tool",
 }
-# Keys that say whether a turn is learned: of OpenAI and Mistral, and of axolotl.
-WEIGHTS = ("weight", "train", "training")
+# Keys that say whether a turn is learned: of OpenAI and Mistral, of axolotl, and of ms-swift.
+WEIGHTS = ("weight", "train", "training", "loss")
+HALF = re.compile("[\ud800-\udfff]")  # of a pair of surrogates
 
 
 class Unusable(str):
@@ -138,11 +140,18 @@ def turns_fault(role: str, turns: Sequence[Any]) -> str | None:
             return f"{role} has a turn whose content is not text ({', '.join(sorted(kinds - {'text'}) or ['part'])})"
         if not isinstance(content, str | list | None):
             return f"{role} has a turn whose content is not text"
+        if isinstance(content, str) and (fault := text_fault(role, content)):
+            return fault
         if calls is not None and not all(_is_call(call) for call in calls):
             return f"{role} has a tool call without name or arguments"
         if any(key in turn and turn[key] not in (0, 1) for key in WEIGHTS):
             return f"{role} has a turn whose weight is neither 0 nor 1"
     return None
+
+
+def text_fault(role: str, text: str) -> str | None:
+    """Why no tokenizer takes a text, or None. JSON can hold half of an emoji."""
+    return f"{role} holds half a character" if HALF.search(text) else None
 
 
 def _is_call(call: Any) -> bool:

@@ -26,6 +26,7 @@ from hf_decoder.data.conversations import (
     read_turns,
     says_something,
     start_in_common,
+    text_fault,
     turns_fault,
 )
 from hf_decoder.data.reading import plain_name, read_text
@@ -54,6 +55,7 @@ SURROUNDINGS = ("system", "history", "tools", "chat_template_kwargs")
 TO_TEMPLATE = ("tools", "chat_template_kwargs")
 COLUMNS = "columns"  # of a row of prompts: what rewards read beside the prompt, by column
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+EMPTY = (None, "", [], {})  # values that a table has where a row has none
 BETWEEN = "\n\n"  # between a recognised prompt and its answer, and between the parts of a prompt
 KINDS = {
     "sft": (("messages",), ("prompt", "completion"), ("text",)),
@@ -84,7 +86,7 @@ def read_rows(path: str | Path) -> list[Row]:
     elif suffix == ".json":
         try:
             rows = json.loads(read_text(path))
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not JSON: {error}") from None
     elif suffix in (".csv", ".tsv"):
         rows = _table_rows(path, "\t" if suffix == ".tsv" else ",")
@@ -102,8 +104,7 @@ def read_lines(path: str | Path) -> list[str]:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"file {path} does not exist")
-    text = read_text(path)
-    lines = [line.removesuffix("\r") for line in text.split("\n")]
+    lines = [line.removesuffix("\r") for line in read_text(path).split("\n")]
     return lines[:-1] if lines and not lines[-1] else lines
 
 
@@ -114,7 +115,7 @@ def _json_lines(path: Path) -> list[Row]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
         if not isinstance(row, dict):
             raise ValueError(f"{path}, line {number} must be an object with named columns, not {line[:40]!r}")
@@ -226,12 +227,12 @@ def _select(
     for row, beside in zip(rows, surroundings, strict=True):
         values = {role: row.get(column) for role, column in found.items()}
         if companions:
-            values["prompt"] = _joined([values["prompt"], *(row.get(column) for column in companions)])
+            values["prompt"] = _joined(values["prompt"], {column: row.get(column) for column in companions})
         if kind == "kto":
             values["label"] = _verdict(values["label"])
         if is_answering:
             values = {role: read_turns(value) for role, value in values.items()}
-            lost = [column for column in media if row.get(column) not in (None, "", [])]
+            lost = [column for column in media if row.get(column) not in EMPTY]
             unread = next((value for value in beside.values() if isinstance(value, Unusable)), None)
             if lost or unread:
                 values = dict.fromkeys(values, unread or Unusable(f"its {lost[0]} cannot be read, only text"))
@@ -245,8 +246,8 @@ def _select(
     used = {*found.values(), *companions, *around.values(), *media}
     if not any(set(TO_TEMPLATE) & values.keys() for values in selected):
         used -= {around[role] for role in TO_TEMPLATE if role in around}
-    others = [column for column in by_name.values() if column not in used]
-    counts = {column: sum(row.get(column) not in (None, "", [], {}) for row in rows) for column in others}
+    others = [column for column in dict.fromkeys(column for row in rows for column in row) if column not in used]
+    counts = {column: sum(row.get(column) not in EMPTY for row in rows) for column in others}
     selected.unused = {column: count for column, count in counts.items() if count}
     answers = {"completion", "chosen", "reference", "references"}
     as_is = found.get("prompt") == "prompt" and not answers.isdisjoint(found.values())
@@ -266,11 +267,14 @@ def separate(row: Row, separator: str) -> Row:
     return {**row, "prompt": prompt + separator} if isinstance(prompt, str) and not prompt[-1:].isspace() else row
 
 
-def _joined(parts: Sequence[Any]) -> Any:
+def _joined(prompt: Any, companions: Mapping[str, Any]) -> Any:
     """Joins an instruction and its companions by blank lines; empty ones are left out."""
-    if not isinstance(parts[0], str) or not parts[0].strip():
-        return parts[0]
-    return BETWEEN.join(part for part in parts if isinstance(part, str) and part.strip())
+    if not isinstance(prompt, str) or not prompt.strip():
+        return prompt
+    parts = {column: value for column, value in companions.items() if value not in EMPTY}
+    if others := [column for column, value in parts.items() if not isinstance(value, str)]:
+        return Unusable(f"its {others[0]} is not text")
+    return BETWEEN.join([prompt, *(part for part in parts.values() if part.strip())])
 
 
 def _meets(values: Row) -> bool:
@@ -350,9 +354,10 @@ def _pair(values: Row, beside: Row, talks: bool) -> Row:
         if asked and not any(str(turn["content"]).strip() == prompt.strip() for turn in asked):
             return {**values, "prompt": Unusable("its prompt is no turn of its chosen answer")}
         prompt = [] if asked else [{"role": "user", "content": prompt}]
-    elif isinstance(prompt, list) and chosen[: len(prompt)] == rejected[: len(prompt)] == prompt:
-        prompt = []
-    elif prompt is not None and not isinstance(prompt, list):
+    elif isinstance(prompt, list):  # the chats begin with all of it, or with its last turns
+        told = next(n for n in range(min(len(prompt), common), -1, -1) if prompt[len(prompt) - n :] == chosen[:n])
+        prompt = prompt[: len(prompt) - told]
+    elif prompt is not None:
         return values
     before = _surround({"prompt": [*(prompt or []), *chosen[:common]]}, beside)["prompt"]
     pair = {"prompt": before, "chosen": chosen[common:], "rejected": rejected[common:]}
@@ -402,9 +407,10 @@ def _fault(role: str, value: Any) -> str | None:
     if role in (*TO_TEMPLATE, COLUMNS):
         return None
     if role == "label":
-        return "no label" if value is None or value == "" else None
+        is_one = isinstance(value, str | int | float) and value == value and str(value).strip()  # NaN is none
+        return None if is_one else "no single label"
     if isinstance(value, str) and value.strip():
-        return "messages is text, not a list of turns" if role == "messages" else None
+        return "messages is text, not a list of turns" if role == "messages" else text_fault(role, value)
     if value is None or not value or isinstance(value, str):
         return f"empty {role}"
     if not isinstance(value, list):
@@ -487,7 +493,7 @@ def read_prompts(path: str | Path, prompt_column: str | None = None) -> list[Row
     chosen = select_columns(rows, "prompt", {"prompt": prompt_column}, str(path))
     prompts = [next(iter(one.values())) for one in chosen]
     for number, (prompt, one) in enumerate(zip(prompts, chosen, strict=True), 1):
-        fault = _fault("prompt", prompt) if isinstance(prompt, list | Unusable) and prompt else None
+        fault = _fault("prompt", prompt) if isinstance(prompt, list | str) and str(prompt).strip() else None
         if fault or one.get("tools"):
             raise ValueError(f"{path}, row {number:,}: {fault or 'its tools are passed to no model here'}")
     return [{**row, "prompt": prompt} for row, prompt in zip(rows, prompts, strict=True)]

@@ -850,7 +850,7 @@ def test_tools_that_the_template_does_not_hold_are_counted(fails, without_tools,
 USER_TURN = {"role": "user", "content": "the cat"}
 
 
-@pytest.mark.parametrize("key", ["weight", "train"])
+@pytest.mark.parametrize("key", ["weight", "train", "loss"])
 def test_a_turn_of_weight_zero_has_no_loss(run, tmp_path, key):
     chat = CHATS[1]["messages"]
     rows = [{"messages": [*chat[:2], {**chat[2], key: 0}, *chat[3:]]}, CHATS[1]]

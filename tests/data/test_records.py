@@ -58,6 +58,9 @@ def test_lines_are_rows_and_stay_parallel(tmp_path):
         ("a.json", '{"a": 1}', "rows with named columns"),
         ("a.jsonl", "\n", "is empty"),
         ("a.parquet", "no", "not a parquet file"),
+        ("a.jsonl", "[" * 100_000, r"a\.jsonl, line 1 is not JSON"),
+        ("a.json", "[" * 100_000, r"a\.json is not JSON"),
+        ("a.jsonl", '{"a": 1' + "0" * 5000 + "}", r"a\.jsonl, line 1 is not JSON"),
     ],
 )
 def test_malformed_files(tmp_path, name, text, reason):
@@ -216,11 +219,25 @@ def reasons(rows, kind="sft"):
         ({"prompt": "", "completion": "b", "system": "kind"}, "empty prompt"),
         ({"prompt": "a", "completion": "", "system": "kind"}, "empty completion"),
         ({"messages": [{"role": "system", "content": "a"}, USER, ANSWER], "system": "b"}, "system column is not"),
+        ({"instruction": "a", "input": 5, "output": "b"}, "its input is not text"),
+        ({"question": "a", "context": ["x", "y"], "answer": "b"}, "its context is not text"),
+        ({"prompt": "a", "completion": "\ud83d"}, "completion holds half a character"),
+        ({"messages": [USER, {**ANSWER, "content": "\ude00"}]}, "messages holds half a character"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_rendered_of_a_row_is_the_reason_to_skip_it(row, reason):
     (found,) = reasons([row])
     assert reason in found
+
+
+@pytest.mark.parametrize("label", [None, "", " ", float("nan"), [0, 1], {"a": 1}])
+def test_what_is_no_single_label_is_the_reason_to_skip_a_row(label):
+    assert reasons([{"text": "a", "label": label}, {"text": "b", "label": 0}], "classification") == {"no single label"}
+
+
+def test_a_column_of_the_same_name_in_other_letters_is_named():
+    found = select_columns([{"prompt": "a", "completion": "b", "Completion": "c"}], "sft", {}, "x")
+    assert found == [{"prompt": "a", "completion": "b"}] and found.unused == {"Completion": 1}
 
 
 def test_what_an_instruction_is_about_and_comes_after_is_in_the_prompt():
@@ -266,6 +283,10 @@ def test_preferences_are_all_text_or_all_turns():
         {"conversations": [{"from": "human", "value": "hi"}], "chosen": {"from": "gpt", "value": "ho"}, "rejected": {"from": "gpt", "value": "no"}},  # noqa: E501
     ):  # fmt: skip
         assert select_columns([row], "preference", {}, "x") == expected
+    system = {"role": "system", "content": "s"}  # which the chats may leave out, or have
+    for row in (chats, {key: [system, *value] for key, value in chats.items()}):
+        found = select_columns([{"prompt": [system, USER], **row}], "preference", {}, "x")
+        assert found == [{**expected[0], "prompt": [system, USER]}]
     text = {"prompt": "a", "chosen": "b", "rejected": "c"}
     assert select_columns([text], "preference", {}, "x") == [text]
     assert select_columns([{**text, "system": "s"}], "preference", {}, "x")[0]["prompt"][0]["role"] == "system"
