@@ -182,11 +182,8 @@ def _pairs(args: EvalArguments) -> list[records.Row]:
         rows, separator = records.pair_lines(str(args.test_file), args.reference_file), records.BETWEEN
     else:
         named = {"prompt": args.prompt_column, "reference": args.reference_column}
-        read = records.read_rows(str(args.test_file))
-        selected = records.select_columns(read, "reference", named, str(args.test_file))
+        selected = _selected(args, "reference", named)
         rows, separator = list(selected), selected.separator
-        if selected.unused:
-            print(f"{args.test_file}: {records.describe_unused(selected.unused)}")
     rows = _usable(args, rows)
     if args.prompt_template is None:
         rows = [records.separate(row, separator) for row in rows]
@@ -199,16 +196,22 @@ def _labelled(args: EvalArguments) -> list[records.Row]:
         rows = records.pair_lines(str(args.test_file), args.reference_file)
         rows = [{"text": row["prompt"], "label": row["reference"]} for row in rows]
     else:
-        rows = records.read_rows(str(args.test_file))
         kind = "classification" if args.reference_column is None else "reference"
         named = {"label": args.label_column, "text": args.text_column}
         if kind == "reference":
             named = {"prompt": args.prompt_column, "reference": args.reference_column}
         elif args.prompt_column:
             named["text"] = args.prompt_column
-        rows = records.select_columns(rows, kind, named, str(args.test_file))
-        rows = [dict(zip(("text", "label"), row.values(), strict=True)) for row in rows]
+        selected = _selected(args, kind, named)
+        rows = [dict(zip(("text", "label"), row.values(), strict=True)) for row in selected]
     return _usable(args, rows)
+
+
+def _selected(args: EvalArguments, kind: str, named: dict[str, str | None]) -> records.Selection:
+    selected = records.select_columns(records.read_rows(str(args.test_file)), kind, named, str(args.test_file))
+    if selected.unused:
+        print(f"{args.test_file}: {records.describe_unused(selected.unused)}")
+    return selected
 
 
 def _usable(args: EvalArguments, rows: list[records.Row]) -> list[records.Row]:

@@ -7,6 +7,7 @@ import pytest
 import sacrebleu
 import torch
 from huggingface_hub import ModelCard
+from made_up import made_text
 from PIL import Image
 from transformers import (
     AutoModelForCausalLM,
@@ -80,10 +81,20 @@ def test_several_metrics_in_one_run(run, llama, pairs, tmp_path, kind):
         assert again[metric] == results[metric]
 
 
-def test_labels_are_chosen_by_likelihood(run, tmp_path):
+def test_text_of_another_encoding_is_the_same_text(run, tmp_path):
+    losses = []
+    for encoding, flags in (("utf-8", []), ("cp1252", ["--encoding", "cp1252"])):
+        path = tmp_path / f"{encoding}.txt"
+        path.write_text(made_text(3, 20), encoding=encoding)
+        losses.append(evaluate(run.folder, tmp_path / f"out_{encoding}", "--validation_file", path, *flags)["loss"])
+    assert losses[0] == losses[1]
+
+
+def test_labels_are_chosen_by_likelihood(run, tmp_path, capsys):
     path = tmp_path / "labels.csv"
-    path.write_text("text,label\nthe cat, sees\nthe dog, hears\nthe bird,xqz\n", encoding="utf-8")
+    path.write_text("text,label,title\nthe cat, sees,\nthe dog, hears,a title\nthe bird,xqz,\n", encoding="utf-8")
     results = evaluate(run.folder, tmp_path / "out", "--metrics", "accuracy", "f1", "--test_file", path)
+    assert f"{path}: columns that are not used: title (1 rows)" in capsys.readouterr().out
     saved = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text("utf-8").splitlines()]
     model, tokenizer = AutoModelForCausalLM.from_pretrained(run.folder), AutoTokenizer.from_pretrained(run.folder)
     for row in saved:

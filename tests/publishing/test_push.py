@@ -2,14 +2,16 @@
 
 import json
 import multiprocessing
+import os
 import re
 import shutil
+import signal
 import threading
 import time
 
 import huggingface_hub.utils
 import pytest
-from huggingface_hub import ModelCard, constants
+from huggingface_hub import HfApi, ModelCard, constants
 from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from small_folder import write_folder
@@ -225,6 +227,20 @@ def test_what_cannot_be_loaded_is_told(client, unexamined, copy, pushes):
     (copy / "loss_hf_decoder.py").unlink()
     code, said = pushes(copy, "owner/unloadable")
     assert code == 1 and "nothing but transformers cannot load it" in said and "loss_hf_decoder" in said
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_push_that_is_stopped_says_how_to_go_on(client, unexamined, unloaded, folder, pushes, monkeypatch, number):
+    name, upload = f"owner/stopped_by_{number.name}", HfApi.upload_folder
+
+    def stopped(*args, **kwargs):
+        monkeypatch.setattr(HfApi, "upload_folder", upload)
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(HfApi, "upload_folder", stopped)
+    code, said = pushes(folder, name)
+    assert code == 128 + number and f"stopped by {number.name}; the same command goes on: what has arrived" in said
+    assert pushes(folder, name)[0] == 0 and "model.safetensors" in client.files(name)
 
 
 def test_an_upload_that_was_killed_is_made_up_for(client, unexamined, unloaded, tmp_path, tokenizer):
