@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from hf_decoder.interop.checkpoint import read_json, read_shapes
+from hf_decoder.interop.checkpoint import download, local_folder, read_json, read_shapes
 from hf_decoder.interop.untrusted_files import check_numbers
 from hf_decoder.safety.limits import bounded
 from hf_decoder.safety.terminal import first_line
@@ -89,9 +89,9 @@ def task_of(name: str) -> str | None:
     """
     from peft import PeftConfig
 
-    _check_config(name)
+    folder, _ = _open(name)
     with _explained(name):
-        return PeftConfig.from_pretrained(name).task_type
+        return PeftConfig.from_pretrained(folder).task_type
 
 
 @contextlib.contextmanager
@@ -114,12 +114,11 @@ def load_adapter(model: Any, name: str, *, is_trainable: bool = False) -> Any:
     from peft import PeftConfig, PeftModel
     from peft.utils import load_peft_weights
 
-    values = _check_config(name)
-    if values is not None:
-        _check_sizes(model, values, Path(name) / ADAPTER_WEIGHTS)
+    folder, values = _open(name)
+    _check_sizes(model, values, folder / ADAPTER_WEIGHTS)
     with _explained(name):
-        config = PeftConfig.from_pretrained(name)
-        weights = load_peft_weights(name, device="cpu")
+        config = PeftConfig.from_pretrained(folder)
+        weights = load_peft_weights(folder, device="cpu")
     _check_task(model, config.task_type, name)
     _check_fits(model, weights, name, config.base_model_name_or_path)
     given = model.name_or_path
@@ -129,7 +128,7 @@ def load_adapter(model: Any, name: str, *, is_trainable: bool = False) -> Any:
             file=sys.stderr,
         )
     try:
-        return PeftModel.from_pretrained(model, name, is_trainable=is_trainable)
+        return PeftModel.from_pretrained(model, folder, is_trainable=is_trainable)
     except Exception as error:  # PEFT may raise anything on a stranger's config
         raise ValueError(
             f"adapter {name} does not fit the base model (it was made for {config.base_model_name_or_path}): "
@@ -183,10 +182,12 @@ def _check_task(model: Any, task: str | None, name: str) -> None:
         raise ValueError(f"adapter {name} belongs to {heads[task]}, and cannot be put on {heads[here]}")
 
 
-def _check_config(name: str) -> dict[str, Any] | None:
-    """The checked config of an adapter's folder; None for a Hub name."""
-    path = Path(name).expanduser() / ADAPTER_CONFIG
-    return read_adapter_config(path) if path.is_file() else None
+def _open(name: str) -> tuple[Path, dict[str, Any]]:
+    """The folder of an adapter and its checked config. Of a Hub name, config and weights alone are downloaded."""
+    folder = local_folder(name) or download(name, None, allow_patterns=[ADAPTER_CONFIG, ADAPTER_WEIGHTS])
+    if not (folder / ADAPTER_CONFIG).is_file():
+        raise ValueError(f"{name} holds no adapter that PEFT can read: it has no {ADAPTER_CONFIG}")
+    return folder, read_adapter_config(folder / ADAPTER_CONFIG)
 
 
 def _check_sizes(model: Any, values: dict[str, Any], weights: Path) -> None:

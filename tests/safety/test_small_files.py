@@ -109,14 +109,25 @@ def test_what_small_files_ask_for_is_refused_before_it_is_made(copy, capsys, lit
         refused(capsys, "convert", copy, copy.parent / "result", "--to", "llama")
 
 
-def test_a_name_of_the_hub_is_looked_into_as_a_folder_is(copy, capsys, tmp_path, monkeypatch):
-    change(copy / "generation_config.json", num_beams=10**6)
-    cache = tmp_path / "cache" / "models--somebody--model"
-    (cache / "refs").mkdir(parents=True)
-    (cache / "refs" / "main").write_text("0" * 40)
-    shutil.copytree(copy, cache / "snapshots" / ("0" * 40))
+@pytest.fixture
+def from_the_hub(tmp_path, monkeypatch):
+    """Puts a folder into the cache of the Hub's client; returns its name there."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+
+    def put(folder: Path) -> str:
+        cache = tmp_path / "cache" / f"models--somebody--{folder.name}"
+        (cache / "refs").mkdir(parents=True)
+        (cache / "refs" / "main").write_text("0" * 40)
+        shutil.copytree(folder, cache / "snapshots" / ("0" * 40))
+        return f"somebody/{folder.name}"
+
+    return put
+
+
+def test_a_name_of_the_hub_is_looked_into_as_a_folder_is(copy, capsys, from_the_hub):
+    change(copy / "generation_config.json", num_beams=10**6)
+    assert from_the_hub(copy) == "somebody/model"
     assert "num_beams=1000000" in refused(capsys, "generate", "somebody/model", "the end")
 
 
@@ -210,6 +221,14 @@ def test_an_adapter_takes_no_more_than_its_weights(saved, adapter, capsys, monke
     assert why in refused(capsys, "generate", saved, "the end", "--adapter_name_or_path", adapter)
     assert why in refused(capsys, "generate", adapter, "the end")
     assert "evil" not in sys.modules
+
+
+def test_an_adapter_of_the_hub_is_looked_into_as_a_folder_is(saved, adapter, capsys, little_memory, from_the_hub):
+    argv = ["generate", saved, "the end", "--max_new_tokens", "2", "--adapter_name_or_path", from_the_hub(adapter)]
+    assert main([str(word) for word in argv]) == 0
+    change(adapter / "adapter_config.json", r=200_000)
+    argv[-1] = from_the_hub(adapter.rename(adapter.with_name("other")))
+    assert "r=200,000" in refused(capsys, *argv)
 
 
 @pytest.mark.parametrize("damage", ["offsets", "shape", "negative", "length", "type", "overlap", "dimensions"])
