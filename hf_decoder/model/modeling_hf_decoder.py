@@ -403,7 +403,7 @@ class HfDecoderModel(HfDecoderPreTrainedModel):
         length = inputs_embeds.shape[1]
         columns = length if position_ids is None else position_ids.shape[-1]
         if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2 and columns == length:
-            columns = min(length, attention_mask.shape[1])
+            columns = attention_mask.shape[1] if cache is None else min(length, attention_mask.shape[1])
         if columns != length:
             raise ValueError(f"attention_mask or position_ids has {columns} columns, but the input {length} tokens")
         masks = self.layer_masks(inputs_embeds, attention_mask, position_ids, cache)

@@ -221,6 +221,15 @@ def test_a_run_that_its_time_limit_cuts_says_how_far_it_came(run, tmp_path, caps
 
 
 @pytest.mark.process
+def test_a_log_has_a_line_at_every_logging_step_and_no_bar(run, tmp_path, capfd):
+    argv = ["pretrain", *run.flags, "--max_steps", "4", "--logging_steps", "2", "--output_dir", str(tmp_path / "out")]
+    assert main(argv) == 0
+    said = "".join(capfd.readouterr())
+    assert not {"\r", "\x1b", "\b"} & set(said)
+    assert len([line for line in said.splitlines() if "'loss'" in line]) == 3  # of steps 1, 2 and 4
+
+
+@pytest.mark.process
 def test_pretraining_and_fine_tuning_end_alike(run, tmp_path, capsys):
     """The same files, names of metrics and last lines, which prompt with the user's own text."""
     pytest.importorskip("trl")

@@ -245,3 +245,16 @@ def test_greedy_generation_equals_the_stock_class(family: str, options: dict):
     options = {"max_new_tokens": 12, "do_sample": False, **options}
     theirs = stock.generate(ids, attention_mask=torch.ones_like(ids), **options)
     assert torch.equal(ours.generate(ids, attention_mask=torch.ones_like(ids), **options), theirs)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prompt", [9, 16, 20])
+def test_longrope_past_its_switch_gives_the_stock_class_s_text(prompt: int):
+    """Phi-3 drops its cache where the text grows past 16 tokens, because its keys had other frequencies."""
+    stock, ours = pair("phi3-longrope", "sdpa")
+    for seed in range(4):
+        ids = random_ids(1, prompt, seed=seed)
+        options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
+        mask = torch.ones_like(ids)
+        theirs = stock.generate(ids, attention_mask=mask, **options)
+        assert torch.equal(ours.generate(ids, attention_mask=mask, **options), theirs)

@@ -125,10 +125,10 @@ def test_packed_equals_separate_documents(kind: str, attention: str, length: int
     rows = [[random_ids(1, n, seed=n + 31 * r) for n in packing] for r, packing in enumerate(packings)]
     ids = torch.cat([torch.cat(row, 1) for row in rows])
     positions = torch.stack([torch.cat([torch.arange(n) for n in packing]) for packing in packings])
-    logits = model(ids, position_ids=positions, use_cache=use_cache).logits
-    for index, row in enumerate(rows):
-        separate = torch.cat([model(document).logits for document in row], 1)[0]
-        torch.testing.assert_close(logits[index], separate, **TOLERANCE)
+    separate = torch.cat([torch.cat([model(document).logits for document in row], 1) for row in rows])
+    for mask in (None, torch.ones_like(ids)):  # a mask that hides nothing says nothing
+        logits = model(ids, attention_mask=mask, position_ids=positions, use_cache=use_cache).logits
+        torch.testing.assert_close(logits, separate, **TOLERANCE)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

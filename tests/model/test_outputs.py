@@ -99,6 +99,30 @@ def test_exactly_one_kind_of_input(inputs: dict):
         model(**{name: values[name] for name in inputs})
 
 
+IDS = random_ids(2, 9)
+OTHER_LENGTHS: dict[str, dict[str, Any]] = {
+    "a short mask": {"attention_mask": torch.ones(2, 7, dtype=torch.long)},
+    "a long mask": {"attention_mask": torch.ones(2, 12, dtype=torch.long)},
+    "few positions": {"position_ids": torch.arange(7)[None]},
+    "many positions": {"position_ids": torch.arange(12)[None]},
+    "one position": {"position_ids": torch.zeros(1, 1, dtype=torch.long)},
+    "few labels": {"labels": IDS[:, :7]},
+    "many labels": {"labels": torch.cat([IDS, IDS], 1)},
+    "labels of one row": {"labels": IDS[:1]},
+    "labels of all, logits of some": {"labels": IDS, "logits_to_keep": 3},
+    "few shifted labels": {"labels": IDS, "shift_labels": IDS[:, 1:]},
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("given", OTHER_LENGTHS.values(), ids=OTHER_LENGTHS)
+def test_arguments_of_another_length_are_refused(given: dict, grad: bool, training: bool):
+    model = tiny_model(attn_implementation="sdpa").train(training)
+    with torch.set_grad_enabled(grad), pytest.raises(ValueError, match=r"columns, but|do not belong to"):
+        model(IDS, **given)
+
+
 def test_resizing_the_vocabulary_keeps_the_tie():
     model = tiny_model()
     before = model(random_ids(1, 4)).logits
