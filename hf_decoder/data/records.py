@@ -55,7 +55,7 @@ SURROUNDINGS = ("system", "history", "tools", "chat_template_kwargs")
 TO_TEMPLATE = ("tools", "chat_template_kwargs")
 COLUMNS = "columns"  # of a row of prompts: what rewards read beside the prompt, by column
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
-EMPTY = (None, "", [], {})  # values that a table has where a row has none
+EMPTY: tuple[Any, ...] = (None, "", [], {})  # values that a table has where a row has none
 BETWEEN = "\n\n"  # between a recognised prompt and its answer, and between the parts of a prompt
 KINDS = {
     "sft": (("messages",), ("prompt", "completion"), ("text",)),

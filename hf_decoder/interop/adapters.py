@@ -91,7 +91,7 @@ def task_of(name: str) -> str | None:
 
     folder, _ = _open(name)
     with _explained(name):
-        return PeftConfig.from_pretrained(folder).task_type
+        return PeftConfig.from_pretrained(str(folder)).task_type
 
 
 @contextlib.contextmanager
@@ -117,8 +117,8 @@ def load_adapter(model: Any, name: str, *, is_trainable: bool = False) -> Any:
     folder, values = _open(name)
     _check_sizes(model, values, folder / ADAPTER_WEIGHTS)
     with _explained(name):
-        config = PeftConfig.from_pretrained(folder)
-        weights = load_peft_weights(folder, device="cpu")
+        config = PeftConfig.from_pretrained(str(folder))
+        weights = load_peft_weights(str(folder), device="cpu")
     _check_task(model, config.task_type, name)
     _check_fits(model, weights, name, config.base_model_name_or_path)
     given = model.name_or_path
@@ -128,7 +128,7 @@ def load_adapter(model: Any, name: str, *, is_trainable: bool = False) -> Any:
             file=sys.stderr,
         )
     try:
-        return PeftModel.from_pretrained(model, folder, is_trainable=is_trainable)
+        return PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable)
     except Exception as error:  # PEFT may raise anything on a stranger's config
         raise ValueError(
             f"adapter {name} does not fit the base model (it was made for {config.base_model_name_or_path}): "

@@ -372,11 +372,12 @@ def _count_masked(prepared: Dataset, rows: int, strategy: str | None) -> int:
 
 
 def _prompt_length(row: Row, tokenizer: Any) -> int:
-    """Tokens before the first that the model is to write."""
+    """Tokens before the first that the model is to write, those of its tools included."""
+    tools = json.loads(row["tools"]) if row.get("tools") else None
     if "messages" not in row:
-        return len(encode_prompt(tokenizer, row.get("prompt") or row["chosen"]))
+        return len(encode_prompt(tokenizer, row.get("prompt") or row["chosen"], tools))
     answer = next(number for number, turn in enumerate(row["messages"]) if turn["role"] == "assistant")
-    return len(encode_prompt(tokenizer, row["messages"][:answer]))
+    return len(encode_prompt(tokenizer, row["messages"][:answer], tools))
 
 
 def skip_long_prompts(data: TaskData, tokenizer: Any, prompt_template: str | None, most: int) -> list[str]:

@@ -1,6 +1,7 @@
 """`hf-decoder finetune`: the tokens that carry loss are counted by hand, and what comes out loads and works."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -825,6 +826,13 @@ def test_tools_and_their_calls_are_trained(run, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(run.folder)
     for row in trainer.train_dataset:
         assert '"name": "warm"' in tokenizer.decode(row["input_ids"]).partition("<|im_start|>user\nRome?")[0]
+
+
+def test_tools_that_fill_the_block_count_as_its_prompt(fails, run, tmp_path):
+    train = write(tmp_path / "train.jsonl", [{"messages": TOOL_CHAT, "tools": TOOLS * 5}])
+    line = fails("finetune", str(run.folder), "--train_file", train, "--output_dir", str(tmp_path / "out"), *QUICK)
+    found = re.search(r"shortest prompt has ([\d,]+) tokens, and .* cuts a row off after 128", line)
+    assert int(found[1].replace(",", "")) >= 128
 
 
 @pytest.mark.process
