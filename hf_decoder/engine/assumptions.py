@@ -5,9 +5,9 @@ what the fast paths were written for; it is part of the state that identifies a 
 new step; or the fast paths read it from the live module as the plain ones do.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from itertools import chain
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from transformers.activations import ACT2FN
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from hf_decoder.engine.stock import fields_of
 from hf_decoder.model import modeling_hf_decoder
 
 PLAIN = (torch.Tensor, nn.Parameter)  # tensors without behaviour of their own
@@ -34,17 +35,20 @@ FSDP_HOOKS = "torch.distributed.fsdp"
 ATTENTION = ("layer_idx", "head_dim", "num_key_value_groups", "scaling", "is_causal", "use_rope", "use_qk_norm")
 ROTARY = ("attention_scaling", "rope_type", "max_seq_len_cached", "original_max_seq_len")
 CONFIG = ("num_hidden_layers", "layer_types", "sliding_window", "final_logit_softcapping", "rope_parameters")
-_attention_values, _rotary_values, _config_values = (itemgetter(*names) for names in (ATTENTION, ROTARY, CONFIG))
+_attention_values, _rotary_values, _config_values = (attrgetter(*names) for names in (ATTENTION, ROTARY, CONFIG))
 _HOOKS = tuple(itemgetter(f"_{way}_hooks") for way in ("forward", "forward_pre", "backward", "backward_pre"))
 _PARAMETERS = itemgetter("_parameters")
 
 _as_written: dict[type, tuple] = {}
 
 
-def register(room: ModuleType, *twins: type) -> None:
-    """Remembers the methods of the classes of a module of model code, and of their twins, as the original ones."""
+def register(room: ModuleType, *twins: type, without: Collection[str] = ()) -> None:
+    """Remembers the methods of the classes of a module of model code, and of their twins, as the original ones.
+
+    without: names of classes that lack what the fast paths ask of their twins.
+    """
     classes = [kind for kind in vars(room).values() if isinstance(kind, type) and kind.__module__ == room.__name__]
-    for kind in (*classes, *twins):
+    for kind in (*(kind for kind in classes if kind.__name__ not in without), *twins):
         if issubclass(kind, nn.Module):
             _as_written.setdefault(kind, _methods(kind))
 
@@ -120,7 +124,7 @@ def _are_torchs_own(maps: Iterable[nn.Module]) -> bool:
 
 def attends_as_stock(decoder: Any) -> bool:
     """Whether attention is causal and torch's own, so that another kernel gives the same result."""
-    config = decoder.config
+    config = fields_of(decoder.config)
     if config._attn_implementation != "sdpa" or ALL_ATTENTION_FUNCTIONS["sdpa"] is not sdpa_attention_forward:
         return False
     if "sliding_attention" in config.layer_types and config.sliding_window is None:  # the plain masks raise the error
@@ -142,7 +146,7 @@ def _heads_fit(attention: Any) -> bool:
 
 
 def state_of(model: Any) -> tuple[list[int], list[Any]] | None:
-    """The state that identifies a decode step of an `HfDecoderForCausalLM`; None if the modules must be called.
+    """The state that identifies a decode step of a language model; None if the modules must be called.
 
     It holds all modules and tensors by identity, and all values that their `forward` methods read. Modules must be
     unchanged, plain, without hooks, on one device, in evaluation mode.
@@ -174,9 +178,9 @@ def state_of(model: Any) -> tuple[list[int], list[Any]] | None:
     tensors = chain.from_iterable(map(dict.values, map(_PARAMETERS, attributes)))
     identities = [*map(id, modules), *map(id, map(type, modules)), *map(id, tensors)]
     values: list[Any] = [of["variance_epsilon"] for of in attributes if "variance_epsilon" in of]
-    values += [_attention_values(vars(layer.self_attn)) for layer in layers]
-    rotary = vars(decoder.rotary_emb)
-    values += [*_rotary_values(rotary), _numbers(decoder.rotary_emb.inv_freq), repr(_config_values(vars(config)))]
+    values += [_attention_values(layer.self_attn) for layer in layers]
+    rotary = decoder.rotary_emb
+    values += [*_rotary_values(rotary), _numbers(rotary.inv_freq), repr(_config_values(fields_of(config)))]
     return identities, values
 
 

@@ -17,6 +17,7 @@ from hf_decoder.engine.attention.masks import engine_masks
 from hf_decoder.engine.layer import LayerParts, Operators, run_layer
 from hf_decoder.engine.operators import may_call_operators, runs_as_written
 from hf_decoder.engine.precision import autocast_dtype
+from hf_decoder.engine.stock import fields_of
 from hf_decoder.engine.switches import settings
 from hf_decoder.engine.training import kernels
 from hf_decoder.engine.training.compiled import takes
@@ -77,7 +78,7 @@ class Route(Operators):
         if settings.attention and not isinstance(attention_mask, dict):
             masks = engine_masks(decoder, x, attention_mask, position_ids, cache)
         if settings.training and not compiling:
-            gains = _gains(decoder.config, x) if x.is_cpu else has_kernels(x)
+            gains = _gains(fields_of(decoder.config), x) if x.is_cpu else has_kernels(x)
         if masks is None and not gains and not is_slow:
             return None
         if not compiling:

@@ -8,15 +8,18 @@ a live model their twins; `detach` takes them away.
 import copyreg
 import sys
 from contextlib import nullcontext
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.generation import GenerationMixin
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 
@@ -25,7 +28,9 @@ from hf_decoder.engine.attention.choice import measure_for_graphs
 from hf_decoder.engine.bitsandbytes import settle_layers, settle_tied_head, unpack_layers
 from hf_decoder.engine.decoding.generation import OPTIONS, Decoding
 from hf_decoder.engine.loading import check_loaded_sizes
+from hf_decoder.engine.operators import runs_as_written
 from hf_decoder.engine.route import Route
+from hf_decoder.engine.stock import FAMILIES, check_stock, fields_of, is_stock
 from hf_decoder.engine.switches import settings
 from hf_decoder.engine.training.fast_products import fast_products
 from hf_decoder.engine.training.loss import linear_causal_lm_loss
@@ -36,6 +41,7 @@ from hf_decoder.model.modeling_hf_decoder import CACHE_NAME
 read_gguf: Any = None
 # Arguments that a decode step or prefill without the modules supports; a call with any other runs the plain class.
 TAKEN = {"return_dict", "cache", "past_key_values", *OPTIONS}
+LOSS_KWARGS = ("num_items_in_batch", "ignore_index", "shift_labels")  # that transformers' loss reads
 
 
 class _TwinClass(type):
@@ -124,17 +130,21 @@ class _PreTrained:
         remove_former_code(Path(save_directory))
 
 
-class _Model(_PreTrained):
-    """The decoder, which chooses a route for each call."""
+class _Routed:
+    """A decoder that gives a route in place of masks."""
 
     def layer_masks(self, inputs_embeds, attention_mask, position_ids, cache, structure=None):
         route = Route.of(self, inputs_embeds, attention_mask, position_ids, cache, structure)
         if route is None:
             return super().layer_masks(inputs_embeds, attention_mask, position_ids, cache)
-        if route.masks is None or not {*self.config.layer_types} <= route.masks.keys():
+        if route.masks is None or not {*fields_of(self.config).layer_types} <= route.masks.keys():
             masks = super().layer_masks(inputs_embeds, attention_mask, position_ids, cache)
             route.masks = {**masks, **(route.masks or {})}  # its own attention is for some types of layer
         return route
+
+
+class _Model(_Routed, _PreTrained):
+    """The decoder, which chooses a route for each call."""
 
     def run_layers(self, hidden_states, masks, **kwargs):
         if not isinstance(masks, Route):
@@ -145,8 +155,8 @@ class _Model(_PreTrained):
         return masks.norm(self.norm, hidden_states)
 
 
-class _ForCausalLM(_PreTrained):
-    """The language model, which runs prefill and decode steps without the modules where a call allows it."""
+class _Generating:
+    """A language model that runs prefill and decode steps without the modules where a call allows it."""
 
     @wraps(plain.HfDecoderForCausalLM.forward)
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, *args, **kwargs):
@@ -168,17 +178,6 @@ class _ForCausalLM(_PreTrained):
             return None
         logits, cache = found
         return CausalLMOutputWithPast(logits=logits, **{CACHE_NAME: cache})
-
-    def linear_loss(self, hidden_states, labels, **kwargs):
-        if not settings.training:
-            return super().linear_loss(hidden_states, labels, **kwargs)
-        cap = self.config.final_logit_softcapping
-        kwargs = {"z_loss_coef": self.z_loss_coef, "final_logit_softcapping": cap, **kwargs}
-        return linear_causal_lm_loss(hidden_states, self.lm_head, labels, **kwargs)
-
-    def compute_logits(self, hidden_states):
-        with fast_products(hidden_states, self.lm_head):
-            return super().compute_logits(hidden_states)
 
     @wraps(plain.HfDecoderForCausalLM.generate)
     def generate(self, *args, **kwargs):
@@ -216,6 +215,125 @@ class _ForCausalLM(_PreTrained):
         return whole_model
 
 
+class _ForCausalLM(_Generating, _PreTrained):
+    """The language model, which in training forms the loss without holding the logits."""
+
+    def linear_loss(self, hidden_states, labels, **kwargs):
+        if not settings.training:
+            return super().linear_loss(hidden_states, labels, **kwargs)
+        cap = self.config.final_logit_softcapping
+        kwargs = {"z_loss_coef": self.z_loss_coef, "final_logit_softcapping": cap, **kwargs}
+        return linear_causal_lm_loss(hidden_states, self.lm_head, labels, **kwargs)
+
+    def compute_logits(self, hidden_states):
+        with fast_products(hidden_states, self.lm_head):
+            return super().compute_logits(hidden_states)
+
+
+class _StockAttention:
+    """An attention of transformers that takes our masks, and has what the fast paths ask of ours."""
+
+    use_rope, use_qk_norm, sliding_window = True, False, None
+    attend = plain.HfDecoderAttention.attend
+
+    def forward(self, hidden_states, position_embeddings=None, attention_mask=None, **kwargs):
+        forward = super().forward
+        if isinstance(attention_mask, plain.LayerMask):
+            forward = partial(plain.HfDecoderAttention.forward, self)
+        return forward(hidden_states, position_embeddings, attention_mask, **kwargs)
+
+
+class _Qwen3Attention(_StockAttention):
+    use_qk_norm = True
+
+
+class _MistralAttention(_StockAttention):
+    sliding_window = property(lambda self: self.config.sliding_window)
+
+
+class _StockLayer(_Layer):
+    """A layer that takes its mask from the route."""
+
+    def forward(self, hidden_states, *args, route: Route | None = None, **kwargs):
+        if route is not None and route.masks is not None:
+            (kwargs["attention_mask"],) = route.masks.values()
+        return super().forward(hidden_states, *args, route=route, **kwargs)
+
+
+class _StockMasks:
+    """Gives a decoder of transformers the masks that ours makes, which are those of its own `forward`."""
+
+    def layer_masks(self, *inputs):
+        return plain.HfDecoderModel.layer_masks(SimpleNamespace(config=fields_of(self.config)), *inputs)
+
+
+class _StockModel(_Routed, _StockMasks):
+    """A decoder of transformers, which hands the route of a call to its layers."""
+
+    @plain.takes_either_cache_name
+    @wraps(plain.HfDecoderModel.forward)
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        cache=None,
+        inputs_embeds=None,
+        use_cache=None,
+        **kwargs,
+    ):
+        route = None
+        if (input_ids is None) != (inputs_embeds is None) and runs_as_written() and kwargs.get("is_causal", True):
+            if inputs_embeds is None:
+                input_ids, inputs_embeds = None, self.embed_tokens(input_ids)
+            caches = self.config.use_cache if use_cache is None else use_cache
+            if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+                caches = False
+            # only with neither a mask nor a cache does transformers look for documents
+            documents = position_ids if attention_mask is None and not caches else None
+            route = Route.of(self, inputs_embeds, attention_mask, documents, cache)
+        if route is not None:
+            kinds, masks = {*fields_of(self.config).layer_types}, route.masks or {}
+            if not kinds <= masks.keys():  # transformers makes those of all layers
+                route.masks = None
+            elif len(kinds) > 1:  # transformers gives each layer the one of its type
+                attention_mask, route.masks = dict(masks), None
+            else:  # four dimensions keep transformers from making one, and the layers take the route's
+                attention_mask = inputs_embeds.new_empty(1, 1, 1, 1)
+            kwargs["route"] = route
+        inputs = {"attention_mask": attention_mask, "position_ids": position_ids, CACHE_NAME: cache}
+        return super().forward(input_ids, inputs_embeds=inputs_embeds, use_cache=use_cache, **inputs, **kwargs)
+
+
+class _StockForCausalLM(_Generating):
+    """A language model of transformers, which in training forms the loss without holding the logits, as ours does."""
+
+    @wraps(plain.HfDecoderForCausalLM.forward)
+    def forward(self, *args, skip_logits: bool | None = None, **kwargs):
+        if self._skips_logits(skip_logits, **kwargs):
+            return plain.HfDecoderForCausalLM.forward(self, *args, skip_logits=True, **kwargs)
+        return super().forward(*args, **kwargs)
+
+    def _skips_logits(
+        self, wanted, labels=None, shift_labels=None, logits_to_keep=0, return_dict=None, ignore_index=-100, **kwargs
+    ) -> bool:
+        wanted = self.training if wanted is None else wanted
+        if not (wanted and settings.training and labels is not None) or self.loss_function is not ForCausalLMLoss:
+            return False
+        if (
+            type(logits_to_keep) is not int
+            or logits_to_keep
+            or not (self.config.return_dict and return_dict in (None, True))
+        ):
+            return False
+        targets = labels[..., 1:] if shift_labels is None else shift_labels
+        return not runs_as_written() or bool((targets != ignore_index).any())  # else transformers' loss is 0 / 0
+
+    def linear_loss(self, hidden_states, labels, **kwargs):
+        known = {name: kwargs[name] for name in LOSS_KWARGS if name in kwargs}
+        return linear_causal_lm_loss(hidden_states, self.lm_head, labels, **known)
+
+
 REPLACED = {
     "HfDecoderLayer": _Layer,
     "HfDecoderModel": _Model,
@@ -224,26 +342,39 @@ REPLACED = {
     "HfDecoderForTokenClassification": _PreTrained,
     "HfDecoderForQuestionAnswering": _PreTrained,
 }
+_STOCK_PARTS = {
+    "Attention": _StockAttention,
+    "DecoderLayer": _StockLayer,
+    "Model": _StockModel,
+    "ForCausalLM": _StockForCausalLM,
+}
+STOCK: dict[str, type] = {
+    f"{family}{part}": kind for family, _ in FAMILIES.values() for part, kind in _STOCK_PARTS.items()
+} | {"Qwen3Attention": _Qwen3Attention, "MistralAttention": _MistralAttention}
 
 
 @cache
 def twin_of(plain_class: type) -> type:
-    """The fast class of a plain one, of this package or of a checkpoint's copy."""
+    """The fast class of a plain one: of this package, of a checkpoint's copy, or of transformers."""
     names = {"__module__": plain_class.__module__, "__qualname__": plain_class.__qualname__}
-    bases = [REPLACED[plain_class.__name__], plain_class]
+    bases = [(REPLACED | STOCK)[plain_class.__name__], plain_class]
     if GenerationMixin in plain_class.__bases__:  # where transformers looks for it
         bases.append(GenerationMixin)
     twin = _TwinClass(plain_class.__name__, tuple(bases), names)
-    register(sys.modules[plain_class.__module__], twin)
+    register(sys.modules[plain_class.__module__], twin, without=STOCK)
     return twin
 
 
 def attach(model: PreTrainedModel) -> PreTrainedModel:
     """Gives the modules of a live model their fast classes in place, and returns the model. `detach` is the inverse.
 
+    model: of this package, or transformers' LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM or
+        Qwen3ForCausalLM. In training mode one of these, too, returns no logits with its loss, unless called with
+        `skip_logits=False`.
+
     Raises:
-        ValueError: for a model of another class or another version of its code, and for one that is sharded or has an
-            adapter.
+        ValueError: for a model of another class or another version of its code, for one that is sharded or has an
+            adapter, and for a stock one that the fast paths do not hold, by the field of its config.
     """
     name = type(model).__name__
     inside = list(model.modules())
@@ -253,9 +384,15 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
         raise ValueError(f"this {name} is sharded; call attach(model) before it is sharded")
     if any(type(module).__module__.partition(".")[0] == "peft" for module in inside):
         raise ValueError(f"this {name} has an adapter; call attach(model) on the base model, before get_peft_model")
-    if name not in REPLACED or not isinstance(model, PreTrainedModel):
-        raise ValueError(f"{name} is no model of this package; load an hf_decoder checkpoint, or convert one")
-    if not is_plain_code(sys.modules[type(model).__module__]):
+    if is_stock(plain_of(type(model)) if is_twin(type(model)) else type(model)):
+        check_stock(model)
+    elif name not in REPLACED or not isinstance(model, PreTrainedModel):
+        names = ", ".join(f"{family}ForCausalLM" for family, _ in FAMILIES.values())
+        raise ValueError(
+            f"{name} is no model of this package, and none of transformers' {names}; load one of these, or convert a "
+            "checkpoint to ours"
+        )
+    elif not is_plain_code(sys.modules[type(model).__module__]):
         raise ValueError(
             f"this {name} came with another version of this package's code; import hf_decoder and load the checkpoint "
             "again, which takes the installed classes"
@@ -274,7 +411,7 @@ def detach(model: nn.Module) -> nn.Module:
 
 def is_twin(kind: type) -> bool:
     """Whether this is a fast class itself, not a subclass of one."""
-    return kind.__bases__[0] in REPLACED.values()
+    return kind.__bases__[0] in _MIXINS
 
 
 def plain_of(twin: type) -> type:
@@ -307,10 +444,11 @@ def remove_former_code(folder: Path) -> None:
 def _give_twins(model: nn.Module) -> None:
     for module in model.modules():
         kind = type(module)
-        if kind.__name__ in REPLACED and kind.__module__ == type(model).__module__ and not is_twin(kind):
+        if kind.__name__ in REPLACED | STOCK and kind.__module__ == type(model).__module__ and not is_twin(kind):
             module.__class__ = twin_of(kind)
 
 
+_MIXINS = {*REPLACED.values(), *STOCK.values()}
 for name in REPLACED:  # now, before anybody can replace methods of the plain classes
     twin_of(getattr(plain, name))
 

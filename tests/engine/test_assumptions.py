@@ -1,7 +1,7 @@
 """Nothing that the plain modules read is passed over: each attribute is changed on a live model, in turn.
 
-The attributes are found in the source of the plain modules, so that a new one is looked at as soon as it is read. The
-plain classes with the same change are the oracle: the fast ways either honour it or step aside.
+The attributes are found in the source of the plain modules, ours and a stock family's, so that a new one is looked at
+as soon as it is read. The plain classes with the same change are the oracle: the fast ways honour it or step aside.
 """
 
 import ast
@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import OUR_WAYS, random_ids, tiny_model
+from same_results import WAYS, check_same
+from tiny_models import OUR_WAYS, SHAPE, randomise, tiny_model
 from torch import nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, Qwen3Config, Qwen3ForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.qwen3 import modeling_qwen3
 
 from hf_decoder.engine import attach, detach
 from hf_decoder.engine import settings as engine_settings
@@ -33,6 +35,7 @@ MODELS = {
         "z_loss_coef": 1e-3,
         "num_hidden_layers": 2,
     },
+    "stock": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
 }
 # Functions that a forward pass runs, besides the `forward`s; `module` is an attention in those outside of classes.
 RUN = {
@@ -74,17 +77,19 @@ def reads(function: ast.FunctionDef) -> Iterator[tuple[str, str]]:
             yield "module", node.attr
 
 
-def attributes() -> list[tuple[str, str]]:
+def attributes(variant: str = "plain") -> list[tuple[str, str]]:
     """The (class or "config", attribute) pairs in the source of the plain modules."""
     found = {("config", name) for name in CONFIG_IN_WRAPPERS}
-    for node in ast.parse(inspect.getsource(modeling_hf_decoder)).body:
+    room, family = (modeling_qwen3, "Qwen3") if variant == "stock" else (modeling_hf_decoder, "HfDecoder")
+    attention = f"{family}Attention"
+    for node in ast.parse(inspect.getsource(room)).body:
         if isinstance(node, ast.ClassDef):
-            kind = getattr(modeling_hf_decoder, node.name)
+            kind = getattr(room, node.name)
             functions = [item for item in node.body if isinstance(item, ast.FunctionDef) and item.name in RUN]
-            if not issubclass(kind, nn.Module) or (node.name.startswith("HfDecoderFor") and "Causal" not in node.name):
+            if not issubclass(kind, nn.Module) or (node.name.startswith(f"{family}For") and "Causal" not in node.name):
                 continue
         elif isinstance(node, ast.FunctionDef) and node.name in OF_ATTENTION:
-            functions, kind = [node], modeling_hf_decoder.HfDecoderAttention
+            functions, kind = [node], getattr(room, attention)
         else:
             continue
         for function in functions:
@@ -92,7 +97,7 @@ def attributes() -> list[tuple[str, str]]:
                 if name not in METHODS and not (owner == "module" and name == "config"):
                     found.add(("config" if owner == "config" else kind.__name__, name))
     # what stock functions read of an attention that is handed to them
-    found |= {("HfDecoderAttention", name) for name in ("is_causal", "num_key_value_groups")}
+    found |= {(attention, name) for name in ("is_causal", "num_key_value_groups")}
     return sorted(found)
 
 
@@ -183,69 +188,21 @@ def owners(model: Any, kind: str) -> list[Any]:
     return [module for module in model.modules() if type(module).__name__ == kind]
 
 
+def fast_model(variant: str) -> Any:
+    if variant != "stock":
+        return tiny_model(attn_implementation="sdpa", **MODELS[variant])
+    return attach(randomise(Qwen3ForCausalLM(Qwen3Config(**SHAPE, **MODELS[variant]))).eval())
+
+
 def cases() -> list[Any]:
     found = []
-    for variant, shape in MODELS.items():
-        model = tiny_model(attn_implementation="sdpa", **shape)
-        for kind, name in attributes():
+    for variant in MODELS:
+        model = fast_model(variant)
+        for kind, name in attributes(variant):
             all_owners = owners(model, kind)
             for way in changes(all_owners[-1], name):
                 found.append(pytest.param(variant, kind, name, way, id=f"{variant}-{kind}.{name}-{way}"))
     return found
-
-
-IDS = random_ids(2, 9)
-MASK = torch.ones_like(IDS)
-MASK[1, :3] = 0
-FIXED = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-
-
-def trained(model: Any) -> list[torch.Tensor]:
-    model.train()
-    torch.manual_seed(0)  # of dropout
-    loss = model(IDS, labels=IDS, use_cache=False).loss
-    gradients = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
-    model.eval()
-    return [loss.detach(), *(gradient for gradient in gradients if gradient is not None)]
-
-
-def texts(model: Any, ids: torch.Tensor = IDS, mask: torch.Tensor = MASK, **settings: Any) -> list[torch.Tensor]:
-    settings = {"attention_mask": mask, "return_dict_in_generate": True, "output_logits": True, **FIXED, **settings}
-    out = model.generate(ids, **settings)
-    return [out.sequences, *out.logits]
-
-
-WAYS: dict[str, Callable[[Any], list[torch.Tensor]]] = {
-    "training": trained,
-    "forward": lambda model: [model(IDS, attention_mask=MASK).logits],
-    "forward without gradients": torch.no_grad()(lambda model: [model(IDS, labels=IDS).logits]),
-    "generate": texts,
-    "generate a row": lambda model: texts(model, IDS[:1], MASK[:1]),
-    "generate, static": lambda model: texts(model, cache_implementation="static"),
-    "generate greedily, static": lambda model: [
-        model.generate(IDS, attention_mask=MASK, cache_implementation="static", **FIXED)
-    ],
-}
-
-
-def outcome(way: Callable, model: Any) -> list[torch.Tensor] | type[Exception]:
-    try:
-        return way(model)
-    except Exception as error:  # any error, but both must raise it
-        return type(error)
-
-
-def check_same(fast: Any, plain: Any) -> None:
-    for name, way in WAYS.items():
-        mine, theirs = outcome(way, fast), outcome(way, plain)
-        assert isinstance(mine, list) == isinstance(theirs, list), (name, mine, theirs)
-        if not isinstance(mine, list):
-            continue
-        assert len(mine) == len(theirs), name
-        for a, b in zip(mine, theirs, strict=True):
-            torch.testing.assert_close(
-                a.float(), b.float(), rtol=2e-3, atol=2e-4, msg=lambda m, name=name: f"{name}: {m}"
-            )
 
 
 @pytest.fixture
@@ -257,7 +214,7 @@ def short_is_long():
 
 def pair(variant: str) -> tuple[Any, Any]:
     """The same model by its fast and by its plain classes; the fast one has generated before."""
-    fast = tiny_model(attn_implementation="sdpa", **MODELS[variant])
+    fast = fast_model(variant)
     plain = detach(copy.deepcopy(fast))
     for way in WAYS.values():
         way(fast)

@@ -9,6 +9,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from hf_decoder.engine.assumptions import attends_as_stock
 from hf_decoder.engine.attention.choice import chosen_masks, masks_in_graph
 from hf_decoder.engine.attention.varlen import varlen_masks
+from hf_decoder.engine.stock import fields_of
 from hf_decoder.model.modeling_hf_decoder import LayerMask
 
 
@@ -22,13 +23,13 @@ def engine_masks(
     """Masks for types of layer; None, or without a type, if attention uses torch's kernel and the plain masks.
 
     Args:
-        decoder: an `HfDecoderModel`.
+        decoder: an `HfDecoderModel`, or a stock one that is attached.
         inputs_embeds: (B, S, D).
         attention_mask: (B, K), 1 for tokens, 0 for padding, or a prepared mask.
         position_ids: (B, S), as the caller gave them; a document starts where they do not go up by one.
         cache: of the previous tokens.
     """
-    config, training = decoder.config, decoder.training
+    config, training = fields_of(decoder.config), decoder.training
     windows = {kind: config.sliding_window if kind == "sliding_attention" else None for kind in config.layer_types}
     if torch.compiler.is_compiling():
         # a graph cannot look for documents and padding in the data

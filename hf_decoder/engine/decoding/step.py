@@ -49,6 +49,7 @@ from hf_decoder.engine.layer import LayerParts, Operators, run_layer
 from hf_decoder.engine.precision import autocast_dtype
 from hf_decoder.engine.quantized.layers import PackedEmbedding, Table
 from hf_decoder.engine.route import Route
+from hf_decoder.engine.stock import fields_of
 from hf_decoder.engine.switches import settings
 from hf_decoder.engine.training.kernels import has_kernels
 from hf_decoder.model.loss_hf_decoder import softcap
@@ -89,7 +90,7 @@ class DecodingStep:
     """The weights of a model's decoder and head, with functions for prefill and decode steps."""
 
     def __init__(self, model: Any):
-        decoder, config = model.model, model.config
+        decoder, config = model.model, fields_of(model.config)
         table = decoder.embed_tokens
         self.embedding: Any = Table(table) if isinstance(table, PackedEmbedding) else table.weight
         self.rotary = decoder.rotary_emb
@@ -279,7 +280,7 @@ class DecodingStep:
         """Prefill: the logits (B, keep or S, V) of the last tokens; None, without effect, for an unknown id.
 
         Args:
-            decoder: the `HfDecoderModel` of this step.
+            decoder: the model's, which this step is of.
             input_ids: (B, S).
             attention_mask: (B, K), 1 for tokens, 0 for padding, or masks that transformers has prepared.
             position_ids: (B or 1, S).
