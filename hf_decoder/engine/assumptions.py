@@ -127,7 +127,8 @@ def attends_as_stock(decoder: Any) -> bool:
     config = fields_of(decoder.config)
     if config._attn_implementation != "sdpa" or ALL_ATTENTION_FUNCTIONS["sdpa"] is not sdpa_attention_forward:
         return False
-    if "sliding_attention" in config.layer_types and config.sliding_window is None:  # the plain masks raise the error
+    has_windows = config.sliding_window is not None and getattr(decoder, "has_sliding_layers", True)
+    if "sliding_attention" in config.layer_types and not has_windows:  # the plain masks raise the error
         return False
     attentions: list[Any] = [getattr(layer, "self_attn", None) for layer in decoder.layers[: config.num_hidden_layers]]
     return getattr(config, "is_causal", True) is True and all(

@@ -20,11 +20,14 @@ WINDOWS = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers":
 YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 16}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 1e4}
 LLAMA3["original_max_position_embeddings"] = 8
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 12}
+LONGROPE |= {"short_factor": [1.0] * 6, "long_factor": [1.0, 1.5, 2.0, 3.0, 4.0, 6.0]}
 VARIANTS = {
     "llama": ("Llama", {}),
     "llama, biases, llama3": ("Llama", {"attention_bias": True, "mlp_bias": True, "rope_parameters": LLAMA3}),
     "llama, tied, yarn": ("Llama", {"tie_word_embeddings": True, "rope_parameters": YARN, "hidden_act": "gelu"}),
     "llama, dynamic": ("Llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}),
+    "llama, longrope": ("Llama", {"rope_parameters": LONGROPE}),
     "mistral": ("Mistral", {"sliding_window": None}),
     "mistral, window": ("Mistral", {"sliding_window": 5}),
     "qwen2": ("Qwen2", {"head_dim": None}),
@@ -166,6 +169,14 @@ def test_checkpointed_layers(short_is_long):
         loss.backward()
         losses.append([loss.detach(), *(parameter.grad for parameter in model.parameters())])
     torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-5)
+
+
+def test_compiled(short_is_long):
+    model, stock = (model.train() for model in pair())
+    with torch.no_grad():
+        torch.testing.assert_close(
+            torch.compile(model, backend="eager")(IDS, labels=IDS).loss, stock(IDS, labels=IDS).loss
+        )
 
 
 def everything(model) -> dict:
