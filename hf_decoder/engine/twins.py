@@ -320,11 +320,11 @@ class _StockForCausalLM(_Generating):
         wanted = self.training if wanted is None else wanted
         if not (wanted and settings.training and labels is not None) or self.loss_function is not ForCausalLMLoss:
             return False
-        if (
-            type(logits_to_keep) is not int
-            or logits_to_keep
-            or not (self.config.return_dict and return_dict in (None, True))
-        ):
+        if type(logits_to_keep) is not int or logits_to_keep or return_dict is False or not self.config.return_dict:
+            return False
+        if self.config.vocab_size != getattr(
+            self.lm_head, "out_features", None
+        ):  # transformers' loss raises the error
             return False
         targets = labels[..., 1:] if shift_labels is None else shift_labels
         return not runs_as_written() or bool((targets != ignore_index).any())  # else transformers' loss is 0 / 0
