@@ -166,7 +166,8 @@ extern "C" void gate(const void *gate_, const void *up_, const void *grad_, void
         for (Share share((count + LANES - 1) / LANES); share.from < share.to; share.from++) {
             const int64_t i = share.from * LANES, left = count - i;
             const Floats x = load(gate + i, left), y = load(up + i, left);
-            const Floats sigmoid = 1.0f / (1.0f + exponential(-x));
+            Floats sigmoid = 1.0f / (1.0f + exponential(-x));
+            sigmoid = x < -88.0f ? Floats{} : sigmoid;  // where the exponential has its largest value
             if (!grad) {
                 store(output + i, x * sigmoid * y, left);
                 continue;
