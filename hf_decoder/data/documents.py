@@ -32,6 +32,7 @@ from hf_decoder.data.reading import (
     load_hub,
     load_table,
     read_text,
+    warn,
 )
 
 if TYPE_CHECKING:
@@ -170,6 +171,8 @@ def load_files(
         except ValueError as error:
             # What `datasets` says when a generator yields nothing.
             raise ValueError(f"{argument} {name} is empty; it needs at least one character of text") from error
+        if (empty := len(texts) - len(parts[0])) > 0:
+            warn(f"{argument} {name}: {empty:,} of {len(texts):,} files are empty and are left out")
     for builder, files in tables.items():
         table, table_name = load_table(builder, files, encoding, text_column=text_column)
         source = files[0].name if len(files) == 1 else builder
@@ -200,7 +203,7 @@ def _documents(table: Dataset, text_column: str, name: str, source: str) -> Data
     """The non-empty texts of a table, with their row number as source."""
     feature = table.features.get(text_column)
     check_text_column(table.column_names, getattr(feature, "dtype", type(feature).__name__), text_column, name)
-    return table.select_columns([text_column]).map(
+    documents = table.select_columns([text_column]).map(
         _keep_text,
         batched=True,
         batch_size=batch_rows(table),
@@ -210,6 +213,9 @@ def _documents(table: Dataset, text_column: str, name: str, source: str) -> Data
         features=_features(),
         desc="Reading",
     )
+    if len(documents) < len(table):
+        warn(f"{name}: {len(table) - len(documents):,} of {len(table):,} rows have no text and are left out")
+    return documents
 
 
 def _keep_text(batch: dict[str, list[Any]], rows: list[int], text_column: str, source: str) -> dict[str, list[str]]:

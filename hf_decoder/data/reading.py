@@ -13,6 +13,7 @@ import lzma
 import os
 import shutil
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -85,15 +86,28 @@ def _walk(path: Path, argument: str) -> Iterator[tuple[Path, str]]:
         return
     if not path.is_dir():
         raise FileNotFoundError(f"{argument} {path} does not exist; a dataset of the Hub is named with dataset_name")
-    found = False
+    found, others = False, Counter[str]()
     for file in sorted(path.rglob("*"), key=lambda file: file.relative_to(path).as_posix()):
         relative = file.relative_to(path)
-        known = _suffix(file) in TEXT_SUFFIXES or _suffix(file) in _FOLDER_TABLE_SUFFIXES
-        if known and file.is_file() and not any(part.startswith(".") for part in relative.parts):
+        if not file.is_file() or any(part.startswith(".") for part in relative.parts):
+            continue
+        if _suffix(file) in TEXT_SUFFIXES or _suffix(file) in _FOLDER_TABLE_SUFFIXES:
             found = True
             yield file, relative.as_posix()
+        else:
+            others[_suffix(file) or "no suffix"] += 1
     if not found:
         raise ValueError(f"{argument} {path} has no text files; it needs .txt, .md, .py, .jsonl, .parquet ...")
+    if others:
+        kinds = ", ".join(f"{count:,} with {suffix}" for suffix, count in others.most_common(5))
+        warn(f"{argument} {path}: {others.total():,} files are not read ({kinds}); a file that is named itself is")
+
+
+def warn(line: str) -> None:
+    """Says once what is left out of the text."""
+    from transformers.utils import logging
+
+    logging.get_logger("transformers").warning_once(line)
 
 
 def plain_name(path: Path) -> str:

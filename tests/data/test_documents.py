@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from text_files import DOCUMENTS, write
+from transformers.utils import logging
 
 from hf_decoder.data.documents import (
     load_standard_library,
@@ -82,7 +83,13 @@ def test_a_text_file_is_one_document(tmp_path, name):
     assert train["source"][:] == [path.name]
 
 
-def test_folder_is_read_recursively(tmp_path):
+@pytest.fixture
+def said(monkeypatch, caplog):
+    monkeypatch.setattr(logging.get_logger("transformers"), "propagate", True)
+    return caplog
+
+
+def test_folder_is_read_recursively(tmp_path, said):
     folder = tmp_path / "corpus"
     (folder / "deep" / "er").mkdir(parents=True)
     (folder / ".git").mkdir()
@@ -99,11 +106,14 @@ def test_folder_is_read_recursively(tmp_path):
         "deep/er/a.py.gz": "ay",
         "t.jsonl:0": "row",
     }
+    assert "2 files are not read (1 with .png, 1 with .json); a file that is named itself is" in said.text
+    assert "1 of 3 files are empty and are left out" in said.text
 
 
-def test_lists_and_empty_rows(tmp_path):
+def test_lists_and_empty_rows(tmp_path, said):
     files = [write(tmp_path, "a.txt", ["one"]), write(tmp_path, "b.jsonl", ["two", "", None, "three"])]
     assert texts(load_text(files, validation_fraction=0)["train"]) == ["one", "two", "three"]
+    assert "2 of 4 rows have no text and are left out" in said.text
 
 
 def test_text_column_and_validation_file(tmp_path):
