@@ -238,7 +238,7 @@ def lay_out(name: str, job: Job, gpu_name: str, strategies: tuple[str, ...], che
     ways = []
     if job.batch_size > 1 and fits(replace(least, batch_size=1)):
         ways.append("--per_device_train_batch_size 1")
-    if job.checkpointing is False and checkpointing is False and fits(replace(least, checkpointing=True)):
+    if checkpointing is False and fits(replace(least, checkpointing=True)):
         ways.append("--gradient_checkpointing")
     shards = replace(least, strategy="fsdp2", checkpointing=checkpointing is not False)
     counts = [2**k for k in range(1, 13) if 2**k > job.gpus] if job.gpu.link else []

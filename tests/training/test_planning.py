@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM
 from hf_decoder.cli.main import main
 from hf_decoder.costs import accounting
-from hf_decoder.costs.devices import DEVICES
+from hf_decoder.costs.devices import DEVICES, GIB, Device
 from hf_decoder.costs.presets import PRESETS
 from hf_decoder.training import planning
 from hf_decoder.training.launch import configuration_file
@@ -165,6 +165,133 @@ def test_logits_that_are_not_held():
     assert planning.logits_avoided(job) == planning.held_logits(job) - memory(job)["loss"] > 10e9
     held = replace(job, strategy="deepspeed_zero3", muon=False)
     assert planning.logits_avoided(held) == 0 and memory(held)["loss"] == planning.held_logits(held)
+
+
+# ---------------------------------------------------------------------------------------- a model counted by hand
+
+WIDTH, VOCABULARY = 64, 1000
+MATRICES = 2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 128  # queries and output, keys and values, MLP
+LAYER = MATRICES + 2 * WIDTH  # and two norms
+ENDS = 2 * VOCABULARY * WIDTH  # embeddings and head
+TOTAL = 3 * LAYER + ENDS + WIDTH
+MOMENTS = 4 * 3 * MATRICES + 8 * (TOTAL - 3 * MATRICES)
+SENT = {"ddp": (2 * 4, 0, 0), "fsdp2": (2, 2 * 2, 2 * 2)}
+
+
+def small_job(**settings) -> Job:
+    config = HfDecoderConfig(vocab_size=VOCABULARY, intermediate_size=128, tie_word_embeddings=False, **SHAPE)
+    gpu = settings.pop("gpu", Device(10**9, 1e12, 450e9))
+    return Job(config, gpu, **{"gpus": 4, "batch_size": 2, "block_size": 100, **settings})
+
+
+@pytest.mark.parametrize(
+    ("settings", "shards", "moments", "copies"),
+    [
+        ({"gpus": 1, "strategy": "ddp"}, 1, MOMENTS, 2 * (3 * MATRICES + ENDS // 2)),
+        ({"strategy": "ddp"}, 1, MOMENTS, 2 * (3 * MATRICES + ENDS // 2) + 4 * TOTAL),
+        ({"strategy": "ddp", "muon": False}, 1, 8 * TOTAL, 2 * (3 * MATRICES + ENDS // 2) + 4 * TOTAL),
+        ({"gpus": 8}, 8, MOMENTS, 2 * (3 * LAYER + ENDS)),
+        ({"accumulation": 2}, 4, MOMENTS, 2 * (3 * LAYER + ENDS) + 2 * TOTAL),
+        ({"strategy": "deepspeed_zero3", "muon": False}, 4, 8 * TOTAL, 2 * (3 * LAYER + ENDS)),
+    ],
+)
+def test_memory_counted_by_hand(settings, shards, moments, copies):
+    found = memory(small_job(**settings))
+    states = (4 * TOTAL // shards, 4 * TOTAL // shards, moments // shards)
+    assert (found["weights"], found["gradients"], found["optimizer"], found["copies"]) == (*states, copies)
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "batch_size", "rows"), [(1000, 2, 200), (1000, 40, 2**21 // 1000), (8192, 40, 512)]
+)
+def test_loss_counted_by_hand(vocabulary, batch_size, rows):
+    tokens = batch_size * 100
+    chunk = 6 * rows * vocabulary + 6 * vocabulary * WIDTH + 2 * tokens * WIDTH
+    job = small_job(batch_size=batch_size)
+    job.config.vocab_size = vocabulary
+    assert memory(job)["loss"] == chunk
+    assert planning.logits_avoided(job) == max(0, 14 * tokens * vocabulary - chunk)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "strategy", "checkpointing"),
+    [(1, "ddp", False), (4, "ddp", True), (16, "ddp", False), (4, "fsdp2", False), (16, "fsdp2", True)],
+)
+def test_speed_counted_by_hand(gpus, strategy, checkpointing):
+    """Machines of four devices: up to four talk over their link, more over the network."""
+    job = small_job(gpus=gpus, strategy=strategy, accumulation=3, checkpointing=checkpointing, devices_per_node=4)
+    gradients, weights, muon = (times * size for times, size in zip(SENT[strategy], (TOTAL, TOTAL, 3 * MATRICES)))
+    sent = {
+        "gradients": gradients * (gpus - 1) // gpus,
+        "weights": 3 * weights * (gpus - 1) // gpus,
+        "muon": muon * (gpus - 1) // gpus**2,
+    }
+    assert communication(job) == sent
+    ring, direct = (450e9, 450e9) if gpus <= 4 else (4 * 50e9, 50e9)
+    found = speed(job, 0.5)
+    assert found.communication == pytest.approx((sent["gradients"] + sent["weights"]) / ring + sent["muon"] / direct)
+    flops = 6 * (3 * MATRICES + VOCABULARY * WIDTH) + 12 * 3 * 64 * 100
+    assert found.compute == pytest.approx(3 * 200 * flops * (4 / 3 if checkpointing else 1) / 0.5e12)
+    squares, flat, wide = (4 * r * r * c + 2 * r**3 for r, c in ((64, 64), (32, 64), (64, 128)))
+    iteration = 5 * 3 * (2 * squares + 2 * flat + 3 * wide) / 0.5e12
+    assert found.muon == pytest.approx(iteration if strategy == "ddp" else iteration / gpus)
+    assert speed(replace(job, muon=False), 0.5).muon == communication(replace(job, muon=False))["muon"] == 0
+    seconds = max(found.compute + found.muon, found.communication)
+    assert found.tokens_per_second == pytest.approx(3 * 200 * gpus / seconds)
+
+
+def room_for(job: Job, *, link: float = 450e9) -> Device:
+    """The smallest device whose memory is enough, of which a plan takes 92%."""
+    return Device(math.ceil(sum(memory(job).values()) / 0.92), 1e12, link)
+
+
+def test_a_job_fits_into_92_percent():
+    job = small_job()
+    enough = room_for(job)
+    assert planning.fits(replace(job, gpu=enough))
+    assert not planning.fits(replace(job, gpu=replace(enough, memory=enough.memory - 2)))
+
+
+def test_replicas_are_tried_before_shards_and_kept_activations_before_others():
+    def tried(*args):
+        return [(job.strategy, job.checkpointing, job.muon) for job in planning.candidates(small_job(), *args)]
+
+    kept, again = ([(name, way, True) for name in ("ddp", "fsdp2")] for way in (False, True))
+    assert tried(("ddp", "fsdp2"), None) == kept + again
+    assert tried(("ddp", "fsdp2"), True) == again
+    assert tried(("deepspeed_zero3",), False) == [("deepspeed_zero3", False, False)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "checkpointing", "enough_for", "ways"),
+    [
+        ({"batch_size": 8, "block_size": 1000}, None, {"batch_size": 1}, ["--per_device_train_batch_size 1", "1 x l4"]),
+        ({"block_size": 9000}, False, {}, ["--gradient_checkpointing", "1 x l4"]),
+        ({}, True, {"strategy": "fsdp2", "gpus": 4}, ["4 x small with --strategy fsdp2", "1 x l4"]),
+        (
+            {"gpus": 2},
+            True,
+            {"strategy": "fsdp2", "gpus": 4},
+            ["4 x small with --strategy fsdp2", "2 x l4 with --strategy fsdp2"],
+        ),
+        ({"block_size": 9000, "link": 0.0}, None, {"block_size": 1}, ["1 x m1"]),
+        ({"block_size": 10**9}, None, {"block_size": 1}, []),
+    ],
+)
+def test_what_would_fit_is_said(settings, checkpointing, enough_for, ways):
+    link = settings.get("link", 450e9)
+    settings = {"gpus": 1, "strategy": "ddp", "batch_size": 1, "block_size": 10} | settings
+    settings.pop("link", None)
+    job = small_job(**settings)
+    gpu = room_for(replace(job, **{"checkpointing": True} | enough_for), link=link)
+    with pytest.raises(ValueError) as refused:
+        planning.lay_out("tiny", replace(job, gpu=gpu), "small", ("ddp",), checkpointing)
+    least = sum(memory(replace(job, checkpointing=checkpointing is not False)).values())
+    said, there = str(refused.value).split("; ", 1)
+    assert said.startswith(f"tiny does not fit on {job.gpus} x small: the least is {least / GIB:,.1f} GiB a device")
+    assert said.endswith(f" of {0.92 * gpu.memory / GIB:,.1f}")
+    hopeless = "shorten --block_size or take a smaller preset"
+    assert there == (f"what would fit: {'; '.join(ways)}" if ways else hopeless)
 
 
 # ------------------------------------------------------------------------------------------------ the command
