@@ -155,8 +155,6 @@ def communication(job: Job) -> dict[str, int]:
     """
     count = Parameters.of(job.config)
     n = job.gpus
-    if n == 1:
-        return {"gradients": 0, "weights": 0, "muon": 0}
     if job.strategy == "ddp":
         return {"gradients": 2 * 4 * count.total * (n - 1) // n, "weights": 0, "muon": 0}
     return {

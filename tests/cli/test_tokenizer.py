@@ -4,10 +4,13 @@ import json
 
 import pytest
 from made_up import made_text
-from tokenizers import ByteLevelBPETokenizer
-from transformers import AutoTokenizer
+from tokenizers import ByteLevelBPETokenizer, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from hf_decoder.cli.main import main
+from hf_decoder.data import tokenizer_report
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +57,32 @@ def test_char(files, capsys):
     assert report["coverage"] == pytest.approx(sum(c in known for c in text) / len(text)) and report["coverage"] < 1
     assert report["bytes_per_token"] == pytest.approx(len(text.encode()) / len(text))
     assert not report["exact"]
+
+
+def test_a_report_counted_by_hand():
+    words = ["<unk>", "<eos>", "aaaa", "abab", "baba", "abcdef", "cc"]
+    model = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    model.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, unk_token="<unk>", eos_token="<eos>")
+    # 5 tokens, 20 bytes, 19 characters
+    found = tokenizer_report.report(tokenizer, ["some text"], ["abab zü aaaa", "abab cc"], longest=2)
+    assert found == tokenizer_report.TokenizerReport(
+        tokens=7,
+        bytes_per_token=20 / 5,
+        gpt2_bytes_per_token=1.0,  # a vocabulary of 7 has no room for more than single bytes
+        coverage=1 - 1 / 19,
+        vocabulary_used=3 / 5,
+        exact=False,
+        longest=["abcdef", "abab"],
+    )
+    assert tokenizer_report.longest_tokens(tokenizer, 9) == [
+        "abcdef",
+        "abab",
+        "baba",
+    ]  # "aaaa" and "cc" are runs of one character
+    assert tokenizer_report.report(tokenizer, [], ["abab cc"]).exact
+    with pytest.raises(ValueError, match="no held-out text"):
+        tokenizer_report.report(tokenizer, [], [""])
 
 
 @pytest.mark.parametrize("kind", ["bpe", "char"])

@@ -116,12 +116,12 @@ def reference_blocks(documents, block_size, stride, keep_tail):
     return blocks
 
 
-@pytest.mark.process
 @pytest.mark.parametrize("markers", [(0, 0), (2, 0)])
 @pytest.mark.parametrize("keep_tail", [False, True])
-def test_packing_against_the_plain_reference(markers, keep_tail, monkeypatch):
+@pytest.mark.parametrize("trials", [2, pytest.param(25, marks=pytest.mark.process)])
+def test_packing_against_the_plain_reference(markers, keep_tail, trials, monkeypatch):
     rng = random.Random(sum(markers) + keep_tail)
-    for trial in range(25):
+    for trial in range(trials):
         monkeypatch.setattr(packing, "PACK_TOKENS", rng.choice([16, 64, 1 << 20]))
         documents = random_documents(rng, rng.randrange(3, 40), *markers)
         block_size = rng.choice([2, 3, 8, 16, 33])
@@ -264,7 +264,7 @@ def test_the_same_text_is_not_tokenised_again(tmp_path, tokenizer, tokenized):
     (tmp_path / "copy").mkdir()
     other = rows(write(tmp_path / "copy", "b.jsonl", lines))  # another place, another time
     assert not tokenized and other["input_ids"][:] == one["input_ids"][:]
-    changed = rows(write(tmp_path, "a.jsonl", [*lines[:-1], "document x\n"]))
+    changed = rows(write(tmp_path, "a.jsonl", [*lines[:-1], lines[-1].replace("49", "xy")]))  # of the same length
     assert tokenized and changed["input_ids"][-1] != one["input_ids"][-1]
     assert len(changed) == len(one) or len(changed) == len(one) + 1
     # the same bytes, in other documents
@@ -306,6 +306,16 @@ def test_a_second_process_does_not_tokenise_again(tmp_path, run_python):
     said = [run_python(code, text, tmp_path / "cache") for _ in range(2)]
     first, second = (next(line for line in lines.splitlines() if line.startswith("calls:")) for lines in said)
     assert first.startswith("calls: 1 ") and second == first.replace("calls: 1", "calls: 0")
+
+
+@pytest.mark.parametrize(
+    ("rows", "characters", "expected"), [(0, 1, 1000), (3, 1, 1000), (100, 100, 96), (3, 20000, 1)]
+)
+def test_long_rows_are_held_by_fewer(rows, characters, expected, monkeypatch):
+    """A row of 100 characters takes 104.04 bytes: its text, an offset of 4, and a share of the last offset."""
+    monkeypatch.setattr(packing, "ENCODE_CHARACTERS", 10_000)
+    dataset = Dataset.from_dict({"text": ["x" * characters] * rows}, Features({"text": Value("string")}))
+    assert packing.batch_rows(dataset) == expected
 
 
 def test_processes_that_tokenise_give_the_same_rows(tmp_path, tokenizer):

@@ -149,6 +149,48 @@ def test_held_out_prompts_are_beginnings_spread_over_the_texts():
     assert callbacks.held_out_prompts(["", " "]) == []
 
 
+@pytest.mark.parametrize(
+    ("text", "prompt"),
+    [
+        ("aaaaa\n" + "b" * 20, "aaaaa\nbbbb"),  # a line that ends in the first half is not the end
+        ("aaaaaa\n" + "b" * 20, "aaaaaa"),
+        ("aaaaaaaaa\nb\n" + "b" * 20, "aaaaaaaaa"),
+        ("  abcd", "abc"),  # half of the text
+        ("a", "a"),
+    ],
+)
+def test_a_prompt_of_ten_characters_at_most(text, prompt):
+    assert callbacks.held_out_prompts([text], max_chars=10) == [prompt]
+
+
+def test_a_resumed_run_counts_its_own_tokens_for_the_speed_and_all_for_the_sum(tmp_path):
+    (tmp_path / "optimizer.pt").touch()
+    saved = TrainerState(global_step=3, num_input_tokens_seen=1000, epoch=0.5)
+    saved.save_to_json(str(tmp_path / "trainer_state.json"))
+    resumed = []
+
+    def train(resume_from_checkpoint):
+        resumed.append(resume_from_checkpoint)
+        return SimpleNamespace(metrics={"train_runtime": 4.0})
+
+    trainer = SimpleNamespace(
+        train=train,
+        state=TrainerState(global_step=7, num_input_tokens_seen=9000),
+        accelerator=SimpleNamespace(state=SimpleNamespace()),
+        is_deepspeed_enabled=False,
+    )
+    counted = {"num_input_tokens_seen": 9000, "train_steps": 7, "planned_steps": 8, "train_runtime": 4.0}
+    assert callbacks.train(trainer, str(tmp_path), 8) == counted | {"train_tokens_per_second": (9000 - 1000) / 4}
+    assert callbacks.train(trainer, None, 8) == counted | {"train_tokens_per_second": 9000 / 4}
+    assert resumed == [str(tmp_path), None]
+    done = {"epoch": 0.5, "num_input_tokens_seen": 1000, "train_steps": 3, "planned_steps": 3}
+    assert callbacks.train(trainer, str(tmp_path), 3, finished=True) == done and len(resumed) == 2
+    assert callbacks.is_finished(tmp_path, 3) and not callbacks.is_finished(tmp_path, 4)
+    callbacks.check_steps_left(tmp_path, 3, "--max_steps")
+    with pytest.raises(ValueError, match="--max_steps ends the training after step 2, and .* has taken 3 steps"):
+        callbacks.check_steps_left(tmp_path, 2, "--max_steps")
+
+
 def test_complete_continues_repeatably_and_leaves_the_random_state(model_and_tokenizer):
     model, tokenizer = model_and_tokenizer
     model.generation_config.update(do_sample=True)

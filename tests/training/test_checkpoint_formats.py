@@ -1,5 +1,6 @@
 """A checkpoint in another form, against the model and the optimizer that it was written from."""
 
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,7 +9,7 @@ import torch
 from tiny_models import tiny_model
 from transformers import TrainingArguments
 
-from hf_decoder.training.checkpoint_formats import form_of, resumable
+from hf_decoder.training.checkpoint_formats import form_of, resumable, save_in_full, whole_model
 from hf_decoder.training.optimizers import MuonAdamW, parameter_groups
 
 
@@ -100,3 +101,40 @@ def test_a_checkpoint_that_is_read_as_it_is_and_one_that_cannot_be(trained, tmp_
     with pytest.raises(ValueError, match="holds no optimizer state .*--model_name_or_path"):
         resumable(tmp_path / "checkpoint-7", trainer_of(model)).__enter__()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-5", "checkpoint-7"]
+
+
+def test_a_checkpoint_that_holds_code_is_refused(trained, tmp_path):
+    model, *_ = trained
+    for name in ("pytorch_model_fsdp.bin", "optimizer.bin"):
+        (tmp_path / "checkpoint-7").mkdir(exist_ok=True)
+        torch.save({"weight": SimpleNamespace()}, tmp_path / "checkpoint-7" / name)
+    with pytest.raises(pickle.UnpicklingError):
+        resumable(tmp_path / "checkpoint-7", trainer_of(model)).__enter__()
+
+
+@pytest.mark.parametrize("kind", [None, "SHARDED_STATE_DICT"])
+def test_what_is_saved_at_the_end_is_whole_and_holds_no_pickle(kind, tmp_path):
+    trainer, called = trainer_of(None, kind), []
+
+    def save_model(folder: str):
+        called.append("saved")
+        for name in ("model.safetensors", "training_args.bin"):
+            (Path(folder) / name).touch()
+
+    if kind:
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type = called.append
+    trainer.save_model = save_model
+    save_in_full(trainer, tmp_path)
+    assert called == ["FULL_STATE_DICT"] * bool(kind) + ["saved"]
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+    trainer.save_model = lambda folder: None  # on processes that write nothing
+    save_in_full(trainer, tmp_path)
+
+
+def test_a_model_in_parts_is_loaded_where_it_was_saved(trained):
+    model, _, checkpoint = trained
+    assert whole_model(trainer_of(model), checkpoint) is model
+    next(model.parameters()).ds_id = 3  # as DeepSpeed marks what it splits
+    loaded = whole_model(trainer_of(model), checkpoint)
+    assert loaded is not model and loaded.dtype == torch.float32
+    assert all(torch.equal(loaded.state_dict()[name], value) for name, value in model.state_dict().items())

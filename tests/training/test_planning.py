@@ -202,12 +202,12 @@ def test_memory_counted_by_hand(settings, shards, moments, copies):
 
 
 @pytest.mark.parametrize(
-    ("vocabulary", "batch_size", "rows"), [(1000, 2, 200), (1000, 40, 2**21 // 1000), (8192, 40, 512)]
+    ("vocabulary", "tokens", "rows"),
+    [(1000, 200, 200), (1000, 10, 10), (1000, 4000, 2**21 // 1000), (8192, 4000, 512)],
 )
-def test_loss_counted_by_hand(vocabulary, batch_size, rows):
-    tokens = batch_size * 100
+def test_loss_counted_by_hand(vocabulary, tokens, rows):
     chunk = 6 * rows * vocabulary + 6 * vocabulary * WIDTH + 2 * tokens * WIDTH
-    job = small_job(batch_size=batch_size)
+    job = small_job(batch_size=2, block_size=tokens // 2)
     job.config.vocab_size = vocabulary
     assert memory(job)["loss"] == chunk
     assert planning.logits_avoided(job) == max(0, 14 * tokens * vocabulary - chunk)
@@ -250,6 +250,8 @@ def test_a_job_fits_into_92_percent():
     enough = room_for(job)
     assert planning.fits(replace(job, gpu=enough))
     assert not planning.fits(replace(job, gpu=replace(enough, memory=enough.memory - 2)))
+    alone = Job(job.config, enough)
+    assert alone.tokens_per_step == 1024 and not alone.checkpointing
 
 
 def test_replicas_are_tried_before_shards_and_kept_activations_before_others():
@@ -265,7 +267,12 @@ def test_replicas_are_tried_before_shards_and_kept_activations_before_others():
 @pytest.mark.parametrize(
     ("settings", "checkpointing", "enough_for", "ways"),
     [
-        ({"batch_size": 8, "block_size": 1000}, None, {"batch_size": 1}, ["--per_device_train_batch_size 1", "1 x l4"]),
+        (
+            {"batch_size": 8, "block_size": 1000},
+            None,
+            {"batch_size": 1},
+            ["--per_device_train_batch_size 1", "1 x l4"],
+        ),
         ({"block_size": 9000}, False, {}, ["--gradient_checkpointing", "1 x l4"]),
         ({}, True, {"strategy": "fsdp2", "gpus": 4}, ["4 x small with --strategy fsdp2", "1 x l4"]),
         (
@@ -275,7 +282,7 @@ def test_replicas_are_tried_before_shards_and_kept_activations_before_others():
             ["4 x small with --strategy fsdp2", "2 x l4 with --strategy fsdp2"],
         ),
         ({"block_size": 9000, "link": 0.0}, None, {"block_size": 1}, ["1 x m1"]),
-        ({"block_size": 10**9}, None, {"block_size": 1}, []),
+        ({"block_size": 10**9, "batch_size": 8}, False, {"block_size": 1}, []),
     ],
 )
 def test_what_would_fit_is_said(settings, checkpointing, enough_for, ways):
