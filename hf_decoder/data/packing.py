@@ -249,8 +249,7 @@ class _Layout:
     def _span(self, documents: Dataset, start: int, stop: int) -> np.ndarray:
         """The stream from `start` to `stop`, as `cut_blocks` takes it."""
         first = int(np.searchsorted(self.starts, start, side="right")) - 1
-        # The last marker of the stream is in the last document's row.
-        first = min(first, len(documents) - 1)
+        # The last marker of the stream is in the last document's row. No block begins with it.
         last = min(int(np.searchsorted(self.starts, stop - 1, side="right")) - 1, len(documents) - 1)
         rows = _flatten(documents[first : last + 1]["input_ids"])
         within = np.arange(first + 1, last + 1)

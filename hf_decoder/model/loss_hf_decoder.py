@@ -108,14 +108,14 @@ def linear_causal_lm_loss(
 ) -> torch.Tensor:
     """Computes `causal_lm_loss` of `lm_head(hidden_states)`, (B, S, D), without holding the logits.
 
-    Positions without a label never reach the head. The logits are held where the head is no plain linear layer with
-    its whole weight here (adapters, quantization, sharding, hooks), and under compilers and `torch.func`.
+    Positions without a label never reach the head. The logits are held where the head has a bias or is no plain linear
+    layer with its whole weight here (adapters, quantization, sharding, hooks), and under compilers and `torch.func`.
 
     Raises:
         ValueError: for a label outside the vocabulary (on a CPU).
     """
     targets = next_tokens(labels, shift_labels, ignore_index).to(hidden_states.device)
-    if is_traced(hidden_states) or not is_plain_linear(lm_head):
+    if is_traced(hidden_states) or not is_plain_linear(lm_head) or lm_head.bias is not None:
         logits = softcap(lm_head(hidden_states), final_logit_softcapping)
         return causal_lm_loss(logits, None, logits.shape[-1], num_items_in_batch, ignore_index, targets, z_loss_coef)
     check_targets(targets, lm_head.weight.shape[0], ignore_index)
@@ -127,7 +127,7 @@ def linear_causal_lm_loss(
         dtype = torch.get_autocast_dtype(device_type)
     settings = (dtype, torch.is_grad_enabled(), z_loss_coef, final_logit_softcapping)
     with torch.autocast(device_type, enabled=False):
-        total = _ChunkedCrossEntropy.apply(rows, lm_head.weight, lm_head.bias, targets[places], *settings)
+        total = _ChunkedCrossEntropy.apply(rows, lm_head.weight, targets[places], *settings)
     return mean_loss(total, counted, num_items_in_batch)
 
 
@@ -144,24 +144,23 @@ def is_plain_linear(module: nn.Module) -> bool:
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Summed cross-entropy of rows (N, D) times weight (V, D) plus bias (V,), as fp32.
+    """Summed cross-entropy of rows (N, D) times weight (V, D), as fp32.
 
     Loss and gradients need the same logits, so one pass over a chunk of rows forms both, and the backward pass only
     scales (Wijmans et al. 2024, "Cut Your Losses"; Liger Kernel). Products are in `dtype`, all else in fp32.
     """
 
     @staticmethod
-    def forward(ctx, rows, weight, bias, targets, dtype, grad_enabled, z_loss_coef, cap):
-        ctx.dtypes = [None if x is None else x.dtype for x in (rows, weight, bias)]
-        needs = [grad_enabled and needed for needed in ctx.needs_input_grad[:3]]
-        rows, weight, bias = (None if x is None else x.to(dtype) for x in (rows, weight, bias))
+    def forward(ctx, rows, weight, targets, dtype, grad_enabled, z_loss_coef, cap):
+        ctx.dtypes = rows.dtype, weight.dtype
+        needs = [grad_enabled and needed for needed in ctx.needs_input_grad[:2]]
+        rows, weight = rows.to(dtype), weight.to(dtype)
         grad_rows = torch.empty_like(rows) if needs[0] else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs[1] else None
-        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and needs[2] else None
         total = torch.zeros((), dtype=torch.float32, device=rows.device)
         for start in range(0, len(rows), CHUNK_ROWS):
             chunk, target = rows[start : start + CHUNK_ROWS], targets[start : start + CHUNK_ROWS, None]
-            scores = softcap(nn.functional.linear(chunk, weight, bias).float(), cap)
+            scores = softcap(nn.functional.linear(chunk, weight).float(), cap)
             log_partition = scores.logsumexp(-1, keepdim=True)
             total += (log_partition - scores.gather(-1, target) + z_loss_coef * log_partition.square()).sum()
             if not any(needs):
@@ -178,9 +177,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 torch.mm(gradient, weight, out=grad_rows[start : start + CHUNK_ROWS])
             if grad_weight is not None:
                 grad_weight += gradient.t() @ chunk
-            if grad_bias is not None:
-                grad_bias += gradient.sum(0, dtype=torch.float32)
-        ctx.save_for_backward(grad_rows, grad_weight, grad_bias)
+        ctx.save_for_backward(grad_rows, grad_weight)
         return total
 
     @staticmethod

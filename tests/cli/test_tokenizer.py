@@ -75,11 +75,8 @@ def test_a_report_counted_by_hand():
         exact=False,
         longest=["abcdef", "abab"],
     )
-    assert tokenizer_report.longest_tokens(tokenizer, 9) == [
-        "abcdef",
-        "abab",
-        "baba",
-    ]  # "aaaa" and "cc" are runs of one character
+    # without "aaaa" and "cc", which are runs of one character
+    assert tokenizer_report.longest_tokens(tokenizer, 9) == ["abcdef", "abab", "baba"]
     assert tokenizer_report.report(tokenizer, [], ["abab cc"]).exact
     with pytest.raises(ValueError, match="no held-out text"):
         tokenizer_report.report(tokenizer, [], [""])

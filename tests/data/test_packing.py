@@ -149,6 +149,8 @@ def test_evaluation_scores_every_token_exactly_once(markers, stride):
     packed = pack_for_evaluation(as_dataset(documents), 8, stride)
     scored = [label for row in packed for label in row["labels"].tolist() if label != -100]
     assert scored == [token for row in documents for token in row[1:]]
+    reached = 8 + (len(packed) - 1) * (stride or 7)
+    assert reached - (stride or 7) < len(reference_stream(documents)) <= reached
     report = CorpusReport.of(as_dataset(documents), packed)
     assert report.tokens == report.scored_tokens == len(scored)
     assert (report.documents, report.bytes, report.blocks) == (30, 210, len(packed))
@@ -308,13 +310,11 @@ def test_a_second_process_does_not_tokenise_again(tmp_path, run_python):
     assert first.startswith("calls: 1 ") and second == first.replace("calls: 1", "calls: 0")
 
 
-@pytest.mark.parametrize(
-    ("rows", "characters", "expected"), [(0, 1, 1000), (3, 1, 1000), (100, 100, 96), (3, 20000, 1)]
-)
-def test_long_rows_are_held_by_fewer(rows, characters, expected, monkeypatch):
+@pytest.mark.parametrize(("rows", "length", "expected"), [(0, 1, 1000), (3, 1, 1000), (100, 100, 96), (3, 20000, 1)])
+def test_long_rows_are_held_by_fewer(rows, length, expected, monkeypatch):
     """A row of 100 characters takes 104.04 bytes: its text, an offset of 4, and a share of the last offset."""
     monkeypatch.setattr(packing, "ENCODE_CHARACTERS", 10_000)
-    dataset = Dataset.from_dict({"text": ["x" * characters] * rows}, Features({"text": Value("string")}))
+    dataset = Dataset.from_dict({"text": ["x" * length] * rows}, Features({"text": Value("string")}))
     assert packing.batch_rows(dataset) == expected
 
 
@@ -341,6 +341,8 @@ def test_packing_refusals():
     documents = as_dataset([[0, 5, 6, 0]])
     with pytest.raises(ValueError, match="4 tokens, less than one block of 8; lower block_size"):
         pack(documents, 8)
+    with pytest.raises(ValueError, match="has 0 tokens, less than one block of 8"):
+        pack(as_dataset([]), 8)
     with pytest.raises(ValueError, match="block_size 1 must be at least 2"):
         pack(documents, 1)
     with pytest.raises(ValueError, match="stride 8 must lie between 1 and block_size - 1 = 7"):

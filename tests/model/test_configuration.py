@@ -243,6 +243,27 @@ def test_what_cannot_be_built_is_one_line_that_says_why(overrides: dict, content
     assert [text for text in contents if text not in message] == []
 
 
+@pytest.mark.parametrize(
+    ("size", "largest"),
+    [
+        ("vocab_size", 16_777_216),
+        ("hidden_size", 524_288),
+        ("intermediate_size", 2_097_152),
+        ("num_hidden_layers", 10_000),
+        ("num_attention_heads", 16_384),
+        ("num_key_value_heads", 16_384),
+        ("head_dim", 16_384),
+        ("max_position_embeddings", 2_147_483_648),
+        ("sliding_window", 2_147_483_648),
+    ],
+)
+def test_sizes_have_a_largest_value(size: str, largest: int):
+    heads = {"num_attention_heads": largest} if size == "num_key_value_heads" else {}
+    assert getattr(tiny_config(**heads | {size: largest}), size) == largest
+    with pytest.raises(ValueError, match=f"{size}={largest + 1} is not possible"):
+        tiny_config(**{size: largest + 1})
+
+
 def test_a_wrong_value_in_a_saved_config_is_a_value_error(tmp_path):
     saved = SHAPE | {"model_type": "hf_decoder", "num_key_value_heads": 3}
     (tmp_path / "config.json").write_text(json.dumps(saved), encoding="utf-8")

@@ -352,6 +352,13 @@ def test_lora_on_the_head_trains(tied: bool):
     assert found[1]["base_model.model.lm_head.base_layer.weight"] is None if not tied else True
 
 
+def test_a_head_with_a_bias():
+    model = tiny_model(tie_word_embeddings=False)
+    model.lm_head = nn.Linear(SHAPE["hidden_size"], VOCAB)
+    ids, labels = ragged(2, 9)
+    assert_same(loss_and_gradients(model, ids, labels=labels, skip_logits=True), stock(model, ids, labels=labels))
+
+
 def test_hooks_on_the_head_still_run():
     model = tiny_model().train()
     calls = []

@@ -187,7 +187,7 @@ def test_a_resumed_run_counts_its_own_tokens_for_the_speed_and_all_for_the_sum(t
     assert callbacks.train(trainer, str(tmp_path), 3, finished=True) == done and len(resumed) == 2
     assert callbacks.is_finished(tmp_path, 3) and not callbacks.is_finished(tmp_path, 4)
     callbacks.check_steps_left(tmp_path, 3, "--max_steps")
-    with pytest.raises(ValueError, match="--max_steps ends the training after step 2, and .* has taken 3 steps"):
+    with pytest.raises(ValueError, match=r"--max_steps ends the training after step 2, and .* has taken 3 steps"):
         callbacks.check_steps_left(tmp_path, 2, "--max_steps")
 
 

@@ -98,7 +98,7 @@ def test_a_checkpoint_that_is_read_as_it_is_and_one_that_cannot_be(trained, tmp_
     (tmp_path / "checkpoint-7").mkdir()
     with resumable(tmp_path / "checkpoint-7", trainer_of(model, deepspeed=True)) as folder:
         assert folder == str(tmp_path / "checkpoint-7")
-    with pytest.raises(ValueError, match="holds no optimizer state .*--model_name_or_path"):
+    with pytest.raises(ValueError, match=r"holds no optimizer state .*--model_name_or_path"):
         resumable(tmp_path / "checkpoint-7", trainer_of(model)).__enter__()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-5", "checkpoint-7"]
 

@@ -175,7 +175,8 @@ LAYER = MATRICES + 2 * WIDTH  # and two norms
 ENDS = 2 * VOCABULARY * WIDTH  # embeddings and head
 TOTAL = 3 * LAYER + ENDS + WIDTH
 MOMENTS = 4 * 3 * MATRICES + 8 * (TOTAL - 3 * MATRICES)
-SENT = {"ddp": (2 * 4, 0, 0), "fsdp2": (2, 2 * 2, 2 * 2)}
+# bytes of gradients, weights and Muon before the share of the other devices
+SENT = {"ddp": (2 * 4 * TOTAL, 0, 0), "fsdp2": (2 * TOTAL, 2 * 2 * TOTAL, 2 * 2 * 3 * MATRICES)}
 
 
 def small_job(**settings) -> Job:
@@ -220,7 +221,7 @@ def test_loss_counted_by_hand(vocabulary, tokens, rows):
 def test_speed_counted_by_hand(gpus, strategy, checkpointing):
     """Machines of four devices: up to four talk over their link, more over the network."""
     job = small_job(gpus=gpus, strategy=strategy, accumulation=3, checkpointing=checkpointing, devices_per_node=4)
-    gradients, weights, muon = (times * size for times, size in zip(SENT[strategy], (TOTAL, TOTAL, 3 * MATRICES)))
+    gradients, weights, muon = SENT[strategy]
     sent = {
         "gradients": gradients * (gpus - 1) // gpus,
         "weights": 3 * weights * (gpus - 1) // gpus,
