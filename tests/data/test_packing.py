@@ -269,6 +269,8 @@ def test_the_same_text_is_not_tokenised_again(tmp_path, tokenizer, tokenized):
     changed = rows(write(tmp_path, "a.jsonl", [*lines[:-1], lines[-1].replace("49", "xy")]))  # of the same length
     assert tokenized and changed["input_ids"][-1] != one["input_ids"][-1]
     assert len(changed) == len(one) or len(changed) == len(one) + 1
+    rows(write(tmp_path, "a.jsonl", ["x" + lines[0][1:], *lines[1:]]))
+    assert tokenized
     # the same bytes, in other documents
     rows(write(tmp_path, "a.jsonl", [lines[0] + lines[1], *lines[2:]]))
     assert tokenized

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import enable_progress_bars
 from matplotlib.figure import Figure
 from PIL import Image
 from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -33,8 +34,10 @@ def test_check_output_dir(tmp_path):
     check(tmp_path)
     check(tmp_path / "new")
     (tmp_path / "config.json").touch()
-    with pytest.raises(ValueError, match="--overwrite_output_dir"):
+    with pytest.raises(ValueError, match=r"--overwrite_output_dir to replace it, --resume_from_checkpoint to go on"):
         check(tmp_path)
+    with pytest.raises(ValueError, match=r"--overwrite_output_dir to replace it, or another --output_dir"):
+        check(tmp_path, resume=None)  # of a command that cannot resume
     check(tmp_path, overwrite=True)
     check(tmp_path, resume=True)
     with pytest.raises(ValueError, match="is a file"):
@@ -208,12 +211,67 @@ def test_complete_continues_repeatably_and_leaves_the_random_state(model_and_tok
     assert first != callbacks.draw_samples(model, tokenizer, prompts, max_new_tokens=8, seed=1)
 
 
+@pytest.mark.parametrize(("asked", "read", "new"), [(8, 64 - 8, 8), (100, 32, 32)])
+def test_a_prompt_and_its_completion_fit_into_the_model(asked, read, new, model_and_tokenizer, monkeypatch):
+    model, tokenizer = model_and_tokenizer
+    calls = []
+
+    def generate(ids, max_new_tokens, **settings):
+        calls.append((ids.shape[1], max_new_tokens))
+        return torch.cat([ids, ids[:, :1]], dim=1)
+
+    monkeypatch.setattr(model, "generate", generate)
+    ((_, completion),) = callbacks.draw_samples(model, tokenizer, ["the dog sees " * 50], max_new_tokens=asked)
+    assert calls == [(read, new)]
+    # the first token that was read: the end of the prompt is kept
+    assert completion == tokenizer.decode(tokenizer("the dog sees " * 50)["input_ids"][-read])
+
+
+def test_packed_rows_ask_for_the_loss_alone():
+    batch = callbacks.collate_rows([{"labels": [1, 2]}, {"labels": [3, 4]}])
+    assert batch["labels"].tolist() == [[1, 2], [3, 4]] and batch["skip_logits"] is True
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_our_bar_replaces_that_of_trainer(quiet):
+    there = [callbacks.ProgressCallback]
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(use_cpu=False, disable_tqdm=quiet),
+        add_callback=there.append,
+        remove_callback=there.remove,
+    )
+    more = callbacks.CurveAtSave()
+    callbacks.add_callbacks(trainer, more)
+    assert more in there and (callbacks.ProgressCallback in there) == quiet
+    assert any(isinstance(bar, callbacks.SpeedBar) for bar in there) != quiet
+
+
 def test_samples_are_fenced_whatever_they_hold(tmp_path):
     path = tmp_path / "samples.md"
     callbacks.write_samples(path, [("a prompt", "has ```` four ticks")])
     text = path.read_text(encoding="utf-8")
     assert "`````text\nhas ```` four ticks\n`````" in text
-    assert "```text\na prompt\n```" in text
+    assert "## 1\n\nPrompt:\n\n```text\na prompt\n```" in text
+
+
+def test_samples_in_training_come_every_so_many_steps_and_from_one_process(model_and_tokenizer, monkeypatch, tmp_path):
+    model, tokenizer = model_and_tokenizer
+    monkeypatch.setattr(model, "generate", lambda ids, **settings: torch.cat([ids, ids[:, :1]], dim=1))
+    args = SimpleNamespace(output_dir=str(tmp_path / "new"))
+    callback = callbacks.SampleText(tokenizer, ["the cat"], steps=2)
+    path = tmp_path / "new" / "samples_in_training.md"
+    for step in range(1, 5):
+        callback.on_step_end(args, TrainerState(global_step=step, is_world_process_zero=False), None, model=model)
+    assert not path.exists()
+    for step in range(1, 5):
+        callback.on_step_end(args, TrainerState(global_step=step, is_world_process_zero=True), None, model=model)
+    samples = path.read_text(encoding="utf-8")
+    assert [line for line in samples.splitlines() if line.startswith("#")] == ["# Step 2", "# Step 4"]
+    assert samples.count("Prompt:\n\n```text\nthe cat\n```\n\nCompletion:\n") == 2
+    next(model.parameters()).ds_id = 3  # in parts: every process takes part, one writes
+    callback.on_step_end(args, TrainerState(global_step=6, is_world_process_zero=False), None, model=model)
+    del next(model.parameters()).ds_id
+    assert path.read_text(encoding="utf-8") == samples
 
 
 def test_stage_records_its_time(monkeypatch, capsys):
@@ -238,7 +296,37 @@ def test_bf16_is_for_cpus_that_multiply_it(monkeypatch):
     assert chosen(bf16=None, fp16=False) and not chosen(bf16=None, fp16=True) and not chosen(bf16=False, fp16=False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True}, raising=False)
     assert not callbacks.bf16_supported()
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: not including_emulation)
+    for cuda in (False, True):  # the accelerator of a Mac, and a GPU
+        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
+        assert callbacks.bf16_supported() == cuda
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     assert not chosen(bf16=None, fp16=False) and chosen(bf16=True, fp16=False)
+
+
+def test_only_the_main_process_prints(capsys):
+    for index in (0, 1):
+        with callbacks.quiet_but_for_main_process(SimpleNamespace(process_index=index)):
+            print(f"process {index}")
+    enable_progress_bars()
+    assert capsys.readouterr().out == "process 0\n"
+
+
+@pytest.mark.parametrize("libc", ["glibc", ""])
+def test_what_glibc_is_asked_for(libc, monkeypatch):
+    asked = []
+    library = SimpleNamespace(
+        mallopt=lambda *option: asked.append(option), malloc_trim=lambda pad: asked.append(("trim", pad))
+    )
+    monkeypatch.setattr(callbacks.platform, "libc_ver", lambda: (libc, "2.39"))
+    monkeypatch.setattr(callbacks.ctypes, "CDLL", lambda name: library)
+    callbacks.keep_freed_memory()
+    trim = callbacks.TrimMemory()
+    for step in range(1, 149):
+        trim.on_step_end(None, SimpleNamespace(global_step=step), None)
+    # malloc.h: M_TRIM_THRESHOLD is -1, M_MMAP_THRESHOLD is -3; the largest int; and steps 50 and 100
+    assert asked == ([(-1, 2147483647), (-3, 2147483647), ("trim", 0), ("trim", 0)] if libc else [])
 
 
 KEEPS_AND_TRIMS = """
