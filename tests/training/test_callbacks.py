@@ -44,6 +44,16 @@ def test_check_output_dir(tmp_path):
         check(tmp_path / "config.json", overwrite=True)
 
 
+def test_an_earlier_run_is_cleared_but_for_what_is_overwritten(tmp_path):
+    (tmp_path / "checkpoint-5").mkdir()
+    for name in ("checkpoint-5/trainer_state.json", "all_results.json", "notes.md"):
+        (tmp_path / name).touch()
+    assert callbacks.is_checkpoint(tmp_path / "checkpoint-5") and not callbacks.is_checkpoint(tmp_path)
+    for _ in range(2):  # and again, where nothing is left
+        callbacks.clear_earlier_run(tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == ["notes.md"]
+
+
 def test_an_output_folder_that_cannot_be_made_is_noticed_at_once(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     for folder in (tmp_path / "file" / "new", tmp_path / "file" / "new" / "deeper", Path("/proc/new")):
