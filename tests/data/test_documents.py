@@ -86,6 +86,7 @@ def test_a_text_file_is_one_document(tmp_path, name):
 @pytest.fixture
 def said(monkeypatch, caplog):
     monkeypatch.setattr(logging.get_logger("transformers"), "propagate", True)
+    caplog.set_level("WARNING", logger="transformers")
     return caplog
 
 
