@@ -283,7 +283,7 @@ def test_replicas_are_tried_before_shards_and_kept_activations_before_others():
             ["4 x small with --strategy fsdp2", "2 x l4 with --strategy fsdp2"],
         ),
         ({"block_size": 9000, "link": 0.0}, None, {"block_size": 1}, ["1 x m1"]),
-        ({"block_size": 10**9, "batch_size": 8}, False, {"block_size": 1}, []),
+        ({"block_size": 10**9, "batch_size": 8, "link": 0.0}, False, {"block_size": 1}, []),
     ],
 )
 def test_what_would_fit_is_said(settings, checkpointing, enough_for, ways):
