@@ -65,7 +65,7 @@ def served(*argv: object, log: Path):
             process.wait()
 
 
-def wait_for(condition, seconds: float = 60):
+def wait_for(condition, seconds: float = 120):
     """The first true value of `condition()`; a part of the page that goes meanwhile is asked for again."""
     from selenium.common.exceptions import WebDriverException
 
