@@ -274,7 +274,6 @@ def load_table(
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
     from datasets.utils import logging
-    from transformers.utils import logging as transformers_logging
 
     name = str(paths[0]) if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
     # Escaped, because the builders take names as patterns.
@@ -293,9 +292,7 @@ def load_table(
         alone = None if streaming or builder != "json" else _column_alone(plain, text_column)
         if alone is None:
             raise explain_table(builder, paths, name, error) from error
-        transformers_logging.get_logger("transformers").warning(
-            f"{name}: columns other than {text_column!r} are not read: they hold values of several types"
-        )
+        warn(f"{name}: columns other than {text_column!r} are not read: they hold values of several types")
         return alone, name
     finally:
         logging.set_verbosity(verbosity)

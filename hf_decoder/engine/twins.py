@@ -322,9 +322,8 @@ class _StockForCausalLM(_Generating):
             return False
         if type(logits_to_keep) is not int or logits_to_keep or return_dict is False or not self.config.return_dict:
             return False
-        if self.config.vocab_size != getattr(
-            self.lm_head, "out_features", None
-        ):  # transformers' loss raises the error
+        entries = getattr(self.lm_head, "out_features", None)
+        if self.config.vocab_size != entries:  # transformers' loss raises the error
             return False
         targets = labels[..., 1:] if shift_labels is None else shift_labels
         return not runs_as_written() or bool((targets != ignore_index).any())  # else transformers' loss is 0 / 0
