@@ -141,6 +141,23 @@ def test_a_machine_that_chooses_finds_that_all_ways_give_the_same(rows, window, 
     assert way in times
 
 
+def test_a_window_is_measured_as_the_part_of_the_row_that_it_is(monkeypatch: pytest.MonkeyPatch):
+    """Half of a short row says nothing of a window that is a small part of a long one."""
+    keys = []
+    monkeypatch.setattr(choice, "choose", lambda name, key, *_: keys.append(key[2:4]))
+    for length, window in (
+        (2048, 1024),
+        (1500, 1024),
+        (8192, 1024),
+        (32768, 1024),
+        (32768, 16384),
+        (100, 30),
+        (40, 39),
+    ):
+        attention_way((8, 4, 64), "windowed", torch.float32, length, window, trains=False)
+    assert keys == [(2048, 1024), (2048, 1024), (2048, 256), (2048, 64), (2048, 1024), (128, 32), (64, 32)]
+
+
 @IN_TILES
 @pytest.mark.parametrize("is_fast", [True, False])
 def test_tiles_in_half_precision_are_multiplied_as_is_fast_here(is_fast: bool, monkeypatch: pytest.MonkeyPatch):

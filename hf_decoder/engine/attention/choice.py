@@ -107,8 +107,8 @@ def attention_way(
         return "tiles of 64"  # that one is for whole rows
     heads, groups, width = sizes
     tokens = bucket(length, 16, MOST_TOKENS[trains])
-    if window is not None:
-        window = bucket(min(window, tokens // 2), 8, tokens)
+    if window is not None:  # as large a part of the row that is measured
+        window = bucket(min(window * tokens // max(length, tokens), tokens // 2), 8, tokens)
     key = (rows, dtype, tokens, window, heads // groups, groups, width, "training" if trains else "inference")
     candidates = {way: run for way, run in CANDIDATES.items() if rows == "whole" or way != "torch in fp32"}
     return choose("attention", key, candidates, partial(_inputs, sizes, rows, dtype, tokens, window, trains))
