@@ -12,7 +12,7 @@ import copy
 import json
 import math
 import re
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,14 +21,15 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
-from transformers.cli.serving import chat_completion, completion, model_manager, response, server
+from transformers.cli.serving import chat_completion, completion, model_manager, response, server, utils
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.response import ResponseHandler
-from transformers.cli.serving.utils import ReasoningText, ToolCall, _StreamError
+from transformers.cli.serving.utils import DirectStreamer, ReasoningText, ToolCall, _StreamError
 
 from hf_decoder.evaluation.batch_generation import cut_stop, end_ids
+from hf_decoder.serving.batching import BatchingManager, Job, Written
 from hf_decoder.serving.requests import AnyRequest, ChatRequest, CompletionRequest, parse, refusal
 
 BUILD_SERVER = server.build_server  # transformers' own
@@ -106,38 +107,35 @@ class Generation:
     def stops(self) -> list[str]:
         return self._asked.stops if self._asked is not None else []
 
-    def _seeded(self, function: Callable[[], Any]) -> Any:
-        """Calls `function` under the request's seed. Must run on the thread that generates."""
-        seed = self._body.get("seed")
-        if seed is None:
-            return function()
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            torch.manual_seed(seed + self.choice)
-            return function()
+    def _job(self, model: Any, processor: Any, inputs: Any, config: GenerationConfig, **given: Any) -> Job:
+        inputs, seed = self._prepare(model, processor, inputs, config), self._body.get("seed")
+        return Job(model, processor, inputs, config, seed=None if seed is None else seed + self.choice, **given)
 
     async def generate_non_streaming(
         self, model: Any, processor: Any, inputs: Any, gen_config: GenerationConfig, request_id: str
     ) -> tuple[str, int, torch.Tensor]:
-        inputs = self._prepare(model, processor, inputs, gen_config)
         count = None if self._asked is None else self._asked.log_count
-        settings = {"generation_config": gen_config, "tokenizer": processor, "return_dict_in_generate": True}
-        if count is not None:
-            settings["output_logits"] = True
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Written] = loop.create_future()
 
-        def run() -> Any:
-            return self._seeded(lambda: model.generate(**inputs, **settings))
+        def settle(what: Written | Exception) -> None:
+            if future.cancelled():  # the client has left
+                return
+            if isinstance(what, Exception):
+                future.set_exception(what)
+            else:
+                future.set_result(what)
 
-        output = await self._manager.async_submit(run)
-        length = inputs["input_ids"].shape[-1]
-        ids = output.sequences[0, length:]
+        done = partial(loop.call_soon_threadsafe, settle)
+        job = self._job(model, processor, inputs, gen_config, done=done, needs_logits=count is not None)
+        self._manager.write(job)
+        ids, ended, logits = await future
         whole = processor.decode(ids, skip_special_tokens=True)
         self.text = text = cut_stop(whole, self.stops)
-        ended = len(text) < len(whole) or _is_end(ids[-1], gen_config)
-        self.finish = "stop" if ended else "length"
+        self.finish = "stop" if ended or len(text) < len(whole) else "length"
         if count is not None:
-            logits = torch.cat(output.logits).float()
             self.logprobs = _logprobs(processor, ids, logits, text, count, isinstance(self._asked, ChatRequest))
-        return text, length, ids
+        return text, job.length, ids
 
     def generate_streaming(
         self,
@@ -148,11 +146,22 @@ class Generation:
         request_id: str,
         response_parser: Any = None,
     ) -> tuple[asyncio.Queue[Any], Any]:
-        inputs = self._prepare(model, processor, inputs, gen_config)
-        seeding = Seeded(model, self._seeded, self)
-        queue, streamer = self._manager.generate_streaming(
-            seeding, processor, inputs, gen_config, request_id=request_id, response_parser=response_parser
-        )
+        loop = asyncio.get_running_loop()
+        queue: asyncio.Queue[Any] = asyncio.Queue()
+        tokenizer = getattr(processor, "tokenizer", processor)._tokenizer
+        streamer = DirectStreamer(tokenizer, loop, queue, response_parser=response_parser)
+
+        def done(what: Written | Exception) -> None:
+            if isinstance(what, Exception):
+                loop.call_soon_threadsafe(
+                    queue.put_nowait, _StreamError(json.dumps(str(what))[1:-1])
+                )  # it is put into quotes
+                return
+            if what.ended:
+                self.finish = "stop"
+            streamer.end()
+
+        self._manager.write(self._job(model, processor, inputs, gen_config, done=done, streamer=streamer))
         cut: asyncio.Queue[Any] = asyncio.Queue()
         self._pump = asyncio.create_task(self._cut_stream(queue, cut))  # a task that nobody holds may be collected
         return cut, streamer
@@ -175,41 +184,12 @@ class Generation:
                 if done:
                     self.finish = "stop"
                 continue
-            if isinstance(item, _StreamError):
-                item = _StreamError(json.dumps(item.msg)[1:-1])  # transformers puts quotes around it
             if held and not done and (item is None or isinstance(item, ToolCall)):
                 cut.put_nowait(held)
                 held = ""
             cut.put_nowait(item)
             if item is None or isinstance(item, _StreamError):
                 return
-
-
-class Seeded:
-    """A model whose `generate` uses the request's seed, and notes whether the stream ended by itself."""
-
-    def __init__(self, model: Any, seeded: Callable[[Callable[[], Any]], Any], generation: Generation):
-        self._model, self._seeded, self._generation = model, seeded, generation
-
-    def generate(self, *, streamer: Any, generation_config: GenerationConfig, **kwargs: Any) -> Any:
-        generation = self._generation
-
-        class Noting:
-            def put(self, value: torch.Tensor) -> None:
-                if _is_end(value.flatten()[-1], generation_config):
-                    generation.finish = "stop"
-                streamer.put(value)
-
-            def end(self) -> None:
-                streamer.end()
-
-        kwargs |= {"streamer": Noting(), "generation_config": generation_config}
-        return self._seeded(lambda: self._model.generate(**kwargs))
-
-
-def _is_end(token: torch.Tensor, config: GenerationConfig) -> bool:
-    ends = config.eos_token_id
-    return int(token) in (ends if isinstance(ends, list) else [ends])
 
 
 def _start_of_stop(text: str, stops: list[str]) -> int:
@@ -414,4 +394,5 @@ def install(manager: type[ModelManager]) -> None:
     completion.CompletionHandler = TextHandler  # type: ignore[misc]
     response.ResponseHandler = ResponsesHandler  # type: ignore[misc]
     model_manager.ModelManager = manager  # type: ignore[misc]
+    utils.GenerateManager = BatchingManager  # type: ignore[misc]
     server.build_server = build_server

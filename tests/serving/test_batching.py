@@ -1,0 +1,174 @@
+"""Requests that wait for a model are written together, each as it would be alone."""
+
+import threading
+
+import pytest
+import torch
+from tiny_models import tiny_model
+from transformers import GenerationConfig
+
+pytest.importorskip("fastapi")
+
+from transformers.cli.serving.utils import _GenerationCancelled
+
+from hf_decoder.engine import settings as engine_settings
+from hf_decoder.serving import batching
+from hf_decoder.serving.batching import BatchingManager, Job
+
+PROMPTS = [[5, 6, 7], [9, 8], [11], [4, 3, 2, 1, 9, 8, 7], [12, 13]]
+
+
+class Client:
+    """One request, what came of it, and the token after which its client leaves."""
+
+    def __init__(self, prompt, leaves_after=None, streams=True, **settings):
+        self.came = threading.Event()
+        self.prompt, self.leaves_after, self.tokens, self.result = prompt, leaves_after, [], None
+        self.seed = settings.pop("seed", None)
+        given = {"do_sample": False, "max_new_tokens": 8, "pad_token_id": 0, "eos_token_id": None}
+        self.config = GenerationConfig(**{**given, **settings})
+        self.streams, self.is_prompt = streams, True
+
+    def put(self, value):
+        if self.is_prompt:
+            self.is_prompt = False
+            assert value.shape[0] == 1
+            return
+        (token,) = value.tolist()
+        self.tokens.append(token)
+        if len(self.tokens) == self.leaves_after:
+            raise _GenerationCancelled
+
+    def done(self, result):
+        assert self.result is None
+        self.result = result
+        self.came.set()
+
+    def job(self, model):
+        inputs = {"input_ids": torch.tensor([self.prompt]), "attention_mask": torch.ones(1, len(self.prompt)).long()}
+        streamer = self if self.streams else None
+        return Job(model, None, inputs, self.config, self.done, seed=self.seed, streamer=streamer)
+
+    def alone(self, model):
+        ids = torch.tensor([self.prompt])
+        return model.generate(ids, generation_config=self.config)[0, len(self.prompt) :].tolist()
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The number of rows of each `generate`."""
+    rows = []
+    generate = batching.HfDecoderForCausalLM.generate
+
+    def counted(self, input_ids, **kwargs):
+        rows.append(len(input_ids))
+        return generate(self, input_ids, **kwargs)
+
+    monkeypatch.setattr(batching.HfDecoderForCausalLM, "generate", counted)
+    return rows
+
+
+def answered(model, clients):
+    """The clients after a manager that was busy when they came has answered them."""
+    manager, gate = BatchingManager(), threading.Event()
+    manager.submit(gate.wait)
+    for client in clients:
+        manager.write(client.job(model))
+    gate.set()
+    assert all(client.came.wait(60) for client in clients)
+    return clients
+
+
+def test_those_who_wait_are_answered_together_as_they_would_be_alone(calls):
+    model = tiny_model()
+    lengths = [8, 3, 12, 1, 5]
+    clients = [Client(p, max_new_tokens=n, streams=n != 5) for p, n in zip(PROMPTS, lengths, strict=True)]
+    answered(model, clients)
+    assert calls == [5]
+    for client, length in zip(clients, lengths, strict=True):
+        assert client.result.ids.tolist() == client.alone(model) and len(client.result.ids) == length
+        assert client.tokens == (client.result.ids.tolist() if client.streams else [])
+        assert not client.result.ended
+
+
+def test_a_row_ends_by_itself_and_its_client_does_not_wait():
+    model = tiny_model()
+    text = Client(PROMPTS[0]).alone(model)
+    ends = text[2]
+    clients = [Client(prompt, max_new_tokens=9, eos_token_id=ends) for prompt in PROMPTS[:2]]
+    written = []  # by the other one, when the first ends
+    done = clients[0].done
+    clients[0].done = lambda result: (written.append(len(clients[1].tokens)), done(result))
+    answered(model, clients)
+    first = clients[0].result
+    assert first.ended and first.ids.tolist() == text[: text.index(ends) + 1]
+    assert written[0] <= len(first.ids) < len(clients[1].result.ids)
+    assert clients[1].result.ids.tolist() == clients[1].alone(model)
+
+
+def test_a_client_who_leaves_stops_its_own_row_alone(calls):
+    model = tiny_model()
+    clients = [Client(PROMPTS[0], leaves_after=2, max_new_tokens=8), Client(PROMPTS[1])]
+    answered(model, clients)
+    assert calls == [2] and len(clients[0].tokens) == 2
+    assert clients[1].result.ids.tolist() == clients[1].alone(model)
+    alone = Client(PROMPTS[0], leaves_after=2, max_new_tokens=10**4)
+    answered(tiny_model(max_position_embeddings=2 * 10**4), [alone])
+    assert len(alone.tokens) == 2
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"seed": 1, "do_sample": True}, {"repetition_penalty": 1.5}, {"num_beams": 2}, {"no_repeat_ngram_size": 2}],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_what_padding_or_neighbours_would_change_runs_alone(settings, calls):
+    model = tiny_model()
+    clients = [Client(p, streams="num_beams" not in settings, **settings) for p in PROMPTS[:3]]
+    answered(model, clients)
+    assert calls == [1, 1, 1]
+
+
+def test_other_settings_wait_for_their_turn(calls):
+    model, other = tiny_model(), tiny_model(sliding_window=4)
+    sampled = {"do_sample": True, "temperature": 0.5}
+    clients = [Client(PROMPTS[0]), Client(PROMPTS[1], **sampled), Client(PROMPTS[2]), Client(PROMPTS[3], **sampled)]
+    answered(model, clients)
+    assert calls == [2, 2] and clients[2].result.ids.tolist() == clients[2].alone(model)
+    calls.clear()
+    dynamic = tiny_model(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
+    answered(dynamic, [Client(p) for p in PROMPTS])
+    assert calls == [1] * 5
+    calls.clear()
+    clients = answered(other, [Client(p, max_new_tokens=12) for p in PROMPTS])
+    assert calls == [5] and all(client.result.ids.tolist() == client.alone(other) for client in clients)
+
+
+def test_a_batch_has_an_end(calls, monkeypatch):
+    monkeypatch.setattr(batching, "MAX_ROWS", 3)
+    model = tiny_model()
+    answered(model, [Client(p) for p in PROMPTS])
+    assert calls == [3, 2]
+    calls.clear()
+    monkeypatch.setattr(batching, "FREE_PADDING", 0)
+    answered(model, [Client([3] * 30), *[Client([3]) for _ in range(2)]])
+    assert calls == [1, 2]  # a short prompt would be padding for the most part
+    calls.clear()
+    monkeypatch.setattr(batching, "MAX_CONTEXTS", 1)
+    room = model.config.max_position_embeddings // 2 - 1
+    answered(model, [Client([token], max_new_tokens=room) for token in (3, 4, 5)])
+    assert calls == [2, 1]
+
+
+def test_an_error_reaches_all_of_a_batch_and_the_next_one_is_answered(calls):
+    model = tiny_model()
+    clients = answered(model, [Client([10**6]), Client(PROMPTS[0])])
+    assert calls == [2] and all(isinstance(client.result, Exception) for client in clients)
+    assert answered(model, [Client(PROMPTS[0])])[0].result.ids.tolist() == Client(PROMPTS[0]).alone(model)
+
+
+def test_rows_are_written_by_the_fast_step():
+    model = tiny_model(attn_implementation="sdpa")
+    with engine_settings.override(all=False):
+        expected = [Client(p).alone(model) for p in PROMPTS]
+    assert [client.result.ids.tolist() for client in answered(model, [Client(p) for p in PROMPTS])] == expected
