@@ -20,6 +20,7 @@ KINDS = {
     "full": {"qk_norm": True},
     "multi-query": {"num_key_value_heads": 1},
     "mixed": {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
+    "windows": {"sliding_window": 12},  # longer than the prompt
 }
 WAYS = {
     "greedy": {},
@@ -69,7 +70,8 @@ def test_texts_are_those_of_joined_caches(kind: str, rows: int, way: str, in_pla
     ids, mask = padded(rows, 9)
     settings = {"attention_mask": mask, **WAYS[way]}
     out = written(model, ids, **settings)
-    assert bool(in_place) != (way == "beams")  # beam search reorders the rows after each step
+    # beam search reorders the rows after each step, and windows leave tokens behind
+    assert bool(in_place) != (way == "beams" or kind == "windows")
     monkeypatch.setattr(growing_cache, "LEAST_BYTES", 2**40)
     expected = written(model, ids, **settings)
     assert torch.equal(out.sequences, expected.sequences)
@@ -98,13 +100,15 @@ IN_CPP = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler")
     "way, rows", [(way, rows) for way in WAYS for rows in (1, 3) if (way, rows) != ("prompt-lookup", 3)]
 )
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_step_in_cpp_writes_the_texts_of_joined_caches(kind: str, rows: int, way: str, in_cpp):
+def test_the_step_in_cpp_writes_the_texts_of_joined_caches(kind: str, rows: int, way: str, in_cpp, monkeypatch):
+    monkeypatch.setattr(growing_cache, "LEAST_ROOM", 7)  # buffers are filled and made anew
     model = tiny_model(attn_implementation="sdpa", **KINDS[kind])
     ids, mask = padded(rows, 9)
     settings = {"attention_mask": mask, **WAYS[way]}
     out = written(model, ids, **settings)
-    # windows are not for it, nor are three beams of three rows
-    assert bool(in_cpp) == (kind != "mixed" and not (way == "beams" and rows == 3 and CppStep.max_rows < 9))
+    # not for it: windows of which a crop may bring tokens back, and three beams of three rows
+    is_cropped = way == "prompt-lookup" and kind in ("mixed", "windows")
+    assert bool(in_cpp) != (is_cropped or (way == "beams" and rows == 3 and CppStep.max_rows < 9))
     if way in ("greedy", "sampled"):
         assert len(in_cpp) in (0, NEW_TOKENS - 1)
     with engine_settings.override(all=False):
@@ -131,8 +135,9 @@ def test_plain_greedy_text_is_written_in_cpp(rows, in_cpp):
 @IN_CPP
 @pytest.mark.parametrize("sampling", [{}, {"do_sample": True}, {"num_beams": 2}])
 @pytest.mark.parametrize("rows", [1, 3])
-def test_short_prompts_are_taken_in_cpp(rows, sampling, in_cpp, layers):
-    model = tiny_model(attn_implementation="sdpa")
+@pytest.mark.parametrize("kind", ["full", "mixed", "windows"])
+def test_short_prompts_are_taken_in_cpp(kind, rows, sampling, in_cpp, layers):
+    model = tiny_model(attn_implementation="sdpa", **KINDS[kind])
     ids, mask = padded(rows, 9)
     hole = mask.clone()
     hole[0, 6] = 0
@@ -146,9 +151,11 @@ def test_short_prompts_are_taken_in_cpp(rows, sampling, in_cpp, layers):
             expected = written(model, ids, attention_mask=seen, **sampling)
         assert out.sequences.equal(expected.sequences)
         for ours, theirs in zip(out.past_key_values.layers, expected.past_key_values.layers, strict=True):
-            assert ours.keys.untyped_storage().nbytes() == ours.keys.nbytes
+            # a window of transformers' own is a view of one token more
+            assert ours.keys.untyped_storage().nbytes() == ours.keys.nbytes or not (takes or kind == "full")
             kept = torch.ones(len(ours.keys), ours.keys.shape[2])  # what padding holds is free
-            kept[:, :9] = (torch.ones_like(ids) if seen is None else seen).repeat_interleave(len(kept) // rows, 0)
+            if kept.shape[1] > 12:  # windows have left the padding behind
+                kept[:, :9] = (torch.ones_like(ids) if seen is None else seen).repeat_interleave(len(kept) // rows, 0)
             found, wanted = (layer.keys * kept[:, None, :, None] for layer in (ours, theirs))
             torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
 
@@ -187,6 +194,35 @@ def test_threads_and_conversations_share_the_step_in_cpp(in_cpp):
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(conversation, range(4)))
     assert in_cpp and all(map(torch.equal, found, expected))
+
+
+@IN_CPP
+def test_a_window_of_the_cache_that_is_not_the_models_is_left_to_the_modules(in_cpp):
+    model = tiny_model(attn_implementation="sdpa", sliding_window=6)
+    other = tiny_model(attn_implementation="sdpa", sliding_window=4)
+    for config in (other.config, tiny_model().config):
+        written(model, random_ids(1, 9), **{CACHE_NAME: DynamicCache(config=config)})
+        assert bool(in_cpp) == (config.sliding_window is None)  # a cache of all tokens holds those of a window, too
+        with engine_settings.override(all=False):
+            expected = written(model, random_ids(1, 9), **{CACHE_NAME: DynamicCache(config=config)}).sequences
+        assert written(model, random_ids(1, 9), **{CACHE_NAME: DynamicCache(config=config)}).sequences.equal(expected)
+
+
+@IN_CPP
+def test_a_long_text_with_a_window_keeps_a_window_in_memory(in_cpp):
+    model = tiny_model(attn_implementation="sdpa", sliding_window=20, max_position_embeddings=512)
+    most, extend = [], GrowingCache.extend
+
+    def measured(self, cache, buffers, tokens=1):
+        most.append(max(pair[0].shape[2] for pair in buffers.pairs))
+        return extend(self, cache, buffers, tokens)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GrowingCache, "extend", measured)
+        out = written(model, random_ids(1, 50), max_new_tokens=300)
+    assert len(in_cpp) == 299 and max(most) <= 19 + growing_cache.LEAST_ROOM
+    with engine_settings.override(all=False):
+        assert written(model, random_ids(1, 50), max_new_tokens=300).sequences.equal(out.sequences)
 
 
 def test_a_cache_goes_on_from_call_to_call(in_place, monkeypatch):

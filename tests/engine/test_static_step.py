@@ -19,7 +19,7 @@ from static_steps import (
     padded_ids,
     static,
     tiny_model,
-    triton_decoding,
+    triton_attention,
 )
 from tiny_models import random_ids
 from transformers import GenerationMixin, StaticCache, TextStreamer
@@ -34,9 +34,9 @@ from hf_decoder.model.modeling_hf_decoder import CACHE_NAME
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch):
     """The interpreter runs them one after the other."""
-    if triton_decoding is not None and not CUDA:
+    if triton_attention is not None and not CUDA:
         monkeypatch.setattr(cuda_graph_step, "MIN_BLOCKS", 1)
-        monkeypatch.setattr(triton_decoding, "SPLITS", 1)
+        monkeypatch.setattr(triton_attention, "SPLITS", 1)
     monkeypatch.setattr(cuda_graph_step, "STEPS_AHEAD", 3)
 
 
@@ -54,8 +54,8 @@ def test_steps_are_those_of_the_modules(kind, variant, precision):
 @pytest.mark.parametrize("kind", KINDS)
 def test_lengths_and_padding(kind, monkeypatch, length, hidden):
     if kind is TRITON:  # over several programs
-        monkeypatch.setattr(triton_decoding, "KEYS_PER_SPLIT", 16)
-        monkeypatch.setattr(triton_decoding, "SPLITS", 4)
+        monkeypatch.setattr(triton_attention, "KEYS_PER_SPLIT", 16)
+        monkeypatch.setattr(triton_attention, "SPLITS", 4)
         monkeypatch.setattr(cuda_graph_step, "BLOCK_KEYS", {torch.float32: 16})
     check_steps(kind, tiny_model(kind), length, hidden)
 
@@ -125,7 +125,8 @@ def test_rows_of_a_block(kind, monkeypatch, blocks):
 )
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_the_kernels_do_not_compute_is_left_to_the_modules(kind, overrides):
-    assert not kind.covers(DecodingStep(tiny_model(kind, **overrides)))
+    has_windows = "sliding_window" in overrides
+    assert kind.covers(DecodingStep(tiny_model(kind, **overrides))) == (has_windows and kind is not TRITON)
     assert kind.covers(DecodingStep(tiny_model(kind)))
 
 

@@ -14,9 +14,9 @@ from hf_decoder.engine.decoding.cuda_graph_step import CudaGraphStep, is_captura
 from hf_decoder.engine.decoding.step import DecodingStep
 
 try:
-    from hf_decoder.engine.triton import decoding as triton_decoding
+    from hf_decoder.engine.triton import attention as triton_attention
 except ImportError:  # which this system has not
-    triton_decoding = None  # type: ignore[assignment]
+    triton_attention = None  # type: ignore[assignment]
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 CUDA = torch.cuda.is_available()
@@ -36,7 +36,7 @@ if not CUDA:  # the interpreter multiplies matrices of bf16 wrongly
     TRITON = TRITON._replace(device="cpu", half=torch.float16)
 NATIVE = Kind(CppStep, is_for_cpp, "cpu", torch.bfloat16)
 TRITON_PARAM = pytest.param(
-    TRITON, id="triton", marks=pytest.mark.skipif(triton_decoding is None, reason="triton is not installed")
+    TRITON, id="triton", marks=pytest.mark.skipif(triton_attention is None, reason="triton is not installed")
 )
 KINDS = [TRITON_PARAM, pytest.param(NATIVE, id="c++")]
 VARIANTS = {

@@ -28,7 +28,7 @@ struct Product {
 struct Layer {
     Norm input_norm, query_norm, key_norm, mlp_norm;  // those of heads may be without weight: none
     Product query, key, value, output, gate, up, down;
-    int64_t rotates;
+    int64_t rotates, window;  // the tokens that a query sees, its own among them; 0: all
 };
 
 struct Step {
@@ -44,14 +44,14 @@ struct Step {
     int64_t all_heads() const { return (heads + 2 * groups) * width; }
 };
 
-struct Buffers {  // of one layer of a static cache
-    int64_t keys, values;  // addresses, of (B, G, length, E) each
+struct Buffers {  // of one layer of a cache
+    int64_t keys, values;  // addresses, of (B, G, length, E) each; where token 0 would be, if a window has left it behind
     int64_t filled;        // address of an int64
-    int64_t unused;
+    int64_t length;
 };
 
 struct State {  // of one row
-    int64_t past, position, first, length, text;  // cached tokens; of the next one; the first seen; room; an address
+    int64_t past, position, first, text;  // cached tokens; of the next one; the first seen; an address
 };
 
 template <class T> static void normed(const Norm &norm, const float *x, int64_t size, float *y) {
@@ -153,7 +153,7 @@ template <class T> struct Attention {
 
     // where a group's keys or values lie, from that token on
     int64_t place(int64_t row, int64_t group, int64_t token) const {
-        return ((row * step.groups + group) * states[row].length + token) * step.width;
+        return ((row * step.groups + group) * buffers.length + token) * step.width;
     }
 
     // A group's key and value join the cache; of a single token several threads may store them, each the same.
@@ -227,7 +227,9 @@ template <class T> void Attention<T>::attend_heads(const Team &team) const {
     for (int64_t index = count * team.thread / team.threads; index < count * (team.thread + 1) / team.threads;
          index++) {
         const int64_t token = index % tokens, head = index / tokens % heads, row = index / tokens / heads;
-        const int64_t line = row * tokens + token, last = past + token, first = std::min(states[row].first, last);
+        const int64_t line = row * tokens + token, last = past + token;
+        const int64_t in_window = layer.window ? last - layer.window + 1 : 0;
+        const int64_t first = std::min(std::max(states[row].first, in_window), last);
         const int64_t group = head / (heads / step.groups);
         if (tokens == 1) {
             if (row * step.groups + group != kept) keep(line, group);

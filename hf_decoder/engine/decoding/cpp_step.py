@@ -239,7 +239,7 @@ def _layer(layer: Any) -> list[int]:
     norms = (layer.input_norm, layer.query_norm, layer.key_norm, layer.mlp_norm)
     products = (*layer.heads, layer.output, layer.gate, layer.up, layer.down)
     fields = [field for part in (*map(_norm, norms), *map(_product, products)) for field in part]
-    return [*fields, layer.attention.use_rope]
+    return [*fields, layer.attention.use_rope, layer.window or 0]
 
 
 __all__ = ["CppStep", "is_for_cpp", "later"]

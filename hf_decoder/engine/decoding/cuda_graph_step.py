@@ -82,11 +82,11 @@ class CudaGraphStep(StaticStep):
         # a cache of two tokens and a text for the first run, which compiles the kernels
         room = torch.zeros(2, step.groups * 2 * step.head_dim, dtype=step.embedding.dtype, device=device)
         numbers = torch.zeros(3, dtype=torch.int64, device=device)
-        row = [room[0].data_ptr(), room[1].data_ptr(), numbers.data_ptr(), 0]
+        row = [room[0].data_ptr(), room[1].data_ptr(), numbers.data_ptr(), 2]
         self._buffers.copy_(torch.tensor([row] * len(step.layers)))
         with torch.cuda.device(device):
             for chooses in (False, True):
-                self._state.copy_(torch.tensor([0, 0, 0, 2, numbers.data_ptr()]))
+                self._state.copy_(torch.tensor([0, 0, 0, numbers.data_ptr()]))
                 self._launch(chooses)
                 torch.cuda.synchronize()
                 graph = torch.cuda.CUDAGraph()
@@ -139,7 +139,7 @@ class CudaGraphStep(StaticStep):
 
     def _attention(self) -> Callable[[Any, torch.Tensor], Callable[[], Any]]:
         """Gives the launch of attention of a layer with its buffers."""
-        from hf_decoder.engine.triton.decoding import KEYS_PER_SPLIT, SPLITS, attention_kernel
+        from hf_decoder.engine.triton.attention import KEYS_PER_SPLIT, SPLITS, attention_kernel
 
         step, device, hidden = self._step, self._state.device, self._hidden
         heads, groups, head_dim = step.groups * step.heads_per_group, step.groups, step.head_dim
@@ -223,6 +223,7 @@ def is_capturable(step: Any) -> bool:
     head_norms = [[norm for norm in (layer.query_norm, layer.key_norm) if norm is not None] for layer in step.layers]
     return (
         is_for_kernels(step, Weights)
+        and all(layer.window is None for layer in step.layers)
         and step.embedding.dtype in DTYPES
         and step.head_dim <= 256
         and all(len({norm.variance_epsilon for norm in norms}) < 2 for norms in head_norms)

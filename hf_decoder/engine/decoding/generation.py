@@ -18,7 +18,7 @@ from transformers.generation import EosTokenCriteria, MaxLengthCriteria, Stoppin
 from hf_decoder.engine.assumptions import is_as_written, is_hooked
 from hf_decoder.engine.calibration import taken
 from hf_decoder.engine.decoding.cpp_step import CppStep
-from hf_decoder.engine.decoding.growing_cache import GrowingCache, is_empty
+from hf_decoder.engine.decoding.growing_cache import GrowingCache
 from hf_decoder.engine.decoding.static_step import StaticStep, end_rows, first_seen, is_for_static_step
 from hf_decoder.engine.decoding.step import DecodingStep
 from hf_decoder.engine.operators import runs_as_written
@@ -46,7 +46,7 @@ class Decoding:
         self._static: StaticStep | None = None  # kernels of its own, set by `has_static_step`
         self._input_ids: torch.Tensor | None = None  # the prompt, while transformers' loop runs
         self._lasts = False  # so that buffers serve the next token
-        self._room = GrowingCache()
+        self._room = GrowingCache([] if self.step is None else [layer.window for layer in self.step.layers])
         self._on_buffers: CppStep | None = None  # fills the buffers of `_room`
         self._steps = 0  # decode steps of several tokens
         self._packed: DecodingStep | None = None  # for this call only: weights may change before the next one
@@ -270,7 +270,9 @@ class Decoding:
         )
 
     def _takes_prompt_on_buffers(self, input_ids: torch.Tensor, cache: Any) -> bool:
-        kernels = self._step_on_buffers(input_ids) if input_ids.shape[1] > 1 and is_empty(cache) else None
+        if input_ids.shape[1] == 1 or not self._room.is_before_prompt(cache):
+            return False
+        kernels = self._step_on_buffers(input_ids)
         return kernels is not None and kernels.takes_prompts(*input_ids.shape)
 
     def _static_logits(

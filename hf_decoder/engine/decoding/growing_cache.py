@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from weakref import ref
 
 import torch
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 LEAST_BYTES = 2**17  # of a layer's keys; copying fewer is cheaper than the calls below
 ROOM_SHARE = 8  # a buffer reserves space for one token per so many cached ones
@@ -30,29 +30,31 @@ class _Left(NamedTuple):
 
 
 class Buffers:
-    """All layers in buffers of one length, in the shape of a static cache: what the C++ step fills."""
+    """All layers in buffers, in the shape of a static cache: what the C++ step fills."""
 
-    def __init__(self, pairs: Sequence[Any], length: int):
-        """length: the tokens that are there."""
-        self.pairs, self.length = pairs, length
+    def __init__(self, pairs: Sequence[Pair], length: int, dropped: Sequence[int]):
+        """length: the tokens that are there; dropped: those of each layer that its window has left behind."""
+        self.pairs, self.length, self.dropped = pairs, length, dropped
         self._filled = torch.zeros((), dtype=torch.int64, device="cpu")  # the step counts in there
         self.layers = [
-            SimpleNamespace(keys=keys, values=values, cumulative_length=self._filled, is_initialized=True)
-            for keys, values in pairs
+            SimpleNamespace(
+                keys=keys, values=values, dropped=count, cumulative_length=self._filled, is_initialized=True
+            )
+            for (keys, values), count in zip(pairs, dropped, strict=True)
         ]
 
     @classmethod
     def empty(cls, layers: int, rows: int, groups: int, length: int, width: int, dtype: torch.dtype) -> "Buffers":
-        """Room for so many tokens."""
+        """Space for so many tokens."""
         shape = (2, rows, groups, length, width)
         pairs = [torch.empty(shape, dtype=dtype, device="cpu").unbind() for _ in range(layers)]
-        return cls(pairs, 0)
+        return cls(pairs, 0, [0] * layers)
 
     def get_seq_length(self) -> int:
         return self.length
 
-    def has_room(self) -> bool:
-        return self.length < self.pairs[0][0].shape[2]
+    def has_room(self, index: int) -> bool:
+        return self.length - self.dropped[index] < self.pairs[index][0].shape[2]
 
 
 class GrowingCache:
@@ -62,7 +64,9 @@ class GrowingCache:
     cropped, reordered or extended a layer, its buffers start again.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, windows: Sequence[int | None] = ()) -> None:
+        """windows: of the model's layers, which `buffers` needs."""
+        self._windows = windows
         self._left: dict[int, _Left] = {}  # by the layer's index
         self._buffers: Buffers | None = None  # of all layers
 
@@ -88,36 +92,45 @@ class GrowingCache:
         return now
 
     def buffers(self, cache: Any, dtype: torch.dtype) -> Buffers | None:
-        """What the cache holds, with room for one token more; None where its layers are not of one kind and length.
+        """What the cache holds, with room for one token more; None where its layers are not of one length.
 
         Once the token is there, `extend` says so to the cache.
         """
-        layers: list[Any] = cache.layers if type(cache) is DynamicCache and not cache.offloading else []
-        if not layers or not all(type(layer) is DynamicLayer and layer.is_initialized for layer in layers):
+        layers: list[Any] = cache.layers if _holds(cache, self._windows) else []
+        if not layers or not all(layer.is_initialized for layer in layers):
             return None
-        found = self._buffers
-        if found is not None and found.has_room() and len(layers) == len(found.pairs):
-            left = map(self._left.get, range(len(layers)))
-            if all(
-                was is not None and was.keys is layer.keys and was.values is layer.values and was.buffers is pair
-                for was, layer, pair in zip(left, layers, found.pairs, strict=True)
-            ):
-                return found
-        length = layers[0].keys.shape[2]
-        if not all(
-            _is_in_place(layer.keys) and layer.keys.dtype == dtype and layer.keys.shape[2] == length
-            for layer in layers
-        ):
-            return None
-        pairs = [(_with_room(layer.keys, LEAST_ROOM), _with_room(layer.values, LEAST_ROOM)) for layer in layers]
-        self._buffers = Buffers(pairs, length)
+        kept, length = self._buffers, layers[0].get_seq_length()
+        pairs, dropped = [], []
+        for index, (layer, window) in enumerate(zip(layers, self._windows, strict=True)):
+            count, seen = layer.keys.shape[2], _seen(layer, window, length)
+            if layer.get_seq_length() != length or count != seen or layer.keys.dtype != dtype:
+                return None
+            if kept is not None and kept.has_room(index) and self._is_left(index, layer, kept.pairs[index]):
+                pairs.append(kept.pairs[index])
+                dropped.append(kept.dropped[index])
+            elif _is_in_place(layer.keys):
+                pairs.append((_with_room(layer.keys, LEAST_ROOM), _with_room(layer.values, LEAST_ROOM)))
+                dropped.append(length - count)
+            else:
+                return None
+        if kept is None or any(pair is not other for pair, other in zip(pairs, kept.pairs, strict=True)):
+            self._buffers = Buffers(pairs, length, dropped)
         return self._buffers
+
+    def _is_left(self, index: int, layer: Any, buffers: Pair) -> bool:
+        """Whether a layer is as `extend` left it, in these buffers."""
+        was = self._left.get(index)
+        return was is not None and was.keys is layer.keys and was.values is layer.values and was.buffers is buffers
+
+    def is_before_prompt(self, cache: Any) -> bool:
+        """Whether nothing is in any layer of a cache yet, which `buffers` takes."""
+        return _holds(cache, self._windows) and not any(layer.is_initialized for layer in cache.layers)
 
     def for_prompt(
         self, cache: Any, rows: int, groups: int, tokens: int, width: int, dtype: torch.dtype
     ) -> Buffers | None:
         """Empty buffers for so many tokens and some more; None where the cache is not an empty one for them."""
-        if not is_empty(cache):
+        if not self.is_before_prompt(cache):
             return None
         self._buffers = Buffers.empty(len(cache.layers), rows, groups, tokens + LEAST_ROOM, width, dtype)
         return self._buffers
@@ -128,7 +141,10 @@ class GrowingCache:
         for index, (layer, pair) in enumerate(zip(cache.layers, buffers.pairs, strict=True)):
             if not layer.is_initialized:
                 layer.lazy_initialization(*pair)
-            layer.keys, layer.values = (buffer.narrow(2, 0, buffers.length) for buffer in pair)
+            seen, stored = _seen(layer, self._windows[index], buffers.length), buffers.length - buffers.dropped[index]
+            layer.keys, layer.values = (buffer.narrow(2, stored - seen, seen) for buffer in pair)
+            if type(layer) is DynamicSlidingWindowLayer:
+                layer.cumulative_length = buffers.length
             self._left[index] = _Left(ref(layer), layer.keys, layer.values, pair)
 
     def end(self) -> None:
@@ -143,14 +159,28 @@ class GrowingCache:
         self._buffers = None
 
 
-def is_empty(cache: Any) -> bool:
-    """Whether nothing is in any layer of a cache of growing ones yet."""
+def _holds(cache: Any, windows: Sequence[int | None]) -> bool:
+    """Whether this is a growing cache whose layers keep all that a model of these windows sees."""
     return (
         type(cache) is DynamicCache
         and not cache.offloading
-        and bool(cache.layers)
-        and all(type(layer) is DynamicLayer and not layer.is_initialized for layer in cache.layers)
+        and len(cache.layers) == len(windows)
+        and all(
+            type(layer) is DynamicLayer
+            or (
+                type(layer) is DynamicSlidingWindowLayer
+                # transformers keeps all tokens for a window of one, and what a crop may bring back
+                and 1 < layer.sliding_window == window
+                and not layer.record_past
+            )
+            for layer, window in zip(cache.layers, windows, strict=True)
+        )
     )
+
+
+def _seen(layer: Any, window: int | None, length: int) -> int:
+    """How many of `length` tokens a layer's tensors hold."""
+    return length if window is None or type(layer) is DynamicLayer else min(length, window - 1)
 
 
 def _is_in_place(new: torch.Tensor) -> bool:
@@ -166,4 +196,4 @@ def _with_room(filled: torch.Tensor, least: int = 1) -> torch.Tensor:
     return buffer
 
 
-__all__ = ["Buffers", "GrowingCache", "is_empty"]
+__all__ = ["Buffers", "GrowingCache"]

@@ -42,11 +42,12 @@ class StaticStep(ABC):
         self.lock = Lock()  # the buffers serve one step at a time
         self._cache: StaticCache | Buffers | None = None
         self._next_past = -1
+        self._space = 0  # how many tokens there may be in the cache
         self._addresses = _addresses(step)
         device, dtype = step.embedding.device, step.embedding.dtype
-        # per row: cached tokens, position of the next token, first token it sees, size of the cache, address of text
-        self._state = torch.zeros(rows, 5, dtype=torch.int64, device=device)
-        # per layer: addresses of keys, values and the number of cached tokens
+        # per row: cached tokens, position of the next token, first token it sees, address of text
+        self._state = torch.zeros(rows, 4, dtype=torch.int64, device=device)
+        # per layer: addresses of keys, values and the number of cached tokens; for how many tokens there is space
         self._buffers = torch.zeros(len(step.layers), 4, dtype=torch.int64, device=device)
         self._ids = torch.zeros(rows, dtype=torch.int64, device=device)
         self._logits = torch.empty(rows, outputs_of(step.head), dtype=dtype, device=device)
@@ -96,8 +97,9 @@ class StaticStep(ABC):
             past = attention_mask.shape[1] - tokens
         else:
             past = self._next_past if goes_on else int(cache.get_seq_length())
-        room = layers[0].keys.shape[2]
-        if past + tokens > room:
+        if not goes_on:
+            self._space = min(layer.keys.shape[2] + _dropped(layer) for layer in layers)
+        if past + tokens > self._space:
             return False
         if goes_on and self._next_past == past:
             return True
@@ -107,13 +109,10 @@ class StaticStep(ABC):
             if hidden is None:
                 return False
             firsts = hidden
-        rows = [
-            [layer.keys.data_ptr(), layer.values.data_ptr(), layer.cumulative_length.data_ptr(), 0] for layer in layers
-        ]
-        self._buffers.copy_(torch.tensor(rows))
+        self._buffers.copy_(torch.tensor([_places(layer) for layer in layers]))
         addresses = [0] * self.rows if text is None else [row.data_ptr() for row in text]
         states = zip(firsts, addresses, strict=True)
-        self._state.copy_(torch.tensor([[past, past, first, room, address] for first, address in states]))
+        self._state.copy_(torch.tensor([[past, past, first, address] for first, address in states]))
         if position_ids is not None:
             self._state[:, 1].copy_(position_ids[:, -1] - (tokens - 1))
         self._cache, self._next_past = cache, past
@@ -161,6 +160,18 @@ class StaticStep(ABC):
         return text[:, :stop].contiguous()
 
 
+def _dropped(layer: Any) -> int:
+    """How many tokens a window has left behind in front of those in a layer of `Buffers`; none in a static cache."""
+    return getattr(layer, "dropped", 0)
+
+
+def _places(layer: Any) -> list[int]:
+    """What the kernels know of a layer's cache: see `_buffers`."""
+    before = _dropped(layer) * layer.keys.shape[3] * layer.keys.element_size()
+    counter = layer.cumulative_length.data_ptr()
+    return [layer.keys.data_ptr() - before, layer.values.data_ptr() - before, counter, layer.keys.shape[2]]
+
+
 def end_rows(
     tokens: list[int], text: torch.Tensor, place: int, ends: Collection[int], ended: set[int], pad: int
 ) -> bool:
@@ -200,7 +211,7 @@ def is_for_static_step(step: Any, input_ids: torch.Tensor, cache: Any) -> bool:
 
 
 def is_for_kernels(step: Any, *kinds: type) -> bool:
-    """Whether kernels support this step: weights of these kinds, SiLU, no windows, fixed angles."""
+    """Whether kernels support this step: weights of these kinds, SiLU, fixed angles."""
     dtype, products = step.embedding.dtype, weights_of_products(step)
     of_type = [norm.weight for norm in _norms(step)]
     if type(step.embedding) is not Table:
@@ -226,7 +237,7 @@ def is_for_kernels(step: Any, *kinds: type) -> bool:
     return (
         all(tensor.dtype == dtype for tensor in of_type)
         and all(type(tensor) in PLAIN and tensor.is_contiguous() for tensor in of_type + others)
-        and all(type(layer.activation) in SILU and layer.window is None for layer in step.layers)
+        and all(type(layer.activation) in SILU for layer in step.layers)
         and step.rotary.rope_type in FIXED_ANGLES
     )
 

@@ -359,6 +359,36 @@ def _tanh(x):
 
 
 @triton.jit
+def _write_gradient(
+    logits_ptr,  # (V,) of one row
+    target,
+    largest,
+    scale,
+    cap,
+    smoothing,
+    V: tl.constexpr,
+    CAPPED: tl.constexpr,
+    SMOOTHED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Replaces the logits by the gradient: exp(score - largest) * scale, less the target's share."""
+    columns = tl.arange(0, BLOCK)
+    for start in range(0, V, BLOCK):
+        inside = start + columns < V
+        score = tl.load(logits_ptr + start + columns, mask=inside, other=0.0).to(tl.float32)
+        if CAPPED:
+            bent = _tanh(score / cap)
+            score = bent * cap
+        gradient = tl.exp(score - largest) * scale
+        if SMOOTHED:
+            gradient -= smoothing / V
+        gradient += tl.where(start + columns == target, smoothing - 1.0, 0.0)
+        if CAPPED:
+            gradient *= 1.0 - bent * bent
+        tl.store(logits_ptr + start + columns, gradient.to(logits_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def _cross_entropy_kernel(
     logits_ptr,  # (N, V); their gradient replaces them
     targets_ptr,  # (N,) int64
@@ -409,19 +439,7 @@ def _cross_entropy_kernel(
         tl.store(losses_ptr + row, log_partition - target_score + z_loss_coef * log_partition * log_partition)
         if NEEDS_GRADIENT:
             scale = (1.0 + 2.0 * z_loss_coef * log_partition) / weight_sum
-            for start in range(0, V, BLOCK):
-                inside = start + columns < V
-                score = tl.load(logits_ptr + start + columns, mask=inside, other=0.0).to(tl.float32)
-                if CAPPED:
-                    bent = _tanh(score / cap)
-                    score = bent * cap
-                gradient = tl.exp(score - largest) * scale
-                if SMOOTHED:
-                    gradient -= smoothing / V
-                gradient += tl.where(start + columns == target, smoothing - 1.0, 0.0)
-                if CAPPED:
-                    gradient *= 1.0 - bent * bent
-                tl.store(logits_ptr + start + columns, gradient.to(dtype), mask=inside)
+            _write_gradient(logits_ptr, target, largest, scale, cap, smoothing, V, CAPPED, SMOOTHED, BLOCK)
 
 
 def cross_entropy(
