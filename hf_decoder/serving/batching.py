@@ -18,14 +18,16 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, StopStringCriteria
 from transformers.cli.serving.utils import GenerateManager, _GenerationCancelled
 
+from hf_decoder.engine.decoding.cpp_step import CppStep
 from hf_decoder.model.modeling_hf_decoder import HfDecoderForCausalLM
 
-MAX_ROWS = 16
+MAX_ROWS = {"cpu": CppStep.max_rows, "cuda": 32}
 MAX_CONTEXTS = 4  # the most tokens of a batch, prompts and answers, in contexts of the model
 FREE_PADDING = 1024  # tokens in a batch; more than that is at most half of the prompts themselves
 # settings that mean the same for a row among others; those that count tokens of the prompt would count padding
 OF_ROWS = {"do_sample", "temperature", "top_k", "top_p", "min_p", "sequence_bias", "stop_strings", "max_new_tokens"}
 OF_ROWS |= {"max_length", "eos_token_id", "pad_token_id", "bos_token_id", "transformers_version", "_from_model_config"}
+OF_ROWS |= {"use_cache", "output_attentions", "output_hidden_states"}  # which every model's config says
 
 
 class Written(NamedTuple):
@@ -162,7 +164,7 @@ def _fit(jobs: list[Job]) -> bool:
     longest = max(lengths) + max(job.config.max_new_tokens for job in jobs)
     context = jobs[0].model.config.max_position_embeddings
     return (
-        len(jobs) <= MAX_ROWS
+        len(jobs) <= MAX_ROWS.get(jobs[0].model.device.type, 8)
         and padding <= max(FREE_PADDING, sum(lengths) // 2)
         and longest <= context
         and len(jobs) * longest <= MAX_CONTEXTS * context

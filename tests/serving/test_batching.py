@@ -1,5 +1,6 @@
 """Requests that wait for a model are written together, each as it would be alone."""
 
+import copy
 import threading
 
 import pytest
@@ -91,6 +92,17 @@ def test_those_who_wait_are_answered_together_as_they_would_be_alone(calls):
         assert not client.result.ended
 
 
+def test_what_a_saved_model_says_keeps_nobody_alone(calls, tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    model = batching.HfDecoderForCausalLM.from_pretrained(tmp_path)
+    clients = [Client(prompt) for prompt in PROMPTS]
+    for client in clients:
+        client.config = copy.deepcopy(model.generation_config)
+        client.config.update(max_new_tokens=3, pad_token_id=0)
+    answered(model, clients)
+    assert calls == [5]
+
+
 def test_a_row_ends_by_itself_and_its_client_does_not_wait():
     model = tiny_model()
     text = Client(PROMPTS[0]).alone(model)
@@ -145,7 +157,7 @@ def test_other_settings_wait_for_their_turn(calls):
 
 
 def test_a_batch_has_an_end(calls, monkeypatch):
-    monkeypatch.setattr(batching, "MAX_ROWS", 3)
+    monkeypatch.setitem(batching.MAX_ROWS, "cpu", 3)
     model = tiny_model()
     answered(model, [Client(p) for p in PROMPTS])
     assert calls == [3, 2]
