@@ -64,12 +64,13 @@ class Job:
     def key(self) -> str | None:
         """Equal for jobs that may share a batch; None if this one runs alone: what is seeded can be repeated."""
         changed = self.config.to_diff_dict()
+        rope: Any = self.model.config.rope_parameters if isinstance(self.model, HfDecoderForCausalLM) else None
         if (
             self.seed is not None
             or self.needs_logits
             or self.inputs.keys() - {"input_ids", "attention_mask"}
-            or not isinstance(self.model, HfDecoderForCausalLM)  # of others nobody knows what padding does to them
-            or self.model.config.rope_parameters["rope_type"] in ("dynamic", "longrope")  # one angle for all rows
+            or rope is None  # nobody knows what padding does to models of other classes
+            or rope["rope_type"] in ("dynamic", "longrope")  # one angle for all rows
             or self.config.pad_token_id is None
             or changed.keys() - OF_ROWS
         ):

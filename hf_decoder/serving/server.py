@@ -12,7 +12,6 @@ import copy
 import json
 import math
 import re
-from functools import partial
 from typing import Any
 
 import torch
@@ -126,14 +125,16 @@ class Generation:
             else:
                 future.set_result(what)
 
-        done = partial(loop.call_soon_threadsafe, settle)
+        def done(what: Written | Exception) -> None:
+            loop.call_soon_threadsafe(settle, what)
+
         job = self._job(model, processor, inputs, gen_config, done=done, needs_logits=count is not None)
         self._manager.write(job)
         ids, ended, logits = await future
         whole = processor.decode(ids, skip_special_tokens=True)
         self.text = text = cut_stop(whole, self.stops)
         self.finish = "stop" if ended or len(text) < len(whole) else "length"
-        if count is not None:
+        if count is not None and logits is not None:
             self.logprobs = _logprobs(processor, ids, logits, text, count, isinstance(self._asked, ChatRequest))
         return text, job.length, ids
 

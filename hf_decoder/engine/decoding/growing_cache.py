@@ -32,7 +32,7 @@ class _Left(NamedTuple):
 class Buffers:
     """All layers in buffers, in the shape of a static cache: what the C++ step fills."""
 
-    def __init__(self, pairs: Sequence[Pair], length: int, dropped: Sequence[int]):
+    def __init__(self, pairs: Sequence[Any], length: int, dropped: Sequence[int]):
         """length: the tokens that are there; dropped: those of each layer that its window has left behind."""
         self.pairs, self.length, self.dropped = pairs, length, dropped
         self._filled = torch.zeros((), dtype=torch.int64, device="cpu")  # the step counts in there
