@@ -27,6 +27,7 @@ from hf_decoder.engine.assumptions import register
 from hf_decoder.engine.attention.choice import measure_for_graphs
 from hf_decoder.engine.bitsandbytes import settle_layers, settle_tied_head, unpack_layers
 from hf_decoder.engine.decoding.generation import OPTIONS, Decoding
+from hf_decoder.engine.decoding.row_batches import generate_batch
 from hf_decoder.engine.loading import check_loaded_sizes
 from hf_decoder.engine.operators import runs_as_written
 from hf_decoder.engine.route import Route
@@ -183,6 +184,11 @@ class _Generating:
     def generate(self, *args, **kwargs):
         with Decoding(self) if settings.decoding else nullcontext():
             return super().generate(*args, **kwargs)
+
+    @wraps(plain.HfDecoderForCausalLM.generate_batch)
+    def generate_batch(self, inputs, *args, **kwargs):
+        outputs = generate_batch(self, inputs, *args, **kwargs) if settings.decoding else None
+        return super().generate_batch(inputs, *args, **kwargs) if outputs is None else outputs
 
     @wraps(plain.HfDecoderForCausalLM.prepare_inputs_for_generation)
     def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):

@@ -19,15 +19,12 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from transformers.cli.serving.utils import GenerateManager, _GenerationCancelled
 
 from hf_decoder.engine.decoding.cpp_step import CppStep
+from hf_decoder.engine.decoding.row_batches import left_padded, may_be_rows
 from hf_decoder.model.modeling_hf_decoder import HfDecoderForCausalLM
 
 MAX_ROWS = {"cpu": CppStep.max_rows, "cuda": 32}
 MAX_CONTEXTS = 4  # the most tokens of a batch, prompts and answers, in contexts of the model
 FREE_PADDING = 1024  # tokens in a batch; more than that is at most half of the prompts themselves
-# settings that mean the same for a row among others; those that count tokens of the prompt would count padding
-OF_ROWS = {"do_sample", "temperature", "top_k", "top_p", "min_p", "sequence_bias", "stop_strings", "max_new_tokens"}
-OF_ROWS |= {"max_length", "eos_token_id", "pad_token_id", "bos_token_id", "transformers_version", "_from_model_config"}
-OF_ROWS |= {"use_cache", "output_attentions", "output_hidden_states"}  # which every model's config says
 
 
 class Written(NamedTuple):
@@ -63,19 +60,16 @@ class Job:
     @cached_property
     def key(self) -> str | None:
         """Equal for jobs that may share a batch; None if this one runs alone: what is seeded can be repeated."""
-        changed = self.config.to_diff_dict()
-        rope: Any = self.model.config.rope_parameters if isinstance(self.model, HfDecoderForCausalLM) else None
         if (
             self.seed is not None
             or self.needs_logits
             or self.inputs.keys() - {"input_ids", "attention_mask"}
-            or rope is None  # nobody knows what padding does to models of other classes
-            or rope["rope_type"] in ("dynamic", "longrope")  # one angle for all rows
-            or self.config.pad_token_id is None
-            or changed.keys() - OF_ROWS
+            or not isinstance(self.model, HfDecoderForCausalLM)  # nobody knows what padding does to other classes
+            or not may_be_rows(self.model, self.config)
         ):
             return None
-        return json.dumps({name: value for name, value in changed.items() if name != "max_new_tokens"}, default=str)
+        same = {name: value for name, value in self.config.to_diff_dict().items() if name != "max_new_tokens"}
+        return json.dumps(same, default=str)
 
 
 class Rows(StoppingCriteria):
@@ -193,20 +187,16 @@ def _write_alone(rows: Rows) -> None:
 def _write_together(rows: Rows) -> None:
     """One `generate` of all rows, their prompts padded on the left."""
     jobs, first = rows.jobs, rows.jobs[0]
-    longest = max(job.length for job in jobs)
-    ids = torch.full((len(jobs), longest), first.config.pad_token_id, device=first.inputs["input_ids"].device)
-    mask = torch.zeros_like(ids)
-    for row, job in enumerate(jobs):
-        ids[row, longest - job.length :] = job.inputs["input_ids"][0]
-        mask[row, longest - job.length :] = 1
+    ids, mask = left_padded([job.inputs["input_ids"][0].tolist() for job in jobs], first.config.pad_token_id)
     config = copy.deepcopy(first.config)
+    config.pad_token_id = config.pad_token_id or 0
     config.max_new_tokens = max(job.config.max_new_tokens for job in jobs)
     if config.stop_strings:
         rows.criteria.append(StopStringCriteria(first.processor, config.stop_strings))
         config.stop_strings = None
     first.model.generate(
-        input_ids=ids,
-        attention_mask=mask,
+        input_ids=ids.to(first.model.device),
+        attention_mask=mask.to(first.model.device),
         generation_config=config,
         streamer=rows,
         stopping_criteria=StoppingCriteriaList([rows]),

@@ -1,0 +1,94 @@
+"""Prompts of several lengths as the rows of one `generate()`, and transformers' `generate_batch` by it on a CPU."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import GenerationConfig
+
+from hf_decoder.engine.decoding.cpp_step import CppStep
+from hf_decoder.engine.stock import fields_of
+
+# settings that mean the same for a row among others; those that count tokens of the prompt would count padding
+OF_TEXT = {"do_sample", "temperature", "top_k", "top_p", "min_p", "sequence_bias", "stop_strings", "eos_token_id"}
+OF_ROWS = OF_TEXT | {"max_new_tokens", "max_length", "pad_token_id", "bos_token_id"}
+OF_ROWS |= {"use_cache", "output_attentions", "output_hidden_states", "transformers_version", "_from_model_config"}
+ONE_ANGLE = ("dynamic", "longrope")  # kinds of RoPE that turn all rows by the length of the longest one
+
+
+def may_be_rows(model: Any, config: GenerationConfig) -> bool:
+    """Whether texts of one of our models, written by these settings, do not depend on the rows beside them."""
+    rope = fields_of(model.config).rope_parameters["rope_type"]
+    return rope not in ONE_ANGLE and config.to_diff_dict().keys() <= OF_ROWS
+
+
+def left_padded(prompts: Sequence[Sequence[int]], pad: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask (B, S) of prompts that end together."""
+    longest = max(map(len, prompts))
+    ids = torch.full((len(prompts), longest), pad or 0, device="cpu")
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.tensor(prompt, device="cpu")
+        mask[row, longest - len(prompt) :] = 1
+    return ids, mask
+
+
+def generate_batch(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    generation_config: GenerationConfig | None = None,
+    continuous_batching_config: Any = None,
+    record_timestamps: bool = False,
+    progress_bar: bool = False,
+    persistent_manager: bool = False,
+    warmup: bool = True,
+    max_new_tokens: int | None = None,
+    **kwargs: Any,
+) -> dict[str, Any] | None:
+    """What transformers' `generate_batch` returns; None if that must run, as off the CPU.
+
+    Its cache in pages takes a second a step on a CPU. Rows of like length are written together here.
+    """
+    config = generation_config or model.generation_config
+    new = max_new_tokens or config.max_new_tokens
+    if (
+        (kwargs or continuous_batching_config is not None or record_timestamps or persistent_manager or not new)
+        or (model.device.type != "cpu" or not may_be_rows(model, config) or config.stop_strings)
+        or not all(len(prompt) and 0 <= min(prompt) <= max(prompt) < model.config.vocab_size for prompt in prompts)
+        or any(_is_of_model(name, config, model.generation_config) for name in OF_TEXT)
+    ):
+        return None
+    try:
+        from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
+    except ImportError:  # another version of transformers
+        return None
+    config, ends = copy.deepcopy(config), config.eos_token_id
+    config.max_new_tokens, config.max_length = new, None
+    config.pad_token_id = config.pad_token_id or 0
+    ends = {*ends} if isinstance(ends, list) else {ends}
+    found: dict[int, list[int]] = {}
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    with tqdm(total=len(prompts), disable=not progress_bar, unit="request") as bar:
+        for start in range(0, len(order), CppStep.max_rows):
+            rows = order[start : start + CppStep.max_rows]
+            ids, mask = left_padded([prompts[index] for index in rows], config.pad_token_id)
+            texts = model.generate(ids, attention_mask=mask, generation_config=config)[:, ids.shape[1] :].tolist()
+            for index, text in zip(rows, texts, strict=True):
+                end = next((place + 1 for place, token in enumerate(text) if token in ends), len(text))
+                found[index] = text[:end]
+            bar.update(len(rows))
+    outputs = (
+        GenerationOutput(f"req_{index}", list(prompt), found[index], status=RequestStatus.FINISHED)
+        for index, prompt in enumerate(prompts)
+    )
+    return {output.request_id: output for output in outputs}
+
+
+def _is_of_model(name: str, config: GenerationConfig, own: GenerationConfig) -> bool:
+    """Whether `generate` would take this setting from the model, which `generate_batch` does not."""
+    return getattr(config, name, None) is None and getattr(own, name, None) is not None
+
+
+__all__ = ["OF_ROWS", "generate_batch", "left_padded", "may_be_rows"]
