@@ -36,7 +36,7 @@ ROPE_NUMBERS = {
     "mscale": 0.0,
     "mscale_all_dim": 0.0,
 }
-# Of two of them the second one is larger; these are their defaults.
+# Pairs of parameters with their defaults. The second one must be larger than the first.
 ROPE_ORDER: dict[str, dict[str, float]] = {
     "yarn": {"beta_slow": 1.0, "beta_fast": 32.0},
     "llama3": {"low_freq_factor": 1.0, "high_freq_factor": 4.0},
@@ -103,13 +103,13 @@ class HfDecoderConfig(PreTrainedConfig):
             Width of the residual stream.
         intermediate_size (`int`, *optional*):
             Width of the SwiGLU layer. `None` means 8/3 of `hidden_size` rounded up to a multiple of 64, as many
-            parameters, gated, as an ungated layer four times as wide as the stream (Shazeer 2020, section 3).
+            parameters as an MLP without a gate of width `4 * hidden_size` (Shazeer 2020, section 3).
         num_hidden_layers (`int`, defaults to 12):
             Number of decoder layers.
         num_attention_heads (`int`, defaults to 12):
             Number of query heads.
         num_key_value_heads (`int`, *optional*, defaults to 4):
-            Number of key/value heads (grouped-query attention, Ainslie et al. 2023). `None` means one a query head.
+            Number of key/value heads (grouped-query attention, Ainslie et al. 2023). `None`: as many as query heads.
         head_dim (`int`, *optional*):
             Width of a head; need not be `hidden_size / num_attention_heads`, which `None` stands for.
         hidden_act (`str`, defaults to `"silu"`):
@@ -141,7 +141,7 @@ class HfDecoderConfig(PreTrainedConfig):
         mlp_bias (`bool`, defaults to `False`):
             Biases in the three MLP projections.
         sliding_window (`int`, *optional*):
-            Number of last tokens, itself included, that a token of a `sliding_attention` layer sees.
+            Window in tokens: in a `sliding_attention` layer a token sees itself and the `sliding_window - 1` before.
         layer_types (`list[str]`, *optional*):
             `full_attention` or `sliding_attention`, one entry a layer. `None`: all of them sliding if there is a
             `sliding_window`, else all full.
@@ -229,12 +229,10 @@ class HfDecoderConfig(PreTrainedConfig):
         if self.layer_types is None:
             kind = "full_attention" if self.sliding_window is None else "sliding_attention"
             self.layer_types = [kind] * self.num_hidden_layers
-        # older configs write -1 for none
-        if self.pad_token_id is not None and not -1 <= self.pad_token_id < self.vocab_size:
-            raise ValueError(
-                f"pad_token_id={self.pad_token_id} is outside the vocabulary; it must be below vocab_size="
-                f"{self.vocab_size}, or None"
-            )
+        if self.pad_token_id == -1:  # how older configs write none
+            self.pad_token_id = None
+        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
+            raise ValueError(f"pad_token_id={self.pad_token_id} must be None, or from 0 to {self.vocab_size - 1}")
         rope_scaling = kwargs.pop("rope_scaling", None)
         if rope_scaling is not None and not isinstance(rope_scaling, dict):
             raise ValueError(f"rope_scaling={rope_scaling!r} is not possible; it must be a dictionary, or None")
@@ -264,7 +262,7 @@ class HfDecoderConfig(PreTrainedConfig):
             raise ValueError(f"attention_bias={self.attention_bias!r} is unknown; choose True, False or 'qkv'")
         for name, (fits, rule) in RANGES.items():
             value = getattr(self, name)
-            if value is not None and not fits(value):  # also when it is not a number at all
+            if value is not None and not fits(value):  # nor does NaN
                 raise ValueError(f"{name}={value} is out of range; it {rule}")
         self._check_layers()
         self._check_rotary_dim()

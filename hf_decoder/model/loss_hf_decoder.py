@@ -137,8 +137,8 @@ def is_plain_linear(module: nn.Module) -> bool:
         type(module) is nn.Linear
         and type(module.weight) in (nn.Parameter, torch.Tensor)
         and not module.weight.is_meta
-        and not module._forward_pre_hooks
-        and not module._forward_hooks
+        and not (module._forward_pre_hooks or module._forward_hooks)
+        and not (module._backward_pre_hooks or module._backward_hooks)
         and "forward" not in module.__dict__  # where accelerate puts its offloading
     )
 

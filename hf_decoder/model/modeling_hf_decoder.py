@@ -183,7 +183,7 @@ def eager_attention_forward(
 
 
 class LayerMask:
-    """What a layer may get in place of an attention mask: it knows itself how to attend."""
+    """Takes the place of a layer's attention mask; its `attend` calls the attention function."""
 
     def attend(self, attention: Callable, module, query, key, value, **kwargs) -> tuple[torch.Tensor, None]:
         """Takes query (B, H, S, E), key and value (B, G, S, E); returns the output (B, S, H, E) and no weights."""
@@ -208,13 +208,13 @@ class PackedDocuments(LayerMask):
         # all rows one after the other, then apart at the documents: (1, heads, document, E) each
         rows = (x.transpose(0, 1).flatten(1, 2)[None] for x in (query, key, value))
         documents = zip(*(x.split(self.lengths, dim=2) for x in rows), strict=True)
-        masks = (self.masks.get(length) for length in self.lengths)
-        parts = [attention(module, *document, next(masks), **kwargs)[0] for document in documents]
+        masks = [self.masks[length].to(query.device) if length in self.masks else None for length in self.lengths]
+        parts = [attention(module, *x, mask, **kwargs)[0] for x, mask in zip(documents, masks, strict=True)]
         return torch.cat(parts, dim=1).view(batch, length, *parts[0].shape[2:]), None
 
 
 def hides_nothing(attention_mask: Any) -> bool:
-    """Whether a mask (B, K) has no padding; then it is dropped, as documents are looked for only without one."""
+    """Whether a mask (B, K) has no padding. Such a mask is dropped: transformers looks for documents without one."""
     return isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2 and bool(attention_mask.all())
 
 
@@ -380,8 +380,9 @@ class HfDecoderModel(HfDecoderPreTrainedModel):
         Args:
             input_ids (`torch.LongTensor` of shape `(B, S)`, *optional*): token ids; either these or `inputs_embeds`.
             attention_mask (`torch.Tensor`, *optional*): `(B, K)` 1 for tokens, 0 for padding, or a prepared mask.
-            position_ids (`torch.LongTensor` of shape `(B, S)`, *optional*): positions. Without padding and cached
-                tokens, positions that restart inside a row mark packed documents, which do not see each other.
+            position_ids (`torch.LongTensor` of shape `(B, S)`, *optional*): positions. If `cache` is `None` and no
+                token is padding, a position that is not its predecessor plus one starts another packed document.
+                Documents do not see each other. Llama looks for them only without a mask and without a cache.
             cache (`Cache`, *optional*): keys and values of earlier tokens; `past_key_values` is its older name.
             inputs_embeds (`torch.FloatTensor` of shape `(B, S, D)`, *optional*): embeddings in place of `input_ids`.
             use_cache (`bool`, *optional*): whether to fill and return a cache; the config's value by default.
@@ -430,7 +431,7 @@ class HfDecoderModel(HfDecoderPreTrainedModel):
         position_ids: torch.Tensor | None,
         cache: Cache | None,
     ) -> Mapping[str, torch.Tensor | LayerMask | None]:
-        """Returns one mask for each type of layer; takes the arguments as passed to `forward`."""
+        """Returns a mask for each type of layer from the arguments of `forward`; with sdpa, documents attend apart."""
         if isinstance(attention_mask, dict):  # prepared by `generate()`
             return attention_mask
         config = self.config
@@ -450,7 +451,8 @@ class HfDecoderModel(HfDecoderPreTrainedModel):
         inputs = {"config": config, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
         inputs |= {CACHE_NAME: cache, "position_ids": position_ids if has_documents else None}
         if may_be_packed and traced and not has_documents:  # a mask whose values nobody can look at may be all ones
-            documents = document_starts(position_ids.expand(inputs_embeds.shape[0], -1)).cumsum(-1)
+            starts = document_starts(position_ids.expand(inputs_embeds.shape[0], -1))
+            documents = (starts & attention_mask.bool().all()).cumsum(-1)
             inputs["and_mask_function"] = lambda b, head, q, k: documents[b, q] == documents[b, k]
         return {kind: create[kind](**inputs) for kind in windows}
 
@@ -596,7 +598,8 @@ def counts_labels(forward: Callable) -> Callable:
     def counting(self, *args, num_items_in_batch: Any = None, **kwargs):
         outputs = forward(self, *args, **kwargs)
         if num_items_in_batch is not None and kwargs.get("labels") is not None and not isinstance(outputs, tuple):
-            outputs.loss = outputs.loss * ((kwargs["labels"] != -100).sum() / num_items_in_batch)
+            counted = (kwargs["labels"] != -100).sum().to(outputs.loss.device)
+            outputs.loss = outputs.loss * (counted / num_items_in_batch)
         return outputs
 
     return counting

@@ -181,7 +181,7 @@ INVALID: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"no_rope_layers": [1, -1]}, ("no_rope_layers", "-1")),
     ({"no_rope_layers": "10"}, ("no_rope_layers", "10")),
     ({"no_rope_layers": 4}, ("no_rope_layers", "4")),
-    ({"pad_token_id": SHAPE["vocab_size"]}, ("pad_token_id", "61", "vocab_size")),
+    ({"pad_token_id": SHAPE["vocab_size"]}, ("pad_token_id", "61", "60")),
     ({"pad_token_id": -2}, ("pad_token_id", "-2")),
     *(({name: "<s>"}, (name, "<s>")) for name in ("pad_token_id", "bos_token_id", "eos_token_id")),
     ({"eos_token_id": [1, "x"]}, ("eos_token_id", "x")),

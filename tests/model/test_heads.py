@@ -93,6 +93,13 @@ def test_a_batch_without_a_padding_token_is_refused():
         ours(random_ids(2, 4))
 
 
+def test_minus_one_is_no_padding_token_as_older_configs_write_it():
+    ours, _ = pair("sequence", pad_token_id=-1)
+    assert ours.config.pad_token_id is None and ours.model.embed_tokens.padding_idx is None
+    with pytest.raises(ValueError, match="padding"):
+        ours(random_ids(2, 4))
+
+
 PROBLEMS: dict[str, tuple[dict, torch.Tensor]] = {
     "single label": ({"num_labels": 3}, torch.tensor([2, 0, 1])),
     "multi label": ({"num_labels": 3}, torch.tensor([[1.0, 0, 1], [0, 0, 0], [1, 1, 1]])),

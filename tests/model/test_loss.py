@@ -370,6 +370,15 @@ def test_hooks_on_the_head_still_run():
     assert calls == [(1, 5, VOCAB)]
 
 
+@pytest.mark.parametrize("kind", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_hooks_on_the_gradient_of_the_head_still_run(kind):
+    model, calls = tiny_model().train(), []
+    getattr(model.lm_head, kind)(lambda module, *gradients: calls.append(gradients[-1][0].shape))
+    ids = random_ids(1, 5)
+    model(ids, labels=ids).loss.backward()
+    assert calls == [(1, 5, VOCAB)]
+
+
 def test_training_with_either_path_takes_the_same_steps(small_chunks):
     losses = []
     for skip_logits in (True, False):

@@ -185,6 +185,22 @@ def test_a_compiled_forward_isolates_documents_under_a_mask_of_ones():
 
 
 @pytest.mark.kernels
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "hidden", [(0, slice(9, None)), (1, slice(2, 4)), (0, slice(0, 3))], ids=["right", "hole", "left"]
+)
+def test_a_compiled_forward_looks_for_documents_only_without_padding(hidden):
+    model = tiny_model(attn_implementation="sdpa", **MIXED)
+    ids = random_ids(2, 12)
+    mask = torch.ones_like(ids)
+    mask[0, hidden] = 0
+    inputs = {"position_ids": (torch.arange(12) % 5).expand(2, -1), "attention_mask": mask}
+    found = torch.compile(model, fullgraph=True, backend="aot_eager")(ids, **inputs).logits
+    real = mask.bool()
+    torch.testing.assert_close(found[real], model(ids, **inputs).logits[real], rtol=0, atol=2e-5)
+
+
+@pytest.mark.kernels
 def test_training_loss_compiles_in_one_graph():
     """Packed rows and ignored labels: value and gradients."""
     model = tiny_model(attn_implementation="sdpa", z_loss_coef=1e-3, final_logit_softcapping=20.0).train()
