@@ -7,7 +7,6 @@ Requests that come meanwhile wait for the next batch. Importing this module need
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,10 +16,13 @@ from typing import Any, NamedTuple
 import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, StopStringCriteria
 from transformers.cli.serving.utils import GenerateManager, _GenerationCancelled
+from transformers.utils import logging
 
 from hf_decoder.engine.decoding.cpp_step import CppStep
-from hf_decoder.engine.decoding.row_batches import left_padded, may_be_rows
+from hf_decoder.engine.decoding.row_batches import PAD, left_padded, may_be_rows
 from hf_decoder.model.modeling_hf_decoder import HfDecoderForCausalLM
+
+logger = logging.get_logger(__name__)
 
 MAX_ROWS = {"cpu": CppStep.max_rows, "cuda": 32}
 MAX_CONTEXTS = 4  # the most tokens of a batch, prompts and answers, in contexts of the model
@@ -55,6 +57,7 @@ class Job:
     @property
     def ends(self) -> set[int]:
         ends = self.config.eos_token_id
+        ends = self.model.generation_config.eos_token_id if ends is None else ends  # as `generate` has it
         return set(ends if isinstance(ends, list) else [] if ends is None else [ends])
 
     @cached_property
@@ -68,8 +71,7 @@ class Job:
             or not may_be_rows(self.model, self.config)
         ):
             return None
-        same = {name: value for name, value in self.config.to_diff_dict().items() if name != "max_new_tokens"}
-        return json.dumps(same, default=str)
+        return repr(sorted(item for item in self.config.to_diff_dict().items() if item[0] != "max_new_tokens"))
 
 
 class Rows(StoppingCriteria):
@@ -79,22 +81,36 @@ class Rows(StoppingCriteria):
         self.jobs = jobs
         self.criteria: list[StoppingCriteria] = []  # what else ends a row
         self.running = dict.fromkeys(range(len(jobs)))
+        self._prompt = 0  # tokens
         self._tokens: list[list[int]] = [[] for _ in jobs]
+        self._lengths: dict[int, int] = {}  # of rows that end: a token may be handed on a step later
 
     def put(self, value: torch.Tensor) -> None:
-        """value: the prompts (B, S), then the tokens (B,) of each step."""
+        """value: the prompts (B, S), then the tokens (B,) of each step.
+
+        Raises:
+            _GenerationCancelled: if all clients have left before the first step.
+        """
+        is_prompt = value.ndim == 2
+        if is_prompt:
+            self._prompt = value.shape[1]
         for row in list(self.running):
             job, tokens = self.jobs[row], self._tokens[row]
-            if value.ndim == 1:
+            if not is_prompt:
                 tokens.append(int(value[row]))
             try:
                 if job.streamer is not None:
                     job.streamer.put(value[row : row + 1])
             except _GenerationCancelled:
                 self.end_row(row)
-                continue
-            if value.ndim == 1 and (tokens[-1] in job.ends or len(tokens) == job.config.max_new_tokens):
-                self.end_row(row, tokens[-1] in job.ends)
+            except Exception as error:  # the other rows go on
+                self.end_with(row, error)
+            else:
+                most = self._lengths.get(row, job.config.max_new_tokens)
+                if not is_prompt and (tokens[-1] in job.ends or len(tokens) == most):
+                    self.end_row(row, tokens[-1] in job.ends or row in self._lengths)
+        if is_prompt and not self.running:
+            raise _GenerationCancelled
 
     def end(self) -> None:
         """Ends the rows that something else has stopped; `generate` calls it at last."""
@@ -102,18 +118,25 @@ class Rows(StoppingCriteria):
             self.end_row(row)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:  # type: ignore[override]
+        written = input_ids.shape[1] - self._prompt
         for criterion in self.criteria:
             for row, ends in enumerate(criterion(input_ids, scores).tolist()):
                 if ends and row in self.running:
-                    self.end_row(row, True)
-        return torch.tensor([row not in self.running for row in range(len(self.jobs))], device=input_ids.device)
+                    self._lengths.setdefault(row, written)
+                    if len(self._tokens[row]) == written:
+                        self.end_row(row, True)
+        over = [row not in self.running or row in self._lengths for row in range(len(self.jobs))]
+        return torch.tensor(over, device=input_ids.device)
 
     def end_row(self, row: int, ended: bool = False) -> None:
         self.end_with(row, Written(torch.tensor(self._tokens[row]), ended, None))
 
     def end_with(self, row: int, what: Written | Exception) -> None:
         del self.running[row]
-        self.jobs[row].done(what)
+        try:
+            self.jobs[row].done(what)
+        except Exception as error:  # such as a loop that has ended
+            logger.warning(f"a request's answer could not be handed over: {error}")
 
 
 class BatchingManager(GenerateManager):
@@ -126,6 +149,7 @@ class BatchingManager(GenerateManager):
 
     def write(self, job: Job) -> None:
         """Lets the model's thread write the job's text when its turn has come."""
+        _ = job.key  # here an error is that of this request alone
         with self._lock:
             self._waiting.append(job)
         self.submit(self._run)  # one call for each job; there is nothing left for some of them
@@ -137,6 +161,8 @@ class BatchingManager(GenerateManager):
                 _write_alone(rows)
             elif rows.jobs:
                 _write_together(rows)
+        except _GenerationCancelled:
+            pass
         except Exception as error:  # which the clients read
             for row in list(rows.running):
                 rows.end_with(row, error)
@@ -187,9 +213,9 @@ def _write_alone(rows: Rows) -> None:
 def _write_together(rows: Rows) -> None:
     """One `generate` of all rows, their prompts padded on the left."""
     jobs, first = rows.jobs, rows.jobs[0]
-    ids, mask = left_padded([job.inputs["input_ids"][0].tolist() for job in jobs], first.config.pad_token_id)
+    ids, mask = left_padded([job.inputs["input_ids"][0].tolist() for job in jobs])
     config = copy.deepcopy(first.config)
-    config.pad_token_id = config.pad_token_id or 0
+    config.pad_token_id = PAD
     config.max_new_tokens = max(job.config.max_new_tokens for job in jobs)
     if config.stop_strings:
         rows.criteria.append(StopStringCriteria(first.processor, config.stop_strings))

@@ -209,6 +209,34 @@ def test_a_window_of_the_cache_that_is_not_the_models_is_left_to_the_modules(in_
 
 
 @IN_CPP
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cache_that_was_made_early_is_filled(kind, in_cpp):
+    model = tiny_model(attn_implementation="sdpa", **KINDS[kind])
+
+    def text() -> torch.Tensor:
+        cache, config = DynamicCache(config=model.config), model.config
+        cache.early_initialization(1, config.num_key_value_heads, config.head_dim, torch.float32, torch.device("cpu"))
+        return written(model, random_ids(1, 1), **{CACHE_NAME: cache}).sequences
+
+    found = text()
+    with engine_settings.override(all=False):
+        assert text().equal(found)
+
+
+@torch.no_grad()
+def test_a_token_that_torch_has_written_is_not_written_over(in_place):
+    cache, room = filled(4), GrowingCache([None])
+    for token in range(6):
+        buffers = room.buffers(cache, torch.float32)
+        assert buffers.length == cache.get_seq_length() == 4 + token
+        if token % 2:
+            room.update(cache, torch.randn(2, 3, 1, 4), torch.randn(2, 3, 1, 4), 0)
+        else:
+            room.extend(cache, buffers)
+
+
+@IN_CPP
 def test_a_long_text_with_a_window_keeps_a_window_in_memory(in_cpp):
     model = tiny_model(attn_implementation="sdpa", sliding_window=20, max_position_embeddings=512)
     most, extend = [], GrowingCache.extend

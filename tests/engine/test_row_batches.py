@@ -79,3 +79,7 @@ def test_what_the_model_would_add_is_for_transformers():
     assert row_batches.generate_batch(model, PROMPTS, config()) is None
     dynamic = tiny_model(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
     assert row_batches.generate_batch(dynamic, PROMPTS, config()) is None
+    model.generation_config.eos_token_id = None
+    assert row_batches.generate_batch(model, PROMPTS, config(pad_token_id=10**6)) is not None
+    model.generation_config.repetition_penalty = 5.0
+    assert row_batches.generate_batch(model, PROMPTS, config()) is None

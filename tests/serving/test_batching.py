@@ -34,6 +34,8 @@ class Client:
         if self.is_prompt:
             self.is_prompt = False
             assert value.shape[0] == 1
+            if self.leaves_after == 0:
+                raise _GenerationCancelled
             return
         (token,) = value.tolist()
         self.tokens.append(token)
@@ -45,10 +47,10 @@ class Client:
         self.result = result
         self.came.set()
 
-    def job(self, model):
+    def job(self, model, processor=None):
         inputs = {"input_ids": torch.tensor([self.prompt]), "attention_mask": torch.ones(1, len(self.prompt)).long()}
         streamer = self if self.streams else None
-        return Job(model, None, inputs, self.config, self.done, seed=self.seed, streamer=streamer)
+        return Job(model, processor, inputs, self.config, self.done, seed=self.seed, streamer=streamer)
 
     def alone(self, model):
         ids = torch.tensor([self.prompt])
@@ -69,12 +71,12 @@ def calls(monkeypatch):
     return rows
 
 
-def answered(model, clients):
+def answered(model, clients, processor=None):
     """The clients after a manager that was busy when they came has answered them."""
     manager, gate = BatchingManager(), threading.Event()
     manager.submit(gate.wait)
     for client in clients:
-        manager.write(client.job(model))
+        manager.write(client.job(model, processor))
     gate.set()
     assert all(client.came.wait(60) for client in clients)
     return clients
@@ -124,6 +126,12 @@ def test_a_client_who_leaves_stops_its_own_row_alone(calls):
     answered(model, clients)
     assert calls == [2] and len(clients[0].tokens) == 2
     assert clients[1].result.ids.tolist() == clients[1].alone(model)
+    gone = [Client(prompt, leaves_after=0) for prompt in PROMPTS]
+    computed = []
+    handle = model.model.register_forward_hook(lambda *inputs: computed.append(1))
+    answered(model, gone)
+    handle.remove()
+    assert not computed and not any(isinstance(client.result, Exception) or client.tokens for client in gone)
     alone = Client(PROMPTS[0], leaves_after=2, max_new_tokens=10**4)
     answered(tiny_model(max_position_embeddings=2 * 10**4), [alone])
     assert len(alone.tokens) == 2
@@ -143,7 +151,7 @@ def test_what_padding_or_neighbours_would_change_runs_alone(settings, calls):
 
 def test_other_settings_wait_for_their_turn(calls):
     model, other = tiny_model(), tiny_model(sliding_window=4)
-    sampled = {"do_sample": True, "temperature": 0.5}
+    sampled = {"do_sample": True, "temperature": 0.5, "sequence_bias": {(3,): -5.0}}
     clients = [Client(PROMPTS[0]), Client(PROMPTS[1], **sampled), Client(PROMPTS[2]), Client(PROMPTS[3], **sampled)]
     answered(model, clients)
     assert calls == [2, 2] and clients[2].result.ids.tolist() == clients[2].alone(model)
@@ -177,6 +185,58 @@ def test_an_error_reaches_all_of_a_batch_and_the_next_one_is_answered(calls):
     clients = answered(model, [Client([10**6]), Client(PROMPTS[0])])
     assert calls == [2] and all(isinstance(client.result, Exception) for client in clients)
     assert answered(model, [Client(PROMPTS[0])])[0].result.ids.tolist() == Client(PROMPTS[0]).alone(model)
+
+
+@pytest.mark.parametrize("streams", [True, False])
+def test_a_row_ends_with_a_stop_string_of_its_own_and_has_all_of_it(streams, tokenizer, calls):
+    model = tiny_model(vocab_size=len(tokenizer), initializer_range=0.3)
+    prompts = [tokenizer(text)["input_ids"] for text in ("def main(", "import os", "class A:")]
+    texts = [Client(prompt, max_new_tokens=12).alone(model) for prompt in prompts]
+    words = [tokenizer.decode(token) for token in texts[0]]
+    stop = next(word for word in words[3:] if word.isascii() and word.strip() and word not in "".join(words[:3]))
+    clients = [Client(prompt, max_new_tokens=12, stop_strings=[stop], streams=streams) for prompt in prompts]
+    expected = [
+        model.generate(torch.tensor([c.prompt]), generation_config=c.config, tokenizer=tokenizer)[0, len(c.prompt) :]
+        for c in clients
+    ]
+    calls.clear()
+    answered(model, clients, tokenizer)
+    assert calls == [3] and len(expected[0]) < 12
+    for client, text in zip(clients, expected, strict=True):
+        assert client.result.ids.equal(text) and client.result.ended == (len(text) < 12)
+        assert client.tokens == (text.tolist() if streams else [])
+
+
+@pytest.mark.parametrize("pad", [-1, 10**6, None])
+def test_no_token_for_padding_is_needed(pad, calls):
+    model = tiny_model()
+    clients = answered(model, [Client(prompt, pad_token_id=pad) for prompt in PROMPTS])
+    assert calls == [5]
+    assert [client.result.ids.tolist() for client in clients] == [client.alone(model) for client in clients]
+
+
+def test_what_the_model_says_of_each_text_holds_for_batches(calls):
+    model = tiny_model()
+    model.generation_config.repetition_penalty = 5.0
+    answered(model, [Client(prompt) for prompt in PROMPTS[:2]])
+    assert calls == [1, 1]
+    model.generation_config.repetition_penalty = None
+    model.generation_config.eos_token_id = Client(PROMPTS[0]).alone(model)[2]
+    clients = answered(model, [Client(prompt, eos_token_id=None) for prompt in PROMPTS])
+    assert clients[0].result.ended and len(clients[0].result.ids) < 8
+    assert [client.result.ids.tolist() for client in clients] == [client.alone(model) for client in clients]
+
+
+def test_a_client_that_cannot_be_answered_is_no_trouble_for_the_others(calls):
+    model = tiny_model()
+    broken, deaf, sound = clients = [Client(prompt) for prompt in PROMPTS[:3]]
+    broken.put = lambda value: {}["parser"]
+    done = deaf.done
+    deaf.done = lambda result: (done(result), {}["loop"])
+    answered(model, clients)
+    assert calls == [3] and isinstance(broken.result, KeyError)
+    assert sound.result.ids.tolist() == sound.alone(model)
+    assert deaf.result.ids.tolist() == deaf.alone(model)
 
 
 def test_rows_are_written_by_the_fast_step():

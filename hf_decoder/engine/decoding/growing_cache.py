@@ -97,9 +97,11 @@ class GrowingCache:
         Once the token is there, `extend` says so to the cache.
         """
         layers: list[Any] = cache.layers if _holds(cache, self._windows) else []
-        if not layers or not all(layer.is_initialized for layer in layers):
+        if not layers or not all(layer.is_initialized and layer.keys.ndim == 4 for layer in layers):
             return None
         kept, length = self._buffers, layers[0].get_seq_length()
+        if kept is not None and kept.length != length:  # torch's step has written a token
+            kept = None
         pairs, dropped = [], []
         for index, (layer, window) in enumerate(zip(layers, self._windows, strict=True)):
             count, seen = layer.keys.shape[2], _seen(layer, window, length)

@@ -15,19 +15,21 @@ from hf_decoder.engine.stock import fields_of
 OF_TEXT = {"do_sample", "temperature", "top_k", "top_p", "min_p", "sequence_bias", "stop_strings", "eos_token_id"}
 OF_ROWS = OF_TEXT | {"max_new_tokens", "max_length", "pad_token_id", "bos_token_id"}
 OF_ROWS |= {"use_cache", "output_attentions", "output_hidden_states", "transformers_version", "_from_model_config"}
+PAD = 0  # an id of every vocabulary, which no text sees
 ONE_ANGLE = ("dynamic", "longrope")  # kinds of RoPE that turn all rows by the length of the longest one
 
 
 def may_be_rows(model: Any, config: GenerationConfig) -> bool:
     """Whether texts of one of our models, written by these settings, do not depend on the rows beside them."""
     rope = fields_of(model.config).rope_parameters["rope_type"]
-    return rope not in ONE_ANGLE and config.to_diff_dict().keys() <= OF_ROWS
+    settings = (config, model.generation_config)  # from which `generate` takes what the first one leaves open
+    return rope not in ONE_ANGLE and all(of.to_diff_dict().keys() <= OF_ROWS for of in settings)
 
 
-def left_padded(prompts: Sequence[Sequence[int]], pad: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+def left_padded(prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids and mask (B, S) of prompts that end together."""
     longest = max(map(len, prompts))
-    ids = torch.full((len(prompts), longest), pad or 0, device="cpu")
+    ids = torch.full((len(prompts), longest), PAD, device="cpu")
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):
         ids[row, longest - len(prompt) :] = torch.tensor(prompt, device="cpu")
@@ -66,14 +68,14 @@ def generate_batch(
         return None
     config, ends = copy.deepcopy(config), config.eos_token_id
     config.max_new_tokens, config.max_length = new, None
-    config.pad_token_id = config.pad_token_id or 0
+    config.pad_token_id = PAD
     ends = {*ends} if isinstance(ends, list) else {ends}
     found: dict[int, list[int]] = {}
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     with tqdm(total=len(prompts), disable=not progress_bar, unit="request") as bar:
         for start in range(0, len(order), CppStep.max_rows):
             rows = order[start : start + CppStep.max_rows]
-            ids, mask = left_padded([prompts[index] for index in rows], config.pad_token_id)
+            ids, mask = left_padded([prompts[index] for index in rows])
             texts = model.generate(ids, attention_mask=mask, generation_config=config)[:, ids.shape[1] :].tolist()
             for index, text in zip(rows, texts, strict=True):
                 end = next((place + 1 for place, token in enumerate(text) if token in ends), len(text))
@@ -91,4 +93,4 @@ def _is_of_model(name: str, config: GenerationConfig, own: GenerationConfig) -> 
     return getattr(config, name, None) is None and getattr(own, name, None) is not None
 
 
-__all__ = ["OF_ROWS", "generate_batch", "left_padded", "may_be_rows"]
+__all__ = ["OF_ROWS", "PAD", "generate_batch", "left_padded", "may_be_rows"]
