@@ -599,7 +599,8 @@ def counts_labels(forward: Callable) -> Callable:
         outputs = forward(self, *args, **kwargs)
         if num_items_in_batch is not None and kwargs.get("labels") is not None and not isinstance(outputs, tuple):
             counted = (kwargs["labels"] != -100).sum().to(outputs.loss.device)
-            outputs.loss = outputs.loss * (counted / num_items_in_batch)
+            # the mean over no label is not a number
+            outputs.loss = outputs.loss.where(counted > 0, 0.0) * (counted / num_items_in_batch)
         return outputs
 
     return counting

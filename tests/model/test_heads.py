@@ -174,3 +174,22 @@ def test_dropout_of_token_classification_acts_in_training_only():
     assert torch.equal(ours(ids).logits, ours(ids).logits)
     ours.train()
     assert not torch.equal(ours(ids).logits, ours(ids).logits)
+
+
+@pytest.mark.parametrize("head", ["sequence", "token"])
+def test_losses_of_parts_add_up_to_that_of_the_whole_batch_even_without_a_label_in_one(head):
+    ours, _ = pair(head)
+    ids = random_ids(6, 5)
+    shape = (6,) if head == "sequence" else (6, 5)
+    labels = torch.randint(0, 3, shape, generator=torch.Generator().manual_seed(0))
+    labels[2:4] = -100
+    whole = ours(ids, labels=labels).loss
+    whole.backward()
+    wanted = ours.score.weight.grad.clone()
+    ours.zero_grad()
+    count = (labels != -100).sum()
+    parts = [ours(ids[rows], labels=labels[rows], num_items_in_batch=count).loss for rows in torch.arange(6).split(2)]
+    assert parts[1] == 0
+    sum(parts).backward()
+    torch.testing.assert_close(sum(parts), whole)
+    torch.testing.assert_close(ours.score.weight.grad, wanted)
