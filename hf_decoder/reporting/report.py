@@ -288,14 +288,16 @@ def _draw(axes: Any, stage: StageRun, kind: str, colour: int | None, label: str)
         f"eval_{kind}": ("held out", "C1", {"marker": "o"}),
     }
     for key, (name, own, style) in shown.items():
-        points = [
-            (entry["step"], entry[key])
+        points = {  # of each step the last figure: the end of a run is measured once more
+            entry["step"]: entry[key]
             for entry in stage.history
             if is_number(entry.get(key)) and is_number(entry.get("step"))
-        ]
+        }
         if points:
             dashes = {"linestyle": "--"} if colour is not None and key != kind else {}
             own = own if colour is None else f"C{colour}"
             said = f"{label}, {name}" if label else name
             # A leading underscore would hide the line from the legend.
-            axes.plot(*zip(*points, strict=True), color=own, markersize=4, label=f"\u200a{said}", **style, **dashes)
+            axes.plot(
+                *zip(*points.items(), strict=True), color=own, markersize=4, label=f"\u200a{said}", **style, **dashes
+            )

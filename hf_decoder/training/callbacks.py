@@ -309,7 +309,8 @@ def plot_loss_curve(
 
 
 def _points(log_history: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
-    return [(entry["step"], entry[key]) for entry in log_history if entry.get(key) is not None]
+    """Steps and figures, of each step the last one: the end of a run may be measured once more."""
+    return [*{entry["step"]: entry[key] for entry in log_history if entry.get(key) is not None}.items()]
 
 
 def _draw(axes: Any, log_history: Sequence[Mapping[str, Any]], key: str) -> None:

@@ -116,8 +116,9 @@ def test_loss_curve_draws_what_was_logged(tmp_path, drawn):
         {"step": 10, "loss": 4.0},
         {"step": 10, "eval_loss": 4.5},
         {"step": 20, "loss": 3.0},
-        {"step": 20, "eval_loss": 3.5, "eval_runtime": 1.0},
+        {"step": 20, "eval_loss": 3.6, "eval_runtime": 1.0},
         {"step": 20, "train_runtime": 9.0, "train_loss": 4.0},
+        {"step": 20, "eval_loss": 3.5, "eval_runtime": 1.0},  # once more, at the end
     ]
     path = tmp_path / "curve.png"
     callbacks.plot_loss_curve(history, path, title="A title", bytes_per_token=4.0, xz_bits_per_byte=1.5)
