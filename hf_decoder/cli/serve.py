@@ -27,7 +27,7 @@ def main(argv: Sequence[str]) -> int:
     if missing:
         raise ValueError(f"serve needs {', '.join(missing)}: pip install 'hf-decoder[serve]'")
     if "--continuous-batching" in argv:
-        raise ValueError("--continuous-batching gives every request the settings of the first one; leave it out")
+        raise ValueError("leave --continuous-batching out; waiting requests are batched without it, by their own settings")
     import click
     from transformers.cli.transformers import app
     from uvicorn.config import LOGGING_CONFIG
