@@ -124,7 +124,7 @@ class CppStep(StaticStep):
         if not self.begin(cache, attention_mask, position_ids, tokens=tokens):
             return None
         self._call(input_ids.contiguous(), self._room.new_empty(rows * tokens, self._numbers), tokens, chooses=False)
-        self._next_past += tokens
+        self._extend(tokens)
         return self._logits.clone().unsqueeze(1)
 
     def _write(self, text: torch.Tensor, made: int, ends: Collection[int], pad: int) -> int | None:

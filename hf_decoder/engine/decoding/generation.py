@@ -234,9 +234,9 @@ class Decoding:
 
     def _may_be_static(self, config: Any, cache: Any, length: int) -> bool:
         """Whether a step with kernels of its own may decode a text of that length."""
-        return (
-            not config.disable_compile and self.has_static_step(cache) and cache.layers[0].max_cache_len >= length - 1
-        )
+        if config.disable_compile or not self.has_static_step(cache):
+            return False
+        return min(layer.max_cache_len for layer in cache.layers) >= length - 1
 
     def has_static_step(self, cache: Any) -> bool:
         """Whether kernels of their own can run the steps of this call; if so, they do from now on."""

@@ -6,12 +6,12 @@ Shapes: B rows, S new tokens per row (one, except in prefill), K cached and new 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from threading import Lock
 from typing import Any
 
 import torch
-from transformers.cache_utils import StaticCache, StaticLayer
+from transformers.cache_utils import StaticCache, StaticLayer, StaticSlidingWindowLayer
 
 from hf_decoder.engine.assumptions import PLAIN, SILU
 from hf_decoder.engine.decoding.growing_cache import Buffers
@@ -126,8 +126,14 @@ class StaticStep(ABC):
         """Ids (B, 1) -> logits (B, 1, V), after `begin`."""
         self._ids.copy_(input_ids.view(-1))
         self._run(chooses=False)
-        self._next_past += 1
+        self._extend(1)
         return self._logits.clone().unsqueeze(1)
+
+    def _extend(self, tokens: int) -> None:
+        """Counts tokens that the kernels have written where they cannot count."""
+        self._next_past += tokens
+        if self._cache is not None:
+            _set_length(self._cache.layers, self._next_past)
 
     def greedy(
         self,
@@ -152,6 +158,7 @@ class StaticStep(ABC):
         self._ids.copy_(ids[:, -1])
         stop = self._write(text, made, ends, pad)
         self.end()
+        _set_length(cache.layers, (length if stop is None else stop) - 1)
         if stop is None:
             return text
         layers: list[Any] = cache.layers
@@ -163,6 +170,13 @@ class StaticStep(ABC):
 def _dropped(layer: Any) -> int:
     """How many tokens a window has left behind in front of those in a layer of `Buffers`; none in a static cache."""
     return getattr(layer, "dropped", 0)
+
+
+def _set_length(layers: Sequence[Any], length: int) -> None:
+    """Tells layers of windows how many tokens they hold: they count once more, on the host."""
+    for layer in layers:
+        if type(layer) is StaticSlidingWindowLayer:
+            layer.cumulative_length_int = length
 
 
 def _places(layer: Any) -> list[int]:
@@ -205,7 +219,8 @@ def is_for_static_step(step: Any, input_ids: torch.Tensor, cache: Any) -> bool:
         and type(cache) is StaticCache
         and not cache.offloading
         and len(cache.layers) == len(step.layers)
-        and all(type(layer) is StaticLayer for layer in cache.layers)
+        # as long as a text fits, a window's layer is filled like the others
+        and all(type(layer) in (StaticLayer, StaticSlidingWindowLayer) for layer in cache.layers)
         and autocast_dtype(input_ids.device) is None
     )
 
