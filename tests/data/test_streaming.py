@@ -373,3 +373,15 @@ def test_bad_flags(tmp_path):
     empty = hub(tmp_path, train=["a"] * 30, validation=[])
     with pytest.raises(ValueError, match="validation"):
         open_stream(TextArguments(dataset_name=empty))
+
+
+@pytest.mark.parametrize("place", [3, 950, 999])
+def test_a_text_of_the_same_size_that_begins_or_ends_otherwise_is_another_one(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(streamed_text, "LOOK_BYTES", 64)
+    file, texts = tmp_path / "a.txt", ["one word\n" * 111 + "z", ""]
+    texts[1] = texts[0][:place] + "?" + texts[0][place + 1 :]
+    identities = []
+    for text in (texts[0], *texts):
+        file.write_text(text)
+        identities.append(open_stream(TextArguments(train_file=[str(file)])).identity)
+    assert identities[0] == identities[1] != identities[2]
