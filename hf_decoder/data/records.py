@@ -354,17 +354,26 @@ def _pair(values: Row, beside: Row, talks: bool) -> Row:
         if asked and not any(str(turn["content"]).strip() == prompt.strip() for turn in asked):
             return {**values, "prompt": Unusable("its prompt is no turn of its chosen answer")}
         prompt = [] if asked else [{"role": "user", "content": prompt}]
-    elif isinstance(prompt, list):  # the chats begin with all of it, or with its last turns
-        told = next(n for n in range(min(len(prompt), common), -1, -1) if prompt[len(prompt) - n :] == chosen[:n])
-        prompt = prompt[: len(prompt) - told]
-    elif prompt is not None:
+    elif prompt is not None and not isinstance(prompt, list):
         return values
-    before = _surround({"prompt": [*(prompt or []), *chosen[:common]]}, beside)["prompt"]
+    (system, asked), (own, said) = _system_apart(prompt or []), _system_apart(chosen[:common])
+    if system and own and system != own:
+        return {**values, "prompt": Unusable("its system turn is not that of its chosen answer")}
+    # the chats begin with all of the prompt, or with its last turns
+    told = next(n for n in range(min(len(asked), len(said)), -1, -1) if asked[len(asked) - n :] == said[:n])
+    before = [*(system or own), *asked[: len(asked) - told], *said]
+    before = _surround({"prompt": before}, beside)["prompt"]
     pair = {"prompt": before, "chosen": chosen[common:], "rejected": rejected[common:]}
     for role in ("chosen", "rejected"):
         if not pair[role] or pair[role][0]["role"] != "assistant":
             return dict.fromkeys(pair, Unusable(f"{role} does not go on with the assistant where the prompt ends"))
     return pair
+
+
+def _system_apart(turns: list[Row]) -> tuple[list[Row], list[Row]]:
+    """The system's turns at the beginning, and the other turns."""
+    at = next((at for at, turn in enumerate(turns) if turn["role"] != "system"), len(turns))
+    return turns[:at], turns[at:]
 
 
 @dataclass

@@ -16,6 +16,7 @@ from hf_decoder.data.records import (
     read_prompts,
     read_rows,
     select_columns,
+    separate,
 )
 
 ROWS = [{"prompt": "one, two\nthree", "n": "1"}, {"prompt": "größe", "n": "2"}]
@@ -188,6 +189,8 @@ def test_tool_calls_of_every_form_are_those_that_templates_take():
     result = {"role": "tool", "content": "21"}
     flat = {"function": {"name": "weather", "arguments": '{"city": "Rome"}'}}
     assert messages([USER, {"role": "assistant", "tool_calls": [flat]}, result]) == [USER, said, result]
+    named = {**CALL, "id": "7", "index": None}  # what a call is called stays, and what nobody filled in goes
+    assert messages([USER, {"role": "assistant", "tool_calls": [named]}])[-1]["tool_calls"] == [{**CALL, "id": "7"}]
     assert messages([USER, {"role": "assistant", "function_call": flat["function"]}])[1] == said
     shared = [{"from": "human", "value": "hi"}, {"from": "function_call", "value": text}]
     assert messages([*shared, {"from": "observation", "value": "21"}]) == [USER, said, result]
@@ -287,6 +290,20 @@ def test_preferences_are_all_text_or_all_turns():
     for row in (chats, {key: [system, *value] for key, value in chats.items()}):
         found = select_columns([{"prompt": [system, USER], **row}], "preference", {}, "x")
         assert found == [{**expected[0], "prompt": [system, USER]}]
+    # whoever has the system's turn, it comes first, and once
+    apart = {key: [system, {"role": "assistant", "content": key}] for key in ("chosen", "rejected")}
+    whole = {key: [system, USER, {"role": "assistant", "content": key}] for key in ("chosen", "rejected")}
+    for row in (
+        {"prompt": "hi", **apart},
+        {"prompt": [USER], **apart},
+        {"prompt": [system, USER], **apart},
+        {"prompt": "hi", **whole},
+        {"prompt": [USER], **whole},
+    ):
+        (found,) = select_columns([row], "preference", {}, "x")
+        assert found["prompt"] == [system, USER]
+    stranger = {"prompt": [{"role": "system", "content": "another"}, USER], **whole}
+    assert reasons([stranger], "preference") == {"its system turn is not that of its chosen answer"}
     text = {"prompt": "a", "chosen": "b", "rejected": "c"}
     assert select_columns([text], "preference", {}, "x") == [text]
     assert select_columns([{**text, "system": "s"}], "preference", {}, "x")[0]["prompt"][0]["role"] == "system"
@@ -358,3 +375,12 @@ def test_a_prompt_that_cannot_be_rendered_is_refused_by_its_row(tmp_path):
     path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     with pytest.raises(ValueError, match=r"rows\.jsonl, row 2: .*not text \(image_url\)"):
         read_prompts(path)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "found"),
+    [("a", "a "), ("a ", "a "), ("a\n", "a\n"), ("", " "), ([{"role": "user"}], [{"role": "user"}])],
+)
+def test_a_prompt_that_ends_in_a_space_is_separated_already(prompt, found):
+    row = {"prompt": prompt, "completion": "b"}
+    assert separate(row, " ") == {"prompt": found, "completion": "b"}

@@ -146,8 +146,7 @@ def test_shuffled_windows_hold_the_same_rows_and_each_pass_has_its_own_order(tmp
     assert not all(starts)  # the files come in another order
 
 
-@pytest.mark.process
-@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize("workers", [0, *(pytest.param(count, marks=pytest.mark.process) for count in (1, 3))])
 @pytest.mark.parametrize("kind", ["rows", "huge", "files", "one"])
 def test_a_resumed_stream_goes_on_to_the_bit(tmp_path, tokenizer, small, kind, workers):
     args = TextArguments(train_file=write_corpus(tmp_path, kind), validation_split_percentage=10.0)
