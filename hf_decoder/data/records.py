@@ -354,7 +354,7 @@ def _pair(values: Row, beside: Row, talks: bool) -> Row:
         if asked and not any(str(turn["content"]).strip() == prompt.strip() for turn in asked):
             return {**values, "prompt": Unusable("its prompt is no turn of its chosen answer")}
         prompt = [] if asked else [{"role": "user", "content": prompt}]
-    elif prompt is not None and not isinstance(prompt, list):
+    elif prompt is not None and (not isinstance(prompt, list) or (prompt and _fault("prompt", prompt))):
         return values
     (system, asked), (own, said) = _system_apart(prompt or []), _system_apart(chosen[:common])
     if system and own and system != own:

@@ -299,9 +299,12 @@ def test_preferences_are_all_text_or_all_turns():
         {"prompt": [system, USER], **apart},
         {"prompt": "hi", **whole},
         {"prompt": [USER], **whole},
+        {"prompt": [], **whole},
     ):
         (found,) = select_columns([row], "preference", {}, "x")
         assert found["prompt"] == [system, USER]
+    for odd in (["a"], [None], [[USER]], [{"content": "x"}], [{"role": None, "content": "x"}]):
+        assert reasons([{"prompt": odd, **whole}], "preference")
     stranger = {"prompt": [{"role": "system", "content": "another"}, USER], **whole}
     assert reasons([stranger], "preference") == {"its system turn is not that of its chosen answer"}
     text = {"prompt": "a", "chosen": "b", "rejected": "c"}
