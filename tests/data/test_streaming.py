@@ -384,3 +384,10 @@ def test_a_text_of_the_same_size_that_begins_or_ends_otherwise_is_another_one(pl
         file.write_text(text)
         identities.append(open_stream(TextArguments(train_file=[str(file)])).identity)
     assert identities[0] == identities[1] != identities[2]
+
+
+def test_the_cut_of_a_file_that_is_read_in_pieces_is_that_of_the_whole(tmp_path, small):
+    (tmp_path / "a.txt").write_text("".join(f"{number}é\n" for number in range(900)), encoding="utf-8")
+    for share in (10.0, 33.0, 50.5, 90.0):
+        args = TextArguments(train_file=[str(tmp_path / "a.txt")], validation_split_percentage=share)
+        assert open_stream(args).validation["text"][:] == load_texts(args)["validation"]["text"][:]

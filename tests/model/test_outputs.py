@@ -155,6 +155,18 @@ def test_gradient_checkpointing_of_the_base_model(reentrant: bool, length: int):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
+@torch.no_grad()
+def test_logits_to_keep_of_each_row_apart():
+    model, ids = tiny_model(), random_ids(2, 7)
+    whole = model(ids).logits
+    places = torch.tensor([[0, 6, 3], [5, 5, 1]])
+    found = model(ids, logits_to_keep=places).logits
+    torch.testing.assert_close(found, torch.stack([whole[row, at] for row, at in enumerate(places)]))
+    mask = torch.zeros(2, 7, dtype=torch.bool)
+    mask[0, 2] = mask[1, 4:6] = True
+    torch.testing.assert_close(model(ids, logits_to_keep=mask).logits, whole[mask])
+
+
 # -- compilers
 
 
