@@ -180,6 +180,12 @@ def start_in_common(one: Sequence[Turn], other: Sequence[Turn]) -> int:
     return next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
+def system_apart(turns: list[Turn]) -> tuple[list[Turn], list[Turn]]:
+    """The system's turns at the beginning, and the other turns."""
+    at = next((at for at, turn in enumerate(turns) if turn["role"] != "system"), len(turns))
+    return turns[:at], turns[at:]
+
+
 class Rendering:
     """Renders conversations with a chat template to find out what it leaves out.
 

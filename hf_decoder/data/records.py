@@ -26,6 +26,7 @@ from hf_decoder.data.conversations import (
     read_turns,
     says_something,
     start_in_common,
+    system_apart,
     text_fault,
     turns_fault,
 )
@@ -345,9 +346,7 @@ def _pair(values: Row, beside: Row, talks: bool) -> Row:
         return values
     if any(value is None or _fault("answer", value) for value in answers):
         return values
-    chosen, rejected = (
-        value if isinstance(value, list) else [{"role": "assistant", "content": value}] for value in answers
-    )
+    chosen, rejected = ([{"role": "assistant", "content": x}] if isinstance(x, str) else x for x in answers)
     common = start_in_common(chosen, rejected)
     if isinstance(prompt, str) and prompt.strip():
         asked = [turn for turn in chosen[:common] if turn["role"] == "user" and turn["content"]]
@@ -356,24 +355,17 @@ def _pair(values: Row, beside: Row, talks: bool) -> Row:
         prompt = [] if asked else [{"role": "user", "content": prompt}]
     elif prompt is not None and (not isinstance(prompt, list) or (prompt and _fault("prompt", prompt))):
         return values
-    (system, asked), (own, said) = _system_apart(prompt or []), _system_apart(chosen[:common])
+    (system, turns), (own, said) = system_apart(prompt or []), system_apart(chosen[:common])
     if system and own and system != own:
         return {**values, "prompt": Unusable("its system turn is not that of its chosen answer")}
     # the chats begin with all of the prompt, or with its last turns
-    told = next(n for n in range(min(len(asked), len(said)), -1, -1) if asked[len(asked) - n :] == said[:n])
-    before = [*(system or own), *asked[: len(asked) - told], *said]
-    before = _surround({"prompt": before}, beside)["prompt"]
+    told = next(n for n in range(min(len(turns), len(said)), -1, -1) if turns[len(turns) - n :] == said[:n])
+    before = _surround({"prompt": [*(system or own), *turns[: len(turns) - told], *said]}, beside)["prompt"]
     pair = {"prompt": before, "chosen": chosen[common:], "rejected": rejected[common:]}
     for role in ("chosen", "rejected"):
         if not pair[role] or pair[role][0]["role"] != "assistant":
             return dict.fromkeys(pair, Unusable(f"{role} does not go on with the assistant where the prompt ends"))
     return pair
-
-
-def _system_apart(turns: list[Row]) -> tuple[list[Row], list[Row]]:
-    """The system's turns at the beginning, and the other turns."""
-    at = next((at for at, turn in enumerate(turns) if turn["role"] != "system"), len(turns))
-    return turns[:at], turns[at:]
 
 
 @dataclass
