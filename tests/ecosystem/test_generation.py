@@ -173,7 +173,8 @@ def test_sliding_window_generation_equals_the_forward_pass(cache):
     assert torch.equal(tokens, expected)
 
 
-def test_quantized_cache(pair):
+@pytest.mark.peers
+def test_quantized_cache(pair):  # quanto compiles for a minute or two at its first use
     config = {"backend": "quanto", "nbits": 4, "q_group_size": 16}  # the tiny rows of this model hold no group of 64
     settings = {"cache_implementation": "quantized", "cache_config": config}
     assert torch.equal(*(generate(model, **settings) for model in pair))
