@@ -132,6 +132,25 @@ def test_two_chats_at_once(client, folder, expected):
         assert list(pool.map(ask, range(2))) == [expected, expected]
 
 
+def test_many_clients_get_what_each_would_get_alone(chat, complete):
+    def ask(number):
+        way = {"chat": chat, "complete": complete}["chat" if number % 3 else "complete"]
+        text = "def main(" * (number % 4 + 1)
+        given = {"messages": [{"role": "user", "content": text}]} if number % 3 else {"prompt": text}
+        given |= {"max_tokens": 3 + 2 * number, "stream": number % 2 == 0}
+        given |= {"logit_bias": {"5": -3}} if number == 7 else {"stop": "e"} if number > 9 else {}
+        found = way(**given)
+        if given["stream"]:
+            return streamed(found)[::2]
+        choice = found.choices[0]
+        return (choice.message.content if number % 3 else choice.text), [choice.finish_reason]
+
+    alone = [ask(number) for number in range(12)]
+    with ThreadPoolExecutor(12) as pool:
+        for _ in range(3):
+            assert list(pool.map(ask, range(12))) == alone
+
+
 def test_a_plain_completion(client, folder):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     inputs = tokenizer("def main(", return_tensors="pt")
