@@ -154,9 +154,8 @@ class Generation:
 
         def done(what: Written | Exception) -> None:
             if isinstance(what, Exception):
-                loop.call_soon_threadsafe(
-                    queue.put_nowait, _StreamError(json.dumps(str(what))[1:-1])
-                )  # it is put into quotes
+                quoted = json.dumps(str(what))  # transformers puts the quotes around it
+                loop.call_soon_threadsafe(queue.put_nowait, _StreamError(quoted[1:-1]))
                 return
             if what.ended:
                 self.finish = "stop"

@@ -6,6 +6,7 @@ Shapes: B rows, G key/value heads, K cached tokens, E head_dim.
 """
 
 from collections.abc import Sequence
+from itertools import count
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 from weakref import ref
@@ -35,12 +36,13 @@ class Buffers:
     def __init__(self, pairs: Sequence[Any], length: int, dropped: Sequence[int]):
         """length: the tokens that are there; dropped: those of each layer that its window has left behind."""
         self.pairs, self.length, self.dropped = pairs, length, dropped
+        self._space = min(keys.shape[2] + behind for (keys, _), behind in zip(pairs, dropped, strict=True))
         self._filled = torch.zeros((), dtype=torch.int64, device="cpu")  # the step counts in there
         self.layers = [
             SimpleNamespace(
-                keys=keys, values=values, dropped=count, cumulative_length=self._filled, is_initialized=True
+                keys=keys, values=values, dropped=behind, cumulative_length=self._filled, is_initialized=True
             )
-            for (keys, values), count in zip(pairs, dropped, strict=True)
+            for (keys, values), behind in zip(pairs, dropped, strict=True)
         ]
 
     @classmethod
@@ -53,8 +55,8 @@ class Buffers:
     def get_seq_length(self) -> int:
         return self.length
 
-    def has_room(self, index: int) -> bool:
-        return self.length - self.dropped[index] < self.pairs[index][0].shape[2]
+    def has_room(self) -> bool:
+        return self.length < self._space
 
 
 class GrowingCache:
@@ -97,26 +99,23 @@ class GrowingCache:
         Once the token is there, `extend` says so to the cache.
         """
         layers: list[Any] = cache.layers if _holds(cache, self._windows) else []
-        if not layers or not all(layer.is_initialized and layer.keys.ndim == 4 for layer in layers):
+        if not layers:
             return None
         kept, length = self._buffers, layers[0].get_seq_length()
-        if kept is not None and kept.length != length:  # torch's step has written a token
-            kept = None
-        pairs, dropped = [], []
-        for index, (layer, window) in enumerate(zip(layers, self._windows, strict=True)):
-            count, seen = layer.keys.shape[2], _seen(layer, window, length)
-            if layer.get_seq_length() != length or count != seen or layer.keys.dtype != dtype:
+        if (
+            (kept is not None and kept.has_room() and kept.length == length)  # torch's step may have written a token
+            and all(map(self._is_left, count(), layers, kept.pairs))
+        ):
+            return kept
+        for layer, window in zip(layers, self._windows, strict=True):
+            if not (layer.is_initialized and layer.keys.ndim == 4 and layer.get_seq_length() == length):
                 return None
-            if kept is not None and kept.has_room(index) and self._is_left(index, layer, kept.pairs[index]):
-                pairs.append(kept.pairs[index])
-                dropped.append(kept.dropped[index])
-            elif _is_in_place(layer.keys):
-                pairs.append((_with_room(layer.keys, LEAST_ROOM), _with_room(layer.values, LEAST_ROOM)))
-                dropped.append(length - count)
-            else:
+            if layer.keys.shape[2] != _seen(layer, window, length):
                 return None
-        if kept is None or any(pair is not other for pair, other in zip(pairs, kept.pairs, strict=True)):
-            self._buffers = Buffers(pairs, length, dropped)
+            if layer.keys.dtype != dtype or not _is_in_place(layer.keys):
+                return None
+        pairs = [(_with_room(layer.keys, LEAST_ROOM), _with_room(layer.values, LEAST_ROOM)) for layer in layers]
+        self._buffers = Buffers(pairs, length, [length - layer.keys.shape[2] for layer in layers])
         return self._buffers
 
     def _is_left(self, index: int, layer: Any, buffers: Pair) -> bool:

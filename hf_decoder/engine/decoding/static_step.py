@@ -6,7 +6,7 @@ Shapes: B rows, S new tokens per row (one, except in prefill), K cached and new 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from threading import Lock
 from typing import Any
 
@@ -43,6 +43,7 @@ class StaticStep(ABC):
         self._cache: StaticCache | Buffers | None = None
         self._next_past = -1
         self._space = 0  # how many tokens there may be in the cache
+        self._windowed: list[Any] = []  # its layers of windows
         self._addresses = _addresses(step)
         device, dtype = step.embedding.device, step.embedding.dtype
         # per row: cached tokens, position of the next token, first token it sees, address of text
@@ -115,12 +116,13 @@ class StaticStep(ABC):
         self._state.copy_(torch.tensor([[past, past, first, address] for first, address in states]))
         if position_ids is not None:
             self._state[:, 1].copy_(position_ids[:, -1] - (tokens - 1))
+        self._windowed = [layer for layer in layers if type(layer) is StaticSlidingWindowLayer]
         self._cache, self._next_past = cache, past
         return True
 
     def end(self) -> None:
         """Forgets the cache, which may change before the next call."""
-        self._cache = None
+        self._cache, self._windowed = None, []
 
     def logits(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Ids (B, 1) -> logits (B, 1, V), after `begin`."""
@@ -130,10 +132,10 @@ class StaticStep(ABC):
         return self._logits.clone().unsqueeze(1)
 
     def _extend(self, tokens: int) -> None:
-        """Counts tokens that the kernels have written where they cannot count."""
+        """Counts tokens that the kernels have written. Layers of windows count once more, on the host."""
         self._next_past += tokens
-        if self._cache is not None:
-            _set_length(self._cache.layers, self._next_past)
+        for layer in self._windowed:
+            layer.cumulative_length_int = self._next_past
 
     def greedy(
         self,
@@ -157,8 +159,8 @@ class StaticStep(ABC):
             return None
         self._ids.copy_(ids[:, -1])
         stop = self._write(text, made, ends, pad)
+        self._extend((length if stop is None else stop) - made)
         self.end()
-        _set_length(cache.layers, (length if stop is None else stop) - 1)
         if stop is None:
             return text
         layers: list[Any] = cache.layers
@@ -170,13 +172,6 @@ class StaticStep(ABC):
 def _dropped(layer: Any) -> int:
     """How many tokens a window has left behind in front of those in a layer of `Buffers`; none in a static cache."""
     return getattr(layer, "dropped", 0)
-
-
-def _set_length(layers: Sequence[Any], length: int) -> None:
-    """Tells layers of windows how many tokens they hold: they count once more, on the host."""
-    for layer in layers:
-        if type(layer) is StaticSlidingWindowLayer:
-            layer.cumulative_length_int = length
 
 
 def _places(layer: Any) -> list[int]:

@@ -197,9 +197,7 @@ def gate_kernel(
     dtype: tl.constexpr = hidden_ptr.dtype.element_ty
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = rows < M
-    gate, up = _two_products(
-        gate_ptr, up_ptr, rows, M, N, hidden_ptr, norm_ptr, eps, WHOLE, BLOCK_M, BLOCK_N, PDL
-    )  # fmt: skip
+    gate, up = _two_products(gate_ptr, up_ptr, rows, M, N, hidden_ptr, norm_ptr, eps, WHOLE, BLOCK_M, BLOCK_N, PDL)
     if HAS_BIAS:
         gate += tl.load(gate_bias_ptr + rows, mask=inside, other=0.0).to(tl.float32)
         up += tl.load(up_bias_ptr + rows, mask=inside, other=0.0).to(tl.float32)
