@@ -89,6 +89,8 @@ class TimeLimit(TrainerCallback, ExportableState):
             agreed = torch.tensor(fit, device=args.device)
             torch.distributed.all_reduce(agreed, op=torch.distributed.ReduceOp.MIN)
             fit = int(agreed)
+        if self.decay is not None and step >= state.max_steps:
+            control.should_log = True  # the trainer ends here by itself, and would not log the last loss
         if step + fit >= state.max_steps or (measured < STEPS_TO_TRUST <= fit):
             return
         if self.decay is None and fit > DECAY_SHARE * (step + fit):

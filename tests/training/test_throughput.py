@@ -101,6 +101,14 @@ def test_the_plateau_ends_so_that_the_decay_fits(tmp_path):
     assert (tmp_path / "checkpoint-25").is_dir()
 
 
+@pytest.mark.parametrize("seconds", [48.0, 47.0, 9.0, 3.0])
+def test_the_last_loss_is_logged_wherever_the_limit_ends_the_run(tmp_path, seconds):
+    trainer = limited(tmp_path, Clock(lambda step: 2.0 if step < 4 else 1.0), seconds)
+    trainer.train()
+    losses = [entry["step"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] == trainer.state.global_step and len(set(losses)) == len(losses)
+
+
 def test_steps_that_become_slower_shorten_the_decay(tmp_path):
     clock = Clock(lambda step: 1.0 if step <= 70 else 2.0)
     trainer = limited(tmp_path, clock, 100.0)
