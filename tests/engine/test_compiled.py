@@ -1,7 +1,5 @@
 """Rotations, gates, norms and losses in C++, against the plain formulas and fp64."""
 
-import os
-import subprocess
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -9,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sanitizers import run_sanitized
 from torch.nn import functional
 from torch.nn.functional import silu
 from vector_widths import CAPABILITY, WIDTHS
@@ -370,12 +369,4 @@ int main() {
 
 @pytest.mark.kernels
 def test_memory_is_touched_where_it_may_be(tmp_path):
-    """By the address and the undefined-behaviour sanitizer."""
-    flags = "-O1 -g -std=c++17 -march=native -fopenmp -fsanitize=address,undefined -fno-sanitize-recover=all -x c++ -"
-    command = [build.find_compiler(), *flags.split(), "-I", str(build.HERE), "-o", str(tmp_path / "run")]
-    if subprocess.run(command, input=SANITIZED, capture_output=True, text=True).returncode:
-        pytest.skip("this compiler comes without sanitizers")
-    run = subprocess.run(
-        [tmp_path / "run"], env={**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}, capture_output=True, text=True
-    )
-    assert not run.returncode, run.stderr
+    run_sanitized(SANITIZED, tmp_path)

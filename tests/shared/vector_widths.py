@@ -26,6 +26,7 @@ static inline float added_up(__m512 x) {
 }
 #define _mm512_cvtepu16_epi32 widened<uint16_t>
 #define _mm512_cvtepi8_epi32 widened<int8_t>
+#define _mm512_cvtepu8_epi32 widened<uint8_t>
 #define _mm512_slli_epi32(x, bits) ((__m512i)((Lanes)(x) << (bits)))
 #define _mm512_cvtepi32_ps(x) ((__m512)__builtin_convertvector((Lanes)(x), FloatLanes))
 #define _mm512_reduce_add_ps added_up

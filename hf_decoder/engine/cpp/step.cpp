@@ -8,6 +8,7 @@
 // Shapes: B rows, S new tokens of each, L = B S lines, D hidden_size, H query heads, G key/value heads, E head_dim, R its
 // rotated part, F intermediate_size, V vocab_size, K cached and new tokens; M outputs and N inputs of a product.
 
+#include "int4.h"
 #include "quantized.h"
 
 // What Python writes, eight bytes a field.
@@ -19,10 +20,11 @@ struct Norm {
 
 struct Product {
     const void *weight;  // (M, N), int8 where there are scales
-    const void *scales;  // (M,), in fp32 if they are wide
+    const void *scales;  // (M,), in fp32 if they are wide; of int4.h where there is a group
     const void *bias;    // (M,)
     int64_t wide, outputs, inputs;
     int64_t kind;  // of packed weights, as GGUF numbers it; 0 of others
+    int64_t group, block;  // of int4.h; 0 of others
 };
 
 struct Layer {
@@ -78,12 +80,15 @@ static void multiply(const Product &of, Inputs x, int64_t lines, int64_t from, i
         };
         products(weight, x.x, of.inputs, lines, from, to, give);
     };
+    const auto give = [&, bias = (const T *)of.bias](int64_t line, int64_t output, float y) {
+        take(line, output, bias ? y + number(bias[output]) : y);
+    };
+    if (of.group) {
+        const Int4<T> weights{(const uint8_t *)of.weight, (const T *)of.scales, of.group, of.outputs, of.inputs};
+        return int4_products(weights, of.block, x.x, lines, from, to, give);
+    }
 #ifdef PACKED_WEIGHTS
     if (of.kind) {
-        const T *bias = (const T *)of.bias;
-        const auto give = [&](int64_t line, int64_t output, float y) {
-            take(line, output, bias ? y + number(bias[output]) : y);
-        };
         const Lines rounded(x.rounded, of.inputs, lines);
         return packed_products(of.kind, (const uint8_t *)of.weight, rounded, lines, from, to, give);
     }

@@ -1,8 +1,8 @@
 """The decode step of a few rows on a CPU as one call of a C++ function.
 
-It reads weights in fp32, bf16 or torchao's int8 in place. A graph of torch.compile spends about as long on buffers and
-guards as a small model's step takes (RESULTS.md). The function also runs the prefill of short prompts where it is
-faster than the modules.
+It reads weights in fp32, bf16 or torchao's int8 or int4 in place. A graph of torch.compile spends about as long on
+buffers and guards as a small model's step takes (RESULTS.md). The function also runs the prefill of short prompts,
+where it is faster than the modules.
 """
 
 import copy
@@ -28,6 +28,7 @@ from hf_decoder.engine.decoding.static_step import (
     outputs_of,
     weights_of_products,
 )
+from hf_decoder.engine.int4 import Int4Weights, outputs_of_block
 from hf_decoder.engine.int8 import Int8Weights
 from hf_decoder.engine.quantized.layers import Table
 from hf_decoder.engine.quantized.products import BlockWeights
@@ -36,7 +37,7 @@ from hf_decoder.engine.switches import settings
 DTYPES = (torch.float32, torch.bfloat16)
 WIDE_VECTORS = torch.backends.cpu.get_cpu_capability() == "AVX512"  # of 512 bits
 MAX_PROMPT_LINES = 128  # of all rows: with more, the products of a library are as fast, and their attention faster
-MAX_PACKED_PROMPT_LINES = 512  # which no library multiplies
+MAX_PACKED_PROMPT_LINES = 512  # which no library multiplies, or torch in many times its time for other rows
 READS = {  # ways to read weights, by what vectors.h is compiled with
     "unasked": ("PREFETCH_LOCALITY=-1",),
     "asked for, kept in no cache": ("PREFETCH_LOCALITY=0",),
@@ -81,7 +82,7 @@ class CppStep(StaticStep):
         self._numbers = rotated + 2 * size + (2 * heads + 2 * step.groups) * width + 2 * inner  # per token
         self._room = torch.zeros(rows, self._numbers, dtype=torch.float32, device="cpu")
         self._is_half = step.embedding.dtype == torch.bfloat16
-        self._is_packed = any(isinstance(of, BlockWeights) for of in weights_of_products(step))
+        self._is_packed = any(isinstance(of, (BlockWeights, Int4Weights)) for of in weights_of_products(step))
 
     def _run(self, chooses: bool) -> None:
         self._call(self._ids, self._room, 1, chooses)
@@ -177,7 +178,7 @@ def is_for_cpp(step: Any) -> bool:
         sys.platform != "win32"  # its usual compiler lacks GCC's vectors
         and step.embedding.device.type == "cpu"
         and step.embedding.dtype in DTYPES
-        and is_for_kernels(step, Weights, Int8Weights, BlockWeights)
+        and is_for_kernels(step, Weights, Int8Weights, Int4Weights, BlockWeights)
     )
 
 
@@ -229,10 +230,15 @@ def _norm(norm: Any) -> list[int]:
 def _product(of: AnyWeights) -> list[int]:
     if isinstance(of, BlockWeights):
         bias = 0 if of.bias is None else of.bias.data_ptr()
-        return [of.blocks.data_ptr(), 0, bias, 0, of.outputs, of.inputs, of.form.kind]
+        return [of.blocks.data_ptr(), 0, bias, 0, of.outputs, of.inputs, of.form.kind, 0, 0]
+    if isinstance(of, Int4Weights):
+        bias = 0 if of.bias is None else of.bias.data_ptr()
+        outputs, pairs = of.codes.shape
+        places = [of.codes.data_ptr(), of.scales.data_ptr(), bias]
+        return [*places, 0, outputs, 2 * pairs, 0, of.group, outputs_of_block() or 0]
     scales = of.scales if isinstance(of, Int8Weights) else None
     places = [0 if tensor is None else tensor.data_ptr() for tensor in (of[0], scales, of.bias)]
-    return [*places, scales is not None and scales.dtype == torch.float32, *of[0].shape, 0]
+    return [*places, scales is not None and scales.dtype == torch.float32, *of[0].shape, 0, 0, 0]
 
 
 def _layer(layer: Any) -> list[int]:

@@ -14,6 +14,7 @@ from torch.nn.functional import linear
 
 from hf_decoder.engine.assumptions import PLAIN
 from hf_decoder.engine.calibration import bucket, choose, numbers
+from hf_decoder.engine.int4 import Int4Weights, int4_linear, int4_weights
 from hf_decoder.engine.int8 import Int8Weights, int8_linear, int8_weights
 from hf_decoder.engine.precision import MIN_HALF_ROWS, fast_dtype, linear_in_parts, product_dtype
 from hf_decoder.engine.quantized.layers import PackedLinear
@@ -41,7 +42,7 @@ class PackedWeights(NamedTuple):
     bias: torch.Tensor | None
 
 
-AnyWeights = Weights | PackedWeights | Int8Weights | BlockWeights
+AnyWeights = Weights | PackedWeights | Int8Weights | Int4Weights | BlockWeights
 
 
 @contextmanager
@@ -125,7 +126,8 @@ def weights_of(module: nn.Linear) -> AnyWeights:
     """The module's own tensors, the same objects at every call."""
     if isinstance(module, PackedLinear):
         return module.weights()
-    return int8_weights(module.weight, module.bias) or Weights(module.weight, module.bias)
+    of = module.weight, module.bias
+    return int8_weights(*of) or int4_weights(*of) or Weights(*of)
 
 
 def _plain(weights: AnyWeights) -> Weights | None:
@@ -162,6 +164,8 @@ def multiply(x: torch.Tensor, weights: AnyWeights) -> torch.Tensor:
         return multiply_blocks(x, weights)
     if isinstance(weights, Int8Weights):
         return int8_linear(x, weights)
+    if isinstance(weights, Int4Weights):
+        return int4_linear(x, weights)
     dtype = product_dtype(x)
     # quantized weights have their own products
     in_parts = type(weights.weight) in PLAIN and _rows(x) >= MIN_HALF_ROWS

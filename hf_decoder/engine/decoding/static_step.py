@@ -15,6 +15,7 @@ from transformers.cache_utils import StaticCache, StaticLayer, StaticSlidingWind
 
 from hf_decoder.engine.assumptions import PLAIN, SILU
 from hf_decoder.engine.decoding.growing_cache import Buffers
+from hf_decoder.engine.int4 import Int4Weights, outputs_of_block
 from hf_decoder.engine.int8 import Int8Weights
 from hf_decoder.engine.precision import autocast_dtype
 from hf_decoder.engine.quantized.layers import Table
@@ -236,6 +237,11 @@ def is_for_kernels(step: Any, *kinds: type) -> bool:
             if of.values.dtype != torch.int8 or of.scales.dtype not in (dtype, torch.float32):
                 return False
             others += [of.values, of.scales]
+        elif isinstance(of, Int4Weights):
+            block = outputs_of_block()
+            if block is None or len(of.codes) % block or of.scales.dtype != dtype:
+                return False
+            others += [of.codes, of.scales]
         elif isinstance(of, BlockWeights):
             if not of.are_whole():
                 return False

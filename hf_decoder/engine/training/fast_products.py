@@ -3,7 +3,8 @@
 Most desktop CPUs lack instructions for half precision (AVX-512, AMX). There torch multiplies in a loop that takes 5 to
 70 times as long as fp32. Here the factors become fp32 part by part and the result is rounded once, as those
 instructions do. torchao's int8 weights, which torchao dequantizes as a whole for each product, are taken in parts
-too. This covers every call of `linear` and `matmul` within a layer, adapters included.
+too, and so are its int4 weights where torch's kernel for them is slow. This covers every call of `linear` and `matmul`
+within a layer, adapters included.
 Shapes: R rows, N inputs, M outputs.
 """
 
@@ -17,7 +18,8 @@ from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 
 from hf_decoder.engine.assumptions import DTYPES, PLAIN
-from hf_decoder.engine.int8 import int8_linear, int8_weights
+from hf_decoder.engine.int4 import int4_linear, int4_weights
+from hf_decoder.engine.int8 import Int8Weights, int8_linear, int8_weights
 from hf_decoder.engine.operators import may_call_operators, runs_as_written
 from hf_decoder.engine.precision import (
     MIN_HALF_ROWS,
@@ -46,7 +48,7 @@ def needs_fast_products(x: torch.Tensor, reader: nn.Module | None) -> bool:
     if not (runs_as_written() or may_call_operators()):
         return False
     is_slow = _is_slow(dtype) and x.shape[:-1].numel() >= MIN_HALF_ROWS
-    return is_slow or int8_weights(weight, None) is not None
+    return is_slow or (int8_weights(weight, None) or int4_weights(weight, None)) is not None
 
 
 def fast_products(x: torch.Tensor, reader: nn.Module | None) -> AbstractContextManager:
@@ -66,10 +68,13 @@ class FastProducts(TorchFunctionMode):
 
 def _linear(input: Any, weight: Any, bias: Any = None) -> torch.Tensor | None:
     """The product, or None if torch is to compute it, or to refuse it."""
-    if (int8 := int8_weights(weight, bias)) is not None:
+    quantized = int8_weights(weight, bias) or int4_weights(weight, bias)
+    if quantized is not None:
         if _common_dtype(input) is None or torch.compiler.is_compiling() or _needs_gradients(input, bias):
             return None
-        return int8_linear(input, int8)
+        if isinstance(quantized, Int8Weights):
+            return int8_linear(input, quantized)
+        return int4_linear(input, quantized)
     dtype = _common_dtype(input, weight) if bias is None else _common_dtype(input, weight, bias)
     if dtype is None or not _is_slow(dtype) or input.shape[-1:] != weight.shape[1:]:
         return None
