@@ -10,7 +10,7 @@ from hf_decoder.engine.calibration import bucket, choose, numbers
 
 BLOCKS = (32, 64)  # outputs that torch may pack side by side
 PART_ELEMENTS = 2**20  # of the weights that are unpacked at a time, in fp32
-MEASURED_SIZE, MEASURED_ROWS = 512, 64  # more rows are taken for as many
+MEASURED_SIZE, MEASURED_ROWS = 512, 256  # of a measurement; more rows count as 256
 
 
 class Int4Weights(NamedTuple):
@@ -20,6 +20,15 @@ class Int4Weights(NamedTuple):
     scales: torch.Tensor  # (N / group, M, 2), scale and zero of each group of inputs
     bias: torch.Tensor | None
     group: int
+
+    @property
+    def block(self) -> int:
+        """How many outputs lie side by side; 0 if that is unknown."""
+        return outputs_of_block() or 0
+
+    def are_in_blocks(self) -> bool:
+        """Whether all outputs lie in whole blocks of a known order."""
+        return self.block > 0 and len(self.codes) % self.block == 0
 
 
 def int4_weights(weight: Any, bias: torch.Tensor | None) -> Int4Weights | None:
@@ -57,14 +66,14 @@ def int4_linear(x: torch.Tensor, weights: Int4Weights) -> torch.Tensor:
     """
     dtype, bias = weights.scales.dtype, weights.bias
     rows = x.reshape(-1, x.shape[-1]).to(dtype).contiguous()
-    block, way = outputs_of_block(), "torch"
+    way = "torch"
     with torch.autocast("cpu", enabled=False):
-        if len(rows) > 1 and block is not None and len(weights.codes) % block == 0:
+        if len(rows) > 1 and weights.are_in_blocks():
             count = bucket(len(rows), 2, MEASURED_ROWS)
             way = choose("int4 products", (dtype, count), WAYS, partial(_inputs, count, dtype))
         product = WAYS[way](rows, weights)
         product = product if bias is None else product + bias
-    return product.view(*x.shape[:-1], -1).to(x.dtype)
+    return product.view(*x.shape[:-1], len(weights.codes)).to(x.dtype)
 
 
 def _by_torch(rows: torch.Tensor, weights: Int4Weights) -> torch.Tensor:
@@ -75,22 +84,23 @@ def _by_torch(rows: torch.Tensor, weights: Int4Weights) -> torch.Tensor:
 def _unpacked(rows: torch.Tensor, weights: Int4Weights) -> torch.Tensor:
     """Rows (R, N) -> (R, M), by weights that are unpacked in parts."""
     outputs, inputs = len(weights.codes), rows.shape[1]
-    product, block = rows.new_empty(len(rows), outputs), outputs_of_block() or outputs
-    size = max(1, PART_ELEMENTS // inputs // block) * block
+    product, x = rows.new_empty(len(rows), outputs), rows.float()
+    size = max(1, PART_ELEMENTS // inputs // weights.block) * weights.block
     for first in range(0, outputs, size):
         part = slice(first, first + size)
-        product[:, part] = linear(rows.float(), _unpack(weights, part, block))
+        product[:, part] = linear(x, _unpack(weights, part))
     return product
 
 
-def _unpack(weights: Int4Weights, part: slice, block: int) -> torch.Tensor:
+def _unpack(weights: Int4Weights, part: slice) -> torch.Tensor:
     """Those outputs of the weights (M', N) in fp32; they begin and end with a block."""
     codes, scales, _, group = weights
-    bytes_of = codes[part].reshape(-1, 2 * codes.shape[1], block // 2)
-    halves = torch.stack((bytes_of & 15, bytes_of >> 4), 1)  # (M' / block, 2, N, block / 2)
-    numbers_of = halves.mT.reshape(-1, 2 * codes.shape[1]).float().unflatten(1, (-1, group)).sub_(8)
+    inputs = 2 * codes.shape[1]
+    pairs = codes[part].reshape(-1, inputs, weights.block // 2)
+    halves = torch.stack((pairs & 15, pairs >> 4), 1)  # (M' / block, 2, N, block / 2)
+    found = halves.mT.reshape(-1, inputs).float().unflatten(1, (-1, group)).sub_(8)
     scale, zero = scales[:, part].float().permute(2, 1, 0).unsqueeze(-1)
-    return numbers_of.mul_(scale).add_(zero).flatten(1)
+    return found.mul_(scale).add_(zero).flatten(1)
 
 
 WAYS = {"torch": _by_torch, "unpacked": _unpacked}

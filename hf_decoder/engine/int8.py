@@ -50,7 +50,7 @@ def int8_linear(x: torch.Tensor, weights: Int8Weights) -> torch.Tensor:
         if x.shape[-1] % KERNEL_MULTIPLE:  # torch's bf16 kernel reads past the end of such rows (2.13)
             product = linear(x, values.to(x.dtype)) * scales
         else:
-            product = torch._weight_int8pack_mm(x.reshape(rows, -1), values, scales).view(*x.shape[:-1], -1)
+            product = torch._weight_int8pack_mm(x.reshape(rows, -1), values, scales).view(*x.shape[:-1], len(values))
     return product if bias is None else product + bias.to(x.dtype)
 
 

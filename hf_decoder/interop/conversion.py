@@ -138,8 +138,9 @@ def convert(
     """Converts the checkpoint `name` into a new folder or .gguf file, and returns the kind of the result.
 
     `to="auto"` turns other families into ours, and ours into the stock class that expresses it. With `verify`, the
-    logits of a stock class or ONNX are compared with the source's, and a GGUF file is read back number by number. A
-    folder gets a model card. `progress(title, total)` returns an object whose `update(bytes)` each tensor calls.
+    logits of a folder or ONNX are compared with the source's, and a GGUF file is read back number by number. What comes
+    from GGUF is not compared. A folder gets a model card. `progress(title, total)` returns an object whose
+    `update(bytes)` each tensor calls.
 
     Raises:
         ValueError: if the source is damaged or not supported, the target cannot express it, or the disk is full.
@@ -170,7 +171,8 @@ def convert(
             raise ValueError(f"--to onnx takes our own checkpoints; first convert {name} without --to")
         return _write_onnx(source, named, destination, verify=verify)
     if to == OURS:
-        _write_folder(source, named, destination, None, source.config, max_bytes, progress, verify=False)
+        compared = verify and not source.is_gguf
+        _write_folder(source, named, destination, None, source.config, max_bytes, progress, verify=compared)
         return HfDecoderForCausalLM.__name__
     family, stock_config = to_stock(source.config, to)
     _write_folder(source, named, destination, family, stock_config, max_bytes, progress, verify=verify)

@@ -31,7 +31,7 @@ ARCHITECTURES = {
     "qwen3": Architecture(qk_norm=True, attention_biases=(False,)),
     "phi3": Architecture(qk_norm=False, attention_biases=(), fused=True),
 }
-# Fields that all three graphs fix.
+# Fields that all graphs fix.
 FIXED: dict[str, Any] = {"hidden_act": "silu", "mlp_bias": False, "final_logit_softcapping": None}
 # RoPE types -> the parameters besides theta that the file holds.
 ROPE_TYPES = {

@@ -27,8 +27,8 @@ class ConvertArguments:
     max_shard_size: str = flag("5GB", "Largest weights file.", metavar="SIZE")
     verify: bool = flag(
         True,
-        "Compare the logits of a stock class or ONNX with those of the source; read GGUF back. --no_verify skips "
-        "this.",
+        "Compare the logits of the result with those of the source; read GGUF back. What comes from GGUF is not "
+        "compared. --no_verify skips this.",
     )
     revision: str | None = flag(None, "Branch, tag or commit of a Hub name.")
 

@@ -1,6 +1,6 @@
 // Products of weights that torchao has rounded to four bits, in the order in which torch packs them for a CPU.
 //
-// Blocks of 32 or 64 outputs follow each other. In a block a column follows the other, one byte for two outputs: the
+// Blocks of 32 or 64 outputs follow each other. In a block one column follows another, one byte for two outputs: the
 // low four bits of byte j are the code of output j, the high ones that of output j + BLOCK / 2. The weight of a code is
 // (code - 8) * scale + zero, with one scale and one zero for an output's group of columns. A product sums codes times
 // inputs within a group, and adds up the groups. All is exact but for fp32's rounding: inputs keep their precision.
@@ -29,12 +29,26 @@ static inline Integers wide_bytes(const uint8_t *from) {
 #endif
 }
 
-// Scales and zeros of LANES outputs, which lie in turn; without the 8 that a code has too much.
-template <class T> static inline void scales_at(const T *from, Floats &scale, Floats &zero) {
-    for (int lane = 0; lane < LANES; lane++) {
-        scale[lane] = number(from[2 * lane]);
-        zero[lane] = number(from[2 * lane + 1]) - 8 * scale[lane];
-    }
+// Scales and zeros of LANES outputs, which lie in turn.
+static inline void scales_at(const bfloat16 *from, Floats &scale, Floats &zero) {
+    Integers pairs;
+    std::memcpy(&pairs, from, sizeof pairs);
+    scale = (Floats)(pairs << 16);
+    zero = (Floats)(pairs & (int32_t)0xffff0000);
+}
+static inline void scales_at(const float *from, Floats &scale, Floats &zero) {
+#if defined(__AVX2__) && LANES == 8  // in five instructions, which GCC does not find
+    const __m256 a = _mm256_loadu_ps(from), b = _mm256_loadu_ps(from + LANES);
+    scale = (Floats)_mm256_permute4x64_pd((__m256d)_mm256_shuffle_ps(a, b, 0x88), 0xd8);
+    zero = (Floats)_mm256_permute4x64_pd((__m256d)_mm256_shuffle_ps(a, b, 0xdd), 0xd8);
+#else
+    typedef uint64_t Pairs __attribute__((vector_size(8 * LANES)));
+    typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+    Pairs pairs;
+    std::memcpy(&pairs, from, sizeof pairs);
+    scale = (Floats)__builtin_convertvector(pairs, Words);
+    zero = (Floats)__builtin_convertvector(pairs >> 32, Words);
+#endif
 }
 
 // y (LINES, BLOCK): the products of the block that begins with that output and lines x, whose sums of groups are
@@ -50,8 +64,7 @@ static __attribute__((noinline)) void int4_block(const Int4<T> &weights, int64_t
     for (int64_t group = 0; group < groups; group++, scales += 2 * weights.outputs) {
         Floats sums[LINES][PARTS] = {};
         for (int64_t i = group * weights.group; i < (group + 1) * weights.group; i++, codes += BLOCK / 2) {
-            if (LINES == 1 && PREFETCH_LOCALITY >= 0 && i % (128 / BLOCK) == 0)
-                __builtin_prefetch(codes + AHEAD_BYTES, 0, PREFETCH_LOCALITY < 0 ? 0 : PREFETCH_LOCALITY);
+            if (LINES == 1 && i % (128 / BLOCK) == 0) ask_ahead(codes, 0);
             Floats columns[PARTS];
 #pragma GCC unroll 4
             for (int part = 0; part < PARTS / 2; part++) {
@@ -67,7 +80,10 @@ static __attribute__((noinline)) void int4_block(const Int4<T> &weights, int64_t
 #pragma GCC unroll 8
         for (int part = 0; part < PARTS; part++) {
             Floats scale, zero;
+            // groups lie too far apart for the hardware to read ahead
+            if (LINES == 1) __builtin_prefetch(scales + 2 * (4 * weights.outputs + part * LANES));
             scales_at(scales + 2 * part * LANES, scale, zero);
+            zero -= 8 * scale;  // by which every code is too high
             for (int line = 0; line < LINES; line++)
                 totals[line][part] += sums[line][part] * scale + zero * sums_of_x[line * groups + group];
         }
@@ -79,36 +95,42 @@ static __attribute__((noinline)) void int4_block(const Int4<T> &weights, int64_t
 template <int BLOCK, class T, class F>
 static void int4_blocks(const Int4<T> &weights, const float *x, const float *sums_of_x, int64_t lines, int64_t from,
                         int64_t to, F take) {
-    constexpr int LINES = LANES / 4 * 32 / BLOCK ? LANES / 4 * 32 / BLOCK : 1;  // whose sums fit in the registers
+    constexpr int LINES = std::max(1, LANES * LANES / BLOCK);  // whose sums fit in the registers
     const int64_t groups = weights.inputs / weights.group;
     float y[LINES * BLOCK];
     for (int64_t block = from / BLOCK * BLOCK; block < to; block += BLOCK)
         for (int64_t line = 0, count; line < lines; line += count) {
             count = line + LINES <= lines ? LINES : 1;
-            const auto products = count > 1 ? int4_block<BLOCK, LINES, T> : int4_block<BLOCK, 1, T>;
-            products(weights, block, x + line * weights.inputs, sums_of_x + line * groups, y);
+            const auto block_of = count > 1 ? int4_block<BLOCK, LINES, T> : int4_block<BLOCK, 1, T>;
+            block_of(weights, block, x + line * weights.inputs, sums_of_x + line * groups, y);
             for (int64_t of = 0; of < count; of++)
                 for (int64_t output = std::max(from, block); output < std::min(to, block + BLOCK); output++)
                     take(line + of, output, y[of * BLOCK + output - block]);
         }
 }
 
+// The sums of groups of x (L, N), in this thread's own room, until the next call.
+static const float *sums_of_groups(const float *x, int64_t count, int64_t group) {
+    static thread_local std::vector<float> sums;
+    sums.resize(count);
+    for (int64_t i = 0; i < count; i++, x += group) {
+        Floats all = {};
+        int64_t at = 0;
+        for (; at + LANES <= group; at += LANES) all += load(x + at);
+        sums[i] = sum(all);
+        for (; at < group; at++) sums[i] += x[at];
+    }
+    return sums.data();
+}
+
 // The outputs `from` to `to` of lines x (L, N), each handed to `take` with its line.
 template <class T, class F>
 static void int4_products(const Int4<T> &weights, int64_t block, const float *x, int64_t lines, int64_t from,
                           int64_t to, F take) {
-    static thread_local std::vector<float> sums;
-    const int64_t group = weights.group, count = lines * weights.inputs / group;
-    sums.resize(count);
-    for (int64_t i = 0; i < count; i++) {
-        Floats all = {};
-        int64_t at = 0;
-        for (; at + LANES <= group; at += LANES) all += load(x + i * group + at);
-        sums[i] = sum(all);
-        for (; at < group; at++) sums[i] += x[i * group + at];
-    }
+    if (from >= to) return;
+    const float *sums = sums_of_groups(x, lines * weights.inputs / weights.group, weights.group);
     if (block == 32)
-        int4_blocks<32>(weights, x, sums.data(), lines, from, to, take);
+        int4_blocks<32>(weights, x, sums, lines, from, to, take);
     else
-        int4_blocks<64>(weights, x, sums.data(), lines, from, to, take);
+        int4_blocks<64>(weights, x, sums, lines, from, to, take);
 }

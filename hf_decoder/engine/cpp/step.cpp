@@ -102,10 +102,12 @@ static void multiply(const Product &of, Inputs x, int64_t lines, int64_t from, i
 }
 
 struct Team {
-    int64_t thread, threads;
+    int64_t thread, threads, grain;
 
-    // where a thread's share of some outputs starts; the next one's start is its end
-    int64_t start(int64_t count, int64_t of) const { return of == threads ? count : count * of / threads / 16 * 16; }
+    // where a thread's share of some outputs starts, at a multiple of `grain`; the next one's start is its end
+    int64_t start(int64_t count, int64_t of) const {
+        return of == threads ? count : count * of / threads / grain * grain;
+    }
     int64_t from(int64_t count) const { return start(count, thread); }
     int64_t to(int64_t count) const { return start(count, thread + 1); }
 };
@@ -354,11 +356,12 @@ static void run(const Step &step, const Buffers *buffers, State *states, int64_t
     const int64_t rows = step.rows, lines = rows * tokens, size = step.size, inner = step.inner;
     const int64_t vocab_size = step.head.outputs, all_heads = step.all_heads();
     const Shared shared(step, lines, room);
+    const int64_t grain = std::max<int64_t>(16, step.layers->gate.block);
     static thread_local std::vector<uint8_t> rounded_room;
     uint8_t *const rounded_lines = room_for_rounded(rounded_room, step, lines);
 #pragma omp parallel num_threads(threads)
     {
-        const Team team{omp_get_thread_num(), omp_get_num_threads()};
+        const Team team{omp_get_thread_num(), omp_get_num_threads(), grain};
         static thread_local std::vector<float> own;
         own.resize(rows * size);
         begin_lines<T>(step, shared, states, ids, lines, tokens, team);

@@ -1,7 +1,7 @@
 """The decode step of a few rows on a CPU as one call of a C++ function.
 
 It reads weights in fp32, bf16 or torchao's int8 or int4 in place. A graph of torch.compile spends about as long on
-buffers and guards as a small model's step takes (RESULTS.md). The function also runs the prefill of short prompts,
+buffers and guards as a small model's step takes (RESULTS.md). The function also runs the prefill of short prompts
 where it is faster than the modules.
 """
 
@@ -28,7 +28,7 @@ from hf_decoder.engine.decoding.static_step import (
     outputs_of,
     weights_of_products,
 )
-from hf_decoder.engine.int4 import Int4Weights, outputs_of_block
+from hf_decoder.engine.int4 import Int4Weights
 from hf_decoder.engine.int8 import Int8Weights
 from hf_decoder.engine.quantized.layers import Table
 from hf_decoder.engine.quantized.products import BlockWeights
@@ -37,7 +37,7 @@ from hf_decoder.engine.switches import settings
 DTYPES = (torch.float32, torch.bfloat16)
 WIDE_VECTORS = torch.backends.cpu.get_cpu_capability() == "AVX512"  # of 512 bits
 MAX_PROMPT_LINES = 128  # of all rows: with more, the products of a library are as fast, and their attention faster
-MAX_PACKED_PROMPT_LINES = 512  # which no library multiplies, or torch in many times its time for other rows
+MAX_PACKED_PROMPT_LINES = 512  # of GGUF weights, which no library multiplies, and of int4, at which torch is slow
 READS = {  # ways to read weights, by what vectors.h is compiled with
     "unasked": ("PREFETCH_LOCALITY=-1",),
     "asked for, kept in no cache": ("PREFETCH_LOCALITY=0",),
@@ -82,7 +82,7 @@ class CppStep(StaticStep):
         self._numbers = rotated + 2 * size + (2 * heads + 2 * step.groups) * width + 2 * inner  # per token
         self._room = torch.zeros(rows, self._numbers, dtype=torch.float32, device="cpu")
         self._is_half = step.embedding.dtype == torch.bfloat16
-        self._is_packed = any(isinstance(of, (BlockWeights, Int4Weights)) for of in weights_of_products(step))
+        self._is_packed = any(isinstance(of, BlockWeights) for of in weights_of_products(step))
 
     def _run(self, chooses: bool) -> None:
         self._call(self._ids, self._room, 1, chooses)
@@ -96,9 +96,11 @@ class CppStep(StaticStep):
     def takes_prompts(self, rows: int, tokens: int) -> bool:
         if self._is_packed:
             return rows == self.rows and rows * tokens <= MAX_PACKED_PROMPT_LINES
-        if rows != self.rows or rows * tokens > MAX_PROMPT_LINES:
+        first = self._step.layers[0]
+        most = MAX_PACKED_PROMPT_LINES if isinstance(first.gate, Int4Weights) else MAX_PROMPT_LINES
+        if rows != self.rows or rows * tokens > most:
             return False
-        first, lines = self._step.layers[0], bucket(rows * tokens, 2, MAX_PROMPT_LINES)
+        lines = bucket(rows * tokens, 2, most)
         sizes = [bucket(size, 16, 2**15) for size in (self._step.embedding.shape[1], len(first.gate[0]))]
         key = (self._step.embedding.dtype, type(first.gate).__name__, lines, *sizes, self._step.groups)
         return choose("short prompt", key, PROMPT_WAYS, partial(_prompt_inputs, self._step, lines)) == "C++"
@@ -145,7 +147,8 @@ def _prompt_inputs(step: Any, tokens: int) -> tuple[Any, CppStep, torch.Tensor]:
     """The first layer, which stands for all, with so little of the head that it does not count; and a prompt."""
     layer = copy.copy(step)
     layer.layers, layer._parts = step.layers[:1], {}
-    layer.head = type(step.head)(*(of if of is None else of[:HEAD_OUTPUTS] for of in step.head))
+    if not isinstance(step.head, Int4Weights):  # whose blocks are not cut
+        layer.head = type(step.head)(*(of if of is None else of[:HEAD_OUTPUTS] for of in step.head))
     return layer, CppStep(layer), torch.arange(tokens, device="cpu")[None] % step.embedding.shape[0]
 
 
@@ -228,16 +231,14 @@ def _norm(norm: Any) -> list[int]:
 
 
 def _product(of: AnyWeights) -> list[int]:
+    bias = 0 if of.bias is None else of.bias.data_ptr()
     if isinstance(of, BlockWeights):
-        bias = 0 if of.bias is None else of.bias.data_ptr()
         return [of.blocks.data_ptr(), 0, bias, 0, of.outputs, of.inputs, of.form.kind, 0, 0]
     if isinstance(of, Int4Weights):
-        bias = 0 if of.bias is None else of.bias.data_ptr()
         outputs, pairs = of.codes.shape
-        places = [of.codes.data_ptr(), of.scales.data_ptr(), bias]
-        return [*places, 0, outputs, 2 * pairs, 0, of.group, outputs_of_block() or 0]
+        return [of.codes.data_ptr(), of.scales.data_ptr(), bias, 0, outputs, 2 * pairs, 0, of.group, of.block]
     scales = of.scales if isinstance(of, Int8Weights) else None
-    places = [0 if tensor is None else tensor.data_ptr() for tensor in (of[0], scales, of.bias)]
+    places = [of[0].data_ptr(), 0 if scales is None else scales.data_ptr(), bias]
     return [*places, scales is not None and scales.dtype == torch.float32, *of[0].shape, 0, 0, 0]
 
 

@@ -15,7 +15,7 @@ from transformers.cache_utils import StaticCache, StaticLayer, StaticSlidingWind
 
 from hf_decoder.engine.assumptions import PLAIN, SILU
 from hf_decoder.engine.decoding.growing_cache import Buffers
-from hf_decoder.engine.int4 import Int4Weights, outputs_of_block
+from hf_decoder.engine.int4 import Int4Weights
 from hf_decoder.engine.int8 import Int8Weights
 from hf_decoder.engine.precision import autocast_dtype
 from hf_decoder.engine.quantized.layers import Table
@@ -238,8 +238,7 @@ def is_for_kernels(step: Any, *kinds: type) -> bool:
                 return False
             others += [of.values, of.scales]
         elif isinstance(of, Int4Weights):
-            block = outputs_of_block()
-            if block is None or len(of.codes) % block or of.scales.dtype != dtype:
+            if not of.are_in_blocks() or of.scales.dtype != dtype:
                 return False
             others += [of.codes, of.scales]
         elif isinstance(of, BlockWeights):

@@ -30,7 +30,7 @@ from transformers.cache_utils import (
 )
 from transformers.utils import logging
 
-from hf_decoder.engine.assumptions import PLAIN, SILU, Structure, outputs_of, state_of
+from hf_decoder.engine.assumptions import PLAIN, SILU, Structure, modules_below, outputs_of, state_of
 from hf_decoder.engine.decoding.cpp_step import CppStep, is_for_cpp, later
 from hf_decoder.engine.decoding.cuda_graph_step import CudaGraphStep, is_capturable
 from hf_decoder.engine.decoding.growing_cache import GrowingCache
@@ -126,7 +126,8 @@ class DecodingStep:
         if known is not None and known[0] == state:
             return known[1]
         step = DecodingStep(model)
-        _steps[model] = state, step
+        # what the state holds by id must live on, or another object could get its id
+        _steps[model] = state, step, (*modules_below(model.model, model.lm_head), *model.parameters())
         return step
 
     def packed(self) -> "DecodingStep":
@@ -490,8 +491,8 @@ def _weights_of(layer: Any, window: int | None) -> LayerWeights:
     )
 
 
-# model -> state and step; the step keeps the objects alive whose ids are in the state
-_steps: "WeakKeyDictionary[nn.Module, tuple[Any, DecodingStep]]" = WeakKeyDictionary()
+# model -> state, step, and the modules and parameters of the state
+_steps: "WeakKeyDictionary[nn.Module, tuple[Any, DecodingStep, tuple]]" = WeakKeyDictionary()
 
 
 __all__ = ["DecodingStep"]

@@ -47,8 +47,12 @@ def needs_fast_products(x: torch.Tensor, reader: nn.Module | None) -> bool:
         return False
     if not (runs_as_written() or may_call_operators()):
         return False
-    is_slow = _is_slow(dtype) and x.shape[:-1].numel() >= MIN_HALF_ROWS
-    return is_slow or (int8_weights(weight, None) or int4_weights(weight, None)) is not None
+    rows = x.shape[:-1].numel()
+    if _is_slow(dtype) and rows >= MIN_HALF_ROWS:
+        return True
+    if not runs_as_written():  # products of quantized weights are torchao's own in a graph
+        return False
+    return int8_weights(weight, None) is not None or (rows > 1 and int4_weights(weight, None) is not None)
 
 
 def fast_products(x: torch.Tensor, reader: nn.Module | None) -> AbstractContextManager:
