@@ -138,8 +138,8 @@ def convert(
     """Converts the checkpoint `name` into a new folder or .gguf file, and returns the kind of the result.
 
     `to="auto"` turns other families into ours, and ours into the stock class that expresses it. With `verify`, the
-    logits of a folder or ONNX are compared with the source's, and a GGUF file is read back number by number. What comes
-    from GGUF is not compared. A folder gets a model card. `progress(title, total)` returns an object whose
+    logits of a folder or ONNX are compared with the source's, and a GGUF file is read back number by number. What
+    comes from GGUF is not compared. A folder gets a model card. `progress(title, total)` returns an object whose
     `update(bytes)` each tensor calls.
 
     Raises:

@@ -10,7 +10,7 @@ from stock_models import CASES, LLAMA3, MIXED, assert_identical, build, ids, lon
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM
-from hf_decoder.interop import checkpoint
+from hf_decoder.interop import checkpoint, conversion
 from hf_decoder.interop.conversion import convert
 from hf_decoder.interop.verification import VerificationError, verify
 
@@ -382,3 +382,20 @@ def test_only_what_is_being_written_is_in_memory(case: str, limit: int, tmp_path
     convert(str(tmp_path / source), tmp_path / "result", to=to, verify=False)
     assert len(most) >= len(stored(tmp_path / "stock"))
     assert max(most) == limit
+
+
+def test_what_comes_in_is_compared_with_its_source(tmp_path, monkeypatch):
+    build("qwen3").save_pretrained(tmp_path / "stock")
+    convert(str(tmp_path / "stock"), tmp_path / "ours")
+    assert "not measured" not in (tmp_path / "ours/README.md").read_text(encoding="utf-8")
+    read = conversion.open_source
+
+    def wrong(*of):
+        source = read(*of)
+        source.config.rope_parameters["rope_theta"] *= 2
+        return source
+
+    monkeypatch.setattr(conversion, "open_source", wrong)
+    with pytest.raises(VerificationError, match="random ids"):
+        convert(str(tmp_path / "stock"), tmp_path / "wrong")
+    assert not (tmp_path / "wrong").exists()
