@@ -5,6 +5,7 @@ Nothing heavy is imported at the top: `hf-decoder --help` should not wait for to
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import re
@@ -24,6 +25,11 @@ if TYPE_CHECKING:
 
 MUON_ADAMW = "muon_adamw"  # a value of --optim; all others are names of transformers
 T = TypeVar("T")
+# Files of a model that its answers depend on.
+ANSWERING_FILES = (
+    *("*.safetensors", "pytorch_model*.bin", "*config.json", "*.py"),
+    *("tokenizer.json", "*.model", "vocab.*", "merges.txt", "chat_template.*"),
+)
 
 __all__ = ["did_you_mean", "find_value", "parse_arguments"]
 
@@ -255,6 +261,21 @@ def show_progress(items: Iterable[T], total: int, name: str) -> Iterator[T]:
         yield item
         if number == total or number % max(1, total // 10) == 0:
             print(f"{name}: {number}/{total}", file=sys.stderr, flush=True)
+
+
+def mark_of(name: str, adapter: str | None, *settings: Any) -> str:
+    """A digest that tells the answers of one model with these settings from all others.
+
+    It covers the content of the files in a folder, so training there again changes it. Of the Hub it covers the name.
+    """
+    from hf_decoder.training.checkpoints import file_digest
+
+    parts: list[Any] = []
+    for one in filter(None, _base_and_adapter(name, adapter)):
+        files = sorted(path for path in Path(one).expanduser().glob("*") if path.is_file())
+        chosen = [path for path in files if any(map(path.match, ANSWERING_FILES))]
+        parts.append({path.name: file_digest(path) for path in chosen} or one)
+    return hashlib.sha256(json.dumps([parts, settings], sort_keys=True, default=str).encode()).hexdigest()
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:

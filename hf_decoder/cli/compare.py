@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import hashlib
 import json
 import shutil
 import sys
@@ -21,6 +20,7 @@ from hf_decoder.cli import (
     check_package,
     load_model,
     load_tokenizer,
+    mark_of,
     select_device,
     show_progress,
 )
@@ -28,11 +28,14 @@ from hf_decoder.cli.arguments import takes_argv
 from hf_decoder.cli.flags.compare import CompareArguments
 from hf_decoder.data.records import read_prompts, read_rows
 from hf_decoder.evaluation.batch_generation import Prompt, complete
-from hf_decoder.evaluation.blind_comparison import JudgmentFile, Pair, blind_pairs
+from hf_decoder.evaluation.blind_comparison import JudgmentFile, Pair, Tally, blind_pairs
+from hf_decoder.safety.interrupts import going_on
 from hf_decoder.safety.terminal import printable
 
 KEYS = {"1": "left", "l": "left", "2": "right", "r": "right", "t": "tie", "0": "tie", "b": "both_bad"}
 NARROWEST = 60
+ANSWERS = {"a": "answers_a.jsonl", "b": "answers_b.jsonl"}
+JUDGMENTS = "judgments.jsonl"
 
 
 @takes_argv
@@ -46,9 +49,24 @@ def main(args: CompareArguments) -> int:
 
         free_port(args.port)  # before the models answer, which takes longer
     names = _names(args.model_a, args.model_b)
-    prompts = [row["prompt"] for row in read_prompts(args.input_file, args.prompt_column)]
-    file = JudgmentFile(Path(args.output_dir) / "judgments.jsonl", names)
-    answers = [_answers(args, side, prompts) for side in ("a", "b")]
+    rows, lines = read_prompts(args.input_file, args.prompt_column)
+    print("".join(f"{line}\n" for line in lines), end="")
+    with going_on(lambda: _kept(Path(args.output_dir)), args.output_dir):
+        _compare(args, names, [row["prompt"] for row in rows])
+    return 0
+
+
+def _kept(folder: Path) -> str:
+    """What an interrupt leaves, and how to go on."""
+    names = [name for name in (*ANSWERS.values(), JUDGMENTS) if (folder / name).is_file()]
+    if not names:
+        return "; the same command starts from the beginning"
+    return f"; {folder} keeps {', '.join(names)}, and the same command goes on"
+
+
+def _compare(args: CompareArguments, names: tuple[str, str], prompts: Sequence[Prompt]) -> None:
+    file = JudgmentFile(Path(args.output_dir) / JUDGMENTS, names)
+    answers = [_answers(args, side, prompts) for side in ANSWERS]
     pairs = blind_pairs([_shown(prompt) for prompt in prompts], *answers, seed=args.seed)
     if not pairs:
         raise ValueError(f"{names[0]} and {names[1]} give the same answer to every prompt: there is nothing to judge")
@@ -57,6 +75,8 @@ def main(args: CompareArguments) -> int:
         print(f"{left_out} of {len(prompts)} prompts are left out: the same answer from both, or asked before")
     if done := len(pairs) - len(file.remaining(pairs)):
         print(f"{done} of {len(pairs)} pairs are judged already")
+    if others := len(file.judged) - done:
+        print(f"{others} judgments in {file.path} are of other answers and do not count")
     try:
         if not file.remaining(pairs):
             pass
@@ -69,15 +89,14 @@ def main(args: CompareArguments) -> int:
         else:
             judge_in_terminal(file, pairs)
     finally:  # an interrupt loses nothing
-        _write_results(args, file, names)
-    return 0
+        _write_results(args, names, file.tally(pairs))
 
 
-def _write_results(args: CompareArguments, file: JudgmentFile, names: tuple[str, str]) -> None:
-    results = {"model_a": names[0], "model_b": names[1], **file.tally().results()}
+def _write_results(args: CompareArguments, names: tuple[str, str], tally: Tally) -> None:
+    results = {"model_a": names[0], "model_b": names[1], **tally.results()}
     path = Path(args.output_dir) / "compare_results.json"
     path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    print("\n".join(["", *file.tally().lines(names)]))
+    print("\n".join(["", *tally.lines(names)]))
 
 
 def _names(a: str, b: str) -> tuple[str, str]:
@@ -100,12 +119,15 @@ def _answers(args: CompareArguments, side: str, prompts: Sequence[Prompt]) -> li
     if name.endswith(".jsonl"):
         return _read_answers(name, prompts)
     settings = {key: getattr(args, key) for key in ("max_new_tokens", "do_sample", "temperature", "stop_strings")}
-    kept = Path(args.output_dir) / f"answers_{side}.jsonl"
-    mark = hashlib.sha256(
-        json.dumps([name, list(prompts), settings, args.chat, args.seed, args.dtype]).encode()
-    ).hexdigest()
-    if kept.is_file() and read_rows(kept)[0].get("settings") == mark:
-        return _read_answers(str(kept), prompts)
+    kept = Path(args.output_dir) / ANSWERS[side]
+    mark = mark_of(name, None, prompts, settings, args.chat, args.seed, args.dtype)
+    if kept.is_file():
+        found = read_rows(kept)[0].get("settings")
+        if found == mark:
+            return _read_answers(str(kept), prompts)
+        if found is None:
+            raise ValueError(f"{kept} is no file of this command, which would replace it; name another --output_dir")
+        print(f"{kept} holds answers to other prompts, of other weights or settings: {name} is asked again")
     answers = _ask(args, name, prompts, settings)
     rows = [{"settings": mark, "prompt": p, "completion": c} for p, c in zip(prompts, answers, strict=True)]
     part = kept.with_suffix(".part")
@@ -119,9 +141,9 @@ def _read_answers(path: str, prompts: Sequence[Prompt]) -> list[str]:
     if len(rows) != len(prompts):
         raise ValueError(f"{path} has {len(rows):,} answers for {len(prompts):,} prompts; they must be as many")
     for number, (row, prompt) in enumerate(zip(rows, prompts, strict=True), 1):
-        if "completion" not in row or row.get("prompt", prompt) != prompt:
+        if not isinstance(row.get("completion"), str) or row.get("prompt", prompt) != prompt:
             raise ValueError(f"{path}, row {number} is not the completion of prompt {number}")
-    return [str(row["completion"]) for row in rows]
+    return [row["completion"] for row in rows]
 
 
 def _ask(args: CompareArguments, name: str, prompts: Sequence[Prompt], settings: Mapping[str, Any]) -> list[str]:

@@ -261,7 +261,7 @@ def _job(task_args: TaskArguments, model_args: Any, args: Any) -> Job:
         needed=rewards.columns if rewards else (),
     )
     template, limit = prompt_template(task_args), getattr(config, "max_position_embeddings", None)
-    lines = data.warnings()
+    lines = data.warnings(template)
     if rows.is_conversational(data.train):
         lines += rows.skip_unrendered(data, tokenizer, template)
     if samples:

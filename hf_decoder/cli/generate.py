@@ -20,6 +20,7 @@ from hf_decoder.cli import (
     did_you_mean,
     load_model,
     load_tokenizer,
+    mark_of,
     select_device,
     show_progress,
 )
@@ -52,6 +53,7 @@ GENERATION_FLAGS = (
     "early_stopping",
     "stop_strings",
 )
+MARK = "made_with"  # column of an answer: which model and settings it is of
 
 
 @takes_argv
@@ -60,7 +62,8 @@ def main(args: GenerateArguments) -> int:
     talks = args.chat or (args.prompt is None and args.input_file is None and sys.stdin.isatty())
     _check(args, talks=talks)
     rows = _read(args) if args.input_file else []
-    done = _done(args, rows)
+    mark = mark_of(args.model_name_or_path, args.adapter_name_or_path, _settings(args)) if rows else ""
+    done, length = _done(args, rows, mark)
     device = select_device(args.device)
     model = load_model(
         args.model_name_or_path,
@@ -73,7 +76,7 @@ def main(args: GenerateArguments) -> int:
     if args.seed is not None:
         set_seed(args.seed)
     if args.input_file:
-        answer_file(model, tokenizer, rows, done, args)
+        answer_file(model, tokenizer, rows, args, mark, done, length)
     elif talks:
         Chat(model, tokenizer, args).run()
     else:
@@ -209,7 +212,9 @@ class Chat:
             if not value or not self.turns:
                 raise ValueError("there is nothing to save yet" if value else "name the file: /save FILE")
             path = Path(value).expanduser()
+            before = path.read_bytes()[-1:] if path.is_file() else b""
             with path.open("a", encoding="utf-8") as file:
+                file.write("\n" if before not in (b"", b"\n") else "")  # somebody left it in the middle of a line
                 file.write(json.dumps({"messages": self._messages()}, ensure_ascii=False) + "\n")
             _note(f"({len(self.turns)} messages appended to {path})")
 
@@ -282,38 +287,67 @@ def _check_template(tokenizer: Any, args: GenerateArguments) -> None:
 
 def _read(args: GenerateArguments) -> list[Row]:
     """The rows of --input_file, whose `prompt` is text or messages."""
-    rows = read_prompts(str(args.input_file), args.prompt_column)
+    rows, lines = read_prompts(str(args.input_file), args.prompt_column)
+    for line in lines:
+        _note(line)
     empty = [number for number, row in enumerate(rows, 1) if not row["prompt"] or not str(row["prompt"]).strip()]
     if empty:
         raise ValueError(f"{args.input_file}: {len(empty):,} of {len(rows):,} prompts are empty, first row {empty[0]}")
     return rows
 
 
-def _done(args: GenerateArguments, rows: Sequence[Row]) -> int:
-    """The number of answers that --output_file holds already.
+def _settings(args: GenerateArguments) -> dict[str, Any]:
+    """What the answers to a file depend on beside its prompts and the model."""
+    return {**_given(args), **{name: getattr(args, name) for name in ("chat", "system", "seed", "dtype")}}
+
+
+def _line(row: Row, mark: str, completion: str) -> str:
+    """The line of --output_file for an answer, without its end."""
+    kept = {column: value for column, value in row.items() if column not in (MARK, "completion")}
+    return json.dumps({**kept, MARK: mark, "completion": completion}, ensure_ascii=False)
+
+
+def _done(args: GenerateArguments, rows: Sequence[Row], mark: str) -> tuple[int, int]:
+    """How many answers --output_file holds already, and how many bytes they take.
 
     Raises:
-        ValueError: if they do not answer the first rows of --input_file.
+        ValueError: if they do not answer the first rows of --input_file, or are of another model or other settings.
     """
     path = Path(str(args.output_file))
     if not args.input_file or not path.exists():
-        return 0
-    # An interrupted write leaves part of a line, which does not count.
-    lines = path.read_bytes().split(b"\n")[:-1]
-    for number, line in enumerate(lines):
+        return 0, 0
+    if path.samefile(args.input_file):
+        raise ValueError(f"--input_file and --output_file are one file, {path}; name another --output_file")
+    lines = path.read_bytes().split(b"\n")
+    length = 0
+    for number, line in enumerate(lines if lines[-1] else lines[:-1]):
+        if number >= len(rows):
+            raise ValueError(f"{path} holds answers to other prompts (line {number + 1}); name another --output_file")
         try:
-            prompt = json.loads(line)["prompt"]
-        except (ValueError, KeyError, TypeError):
+            row = json.loads(line)
+            prompt, _ = row["prompt"], row["completion"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            start = _line(rows[number], mark, "")[:-2].encode()
+            if number == len(lines) - 1 and (line.startswith(start) or start.startswith(line)):
+                return number, length  # an interrupt left a part of this answer
             raise ValueError(
                 f"{path}, line {number + 1} is no answer of this command; name another --output_file"
             ) from None
-        if number >= len(rows) or prompt != rows[number]["prompt"]:
+        if prompt != rows[number]["prompt"]:
             raise ValueError(f"{path} holds answers to other prompts (line {number + 1}); name another --output_file")
-    return len(lines)
+        if row.get(MARK) != mark:
+            raise ValueError(
+                f"{path} holds answers of another model or of other settings (line {number + 1}); name another "
+                "--output_file"
+            )
+        length += len(line) + 1
+    return len(lines) - (not lines[-1]), length
 
 
-def answer_file(model: Any, tokenizer: Any, rows: Sequence[Row], done: int, args: GenerateArguments) -> None:
-    """Answers the rows from `done` on, and appends each with its `completion` to --output_file."""
+def answer_file(
+    model: Any, tokenizer: Any, rows: Sequence[Row], args: GenerateArguments, mark: str, done: int, length: int
+) -> None:
+    """Answers the rows from `done` on; appends each with its `completion` to the first `length` bytes of the file."""
     path = Path(str(args.output_file))
     system = [{"role": "system", "content": args.system}] if args.system else []
     prompts = [row["prompt"] for row in rows[done:]]
@@ -321,12 +355,16 @@ def answer_file(model: Any, tokenizer: Any, rows: Sequence[Row], done: int, args
         _check_template(tokenizer, args)
         prompts = [[*system, {"role": "user", "content": p}] if isinstance(p, str) else system + p for p in prompts]
     path.parent.mkdir(parents=True, exist_ok=True)
-    whole = b"\n".join(path.read_bytes().split(b"\n")[:done]) + b"\n" if done else b""
-    path.write_bytes(whole)
+    if path.is_file():
+        with path.open("r+b") as file:
+            if done:  # an editor may have left the last line without its end
+                file.seek(length - 1)
+                file.write(b"\n")
+            file.truncate(length)
     answers = complete(model, tokenizer, prompts, _given(args), args.batch_size)
     kept = going_on(lambda: f"; {path} keeps the answers so far, and the same command goes on")
     with kept, path.open("a", encoding="utf-8") as file:
         for row, answer in zip(rows[done:], show_progress(answers, len(prompts), "answers"), strict=True):
-            file.write(json.dumps({**row, "completion": answer}, ensure_ascii=False) + "\n")
+            file.write(_line(row, mark, answer) + "\n")
             file.flush()
     print(f"{path} holds {len(rows):,} answers")

@@ -174,6 +174,17 @@ def without_weights(turns: Sequence[Mapping[str, Any]]) -> list[Turn]:
     return [{key: value for key, value in turn.items() if key not in WEIGHTS} for turn in turns]
 
 
+def first_answer(turns: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The first turn of a conversation in which the assistant says something or calls a tool, or None."""
+    return next((turn for turn in turns if turn["role"] == "assistant" and says_something(turn)), None)
+
+
+def without_last_answer(turns: Sequence[Turn]) -> list[Turn]:
+    """The turns without those of the assistant at the end."""
+    end = next((at for at in range(len(turns), 0, -1) if turns[at - 1]["role"] != "assistant"), 0)
+    return list(turns[:end])
+
+
 def start_in_common(one: Sequence[Turn], other: Sequence[Turn]) -> int:
     """How many turns at the start of two conversations are equal."""
     pairs = zip(one, other, strict=False)

@@ -20,6 +20,7 @@ from typing import Any
 
 from hf_decoder.data.conversations import (
     Unusable,
+    first_answer,
     is_learned,
     parse,
     read_tools,
@@ -29,6 +30,7 @@ from hf_decoder.data.conversations import (
     system_apart,
     text_fault,
     turns_fault,
+    without_last_answer,
 )
 from hf_decoder.data.reading import plain_name, read_text
 
@@ -37,7 +39,7 @@ Row = dict[str, Any]
 # role -> column names in public data sets, in lower case; the role's own name first
 ALIASES = {
     "text": ("text", "sentence", "review", "content"),
-    "prompt": ("prompt", "instruction", "question", "input", "source", "conversations", "conversation"),
+    "prompt": ("prompt", "instruction", "question", "conversations", "conversation", "input", "source"),
     "completion": ("completion", "response", "output", "answer", "target"),
     "reference": ("reference", "references", "completion", "response", "output", "answer", "target", "label"),
     "messages": ("messages", "conversations", "conversation"),
@@ -49,6 +51,7 @@ ALIASES = {
     "tools": ("tools", "functions"),
     "chat_template_kwargs": ("chat_template_kwargs",),
 }
+VAGUE = ("input", "source")  # of a prompt: beside a chat or a text they may say something else
 # prompt column -> columns that are appended to it after a blank line
 COMPANIONS = {"instruction": ("input", "context"), "question": ("context",)}
 # columns beside a conversation: the first two become turns, the others go to the chat template
@@ -191,12 +194,16 @@ def select_columns(
         if column not in columns:
             raise ValueError(f"{source} has no column {column!r} for --{role}_column; it has: {', '.join(columns)}")
     by_name = {column.lower(): column for column in reversed(columns)}
-    for roles in KINDS[kind]:
+    attempts = (True, False) if kind in ("prompt", "rewarded") else (False,)
+    for is_first, roles in itertools.product(attempts, KINDS[kind]):
         # Columns that the user named decide which set of roles it is.
         if set(wanted) - set(roles):
             continue
+        # At first, a chat or a text goes before them, and a chat is one of which the answer is cut.
+        hidden = (*VAGUE, *(ALIASES["messages"] if roles == ("prompt",) else ())) if is_first else ()
+        free = {name: column for name, column in by_name.items() if name not in hidden}
         found = {
-            role: wanted.get(role) or next((by_name[name] for name in ALIASES[role] if name in by_name), "")
+            role: wanted.get(role) or next((free[name] for name in ALIASES[role] if name in free), "")
             for role in roles
         }
         if all(found.values()):
@@ -257,9 +264,9 @@ def _select(
     return selected
 
 
-def describe_unused(counts: Mapping[str, int]) -> str:
-    """A line about the columns of `Selection.unused`."""
-    return "columns that are not used: " + ", ".join(f"{name} ({count:,} rows)" for name, count in counts.items())
+def describe_unused(counts: Mapping[str, int], kind: str = "that are not used") -> str:
+    """A line about the columns of `Selection.unused`, which are of this kind."""
+    return f"columns {kind}: " + ", ".join(f"{name} ({count:,} rows)" for name, count in counts.items())
 
 
 def separate(row: Row, separator: str) -> Row:
@@ -430,11 +437,6 @@ def _fault(role: str, value: Any) -> str | None:
     return None
 
 
-def first_answer(turns: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """The first turn of a conversation in which the assistant says something or calls a tool, or None."""
-    return next((turn for turn in turns if turn["role"] == "assistant" and says_something(turn)), None)
-
-
 def check_alike(rows: Sequence[Row], source: str, *, across_roles: bool = False) -> None:
     """Refuses rows that mix text and messages, in one role or, with `across_roles`, in all of them together.
 
@@ -454,27 +456,13 @@ def check_alike(rows: Sequence[Row], source: str, *, across_roles: bool = False)
             )
 
 
-def count_overlap(train: Sequence[Row], held_out: Sequence[Row]) -> int:
-    """How many rows of `held_out` are also in `train`; spaces at the ends do not count."""
-    seen = {_key(row) for row in train}
-    return sum(_key(row) in seen for row in held_out)
-
-
-def _key(row: Row) -> str:
-    return json.dumps(
-        {role: value.strip() if isinstance(value, str) else value for role, value in row.items()},
-        sort_keys=True,
-        default=str,
-    )
-
-
 def pair_lines(prompt_file: str | Path, reference_file: str | Path) -> list[Row]:
     """Reads two parallel text files as rows with columns `prompt` and `reference`.
 
     Raises:
         ValueError: if they differ in length.
     """
-    prompts = [str(row["prompt"]) for row in read_prompts(prompt_file)]
+    prompts = [str(row["prompt"]) for row in read_prompts(prompt_file)[0]]
     references = read_lines(reference_file)
     if len(prompts) != len(references):
         raise ValueError(
@@ -484,17 +472,28 @@ def pair_lines(prompt_file: str | Path, reference_file: str | Path) -> list[Row]
     return [{"prompt": p, "reference": r} for p, r in zip(prompts, references, strict=True)]
 
 
-def read_prompts(path: str | Path, prompt_column: str | None = None) -> list[Row]:
+def read_prompts(path: str | Path, prompt_column: str | None = None) -> tuple[list[Row], list[str]]:
     """Reads the rows of a file with their prompt as `prompt`; all other columns stay as they are.
+
+    A conversation is a prompt up to what the assistant says at its end. Also returns lines about what no prompt holds.
 
     Raises:
         ValueError: as `read_rows` and `select_columns`; and for a prompt that cannot be rendered, naming its row.
     """
-    rows = read_rows(path)
+    rows, answered = read_rows(path), 0
     chosen = select_columns(rows, "prompt", {"prompt": prompt_column}, str(path))
-    prompts = [next(iter(one.values())) for one in chosen]
-    for number, (prompt, one) in enumerate(zip(prompts, chosen, strict=True), 1):
+    for number, one in enumerate(chosen, 1):
+        prompt = next(iter(one.values()))
         fault = _fault("prompt", prompt) if isinstance(prompt, list | str) and str(prompt).strip() else None
-        if fault or one.get("tools"):
-            raise ValueError(f"{path}, row {number:,}: {fault or 'its tools are passed to no model here'}")
-    return [{**row, "prompt": prompt} for row, prompt in zip(rows, prompts, strict=True)]
+        if not fault and one.get("tools"):
+            fault = "its tools are passed to no model here"
+        elif not fault and isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
+            prompt, answered = without_last_answer(prompt), answered + 1
+            fault = None if prompt else "only the assistant speaks in it"
+        if fault:
+            raise ValueError(f"{path}, row {number:,}: {fault}")
+        rows[number - 1] = {**rows[number - 1], "prompt": prompt}
+    lines = [f"{path}: {describe_unused(chosen.unused, 'that are no part of the prompts')}"] if chosen.unused else []
+    if answered:
+        lines.append(f"{path}: {answered:,} of {len(rows):,} conversations end with an answer, which is left out")
+    return rows, lines

@@ -114,8 +114,9 @@ def complete_or_cut(
     Args:
         prompts: texts, or lists of chat messages. The end of the turn ends an answer in a chat.
         given: settings of `generate` that differ from the model's generation_config.
-        batch_size: prompts per batch. Greedy and beam search answer each prompt as if it were alone, up to rounding;
-            sampling depends on the batch.
+        batch_size: most prompts per batch. Neighbours share none where the context leaves their answers unequal room.
+            Greedy and beam search answer each prompt as if it were alone, up to rounding; sampling depends on the
+            batch.
         tools: descriptions of the tools of each prompt, or None.
 
     Raises:
@@ -131,14 +132,18 @@ def complete_or_cut(
             raise ValueError(f"prompt {number}: {error}") from None
         encoded.append(ids)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-    for start in range(0, len(prompts), batch_size):
-        rows = encoded[start : start + batch_size]
+    # how many tokens an answer may have, and what ends it: the same for all prompts of a batch
+    ways = [
+        (generate_settings(model, tokenizer, len(ids), given)["max_new_tokens"], not isinstance(prompt, str))
+        for ids, prompt in zip(encoded, prompts, strict=True)
+    ]
+    for start, end in _batches(ways, batch_size):
+        rows = encoded[start:end]
         length = max(map(len, rows))
         inputs = torch.tensor([[pad] * (length - len(row)) + row for row in rows], device=model.device)
         mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=model.device)
         settings = generate_settings(model, tokenizer, length, given)
-        chat = not isinstance(prompts[start], str)
-        ends = end_ids(model, tokenizer, chat=chat)
+        ends = end_ids(model, tokenizer, chat=ways[start][1])
         if ends:
             settings.setdefault("eos_token_id", ends)
         output = model.generate(inputs, attention_mask=mask, **settings)
@@ -147,6 +152,15 @@ def complete_or_cut(
             kept = cut_stop(text, given.get("stop_strings"))
             ended = kept != text or not set(row.tolist()).isdisjoint(_as_list(settings.get("eos_token_id")))
             yield kept, ended
+
+
+def _batches(ways: Sequence[Any], size: int) -> Iterator[tuple[int, int]]:
+    """Start and end of batches of at most `size` neighbours; a batch ends where the way differs."""
+    start = 0
+    for end in range(1, len(ways) + 1):
+        if end == len(ways) or end - start == size or ways[end] != ways[start]:
+            yield start, end
+            start = end
 
 
 def _as_list(ids: Any) -> list[int]:

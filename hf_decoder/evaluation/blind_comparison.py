@@ -18,6 +18,7 @@ from typing import Any
 
 Z95 = 1.959963984540054  # 97.5% quantile of the normal distribution: two-sided 95%
 CHOICES = ("left", "right", "tie", "both_bad")
+START = b'{"key": "'  # of a judgment's line
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def blind_pairs(prompts: Sequence[str], a: Sequence[str], b: Sequence[str], *, s
 class JudgmentFile:
     """Judgments as JSONL; each is on the disk before the next pair is shown.
 
-    What an interrupt left of a line is cut off when the file is opened again.
+    What an interrupt left of a judgment is cut off when the file is opened again.
 
     Raises:
         ValueError: on opening, if a line is not a judgment, or one of two other models.
@@ -70,31 +71,33 @@ class JudgmentFile:
     def __init__(self, path: str | Path, names: tuple[str, str]):
         self.path = Path(path)
         self.names = names
-        self.judged: dict[str, str] = {}
-        self.lefts = 0
-        self._added: list[tuple[Pair, str, int]] = []  # with the length of the file before
+        self.judged: dict[str, tuple[str, str | None]] = {}  # key of a pair -> winner and choice
+        self._added: list[tuple[Pair, int]] = []  # with the length of the file before
         self.path.parent.mkdir(parents=True, exist_ok=True)
         data = self.path.read_bytes() if self.path.exists() else b""
-        whole = data[: data.rfind(b"\n") + 1]
-        for number, line in enumerate(whole.splitlines(), 1):
+        lines = data.split(b"\n")
+        last = lines.pop()  # empty unless an interrupt or an editor left it without its end
+        for number, line in enumerate(lines, 1):
             self._remember(line, number)
-        if len(whole) < len(data):
+        if last:
             with self.path.open("r+b") as file:
-                file.truncate(len(whole))
+                if _read(last) is None and (last.startswith(START) or START.startswith(last)):
+                    file.truncate(len(data) - len(last))
+                else:
+                    self._remember(last, len(lines) + 1)
+                    file.seek(len(data))
+                    file.write(b"\n")
 
     def _remember(self, line: bytes, number: int) -> None:
-        try:
-            row = json.loads(line)
-            key, winner, models = row["key"], row["winner"], (row["model_a"], row["model_b"])
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{self.path}, line {number} is not a judgment; name another --output_dir") from None
-        if models != self.names:
+        row = _read(line)
+        if row is None:
+            raise ValueError(f"{self.path}, line {number} is not a judgment; name another --output_dir")
+        if (models := (row["model_a"], row["model_b"])) != self.names:
             raise ValueError(
                 f"{self.path} holds judgments of {' and '.join(models)}, not of {' and '.join(self.names)}; "
                 "name another --output_dir"
             )
-        self.judged[key] = winner
-        self.lefts += row.get("choice") == "left"
+        self.judged[row["key"]] = row["winner"], row.get("choice")
 
     def add(self, pair: Pair, choice: str, note: str = "") -> bool:
         """Appends a judgment and waits until the disk has it; False if the pair was judged before."""
@@ -112,12 +115,12 @@ class JudgmentFile:
         }
         row |= {"note": note} if note else {}
         with self.path.open("a", encoding="utf-8") as file:
-            self._added.append((pair, choice, file.tell()))
+            length = file.tell()
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        self.judged[pair.key] = winner
-        self.lefts += choice == "left"
+        self._added.append((pair, length))
+        self.judged[pair.key] = winner, choice
         return True
 
     @property
@@ -128,22 +131,34 @@ class JudgmentFile:
         """Takes back the last judgment since the file was opened, on the disk too; None if there is none."""
         if not self._added:
             return None
-        pair, choice, length = self._added.pop()
+        pair, length = self._added.pop()
         with self.path.open("r+b") as file:
             file.truncate(length)
             os.fsync(file.fileno())
         del self.judged[pair.key]
-        self.lefts -= choice == "left"
         return pair
 
     def remaining(self, pairs: Sequence[Pair]) -> list[Pair]:
         """The pairs that are not judged yet, in their order."""
         return [pair for pair in pairs if pair.key not in self.judged]
 
-    def tally(self) -> Tally:
-        winners = list(self.judged.values())
+    def tally(self, pairs: Sequence[Pair]) -> Tally:
+        """Counts the judgments of these pairs; the file may hold those of other answers too."""
+        judged = [self.judged[pair.key] for pair in pairs if pair.key in self.judged]
+        winners = [winner for winner, _ in judged]
         wins_a, wins_b, ties, both_bad = (winners.count(winner) for winner in ("A", "B", "tie", "both_bad"))
-        return Tally(wins_a, wins_b, ties, both_bad, self.lefts)
+        return Tally(wins_a, wins_b, ties, both_bad, sum(choice == "left" for _, choice in judged))
+
+
+def _read(line: bytes) -> dict[str, Any] | None:
+    """The judgment of a line, or None for any other line."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    fields = ("key", "winner", "model_a", "model_b")
+    is_one = isinstance(row, dict) and all(isinstance(row.get(name), str) for name in fields)
+    return row if is_one else None
 
 
 @dataclass(frozen=True)

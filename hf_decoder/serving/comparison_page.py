@@ -92,6 +92,6 @@ class ComparisonPage:
         """The result, with the names; the browser that knows them takes no judgment back."""
         if self.file.remaining(self.pairs):
             raise gr.Error("Not every pair is judged.")
-        lines = "".join(f"<p>{escaped(line)}</p>" for line in self.file.tally().lines(self.file.names))
+        lines = "".join(f"<p>{escaped(line)}</p>" for line in self.file.tally(self.pairs).lines(self.file.names))
         lines += "<p>All judgments are on the disk; the page can be closed.</p>"
         return lines, gr.update(visible=False), gr.update(visible=False)

@@ -17,7 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hf_decoder.data.conversations import Rendering, Unusable, is_learned, turns_fault, weighted_rows, without_weights
+from hf_decoder.data.conversations import (
+    Rendering,
+    Unusable,
+    first_answer,
+    is_learned,
+    turns_fault,
+    weighted_rows,
+    without_weights,
+)
 from hf_decoder.data.label_names import label_map
 from hf_decoder.data.packing import IGNORE_INDEX
 from hf_decoder.data.records import (
@@ -28,10 +36,8 @@ from hf_decoder.data.records import (
     Selection,
     Skipped,
     check_alike,
-    count_overlap,
     describe_unused,
     drop_unusable,
-    first_answer,
     read_lines,
     read_rows,
     select_columns,
@@ -90,14 +96,15 @@ class TaskData:
             "overlapping_rows": self.overlap,
         }
 
-    def warnings(self) -> list[str]:
+    def warnings(self, prompt_template: str | None = None) -> list[str]:
         """One line for each thing about the rows that the user should know."""
         lines = [f"{name}: {skipped}" for name, skipped in self.skipped.items() if skipped.reasons]
-        lines += [f"{name}: {describe_unused(columns)}" for name, columns in self.unused.items() if columns]
-        if self.separator:
+        kind = "that only a reward can read" if COLUMNS in self.train[0] else "that are not used"
+        lines += [f"{name}: {describe_unused(columns, kind)}" for name, columns in self.unused.items() if columns]
+        if self.separator and prompt_template is None:
             lines.append(
-                "a blank line stands between prompt and answer; what generate is to answer needs it too, "
-                r"--prompt_template '{prompt}\n\n' (with '{prompt}' here, nothing does)"
+                "a blank line stands between prompt and answer; eval puts it there for the same columns, and what "
+                "generate continues has to end with it (--prompt_template '{prompt}' leaves it out)"
             )
         if self.overlap:
             lines.append(
@@ -180,7 +187,7 @@ def _select(
         elif missing:
             prompt = Unusable(f"no {missing[0]!r}, which a reward reads")
         rows[number] = {"prompt": prompt, COLUMNS: beside}
-    rows.unused = {}
+    rows.unused = {column: count for column, count in rows.unused.items() if column not in needed}
     return rows
 
 
@@ -197,6 +204,17 @@ def _with_completions(path: str, completion_file: str) -> list[Row]:
         )
     # Lines, unlike TRL's prompts and completions, have no space where they meet.
     return [{"source": p, "target": c} for p, c in zip(prompts, completions, strict=True)]
+
+
+def count_overlap(train: Sequence[Row], held_out: Sequence[Row]) -> int:
+    """How many rows of `held_out` are also in `train`; spaces at the ends do not count."""
+    seen = {_key(row) for row in train}
+    return sum(_key(row) in seen for row in held_out)
+
+
+def _key(row: Row) -> str:
+    stripped = {role: value.strip() if isinstance(value, str) else value for role, value in row.items()}
+    return json.dumps(stripped, sort_keys=True, default=str)
 
 
 def _hold_out(rows: list[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:

@@ -84,6 +84,31 @@ def test_the_page_needs_gradio(argv, monkeypatch, fails):
         assert "this needs gradio: pip install 'hf-decoder[demo]'" in fails(*command)
 
 
+def test_a_model_that_was_trained_anew_is_asked_again(argv, rival, tmp_path, monkeypatch, capsys):
+    say(monkeypatch, "1", "t")
+    assert main(argv) == 0
+    assert "answers of" in capsys.readouterr().err
+    answers = [(tmp_path / "out" / f"answers_{side}.jsonl").read_bytes() for side in "ab"]
+    say(monkeypatch, "q")
+    assert main(argv) == 0
+    assert "answers of" not in (again := capsys.readouterr()).err and "do not count" not in again.out
+    model = LlamaForCausalLM.from_pretrained(rival)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    model.save_pretrained(rival)
+    say(monkeypatch, "q")
+    assert main(argv) == 0
+    printed = capsys.readouterr().out
+    assert f"{rival} is asked again" in printed and "2 judgments in" in printed and "do not count" in printed
+    now = [(tmp_path / "out" / f"answers_{side}.jsonl").read_bytes() for side in "ab"]
+    assert now[0] == answers[0] and now[1] != answers[1]
+    assert json.loads((tmp_path / "out" / "compare_results.json").read_text())["judgments"] == 0
+    (tmp_path / "out" / "answers_b.jsonl").write_text('{"mine": 1}\n', encoding="utf-8")
+    say(monkeypatch, "q")
+    assert main(argv) == 2
+    assert "is no file of this command" in capsys.readouterr().err
+
+
 @pytest.mark.process
 def test_interrupt_keeps_what_is_judged(argv, tmp_path, monkeypatch, capsys):
     said = iter(["1"])
@@ -99,6 +124,8 @@ def test_interrupt_keeps_what_is_judged(argv, tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr()
     assert "left answer was chosen in 100%" in printed.out
     assert printed.err.splitlines()[-1].startswith("hf-decoder compare: stopped by SIGINT")
+    kept = "keeps answers_a.jsonl, answers_b.jsonl, judgments.jsonl, and the same command goes on"
+    assert printed.err.strip().endswith(kept)
 
 
 def test_answers_of_elsewhere(argv, tmp_path, monkeypatch, fails):

@@ -130,7 +130,7 @@ def test_blank_lines_unknown_commands_and_faults_do_not_end_a_chat(run, monkeypa
 
 def test_commands_of_a_chat(run, monkeypatch, capsys, tmp_path):
     file = tmp_path / "talk.jsonl"
-    file.write_text('{"messages": []}\n', encoding="utf-8")
+    file.write_text('{"messages": []}', encoding="utf-8")  # without an end of its line
     lines = ["/system Be kind.", "one", "/clear", "two", f"/save {file}", "/system", "/clear", "/help", "three"]
     _, notes = talk(run, monkeypatch, capsys, *lines, f"/save {file}", flags=["--system", "Be rude."])
     rows = [json.loads(line)["messages"] for line in file.read_text("utf-8").splitlines()]
@@ -317,6 +317,60 @@ def test_interrupted_file_is_gone_on_with(run, tmp_path, fails):
     assert "other prompts (line 1)" in fails(*argv)
 
 
+def test_an_answer_is_not_cut_where_its_neighbour_has_to_be(run, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(run.folder)
+    long = tokenizer.decode(tokenizer("the dog sees the bird " * 60)["input_ids"][:120], skip_special_tokens=True)
+    prompts = ["the", long, "the cat", "a"]
+    expected = [by_hand(run.folder, p, max_new_tokens=8 if p == long else 30, do_sample=False) for p in prompts]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts), encoding="utf-8")
+    answers = ["--output_file", str(tmp_path / "answers.jsonl"), "--max_new_tokens", "30", "--do_sample", "false"]
+    assert main(["generate", str(run.folder), "--input_file", str(path), *answers, "--batch_size", "4"]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text("utf-8").splitlines()]
+    assert [row["prompt"] + row["completion"] for row in rows] == expected
+
+
+def test_a_file_that_holds_something_else_is_not_gone_on_with(run, model_copy, tmp_path, fails):
+    argv, path = file_flags(run, tmp_path), tmp_path / "answers.jsonl"
+    assert main(argv) == 0
+    whole = path.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    prompts = argv[argv.index("--input_file") + 1]
+    one = [word if word != str(path) else prompts for word in argv]
+    assert "are one file" in fails(*one)
+    other = AutoModelForCausalLM.from_pretrained(model_copy)
+    other.lm_head.weight.data.normal_()
+    other.save_pretrained(model_copy)
+    another = [argv[0], str(model_copy), *argv[2:]]
+    for part in (whole, lines[0]):
+        path.write_bytes(part)
+        assert "another model or of other settings (line 1)" in fails(*another)
+        assert "another model or of other settings (line 1)" in fails(*argv, "--repetition_penalty", "1.2")
+    row = json.loads(lines[0])
+    del row["completion"]
+    begun = '{"id": 0, "prompt": "the cat", "mine": 1'
+    for foreign in (json.dumps(row), "[1]", "a note of mine", begun, lines[0].decode() + "x"):
+        path.write_text(foreign, encoding="utf-8")
+        assert "is no answer of this command" in fails(*argv)
+        assert path.read_text("utf-8") == foreign
+    path.write_bytes(whole + lines[0])
+    assert "other prompts (line 5)" in fails(*argv)
+
+
+def test_a_file_is_gone_on_with_wherever_it_was_cut(run, tmp_path):
+    argv, path = file_flags(run, tmp_path), tmp_path / "answers.jsonl"
+    assert main(argv) == 0
+    whole = path.read_bytes()
+    first, second, *_ = whole.splitlines(keepends=True)
+    for end in (0, 5, len(first) - 1, len(first), len(first) + len(second) - 4):
+        path.write_bytes(whole[:end])
+        assert main([*argv, "--batch_size", "2"]) == 0
+        assert path.read_bytes() == whole
+    path.write_bytes(first.replace(b'"id": 0', b'"id": 9')[:-1])  # whole, but an editor took the end of its line
+    assert main(argv) == 0
+    assert path.read_bytes() == whole.replace(b'"id": 0', b'"id": 9')
+
+
 def test_chats_of_a_file_end_with_their_turn(run, tmp_path, monkeypatch):
     tokenizer = AutoTokenizer.from_pretrained(run.folder)
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
@@ -334,6 +388,24 @@ def test_chats_of_a_file_end_with_their_turn(run, tmp_path, monkeypatch):
     assert seen["prompt"] == (
         "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nthe<|im_end|>\n<|im_start|>assistant\n"
     )
+
+
+def test_texts_and_chats_of_one_file_end_as_each_does(model_copy, tmp_path, monkeypatch):
+    path, model = tmp_path / "prompts.jsonl", AutoModelForCausalLM.from_pretrained(model_copy)
+    model.generation_config.eos_token_id = AutoTokenizer.from_pretrained(model_copy).eos_token_id
+    model.generation_config.save_pretrained(model_copy)
+    rows = [{"prompt": "the"}, {"prompt": [{"role": "user", "content": "the"}]}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    ends, generate = [], type(model).generate
+
+    def spy(self, *args, **kwargs):
+        ends.append(len(kwargs["eos_token_id"]))
+        return generate(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(model), "generate", spy)
+    flags = ["--output_file", str(tmp_path / "o"), "--max_new_tokens", "3"]
+    assert main(["generate", str(model_copy), "--input_file", str(path), *flags]) == 0
+    assert ends == [1, 2]
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,10 @@ import lzma
 
 import pytest
 
+from hf_decoder.data.conversations import first_answer
 from hf_decoder.data.records import (
     check_alike,
-    count_overlap,
     drop_unusable,
-    first_answer,
     pair_lines,
     read_prompts,
     read_rows,
@@ -106,11 +105,6 @@ def test_unusable_rows_are_counted_by_reason():
     assert kept == [{"text": "a", "label": 0}]
 
 
-def test_overlap_counts_rows_of_the_held_out_part():
-    train = [{"text": "a ", "label": 0}, {"text": "b", "label": 1}]
-    assert count_overlap(train, [{"text": "a", "label": 0}, {"text": "b", "label": 0}, {"text": "a", "label": 0}]) == 2
-
-
 def test_the_input_of_an_instruction_follows_it(tmp_path):
     """As in Alpaca: the input belongs to the instruction, and many rows have none."""
     rows = [{"instruction": "Add.", "input": "1 and 2", "output": "3"}, {"instruction": "Sing.", "input": "", "output": "la"}]  # fmt: skip # noqa: E501
@@ -119,7 +113,7 @@ def test_the_input_of_an_instruction_follows_it(tmp_path):
     assert [row["prompt"] for row in select_columns(rows, "reference", {}, "x")] == ["Add.\n\n1 and 2", "Sing."]
     path = tmp_path / "alpaca.json"
     path.write_text(json.dumps(rows), encoding="utf-8")
-    assert [row["prompt"] for row in read_prompts(path)] == ["Add.\n\n1 and 2", "Sing."]
+    assert [row["prompt"] for row in read_prompts(path)[0]] == ["Add.\n\n1 and 2", "Sing."]
     # a column that is named is taken
     assert select_columns(rows, "sft", {"prompt": "instruction"}, "x")[0]["prompt"] == "Add."
     assert select_columns(rows, "sft", {"completion": "input"}, "x")[0] == {"prompt": "Add.", "completion": "1 and 2"}
@@ -387,3 +381,43 @@ def test_a_prompt_that_cannot_be_rendered_is_refused_by_its_row(tmp_path):
 def test_a_prompt_that_ends_in_a_space_is_separated_already(prompt, found):
     row = {"prompt": prompt, "completion": "b"}
     assert separate(row, " ") == {"prompt": found, "completion": "b"}
+
+
+SHARED = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "unused"),
+    [
+        ({"messages": [USER, ANSWER], "source": "flan"}, [USER], {"source": 1}),
+        ({"messages": [USER, ANSWER, USER], "source": "flan"}, [USER, ANSWER, USER], {"source": 1}),
+        ({"conversations": SHARED, "input": "x"}, [USER], {"input": 1}),
+        ({"text": "Once", "source": "books"}, "Once", {"source": 1}),
+        ({"source": "a", "target": "b"}, "a", {"target": 1}),
+        ({"input": "a"}, "a", {}),
+        ({"prompt": "a", "messages": [USER]}, "a", {"messages": 1}),
+    ],
+)  # fmt: skip
+def test_where_a_row_comes_from_is_no_prompt_and_an_answer_is_left_out(tmp_path, row, prompt, unused):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row) + "\n", encoding="utf-8")
+    (found,), lines = read_prompts(path)
+    assert found == {**row, "prompt": prompt}
+    assert select_columns([row], "prompt", {}, "x").unused == unused
+    assert [("no part of the prompts" in line, "left out" in line) for line in lines] == (
+        [(True, False)] * bool(unused) + [(False, True)] * (prompt == [USER])
+    )
+
+
+def test_a_column_that_is_named_is_the_prompt(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"messages": [USER], "source": "flan"}) + "\n", encoding="utf-8")
+    assert read_prompts(path, "source")[0][0]["prompt"] == "flan"
+    path.write_text(json.dumps({"messages": [ANSWER]}) + "\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"row 1: only the assistant speaks in it"):
+        read_prompts(path)
+
+
+def test_a_chat_before_an_answer_is_its_prompt_whatever_stands_beside_it():
+    row = {"conversations": [USER], "source": "flan", "completion": "ho", "label": True}
+    assert select_columns([row], "kto", {}, "x")[0]["prompt"] == [USER]

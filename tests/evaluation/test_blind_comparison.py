@@ -82,7 +82,7 @@ def test_judgments_survive_an_interrupt_in_the_middle_of_a_line(tmp_path):
     for line in path.read_text("utf-8").splitlines():
         json.loads(line)
     wins_a = sum(pair.left_is_a for pair in pairs[:5])
-    assert JudgmentFile(path, NAMES).tally() == again.tally() == Tally(wins_a, 5 - wins_a, 1, lefts=5)
+    assert JudgmentFile(path, NAMES).tally(pairs) == again.tally(pairs) == Tally(wins_a, 5 - wins_a, 1, lefts=5)
 
 
 def test_undo_takes_back_what_was_judged_since_the_start(tmp_path):
@@ -95,10 +95,10 @@ def test_undo_takes_back_what_was_judged_since_the_start(tmp_path):
     file.add(pairs[1], "left", note="a note")
     file.add(pairs[2], "both_bad")
     assert json.loads(path.read_text("utf-8").splitlines()[1])["note"] == "a note"
-    assert file.tally().results()["both_bad"] == 1 and file.tally().decided == 2
+    assert file.tally(pairs).results()["both_bad"] == 1 and file.tally(pairs).decided == 2
     assert file.undo() == pairs[2] and file.undo() == pairs[1] and file.undo() is None
     assert path.read_bytes() == before and file.remaining(pairs) == pairs[1:]
-    assert file.tally() == JudgmentFile(path, NAMES).tally()
+    assert file.tally(pairs) == JudgmentFile(path, NAMES).tally(pairs)
 
 
 def test_judgments_of_others_are_refused(tmp_path):
@@ -109,6 +109,30 @@ def test_judgments_of_others_are_refused(tmp_path):
     path.write_text("hello\n", encoding="utf-8")
     with pytest.raises(ValueError, match="line 1 is not a judgment"):
         JudgmentFile(path, NAMES)
+
+
+def test_only_judgments_of_the_pairs_shown_count(tmp_path):
+    file = JudgmentFile(tmp_path / "judgments.jsonl", NAMES)
+    before, now = blind_pairs(PROMPTS, A, B), blind_pairs(PROMPTS, A, [*B[:10], *A[:10]])
+    for pair in before:
+        file.add(pair, "left" if pair.left_is_a else "right")
+    shared = [pair for pair in now if pair.key in {one.key for one in before}]
+    assert 0 < len(shared) < len(now)
+    assert file.tally(before).wins_a == 20 and file.tally(now).decided == file.tally(now).wins_a == len(shared)
+    assert file.tally(now).lefts == sum(pair.left_is_a for pair in before if pair.key in {one.key for one in shared})
+
+
+def test_no_line_without_its_end_is_lost(tmp_path):
+    path, pairs = tmp_path / "judgments.jsonl", blind_pairs(PROMPTS, A, B)
+    JudgmentFile(path, NAMES).add(pairs[0], "tie")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])  # as some editors leave it
+    assert JudgmentFile(path, NAMES).remaining(pairs) == pairs[1:] and path.read_bytes() == whole
+    for others in (whole.replace(b'"two"', b'"three"')[:-1], b"a note of mine"):
+        path.write_bytes(others)
+        with pytest.raises(ValueError, match="name another --output_dir"):
+            JudgmentFile(path, NAMES)
+        assert path.read_bytes() == others
 
 
 def test_the_words_of_a_result():

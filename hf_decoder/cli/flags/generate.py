@@ -39,7 +39,8 @@ class GenerateArguments(Sampling, Loading):
     input_file: str | None = flag(None, "Prompts: .jsonl, .csv, .parquet (prompt or messages), or text, one a line.")
     output_file: str | None = flag(
         None,
-        "JSONL file for --input_file's rows, each with its `completion`. The command continues an existing file.",
+        "JSONL file for --input_file's rows, each with its `completion`, and as `made_with` a digest of model and "
+        "settings. The same command continues an existing file.",
     )
     prompt_column: str | None = flag(None, "The column that holds the prompt.")
     batch_size: int = flag(8, "Prompts of --input_file in one batch.")
