@@ -23,6 +23,7 @@ from hf_decoder.cli.arguments import takes_argv
 from hf_decoder.cli.flags.eval import (
     ANSWER_METRICS,
     DEFAULT_BLOCK_SIZE,
+    FLAGS_OF,
     LABEL_METRICS,
     METRICS,
     TEXT_METRICS,
@@ -30,6 +31,7 @@ from hf_decoder.cli.flags.eval import (
 )
 from hf_decoder.costs import accounting
 from hf_decoder.data import records
+from hf_decoder.data.conversations import read_turns, turns_fault
 from hf_decoder.data.documents import load_text
 from hf_decoder.data.label_names import name_classes
 from hf_decoder.evaluation import harness, metrics
@@ -42,6 +44,7 @@ from hf_decoder.evaluation.classification import (
     share_padding,
 )
 from hf_decoder.reporting.model_card import add_task_results, update_model_index
+from hf_decoder.training.callbacks import check_output_dir
 from hf_decoder.tuning.rewards import python_parses
 
 SHARES = (*LABEL_METRICS, "exact_match", "stop_rate", "python_parses")  # between 0 and 1
@@ -49,13 +52,18 @@ SHARES = (*LABEL_METRICS, "exact_match", "stop_rate", "python_parses")  # betwee
 
 @takes_argv
 def main(args: EvalArguments) -> int:
-    """Measures and prints."""
-    results = measure(args)
-    for metric in args.metrics or ():
-        signature = results.get(f"{metric}_signature")
-        print(f"{metric:<16} {results[metric]:.4f}" + (f"  {signature}" if signature else ""))
-    for line in _task_lines(results.get("tasks", {})):
-        print(line)
+    """Measures, prints, and writes."""
+    results: dict[str, Any] = {}
+    predictions: list[dict[str, Any]] = []
+    try:
+        measure(args, results, predictions)
+    finally:  # what fails later does not take the figures with it
+        for metric in [metric for metric in args.metrics or () if metric in results]:
+            signature = results.get(f"{metric}_signature")
+            print(f"{metric:<16} {results[metric]:.4f}" + (f"  {signature}" if signature else ""))
+        for line in _task_lines(results.get("tasks", {})):
+            print(line)
+    _write(args, results, predictions)
     matrix = ", confusion_matrix.png" if "confusion_matrix" in results else ""
     print(f"{args.output_dir} holds eval_results.json{matrix} and eval_results.png")
     if matrix and (warning := check_against_chance(results)):
@@ -63,8 +71,8 @@ def main(args: EvalArguments) -> int:
     return 0
 
 
-def measure(args: EvalArguments) -> dict[str, Any]:
-    """Runs every metric that `args` names and writes the results; returns them.
+def measure(args: EvalArguments, results: dict[str, Any], predictions: list[dict[str, Any]]) -> None:
+    """Runs every metric that `args` names, and puts each result into `results` as soon as it is there.
 
     Raises:
         ValueError: for what the user can get wrong, as far as possible before the model is loaded.
@@ -79,20 +87,20 @@ def measure(args: EvalArguments) -> dict[str, Any]:
     scorers: dict[str, Any] = {
         name: metrics.text_metric(name, references, args.tokenize) for name in ("bleu", "chrf") if name in wanted
     }
-    labelled = _labelled(args) if wanted & set(LABEL_METRICS) else []
     options: dict[str, Any] = {"adapter": args.adapter_name_or_path, "trust_remote_code": args.trust_remote_code}
     classifier = is_classifier(args.model_name_or_path, **options)
     if classifier and (suite or wanted - set(LABEL_METRICS)):
-        name = args.adapter_name_or_path or args.model_name_or_path
-        raise ValueError(f"{name} is a sequence classifier, which has only {' and '.join(LABEL_METRICS)}")
+        raise ValueError(f"{_measured(args)} is a sequence classifier, which has only {' and '.join(LABEL_METRICS)}")
+    labelled = _labelled(args, classifies=classifier) if wanted & set(LABEL_METRICS) else []
     model = (load_classifier if classifier else load_model)(args.model_name_or_path, dtype=args.dtype, **options)
     model = model.to(select_device(args.device)).eval()
     if classifier:
         share_padding(model, tokenizer)
     set_seed(args.seed)
 
-    results: dict[str, Any] = {"model": Path(args.model_name_or_path).name, "parameters": model.num_parameters()}
-    predictions: list[dict[str, Any]] = []
+    names = {"model": args.model_name_or_path, "adapter": args.adapter_name_or_path}
+    results |= {kind: Path(name).absolute().name for kind, name in names.items() if name is not None}
+    results["parameters"] = model.num_parameters()
     if documents is not None:
         results |= _measure_text(args, model, tokenizer, documents)
     if pairs:
@@ -103,8 +111,6 @@ def measure(args: EvalArguments) -> dict[str, Any]:
     if suite is not None:
         results["tasks"] = _measure_tasks(args, model, tokenizer, suite)
     results |= accounting.hardware()
-    _write(args, results, predictions)
-    return results
 
 
 def _check(args: EvalArguments) -> None:
@@ -123,10 +129,20 @@ def _check(args: EvalArguments) -> None:
         asked = [metric for metric in args.metrics or () if metric in kind]
         if asked and getattr(args, flag) is None:
             raise ValueError(f"--metrics {asked[0]} needs --{flag}")
-    if args.tokenize is not None and "bleu" not in (args.metrics or ()):
-        raise ValueError(f"--tokenize {args.tokenize} is for BLEU, which --metrics does not name")
-    if args.update_card and not Path(args.model_name_or_path).is_dir():
-        raise ValueError(f"--update_card writes into the model's folder, and {args.model_name_or_path} is none here")
+    for measures, flags in FLAGS_OF.items():
+        idle = [flag for flag in flags if getattr(args, flag) != getattr(EvalArguments, flag)]
+        if idle and not (set(measures) & set(args.metrics or ()) if measures else args.tasks):
+            missing = f"--metrics {' or '.join(measures)}" if measures else "--tasks"
+            raise ValueError(f"--{idle[0]} has no effect without {missing}; add that, or leave it out")
+    if args.update_card and not Path(_measured(args)).is_dir():
+        owner = "adapter" if args.adapter_name_or_path else "model"
+        raise ValueError(f"--update_card writes into the {owner}'s folder, and {_measured(args)} is none here")
+    check_output_dir(args.output_dir, overwrite=True)  # measuring may take hours
+
+
+def _measured(args: EvalArguments) -> str:
+    """What the results are of: the adapter, where one is put on the model."""
+    return args.adapter_name_or_path or args.model_name_or_path
 
 
 def _measure_tasks(args: EvalArguments, model: Any, tokenizer: Any, suite: harness.Suite) -> dict[str, Any]:
@@ -144,7 +160,7 @@ def _measure_tasks(args: EvalArguments, model: Any, tokenizer: Any, suite: harne
         measures["asked_for"] = task in suite.names
         if counted.partition(",")[0] not in harness.CHOSEN:
             measures.pop("chance", None)
-        if random:
+        if random and counted:  # a group may have no figure of its own
             measures["random_weights"] = random[task][counted]
     return results
 
@@ -170,7 +186,7 @@ def _documents(args: EvalArguments) -> Any:
     return load_text(str(args.validation_file), validation_fraction=0, **options)["train"]
 
 
-def _template(args: EvalArguments, prompt: records.Row | Any) -> Any:
+def _template(args: EvalArguments, prompt: Any) -> Any:
     if not isinstance(prompt, str):
         return prompt
     return (args.prompt_template or "{prompt}").replace("\\n", "\n").replace("{prompt}", prompt)
@@ -179,7 +195,8 @@ def _template(args: EvalArguments, prompt: records.Row | Any) -> Any:
 def _pairs(args: EvalArguments) -> list[records.Row]:
     """Prompts and their references, without the rows that lack either."""
     if args.reference_file:
-        rows, separator = records.pair_lines(str(args.test_file), args.reference_file), records.BETWEEN
+        rows = records.pair_lines(str(args.test_file), args.reference_file, args.prompt_column)
+        separator = records.BETWEEN
     else:
         named = {"prompt": args.prompt_column, "reference": args.reference_column}
         selected = _selected(args, "reference", named)
@@ -190,11 +207,11 @@ def _pairs(args: EvalArguments) -> list[records.Row]:
     return rows
 
 
-def _labelled(args: EvalArguments) -> list[records.Row]:
-    """Texts and their labels. A column of references serves as labels too."""
+def _labelled(args: EvalArguments, *, classifies: bool) -> list[records.Row]:
+    """Texts, or chats for a language model, and their labels. A column of references serves as labels too."""
+    separator = records.BETWEEN
     if args.reference_file:
-        rows = records.pair_lines(str(args.test_file), args.reference_file)
-        rows = [{"text": row["prompt"], "label": row["reference"]} for row in rows]
+        rows = records.pair_lines(str(args.test_file), args.reference_file, args.prompt_column)
     else:
         kind = "classification" if args.reference_column is None else "reference"
         named = {"label": args.label_column, "text": args.text_column}
@@ -203,8 +220,29 @@ def _labelled(args: EvalArguments) -> list[records.Row]:
         elif args.prompt_column:
             named["text"] = args.prompt_column
         selected = _selected(args, kind, named)
-        rows = [dict(zip(("text", "label"), row.values(), strict=True)) for row in selected]
-    return _usable(args, rows)
+        rows, separator = list(selected), selected.separator
+    roles = {"prompt": "text", "reference": "label"}
+    rows = [{roles.get(role, role): value for role, value in row.items()} for row in rows]
+    for row in rows:
+        row["label"] = _said(row["label"])
+        row["text"] = row["text"] if classifies else read_turns(row["text"])
+    rows = _usable(args, rows)
+    if not classifies:
+        if args.prompt_template is None:
+            for row in rows:
+                row["text"] = records.separate({"prompt": row["text"]}, separator)["prompt"]
+    elif any(isinstance(row["text"], list) for row in rows):
+        raise ValueError(
+            f"{args.test_file} holds messages, and {_measured(args)} is a sequence classifier, which reads text"
+        )
+    return rows
+
+
+def _said(label: Any) -> Any:
+    """A label as it is; of messages, what the assistant says first."""
+    if isinstance(label, list) and not turns_fault("label", label) and (turn := records.first_answer(label)):
+        return turn["content"]
+    return label
 
 
 def _selected(args: EvalArguments, kind: str, named: dict[str, str | None]) -> records.Selection:
@@ -220,6 +258,11 @@ def _usable(args: EvalArguments, rows: list[records.Row]) -> list[records.Row]:
         print(f"{args.test_file}: {skipped}")
     if not rows:
         raise ValueError(f"{args.test_file} has no row to measure with: {skipped}")
+    prompts = (row.get("prompt", row.get("text")) for row in rows)
+    if args.prompt_template is not None and any(isinstance(prompt, list) for prompt in prompts):
+        raise ValueError(
+            f"--prompt_template is for prompts of text, and the rows of {args.test_file} hold messages; leave it out"
+        )
     return rows
 
 
@@ -255,8 +298,7 @@ def _measure_answers(
     names = ("max_new_tokens", "num_beams", "length_penalty", "do_sample", "stop_strings")
     given = {name: getattr(args, name) for name in names}
     prompts = [_template(args, row["prompt"]) for row in rows]
-    tools = [row.get("tools") for row in rows]
-    completions = complete_or_cut(model, tokenizer, prompts, given, args.batch_size, tools)
+    completions = complete_or_cut(model, tokenizer, prompts, given, args.batch_size, rows)
     completed = list(show_progress(completions, len(prompts), "answers"))
     answers = [text.strip() for text, _ in completed]
     for prompt, answer, options, (_, ended) in zip(prompts, answers, references, completed, strict=True):
@@ -270,8 +312,9 @@ def _measure_answers(
         results["exact_match"] = metrics.exact_match(answers, references)
     if "stop_rate" in wanted:
         results["stop_rate"] = sum(ended for _, ended in completed) / len(completed)
-    if "python_parses" in wanted:
-        results["python_parses"] = sum(python_parses(prompts, answers)) / len(answers)
+    if "python_parses" in wanted:  # Python may begin with spaces
+        parses = python_parses(prompts, [text for text, _ in completed])
+        results["python_parses"] = sum(parses) / len(parses)
     return results
 
 
@@ -289,8 +332,9 @@ def _references(row: records.Row, tokenizer: Any) -> list[str]:
     if not answer.get("tool_calls"):
         return [str(answer["content"])]
     prompt = row["prompt"] if isinstance(row["prompt"], list) else [{"role": "user", "content": row["prompt"]}]
-    asked = encode_prompt(tokenizer, prompt, row.get("tools"))
-    whole = tokenizer.apply_chat_template([*prompt, answer], tools=row.get("tools"), return_dict=True)
+    tools, options = row.get("tools"), row.get("chat_template_kwargs") or {}
+    asked = encode_prompt(tokenizer, prompt, tools, options)
+    whole = tokenizer.apply_chat_template([*prompt, answer], **{**options, "tools": tools, "return_dict": True})
     return [tokenizer.decode(whole["input_ids"][len(asked) :], skip_special_tokens=True).strip()]
 
 
@@ -298,7 +342,7 @@ def _classify(
     args: EvalArguments, model: Any, tokenizer: Any, rows: list[records.Row], predictions: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """Accuracy and F1 of a classifier's own classes."""
-    texts, names = [_template(args, str(row["text"])) for row in rows], model.config.id2label
+    texts, names = [_template(args, row["text"]) for row in rows], model.config.id2label
     labels = name_classes([str(row["label"]) for row in rows], names, str(args.test_file))
     guesses = [names[index] for index in predict(model, tokenizer, texts, batch_size=args.batch_size)]
     return _compare_labels(texts, guesses, labels, list(names.values()), predictions)
@@ -308,17 +352,18 @@ def _choose_labels(
     args: EvalArguments, model: Any, tokenizer: Any, rows: list[records.Row], predictions: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """Accuracy and F1 of the label that a language model finds likeliest after each text."""
-    texts, labels = [_template(args, str(row["text"])) for row in rows], [str(row["label"]) for row in rows]
+    texts, labels = [_template(args, row["text"]) for row in rows], [str(row["label"]) for row in rows]
     options = sorted(set(labels))
     tokens = [tokenizer(option, add_special_tokens=False)["input_ids"] for option in options]
-    prompts = [encode_prompt(tokenizer, text) for text in texts]
+    beside = [(row.get("tools"), row.get("chat_template_kwargs")) for row in rows]
+    prompts = [encode_prompt(tokenizer, text, *more) for text, more in zip(texts, beside, strict=True)]
     nats = metrics.option_nats(model, prompts, tokens, batch_size=args.batch_size)
     guesses = [options[min(range(len(options)), key=row.__getitem__)] for row in nats]
     return _compare_labels(texts, guesses, labels, options, predictions)
 
 
 def _compare_labels(
-    texts: list[str], guesses: list[str], labels: list[str], names: list[str], predictions: list[dict[str, Any]]
+    texts: list[Any], guesses: list[str], labels: list[str], names: list[str], predictions: list[dict[str, Any]]
 ) -> dict[str, Any]:
     for text, guess, label in zip(texts, guesses, labels, strict=True):
         predictions.append({"prompt": text, "prediction": guess, "label": label})
@@ -338,12 +383,14 @@ def _write(args: EvalArguments, results: Mapping[str, Any], predictions: list[di
     if predictions:
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions)
         (folder / "predictions.jsonl").write_text(lines, encoding="utf-8")
+    title = " + ".join(results[kind] for kind in ("model", "adapter") if kind in results)
     if "confusion_matrix" in results:
-        plot_confusion(results, folder / "confusion_matrix.png", str(results["model"]))
+        plot_confusion(results, folder / "confusion_matrix.png", title)
     shown = {name: results[name] for name in args.metrics or ()}
-    tasks = {name: measures for name, measures in results.get("tasks", {}).items() if measures["asked_for"]}
-    shown |= {name: measures[measures["counts"]] for name, measures in tasks.items() if measures["counts"]}
-    plot_metrics(shown, folder / "eval_results.png", str(results["model"]))
+    asked_for = {name: found for name, found in results.get("tasks", {}).items() if found["asked_for"]}
+    tasks = {name: (found["counts"], found[found["counts"]]) for name, found in asked_for.items() if found["counts"]}
+    shown |= {name: value for name, (_, value) in tasks.items()}
+    plot_metrics(shown, folder / "eval_results.png", title)
     if args.update_card:
         for kind, file in (
             (TEXT_METRICS, args.validation_file),
@@ -352,10 +399,9 @@ def _write(args: EvalArguments, results: Mapping[str, Any], predictions: list[di
             asked = set(kind) & set(args.metrics or ())
             names = {name for metric in asked for name in (metric, f"{metric}_signature")}
             if found := {name: results[name] for name in names & results.keys()}:
-                update_model_index(args.model_name_or_path, found, dataset=Path(str(file)).name)
+                update_model_index(_measured(args), found, dataset=Path(str(file)).name)
         if tasks:
-            counted = {name: {measures["counts"]: measures[measures["counts"]]} for name, measures in tasks.items()}
-            add_task_results(args.model_name_or_path, counted)
+            add_task_results(_measured(args), {name: {kind: value} for name, (kind, value) in tasks.items()})
 
 
 def plot_metrics(values: Mapping[str, float], path: Path, title: str) -> None:
@@ -368,7 +414,8 @@ def plot_metrics(values: Mapping[str, float], path: Path, title: str) -> None:
     for number, (name, value) in enumerate(values.items(), 1):
         axes = figure.add_subplot(1, len(values), number)
         shown = value if value < float("inf") else 0.0
-        axes.bar([name], [shown], color=f"C{number - 1}", width=0.5)
+        axes.bar([0], [shown], color=f"C{number - 1}", width=0.5)
+        axes.set_xticks([0], [name], parse_math=False)  # the name of a task may hold dollar signs
         top = 100.0 if name in ("bleu", "chrf") else 1.0 if name in SHARES else 1.2 * shown
         axes.set_ylim(0, max(top, 1e-9))
         axes.set_xlim(-0.6, 0.6)

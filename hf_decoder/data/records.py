@@ -416,7 +416,7 @@ def _fault(role: str, value: Any) -> str | None:
         return None
     if role == "label":
         is_one = isinstance(value, str | int | float) and value == value and str(value).strip()  # NaN is none
-        return None if is_one else "no single label"
+        return text_fault(role, str(value)) if is_one else "no single label"
     if isinstance(value, str) and value.strip():
         return "messages is text, not a list of turns" if role == "messages" else text_fault(role, value)
     if value is None or not value or isinstance(value, str):
@@ -424,7 +424,7 @@ def _fault(role: str, value: Any) -> str | None:
     if not isinstance(value, list):
         return f"{role} is not text"
     if role == "reference" and all(isinstance(option, str) for option in value):
-        return None
+        return next((fault for option in value if (fault := text_fault(role, option))), None)
     if fault := turns_fault(role, value):
         return fault
     if role == "reference" and first_answer(value) is None:
@@ -456,13 +456,13 @@ def check_alike(rows: Sequence[Row], source: str, *, across_roles: bool = False)
             )
 
 
-def pair_lines(prompt_file: str | Path, reference_file: str | Path) -> list[Row]:
-    """Reads two parallel text files as rows with columns `prompt` and `reference`.
+def pair_lines(prompt_file: str | Path, reference_file: str | Path, prompt_column: str | None = None) -> list[Row]:
+    """Reads a file of prompts and one of reference lines, in parallel, as rows with `prompt` and `reference`.
 
     Raises:
         ValueError: if they differ in length.
     """
-    prompts = [str(row["prompt"]) for row in read_prompts(prompt_file)[0]]
+    prompts = [row["prompt"] for row in read_prompts(prompt_file, prompt_column)[0]]
     references = read_lines(reference_file)
     if len(prompts) != len(references):
         raise ValueError(

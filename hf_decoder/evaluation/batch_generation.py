@@ -27,8 +27,12 @@ def end_ids(model: Any, tokenizer: Any, *, chat: bool = False) -> list[int]:
     return sorted(ids)
 
 
-def encode_prompt(tokenizer: Any, prompt: Prompt, tools: Sequence[Any] | None = None) -> list[int]:
-    """Encodes a prompt, or renders a conversation and its tools with the chat template up to the assistant's answer.
+def encode_prompt(
+    tokenizer: Any, prompt: Prompt, tools: Sequence[Any] | None = None, options: Mapping[str, Any] | None = None
+) -> list[int]:
+    """Encodes a prompt, or renders a conversation with the chat template up to the assistant's answer.
+
+    The template is also given the conversation's `tools`, and `options` of its own.
 
     Raises:
         ValueError: for an empty prompt, and for a conversation that the chat template rejects, or without a template.
@@ -42,8 +46,8 @@ def encode_prompt(tokenizer: Any, prompt: Prompt, tools: Sequence[Any] | None = 
         if tokenizer.chat_template is None:
             raise ValueError("the tokenizer has no chat template, so prompts must be text, not messages")
         try:
-            options = {"tools": tools, "add_generation_prompt": True, "return_dict": True}
-            ids = tokenizer.apply_chat_template(prompt, **options)["input_ids"]
+            settings = {**(options or {}), "tools": tools, "add_generation_prompt": True, "return_dict": True}
+            ids = tokenizer.apply_chat_template(prompt, **settings)["input_ids"]
         except TemplateError as error:  # for example one without system messages
             raise ValueError(f"the chat template does not take this conversation: {error}") from None
     if not ids:
@@ -105,7 +109,7 @@ def complete_or_cut(
     prompts: Sequence[Prompt],
     given: Mapping[str, Any] | None = None,
     batch_size: int = 8,
-    tools: Sequence[Any] | None = None,
+    beside: Sequence[Mapping[str, Any]] | None = None,
 ) -> Iterator[tuple[str, bool]]:
     """Yields the completion of each prompt, in order, without the prompt and without a stop string at its end.
 
@@ -117,7 +121,7 @@ def complete_or_cut(
         batch_size: most prompts per batch. Neighbours share none where the context leaves their answers unequal room.
             Greedy and beam search answer each prompt as if it were alone, up to rounding; sampling depends on the
             batch.
-        tools: descriptions of the tools of each prompt, or None.
+        beside: for each prompt, its `tools` and its `chat_template_kwargs`, where it has some.
 
     Raises:
         ValueError: for a prompt that is empty, too long, or outside the model's vocabulary; names its number.
@@ -126,7 +130,8 @@ def complete_or_cut(
     encoded: list[list[int]] = []
     for number, prompt in enumerate(prompts, 1):
         try:
-            ids = encode_prompt(tokenizer, prompt, tools[number - 1] if tools else None)
+            more = beside[number - 1] if beside else {}
+            ids = encode_prompt(tokenizer, prompt, more.get("tools"), more.get("chat_template_kwargs"))
             check_ids(model, ids)
         except ValueError as error:
             raise ValueError(f"prompt {number}: {error}") from None

@@ -7,7 +7,6 @@ transformers would look for the base's weights there. Its class names are in `LA
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -106,9 +105,9 @@ def check_against_chance(report: Mapping[str, Any]) -> str | None:
 
     It must be 1.64 standard errors higher, which one chance model in twenty exceeds.
     """
-    support = Counter({name: report["classification_report"][name]["support"] for name in report["labels"]})
-    (name, most), count = support.most_common(1)[0], support.total()
-    share, found = most / count, report["classification_report"]["accuracy"]
+    matrix = np.array(report["confusion_matrix"])  # a class may have the name of a measure of the report
+    support, count = matrix.sum(1), matrix.sum()
+    name, share, found = report["labels"][support.argmax()], support.max() / count, matrix.trace() / count
     if found > share + 1.64 * math.sqrt(share * (1 - share) / count):
         return None
     return (
@@ -129,13 +128,14 @@ def plot_confusion(report: Mapping[str, Any], path: str | Path, title: str) -> N
     axes = figure.add_subplot()
     shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     figure.colorbar(axes.imshow(shares, cmap="Blues", vmin=0, vmax=1), label="share of the label's rows")
-    axes.set_xticks(range(len(names)), names, rotation=90 if len(names) > 4 else 0)
-    axes.set_yticks(range(len(names)), names)
+    # The name of a class or of a file may hold dollar signs.
+    axes.set_xticks(range(len(names)), names, rotation=90 if len(names) > 4 else 0, parse_math=False)
+    axes.set_yticks(range(len(names)), names, parse_math=False)
     if len(names) <= 20:
         for (row, column), count in np.ndenumerate(matrix):
             color = "white" if shares[row, column] > 0.6 else "black"
             axes.text(column, row, f"{count:,}", ha="center", va="center", color=color)
     axes.set_xlabel("predicted class")
     axes.set_ylabel("label")
-    axes.set_title(title)
+    axes.set_title(title, parse_math=False)
     figure.savefig(path, dpi=120)

@@ -8,6 +8,7 @@ import sacrebleu
 import torch
 from huggingface_hub import ModelCard
 from made_up import made_text
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers import (
     AutoModelForCausalLM,
@@ -20,9 +21,13 @@ from transformers import (
 from hf_decoder.cli import eval as eval_command
 from hf_decoder.cli.main import main
 from hf_decoder.data.label_names import name_classes
+from hf_decoder.evaluation import metrics
 
 BLEU = ["--metrics", "bleu", "--test_file"]
+ACCURACY = ["--metrics", "accuracy", "--prompt_column", "prompt", "--test_file"]
 PROMPTS = ["the cat", "the dog sees the", "the bird hears", "a"]
+CHAT = [{"role": "user", "content": "the cat"}]
+TOOLS = [{"type": "function", "function": {"name": "see", "parameters": {"properties": {"what": {}}}}}]
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +45,11 @@ def llama(run, tmp_path_factory):
 def pairs(tmp_path):
     path = tmp_path / "pairs.jsonl"
     rows = [{"source": prompt, "target": f" the {word}"} for prompt, word in zip(PROMPTS, "abcd", strict=True)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def write(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
@@ -159,8 +169,7 @@ def test_tools_are_shown_to_the_model_and_a_call_is_compared_as_the_template_wri
     config = json.loads((model_copy / "config.json").read_text())
     (model_copy / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 512}))
     path = tmp_path / "calls.jsonl"
-    tools = [{"type": "function", "function": {"name": "see", "parameters": {"properties": {"what": {}}}}}]
-    prompt = [{"role": "user", "content": "the cat"}]
+    tools, prompt = TOOLS, CHAT
     call = {"type": "function", "function": {"name": "see", "arguments": {"what": 1}}}
     row = {"prompt": prompt, "completion": [{"role": "assistant", "content": "", "tool_calls": [call]}]}
     path.write_text(json.dumps({**row, "tools": tools}) + "\n" + json.dumps(row) + "\n", encoding="utf-8")
@@ -209,7 +218,7 @@ def test_bleu_of_chinese_says_how_it_was_measured(fails, run, model_copy, tmp_pa
     assert "tok:char" in evaluate(model_copy, tmp_path / "out", *flags, "--tokenize", "char")["bleu_signature"]
     argv = ["eval", str(model_copy), *map(str, flags)]
     assert "--tokenize 'zhh' is unknown; choose one of: none, zh, 13a" in fails(*argv, "--tokenize", "zhh")
-    assert "--tokenize zh is for BLEU" in fails(*argv, "--metrics", "chrf", "--tokenize", "zh")
+    assert "--tokenize has no effect without --metrics bleu" in fails(*argv, "--metrics", "chrf", "--tokenize", "zh")
 
 
 def test_update_card_makes_a_card_where_there_is_none(run, llama, tmp_path):
@@ -218,6 +227,95 @@ def test_update_card_makes_a_card_where_there_is_none(run, llama, tmp_path):
     found = ModelCard.load(folder / "README.md").data
     assert found.model_name == "peer"
     assert {r.metric_type: r.metric_value for r in found.eval_results}["perplexity"] == results["perplexity"]
+
+
+def test_an_answer_that_begins_with_spaces_is_python_behind_its_prompt(run, tmp_path, monkeypatch):
+    path = write(tmp_path / "f.jsonl", [{"prompt": "def f(a):\n", "completion": "x"}] * 2)
+    answers = [("    return a\n", True), ("    return a a\n", True)]
+    monkeypatch.setattr(eval_command, "complete_or_cut", lambda *args: iter(answers))
+    results = evaluate(run.folder, tmp_path / "out", "--metrics", "python_parses", "--test_file", path)
+    assert results["python_parses"] == 0.5
+
+
+def test_what_an_adapter_is_measured_at_is_written_into_its_own_card(run, model_copy, tmp_path):
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(model_copy), LoraConfig(target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path / "lora")
+    before = (model_copy / "README.md").read_text(encoding="utf-8")
+    flags = ["--adapter_name_or_path", tmp_path / "lora", "--validation_file", run.validation_file, "--update_card"]
+    results = evaluate(model_copy, tmp_path / "out", *flags)
+    assert (results["model"], results["adapter"]) == ("model", "lora")
+    assert (model_copy / "README.md").read_text(encoding="utf-8") == before
+    found = ModelCard.load(tmp_path / "lora/README.md").data.eval_results
+    assert {r.metric_type: r.metric_value for r in found}["perplexity"] == results["perplexity"]
+
+
+@pytest.mark.parametrize(
+    "flags, row",
+    [
+        (["--prompt_column", "prompt"], {"prompt": CHAT, "label": "pos"}),
+        (["--prompt_column", "prompt"], {"prompt": json.dumps(CHAT), "label": "pos"}),
+        (["--reference_column", "class"], {"prompt": "the cat", "class": "pos", "system": "the dog"}),
+        (["--reference_column", "class"], {"prompt": CHAT, "class": "pos", "tools": TOOLS}),
+        (["--reference_column", "answer"], {"prompt": CHAT, "answer": [{"role": "assistant", "content": "pos"}]}),
+    ],
+)
+def test_labels_of_chats_are_chosen_behind_the_chat_template(model_copy, tmp_path, monkeypatch, flags, row):
+    config = json.loads((model_copy / "config.json").read_text())
+    (model_copy / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 512}))
+    path, seen = write(tmp_path / "rows.jsonl", [row, {**row, "label": "neg", "class": "neg"}]), []
+    nats = metrics.option_nats
+    monkeypatch.setattr(metrics, "option_nats", lambda *args, **more: seen.append(args) or nats(*args, **more))
+    evaluate(model_copy, tmp_path / "out", "--metrics", "accuracy", "--test_file", path, *flags)
+    turns = ([{"role": "system", "content": "the dog"}] if "system" in row else []) + CHAT
+    tokenizer = AutoTokenizer.from_pretrained(model_copy)
+    asked = {"tools": row.get("tools"), "tokenize": False, "add_generation_prompt": True}
+    expected = tokenizer(tokenizer.apply_chat_template(turns, **asked)).input_ids
+    assert seen[0][1] == [expected, expected]
+    saved = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text("utf-8").splitlines()]
+    assert [line["prompt"] for line in saved] == [turns, turns] and saved[0]["label"] == "pos"
+
+
+def test_a_label_stands_where_the_answer_of_the_same_row_would(run, tmp_path):
+    path = write(tmp_path / "rows.jsonl", [{"source": "the cat", "target": "sees"}])
+    flags = ["--metrics", "exact_match", "accuracy", "--test_file", path, "--reference_column", "target"]
+    evaluate(run.folder, tmp_path / "out", *flags, "--max_new_tokens", 2)
+    answer, label = map(json.loads, (tmp_path / "out" / "predictions.jsonl").read_text("utf-8").splitlines())
+    assert answer["prompt"] == label["prompt"] == "the cat\n\n"
+
+
+def test_a_sequence_classifier_reads_no_chats(fails, run, tmp_path):
+    AutoModelForSequenceClassification.from_pretrained(run.folder, num_labels=2).save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(run.folder).save_pretrained(tmp_path / "model")
+    path = write(tmp_path / "rows.jsonl", [{"text": "the cat", "label": 0}, {"text": CHAT, "label": 1}])
+    said = fails("eval", str(tmp_path / "model"), "--metrics", "accuracy", "--test_file", str(path))
+    assert "rows.jsonl holds messages" in said and "sequence classifier, which reads text" in said
+
+
+@pytest.mark.parametrize("late", ["plot_metrics", "complete_or_cut"])
+def test_figures_are_printed_whatever_fails_after_them(run, pairs, tmp_path, monkeypatch, capsys, late):
+    def full(*args):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(eval_command, late, full)
+    argv = ["eval", str(run.folder), "--metrics", "perplexity", "chrf", "--validation_file", str(run.validation_file)]
+    argv += ["--test_file", str(pairs), "--max_new_tokens", "2", "--output_dir", str(tmp_path / "out")]
+    assert main(argv) == 2
+    printed = capsys.readouterr()
+    assert "perplexity       " in printed.out and "no space left" in printed.err
+    assert ("chrf             " in printed.out) == (late == "plot_metrics")
+
+
+def test_an_output_folder_that_is_a_file_is_refused_before_anything_is_measured(fails, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(eval_command, "load_model", None)  # not asked for
+    (tmp_path / "out").write_text("")
+    argv = ["eval", str(run.folder), "--validation_file", str(run.validation_file)]
+    assert "out is a file; name a folder" in fails(*argv, "--output_dir", str(tmp_path / "out"))
+
+
+def test_the_name_of_a_task_may_hold_dollar_signs(tmp_path):
+    eval_command.plot_metrics({"$$": 0.5, "a$b$^": 2.0}, tmp_path / "bars.png", "$$ + $")
+    with Image.open(tmp_path / "bars.png") as picture:
+        assert picture.format == "PNG"
 
 
 @pytest.mark.parametrize(
@@ -239,6 +337,13 @@ def test_update_card_makes_a_card_where_there_is_none(run, llama, tmp_path):
         ([*BLEU, "prompts.txt", "--max_eval_samples", "0"], "--max_eval_samples 0 must be at least 1"),
         ([*BLEU, "prompts.txt", "--max_new_tokens", "0"], "--max_new_tokens 0 must be at least 1"),
         ([*BLEU, "prompts.txt", "--num_beams", "0"], "--num_beams 0 must be at least 1"),
+        (["--validation_file", "prompts.txt", "--limit", "3"], "--limit has no effect without --tasks"),
+        (["--validation_file", "prompts.txt", "--num_fewshot", "0"], "--num_fewshot has no effect without --tasks"),
+        (["--validation_file", "prompts.txt", "--include_path", "."], "--include_path has no effect without --tasks"),
+        (["--validation_file", "prompts.txt", "--test_file", "chats.jsonl"], "--test_file has no effect without"),
+        ([*BLEU, "prompts.txt", "--stride", "8"], "--stride has no effect without --metrics perpl"),
+        ([*BLEU, "chats.jsonl", "--prompt_template", "X {prompt}"], "chats.jsonl hold messages; leave it out"),
+        ([*ACCURACY, "chats.jsonl", "--prompt_template", "X {prompt}"], "chats.jsonl hold messages; leave it out"),
     ],
 )  # fmt: skip
 def test_what_a_user_can_get_wrong(fails, run, tmp_path, monkeypatch, flags, reason):
@@ -247,5 +352,6 @@ def test_what_a_user_can_get_wrong(fails, run, tmp_path, monkeypatch, flags, rea
     (tmp_path / "short.txt").write_text("one\n", encoding="utf-8")
     (tmp_path / "other.jsonl").write_text('{"a": 1, "b": 2}\n', encoding="utf-8")
     (tmp_path / "empty.jsonl").write_text('{"prompt": "", "completion": "x"}\n', encoding="utf-8")
+    write(tmp_path / "chats.jsonl", [{"prompt": CHAT, "label": "x"}])
     assert reason in fails("eval", str(run.folder), *flags)
     assert not (tmp_path / "runs").exists()

@@ -120,6 +120,15 @@ def test_a_part_of_the_rows_and_random_weights_beside_the_figure(run, tasks, tmp
     assert found["rows"] == 4 and found["counts"] == "acc" and 0 <= found["random_weights"] <= 1
 
 
+def test_a_group_without_a_figure_of_its_own_stops_nothing(model_copy, tasks, tmp_path):
+    (tasks / "both.yaml").write_text("group: both\ntask: [which_word, next_word]\n", encoding="utf-8")
+    argv = ["eval", str(model_copy), "--tasks", "both", "--include_path", str(tasks), "--limit", "2"]
+    argv += ["--random_baseline", "--update_card", "--output_dir", str(tmp_path / "out")]
+    assert main(argv) == 0
+    found = json.loads((tmp_path / "out/eval_results.json").read_text(encoding="utf-8"))["tasks"]
+    assert found["both"]["counts"] == "" and "random_weights" in found["which_word"]
+
+
 def test_an_unknown_task_is_answered_with_the_nearest_names(run, fails):
     line = fails("eval", str(run.folder), "--tasks", "hellaswagg")
     assert "'hellaswagg' is no task" in line and "'hellaswag'" in line

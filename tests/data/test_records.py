@@ -50,6 +50,20 @@ def test_lines_are_rows_and_stay_parallel(tmp_path):
         pair_lines(one, two)
 
 
+def test_prompts_beside_a_file_of_references_may_be_chats(tmp_path):
+    prompts, references = tmp_path / "a.jsonl", tmp_path / "a.en"
+    prompts.write_text(json.dumps({"asked": [USER], "prompt": "another"}) + "\n", encoding="utf-8")
+    references.write_text("one\n", encoding="utf-8")
+    assert pair_lines(prompts, references, "asked") == [{"prompt": [USER], "reference": "one"}]
+
+
+@pytest.mark.parametrize("row", [{"text": "a", "label": "\ud83d"}, {"prompt": "a", "reference": ["b", "\ud83d"]}])
+def test_half_a_character_is_no_label_and_no_reference(row):
+    """No file can hold it, so that the results of hours could not be written."""
+    kept, skipped = drop_unusable([row])
+    assert not kept and "holds half a character" in str(skipped)
+
+
 @pytest.mark.parametrize(
     "name, text, reason",
     [

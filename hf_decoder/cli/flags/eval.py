@@ -11,6 +11,19 @@ ANSWER_METRICS = ("bleu", "chrf", "exact_match", "stop_rate", "python_parses")
 LABEL_METRICS = ("accuracy", "f1")
 METRICS = (*TEXT_METRICS, *ANSWER_METRICS, *LABEL_METRICS)
 DEFAULT_BLOCK_SIZE = 1024
+# measures, or none for --tasks -> the flags that nothing else reads
+FLAGS_OF: dict[tuple[str, ...], tuple[str, ...]] = {
+    (): ("include_path", "limit", "num_fewshot", "apply_chat_template", "random_baseline"),
+    TEXT_METRICS: ("validation_file", "encoding", "block_size", "stride"),
+    ANSWER_METRICS: ("max_new_tokens", "stop_strings", "num_beams", "length_penalty", "do_sample"),
+    (*ANSWER_METRICS, *LABEL_METRICS): (
+        *("test_file", "reference_file", "prompt_template", "max_eval_samples"),
+        *("prompt_column", "reference_column"),
+    ),
+    LABEL_METRICS: ("label_column",),
+    (*TEXT_METRICS, *LABEL_METRICS): ("text_column",),
+    ("bleu",): ("tokenize",),
+}
 DESCRIPTION = (
     "Measures a model. perplexity and bits_per_byte score --validation_file; bleu, chrf and exact_match compare what "
     "the model writes after each prompt of --test_file with the reference; accuracy and f1 choose among the labels of "
@@ -86,7 +99,9 @@ class EvalArguments(Columns, Writing, Loading):
     )
     adapter_name_or_path: str | None = flag(None, "PEFT adapter to put on the model.")
     output_dir: str = flag("runs/eval", "Folder for results, picture and predictions.")
-    update_card: bool = flag(False, "Write the results into the model-index of README.md in the model's folder.")
+    update_card: bool = flag(
+        False, "Write the results into the model-index of README.md in the folder of the model, or of the adapter."
+    )
 
 
 ARGUMENTS = (EvalArguments,)
