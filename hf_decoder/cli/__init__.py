@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import math
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -30,6 +31,12 @@ ANSWERING_FILES = (
     *("*.safetensors", "pytorch_model*.bin", "*config.json", "*.py"),
     *("tokenizer.json", "*.model", "vocab.*", "merges.txt", "chat_template.*"),
 )
+# Numbers of a training that must be at least 1, and others that must be at least 0 and finite.
+COUNTS = (
+    "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "num_generations",
+    "sample_steps", "max_folds",
+)  # fmt: skip
+RATES = ("learning_rate", "pretraining_learning_rate", "pretraining_epochs")
 
 __all__ = ["did_you_mean", "find_value", "parse_arguments"]
 
@@ -69,6 +76,25 @@ def check_at_least(flag: str, value: int | None, least: int) -> None:
     """Raises ValueError if `value` is given and below `least`."""
     if value is not None and value < least:
         raise ValueError(f"{flag} {value} must be at least {least}")
+
+
+def check_training(args: Any) -> None:
+    """Checks the counts, rates and lengths of a training; `args` need not have them all.
+
+    Raises:
+        ValueError: naming the flag.
+    """
+    for name in COUNTS:
+        check_at_least(f"--{name}", getattr(args, name, None), 1)
+    for name in RATES:
+        value = getattr(args, name, 0)
+        if not 0 <= value < math.inf:
+            raise ValueError(f"--{name} {value:g} must be at least 0, and finite")
+    steps = getattr(args, "max_steps", -1)
+    if steps == 0:
+        raise ValueError("--max_steps 0 trains nothing; give at least 1, or -1 to count --num_train_epochs")
+    if steps < 0 and not 0 < args.num_train_epochs < math.inf:
+        raise ValueError(f"--num_train_epochs {args.num_train_epochs:g} must be more than 0, and finite")
 
 
 def optimizer_name(args: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import statistics
 import time
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from hf_decoder.cli import parse_overrides
+from hf_decoder.cli import check_training, parse_overrides
 from hf_decoder.cli.arguments import takes_argv
 from hf_decoder.cli.flags.crossvalidate import CrossvalidateArguments
 from hf_decoder.costs import accounting
@@ -28,6 +29,8 @@ from hf_decoder.training import callbacks
 from hf_decoder.training.run_report import example_of, print_load_lines
 from hf_decoder.tuning import crossvalidation
 
+RESULTS, PREDICTIONS = "crossvalidation_results.json", "predictions.jsonl"
+
 
 @takes_argv
 def main(args: CrossvalidateArguments) -> int:
@@ -42,6 +45,7 @@ def crossvalidate(args: CrossvalidateArguments) -> dict[str, Any]:
     Raises:
         ValueError: for what the user can get wrong, before training starts.
     """
+    check_training(args)
     for name in ("dropout", "pretraining_dropout", "word_dropout"):
         if not 0 <= getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)} must be at least 0 and below 1")
@@ -58,8 +62,8 @@ def crossvalidate(args: CrossvalidateArguments) -> dict[str, Any]:
     label2id = label_map([row["label"] for row in rows])
     folds = crossvalidation.fold_of_each([row["label"] for row in rows], args.num_folds, args.seed)
     folder = Path(args.output_dir)
-    settings = {"rows": len(rows), "num_folds": args.num_folds, **asdict(recipe)}
-    done, model = _results_so_far(folder, settings, overwrite=args.overwrite_output_dir)
+    settings = {"rows": len(rows), "content": _digest(rows), "num_folds": args.num_folds, **asdict(recipe)}
+    done, lines, model = _results_so_far(folder, settings, overwrite=args.overwrite_output_dir)
     callbacks.keep_freed_memory()
     logging.set_verbosity_error()
 
@@ -72,16 +76,17 @@ def crossvalidate(args: CrossvalidateArguments) -> dict[str, Any]:
         for fold in range(len(done), min(args.num_folds, args.max_folds or args.num_folds)):
             train = [row for row, of in zip(rows, folds, strict=True) if of != fold]
             held_out = [row for row, of in zip(rows, folds, strict=True) if of == fold]
-            done.append({"fold": fold, **_run_fold(train, held_out, label2id, recipe, folder, fold)})
-            _write(folder, settings, done, {"model": model})
+            result, predicted = _run_fold(train, held_out, label2id, recipe, folder)
+            done.append({"fold": fold, **result})
+            lines += [{"fold": fold, **line} for line in predicted]
+            _write(folder, settings, done, lines, {"model": model})
             shown = [f"{kind} {done[-1][kind]:.4f}" for kind in ("accuracy", "baseline_accuracy") if kind in done[-1]]
             print(f"fold {fold + 1} of {args.num_folds}: {', '.join(shown)}, {done[-1]['seconds']:.0f} s", flush=True)
         if model is None:
             print(f"training on all {len(rows):,} rows", flush=True)
             model = _train_on_all(args, rows, label2id, recipe)
-        lines = [json.loads(line) for line in (folder / "predictions.jsonl").read_text("utf-8").splitlines()]
         report = class_report([line["prediction"] for line in lines], [line["label"] for line in lines], label2id)
-        results = _write(folder, settings, done, {"model": model, **report})
+        results = _write(folder, settings, done, lines, {"model": model, **report})
     for kind in ("accuracy", "baseline_accuracy"):
         if kind in results:
             print(f"{kind} {results[kind]:.4f}, mean of {len(done)} folds")
@@ -139,7 +144,7 @@ def _show(args: CrossvalidateArguments, results: dict[str, Any], text: str) -> N
         f"all parameters; measured on {folds} of {args.num_folds} folds, each by a model trained on the others"
     )
     write_finetuning_card(folder, {**results["model"], **measured, **accounting.hardware()}, words, is_adapter=False)
-    print(f"{folder} holds crossvalidation_results.json, confusion_matrix.png and predictions.jsonl")
+    print(f"{folder} holds {RESULTS}, confusion_matrix.png and {PREDICTIONS}")
     print_load_lines(folder, "model, trained on all rows", classifier_load_lines(folder.as_posix(), text))
     if line := check_against_chance(results):
         print(f"\n{line}")
@@ -151,9 +156,8 @@ def _run_fold(
     label2id: dict[str, int],
     recipe: crossvalidation.Recipe,
     folder: Path,
-    fold: int,
-) -> dict[str, Any]:
-    """Trains on `train`, appends the predictions for `held_out` to predictions.jsonl, and returns the measures."""
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Trains on `train`; returns the measures on `held_out`, and a line of predictions.jsonl for each of its rows."""
     labels = [str(row["label"]) for row in held_out]
     start, cpu = time.perf_counter(), time.process_time()
     model, tokenizer = crossvalidation.train_classifier(train, label2id, recipe, str(folder))
@@ -161,55 +165,65 @@ def _run_fold(
     result: dict[str, Any] = {"accuracy": accuracy(guesses, labels), "parameters": model.num_parameters()}
     result |= {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
     lines = [
-        {"fold": fold, "text": row["text"], "label": label, "prediction": guess}
+        {"text": row["text"], "label": label, "prediction": guess}
         for row, label, guess in zip(held_out, labels, guesses, strict=True)
     ]
     baseline = crossvalidation.bag_of_words(train, held_out)
     if baseline is not None:
         result["baseline_accuracy"] = accuracy(baseline, labels)
         lines = [{**line, "baseline": guess} for line, guess in zip(lines, baseline, strict=True)]
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "predictions.jsonl").open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    return result
+    return result, lines
 
 
 def _results_so_far(
     folder: Path, settings: dict[str, Any], *, overwrite: bool
-) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
-    """The folds that an earlier run with the same settings measured, and the sizes of its final model, if any.
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, Any] | None]:
+    """The folds that an earlier run with the same rows and settings measured, their predictions, and the sizes of its
+    final model, if any.
 
     Raises:
         ValueError: if the folder holds something else.
     """
-    path, predictions = folder / "crossvalidation_results.json", folder / "predictions.jsonl"
+    path, predictions = folder / RESULTS, folder / PREDICTIONS
+    callbacks.check_output_dir(folder, overwrite=overwrite or path.is_file())
     if overwrite:
         path.unlink(missing_ok=True)
         predictions.unlink(missing_ok=True)
-        return [], None
     if not path.is_file():
-        predictions.unlink(missing_ok=True)  # of a fold that did not end
-        return [], None
+        return [], [], None
     try:
         earlier = json.loads(path.read_text(encoding="utf-8"))
         same, folds = earlier["settings"] == settings, list(earlier["folds"])
+        # read by line feeds: a text may hold other ends of lines
+        lines = [json.loads(line) for line in records.read_lines(predictions)]
+        lines = [line for line in lines if line["fold"] < len(folds)]  # not of a fold whose result was not written
+        whole = {line["fold"] for line in lines} == set(range(len(folds)))
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path} is no result of this command; name another --output_dir") from None
+        whole = False
+    if not whole:
+        raise ValueError(f"{path} and {PREDICTIONS} are no results of this command; name another --output_dir")
     if not same:
         raise ValueError(
-            f"--output_dir {folder} holds a run with other rows or settings; give --overwrite_output_dir to replace "
-            "it, or another --output_dir"
+            f"--output_dir {folder} holds a run with other rows or settings, or of an older version; give "
+            "--overwrite_output_dir to replace it, or another --output_dir"
         )
-    # an interrupt may have left predictions of a fold without its result
-    lines = predictions.read_text(encoding="utf-8").splitlines() if predictions.is_file() else []
-    kept = [line for line in lines if json.loads(line)["fold"] < len(folds)]
-    predictions.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    return folds, earlier.get("model")
+    return folds, lines, earlier.get("model")
+
+
+def _digest(rows: list[records.Row]) -> str:
+    """Tells the rows apart from others, and from the same texts with other labels."""
+    content = json.dumps([(row["text"], str(row["label"])) for row in rows])
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def _write(
-    folder: Path, settings: dict[str, Any], folds: list[dict[str, Any]], more: dict[str, Any]
+    folder: Path,
+    settings: dict[str, Any],
+    folds: list[dict[str, Any]],
+    lines: list[dict[str, Any]],
+    more: dict[str, Any],
 ) -> dict[str, Any]:
+    """Writes the predictions and then the results; a kill leaves those of before, or both."""
     means = {
         kind: statistics.fmean(fold[kind] for fold in folds)
         for kind in ("accuracy", "baseline_accuracy")
@@ -224,5 +238,12 @@ def _write(
         "threads": torch.get_num_threads(),
     }
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "crossvalidation_results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    texts = {
+        PREDICTIONS: "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines),
+        RESULTS: json.dumps(results, indent=2) + "\n",
+    }
+    for name, text in texts.items():
+        part = folder / f"{name}.part"
+        part.write_text(text, encoding="utf-8")
+        part.replace(folder / name)
     return results

@@ -29,6 +29,7 @@ from hf_decoder import HfDecoderConfig, HfDecoderForCausalLM
 from hf_decoder.cli import (
     MUON_ADAMW,
     check_at_least,
+    check_training,
     load_config,
     load_model,
     load_tokenizer,
@@ -36,7 +37,7 @@ from hf_decoder.cli import (
     parse_overrides,
 )
 from hf_decoder.cli.arguments import takes_argv
-from hf_decoder.cli.flags.pretrain import DataArguments, ModelArguments, PretrainingDefaults
+from hf_decoder.cli.flags.pretrain import DEFAULT_PRESET, DataArguments, ModelArguments, PretrainingDefaults
 from hf_decoder.costs.presets import get_preset
 from hf_decoder.data.documents import MIN_DOCUMENTS_TO_SPLIT
 from hf_decoder.data.sources import names_of
@@ -64,8 +65,6 @@ if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "sample_steps")
-
 
 @dataclass
 class PretrainingArguments(PretrainingDefaults, TrainingArguments):  # type: ignore[misc]  # narrower types
@@ -78,12 +77,7 @@ class PretrainingArguments(PretrainingDefaults, TrainingArguments):  # type: ign
         if not torch.accelerator.is_available():
             self.use_cpu = True
         check_launch(use_cpu=self.use_cpu, uses_muon=self.uses_muon)
-        for name in COUNTS:
-            check_at_least(f"--{name}", getattr(self, name), 1)
-        if self.max_steps == 0:
-            raise ValueError("--max_steps 0 trains nothing; give at least 1, or -1 to count --num_train_epochs")
-        if self.max_steps < 0 and not 0 < self.num_train_epochs < math.inf:
-            raise ValueError(f"--num_train_epochs {self.num_train_epochs:g} must be more than 0, and finite")
+        check_training(self)
         callbacks.choose_bf16(self)
         self.fits_logging_steps = self.logging_steps is None
         self.logging_steps = callbacks.LOGGING_STEPS if self.fits_logging_steps else self.logging_steps
@@ -184,9 +178,11 @@ def _prepare(
     seconds: dict[str, float],
 ) -> tuple[PretrainedConfig, PreTrainedTokenizerBase, Rows]:
     """Makes the config, the tokenizer and the rows; adds the time of each stage to `seconds`."""
+    for name in ("max_eval_samples", "preprocessing_num_workers"):
+        check_at_least(f"--{name}", getattr(data_args, name), 1)
     overrides = parse_overrides(model_args.config_overrides)
-    if overrides and model_args.model_name_or_path:
-        raise ValueError("--config_overrides shapes a new model; it does not go with --model_name_or_path")
+    if model_args.model_name_or_path and (overrides or model_args.preset):
+        raise ValueError("--preset and --config_overrides shape a new model; they do not go with --model_name_or_path")
     # A model to go on with brings its config and tokenizer. A checkpoint of this run brings the tokenizer.
     source = model_args.model_name_or_path and (checkpoint or model_args.model_name_or_path)
     config = _config(model_args.preset, overrides, source, data_args.block_size)
@@ -263,9 +259,9 @@ def _count_steps(args: PretrainingArguments, rows: Dataset | StreamedRows) -> in
     return math.ceil(args.num_train_epochs * math.ceil(batches / args.gradient_accumulation_steps))
 
 
-def _config(preset: str, overrides: dict[str, Any], source: str | None, block_size: int) -> PretrainedConfig:
+def _config(preset: str | None, overrides: dict[str, Any], source: str | None, block_size: int) -> PretrainedConfig:
     """The config of the model in `source`; without one, of a new model from preset and overrides."""
-    shape = get_preset(preset)
+    shape = get_preset(preset or DEFAULT_PRESET)
     config = HfDecoderConfig(**{**shape, **overrides}) if source is None else load_config(source)
     limit = getattr(config, "max_position_embeddings", None) or block_size
     if not 2 <= block_size <= limit:

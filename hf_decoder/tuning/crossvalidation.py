@@ -75,7 +75,7 @@ def fold_of_each(labels: Sequence[Any], num_folds: int, seed: int = 0) -> list[i
 def bag_of_words(train: Sequence[Row], held_out: Sequence[Row]) -> list[str] | None:
     """Labels of the held-out rows by scikit-learn's TF-IDF of one and two words and logistic regression, its defaults.
 
-    None where scikit-learn is not installed.
+    None where scikit-learn is not installed, or finds no word to learn from.
     """
     try:
         from sklearn.feature_extraction.text import TfidfVectorizer
@@ -84,7 +84,11 @@ def bag_of_words(train: Sequence[Row], held_out: Sequence[Row]) -> list[str] | N
     except ModuleNotFoundError:
         return None
     model = make_pipeline(TfidfVectorizer(ngram_range=(1, 2)), LogisticRegression(max_iter=1000))
-    model.fit([row["text"] for row in train], [str(row["label"]) for row in train])
+    try:
+        model.fit([row["text"] for row in train], [str(row["label"]) for row in train])
+    except ValueError as error:  # its words have two letters or more
+        print(f"warning: no bag-of-words baseline: {error}")
+        return None
     return [str(label) for label in model.predict([row["text"] for row in held_out])]
 
 

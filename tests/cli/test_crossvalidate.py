@@ -3,6 +3,7 @@
 import json
 import random
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,6 +40,16 @@ class Untrained:
 
 def always_pos(model, tokenizer, rows):
     return ["pos"] * len(rows)
+
+
+@pytest.fixture
+def untrained(monkeypatch) -> list[int]:
+    """Nothing is trained and each guess is "pos"; holds how many rows each training would have had."""
+    calls: list[int] = []
+    trained = lambda train, *args: (calls.append(len(train)), (Untrained(), Untrained()))[1]  # noqa: E731
+    monkeypatch.setattr(crossvalidation, "train_classifier", trained)
+    monkeypatch.setattr(crossvalidation, "predicted_labels", always_pos)
+    return calls
 
 
 @pytest.fixture
@@ -219,21 +230,27 @@ def test_without_a_teacher_the_labels_alone_are_learned(rows, tmp_path, monkeypa
         (["--preset", "huge"], "huge"),
         (["--text_column", "txt"], "txt"),
         (["--vocab_size", "3"], "vocab_size 3"),
+        (["--max_folds", "-1"], "--max_folds -1 must be at least 1"),
+        (["--max_folds", "0"], "--max_folds 0 must be at least 1"),
+        (["--per_device_train_batch_size", "0"], "--per_device_train_batch_size 0 must be at least 1"),
+        (["--num_train_epochs", "0"], "--num_train_epochs 0 must be more than 0"),
+        (["--learning_rate", "nan"], "--learning_rate nan"),
+        (["--pretraining_epochs", "-1"], "--pretraining_epochs -1"),
+        (["--pretraining_learning_rate", "inf"], "--pretraining_learning_rate inf"),
     ],
 )
 def test_what_a_user_can_get_wrong(fails, train_file, tmp_path, flags, reason):
     assert reason in fails("crossvalidate", "--train_file", train_file, "--output_dir", str(tmp_path / "o"), *flags)
 
 
-def test_results_of_other_settings_are_not_mixed(fails, train_file, tmp_path, monkeypatch):
-    monkeypatch.setattr(crossvalidation, "train_classifier", lambda *args: (Untrained(), Untrained()))
-    monkeypatch.setattr(crossvalidation, "predicted_labels", always_pos)
-    argv = ["crossvalidate", "--train_file", train_file, "--output_dir", str(tmp_path), *FLAGS]
+def test_results_of_other_settings_are_not_mixed(fails, train_file, tmp_path, untrained):
+    out = tmp_path / "out"
+    argv = ["crossvalidate", "--train_file", train_file, "--output_dir", str(out), *FLAGS]
     assert main(argv) == 0
     assert "other rows or settings" in fails(*argv, "--dropout", "0.2")
     assert main([*argv, "--dropout", "0.2", "--overwrite_output_dir", "true"]) == 0
-    (tmp_path / "crossvalidation_results.json").write_text("{}", encoding="utf-8")
-    assert "no result of this command" in fails(*argv)
+    (out / "crossvalidation_results.json").write_text("{}", encoding="utf-8")
+    assert "no results of this command" in fails(*argv)
 
 
 @pytest.mark.process
@@ -276,9 +293,72 @@ def test_a_model_of_all_rows_is_left_that_anybody_loads(rows, train_file, tmp_pa
     assert json.loads((tmp_path / "e/eval_results.json").read_text())["accuracy"] > 0.9
 
 
-def test_guesses_no_better_than_the_most_frequent_class_are_called_so(train_file, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(crossvalidation, "train_classifier", lambda *args: (Untrained(), Untrained()))
-    monkeypatch.setattr(crossvalidation, "predicted_labels", always_pos)
+def test_guesses_no_better_than_the_most_frequent_class_are_called_so(train_file, tmp_path, untrained, capsys):
     assert main(["crossvalidate", "--train_file", train_file, "--output_dir", str(tmp_path / "o"), *FLAGS]) == 0
     last = capsys.readouterr().out.strip().splitlines()[-1]
     assert "no better than the most frequent class" in last and "0.5000 of the 48 held-out rows" in last
+
+
+def write(path, rows) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize("change", ["text", "label", "column"])
+def test_as_many_other_rows_are_another_run(fails, rows, tmp_path, untrained, change):
+    rows = [{**row, "tone": {"pos": "warm", "neg": "cold"}[row["label"]]} for row in rows]
+    argv = ["crossvalidate", "--output_dir", str(tmp_path / "out"), *FLAGS]
+    assert main([*argv, "--train_file", write(tmp_path / "a.jsonl", rows)]) == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    if change == "text":
+        rows[0]["text"] += "!"
+    elif change == "label":  # corrected in two rows, so that there are as many of each
+        rows[0]["label"], rows[1]["label"] = rows[1]["label"], rows[0]["label"]
+    flags = ["--label_column", "tone"] if change == "column" else []
+    line = fails(*argv, "--train_file", write(tmp_path / "b.jsonl", rows), *flags)
+    assert "other rows or settings" in line and len(untrained) == 4
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    assert main([*argv, "--train_file", str(tmp_path / "a.jsonl")]) == 0
+
+
+@pytest.mark.parametrize("name", ["predictions", "crossvalidation_results"])
+def test_a_fold_that_was_measured_outlives_a_half_written_file(train_file, tmp_path, untrained, monkeypatch, name):
+    write_text, calls = Path.write_text, []
+
+    def half(path, text, *args, **kwargs):
+        calls.append(path.name.startswith(name))
+        if sum(calls) == 2 and calls[-1]:
+            write_text(path, text[: len(text) // 2], *args, **kwargs)
+            raise KeyboardInterrupt
+        return write_text(path, text, *args, **kwargs)
+
+    argv = ["crossvalidate", "--train_file", train_file, "--output_dir", str(tmp_path / "out"), *FLAGS]
+    monkeypatch.setattr(Path, "write_text", half)
+    assert main(argv) == 130
+    monkeypatch.setattr(Path, "write_text", write_text)
+    assert main(argv) == 0
+    assert untrained == [32, 32, 32, 32, 48]  # the second fold is done again, and not the first
+    lines = [json.loads(line) for line in (tmp_path / "out/predictions.jsonl").read_text().splitlines()]
+    assert Counter(line["fold"] for line in lines) == {0: 16, 1: 16, 2: 16}
+
+
+def test_a_text_may_hold_any_end_of_line(rows, tmp_path, untrained):
+    rows[0]["text"] += "\u2028a\x85b\x1dc\nd\re"
+    argv = ["crossvalidate", "--train_file", write(tmp_path / "a.jsonl", rows), "--output_dir", str(tmp_path / "out")]
+    assert main([*argv, *FLAGS, "--max_folds", "1"]) == 0
+    assert main([*argv, *FLAGS]) == 0
+    assert untrained == [32, 48, 32, 32]
+
+
+def test_words_of_one_letter_have_no_baseline_and_are_measured(tmp_path, untrained, capsys):
+    rows = [{"text": f"{n} {n % 3} 0", "label": ("pos", "neg")[n % 2]} for n in range(9)]
+    argv = ["crossvalidate", "--train_file", write(tmp_path / "a.jsonl", rows), "--output_dir", str(tmp_path / "out")]
+    assert main([*argv, *FLAGS]) == 0
+    assert "no bag-of-words baseline: empty vocabulary" in capsys.readouterr().out
+    results = json.loads((tmp_path / "out/crossvalidation_results.json").read_text())
+    assert len(results["folds"]) == 3 and "accuracy" in results and "baseline_accuracy" not in results
+
+
+def test_the_model_of_another_run_is_not_overwritten(fails, train_file, model_copy, untrained):
+    argv = ["crossvalidate", "--train_file", train_file, "--output_dir", str(model_copy), *FLAGS]
+    assert "already holds another run" in fails(*argv) and not untrained

@@ -10,6 +10,7 @@ from hf_decoder.cli.flags.tokenizer import TOKENIZER_TYPES
 from hf_decoder.data.sources import TextArguments
 
 QUICKSTART = "runs/quickstart"
+DEFAULT_PRESET = "nano"
 # Without arguments the job ends within five minutes, even on a machine too slow for all its steps.
 QUICKSTART_TIME_LIMIT = "4m"
 DESCRIPTION = (
@@ -22,7 +23,7 @@ DESCRIPTION = (
 class ModelArguments:
     """Which model is trained."""
 
-    preset: str = flag("nano", "Named model shape; `hf-decoder presets` lists them.")
+    preset: str | None = flag(None, f"Named model shape, {DEFAULT_PRESET} if unset; `hf-decoder presets` lists them.")
     config_overrides: str | None = flag(
         None, "Changes to the preset's config: hidden_size=256,qk_norm=true,... (values as in JSON)."
     )
