@@ -8,7 +8,7 @@ import inspect
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import field, make_dataclass
+from dataclasses import field, fields, make_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from hf_decoder.cli import (
     MUON_ADAMW,
     check_at_least,
     check_choice,
+    check_training,
     find_value,
     load_classifier,
     load_config,
@@ -41,7 +42,7 @@ from hf_decoder.training import callbacks
 from hf_decoder.training.checkpoints import CheckpointKeeper, check_same_run, checkpoint_to_resume, describe_run
 from hf_decoder.training.optimizers import check_schedule, describe_recipe, wsd_kwargs
 from hf_decoder.training.run_report import write_finetuning_outputs
-from hf_decoder.training.stop_conditions import StopOnSignal
+from hf_decoder.training.stop_conditions import StopOnNan, StopOnSignal
 from hf_decoder.training.throughput import TimeLimit, parse_duration
 from hf_decoder.tuning import before_and_after, finetuning, rows
 from hf_decoder.tuning.sampling import MOST_NEW_TOKENS, Rewards
@@ -50,6 +51,18 @@ from hf_decoder.tuning.trainers import Job, prompt_template, save
 
 COLUMNS = ("text", "prompt", "completion", "messages", "label", "chosen", "rejected", "reference")
 STAGE = ("reward_funcs", "reward_weights", "teacher")  # flags that stay the same when a run goes on
+# The same, of which older checkpoints do not tell: what a row holds, what its loss is, and what is trained.
+KEPT = (
+    "task", "max_length", "packing", "packing_strategy", "assistant_only_loss", "completion_only_loss",
+    "prompt_template", "dropout", "label_smoothing_factor", "loss_type", "alpha", "beta", "num_generations",
+    "max_completion_length", "lora_dropout", "lora_target_modules", "use_rslora",
+)  # fmt: skip
+# Flags of our own that only some tasks read.
+SAMPLING = tuple(name for name, task in TASKS.items() if task.samples)
+READERS = {
+    "class_names": ("classification",), "alpha": ("distillation",),
+    "reward_funcs": SAMPLING, "reward_timeout": SAMPLING,
+}  # fmt: skip
 
 # Trainer pickles its arguments beside every checkpoint, so their classes have names here; `__getattr__` makes them.
 ARGUMENT_CLASSES = {task: f"{task.capitalize()}Arguments" for task in TASKS}
@@ -91,6 +104,10 @@ def training_arguments(task: str) -> type:
             self.packing = bool(self.packing)
         self.measures_start = self.eval_on_start is None
         self.eval_on_start = bool(self.eval_on_start)
+        self.chooses_evaluation = self.eval_strategy is None and self.eval_steps is None
+        if self.eval_strategy is None:
+            self.eval_strategy = "no" if self.chooses_evaluation else "steps"
+        check_training(self)
         base.__post_init__(self)
         check_schedule(self)
 
@@ -117,6 +134,12 @@ def _common_fields() -> list[tuple[str, Any, Any]]:
         _flag("logging_steps", float, None, "Steps between two points of the loss curve; if unset, a few."),
         _flag("logging_first_step", bool, True, "Begin the loss curve at step 1."),
         _flag("include_num_input_tokens_seen", str, "non_padding", "Count tokens, to tell the speed."),
+        _flag(
+            "eval_strategy",
+            str | None,
+            None,
+            "When held-out rows are measured: no, steps, epoch; if unset, each epoch, or every --eval_steps.",
+        ),
         _flag("eval_on_start", bool | None, None, "Measure before the first step; on where rows are held out."),
         _flag("learning_rate", float | None, None, "Peak learning rate; if unset, by task, width and method."),
         _flag(
@@ -200,13 +223,7 @@ def finetune(task_args: TaskArguments, model_args: Any, args: Any) -> None:
     set_seed(args.seed)
     logging.disable_progress_bar()
     _settle(job, checkpoint)
-    recipe = describe_recipe(args, optimizer_name(args))
-    run = describe_run(job.config, job.tokenizer, job.data.describe(), args=args, recipe=recipe)
-    run["adapter"] = {"method": finetuning.describe_method(model_args, task_args.adapter_name_or_path)}
-    if stage := {
-        name: value for name in STAGE if (value := getattr(task_args, name, None) or getattr(args, name, None))
-    }:
-        run["stage"] = stage
+    run = _describe(job)
     if checkpoint is not None:
         check_same_run(checkpoint, run)
     keeper, stop = CheckpointKeeper(run, args.save_total_limit, checkpoint), StopOnSignal()
@@ -214,7 +231,7 @@ def finetune(task_args: TaskArguments, model_args: Any, args: Any) -> None:
     with keeper.explain_stop(args):
         trainer = job.trainer()
         steps = _prepare(job, trainer, checkpoint)
-        callbacks.add_callbacks(trainer, keeper, stop)
+        callbacks.add_callbacks(trainer, keeper, stop, StopOnNan(job.tokenizer, watch_loss=not job.task.samples))
         if time_limit is not None:
             trainer.add_callback(TimeLimit(time_limit, started))
         prompts, before = _first_answers(job, trainer)
@@ -261,9 +278,13 @@ def _job(task_args: TaskArguments, model_args: Any, args: Any) -> Job:
         needed=rewards.columns if rewards else (),
     )
     template, limit = prompt_template(task_args), getattr(config, "max_position_embeddings", None)
+    talks = rows.is_conversational(data.train)
+    if template is not None and (talks or "prompt" not in data.roles):
+        held = "messages" if talks else " and ".join(data.roles)
+        raise ValueError(f"--prompt_template is for prompts of text, and the rows hold {held}; leave it out")
     lines = data.warnings(template)
-    if rows.is_conversational(data.train):
-        lines += rows.skip_unrendered(data, tokenizer, template)
+    if talks:
+        lines += rows.skip_unrendered(data, tokenizer)
     if samples:
         lines += _fit_completions(args, data, tokenizer, template, limit)
     elif limit is not None:
@@ -307,10 +328,25 @@ def _job_of(task_args: Any, model_args: Any, args: Any, data: Any, tokenizer: An
     )
 
 
+def _describe(job: Job) -> dict[str, Any]:
+    """What has to stay the same for the run to go on."""
+    args, model_args, task_args = job.args, job.model_args, job.task_args
+    recipe = describe_recipe(args, optimizer_name(args))
+    run = describe_run(job.config, job.tokenizer, job.data.describe(), args=args, recipe=recipe)
+    run["adapter"] = {"method": finetuning.describe_method(model_args, task_args.adapter_name_or_path)}
+    flags = {**vars(model_args), **vars(args), **vars(task_args)}
+    if stage := {name: flags[name] for name in STAGE if flags.get(name)}:
+        run["stage"] = stage
+    run["task"] = {name: flags.get(name) for name in KEPT}
+    if task_args.task == "classification":
+        run["task"]["class_names"] = list(job.label2id)
+    return run
+
+
 def _settle(job: Job, checkpoint: str | None) -> None:
     """Decides what the flags leave open: when to measure, and the learning rate."""
     args, data = job.args, job.data
-    if args.eval_strategy == "no" and data.validation:
+    if args.chooses_evaluation and data.validation:
         args.eval_strategy = "epoch"
     if not data.validation:
         args.eval_strategy = "no"
@@ -383,6 +419,8 @@ def _check(task_args: TaskArguments, model_args: Any, args: Any) -> None:
         raise ValueError(f"--dropout {task_args.dropout} must be at least 0 and below 1")
     _check_model(task_args, model_args)
     _check_task(task_args, args)
+    if task_args.validation_completion_file and not task_args.validation_file:
+        raise ValueError("--validation_completion_file goes with --validation_file; give both")
     check_at_least("--max_length", getattr(args, "max_length", None), 1)
     if "{prompt}" not in (task_args.prompt_template or "{prompt}"):
         raise ValueError(f"--prompt_template {task_args.prompt_template!r} must hold {{prompt}}")
@@ -400,8 +438,9 @@ def _check_task(task_args: TaskArguments, args: Any) -> None:
         raise ValueError(f"--optim {MUON_ADAMW} does not go with TRL's {task.trainer}; leave it out")
     if task.has_reference and task_args.preset is not None:
         raise ValueError(f"--task {name} starts from a trained model, and --preset makes a new one; name a model")
-    if task_args.reward_funcs and not task.samples:
-        raise ValueError("--reward_funcs goes with --task grpo and rloo")
+    for flag, readers in READERS.items():
+        if getattr(task_args, flag) != getattr(TaskArguments, flag) and name not in readers:
+            raise ValueError(f"--{flag} goes with --task {' and '.join(readers)}")
     if (name == "distillation") != (task_args.teacher is not None):
         raise ValueError("--task distillation and --teacher go together; give both or neither")
     if not 0 <= task_args.alpha <= 1:
@@ -430,9 +469,17 @@ def _check_model(task_args: TaskArguments, model_args: Any) -> None:
             "--adapter_name_or_path to go on training it"
         )
     adapts = model_args.use_peft or task_args.adapter_name_or_path
-    for flag in ("load_in_4bit", "load_in_8bit", "use_dora"):
-        if getattr(model_args, flag) and not adapts:
+    given = [flag.name for flag in fields(model_args) if getattr(model_args, flag.name) != flag.default]
+    shaping = [flag for flag in given if flag.startswith(("lora_", "use_dora", "use_rslora"))]
+    for flag in (*shaping, *(flag for flag in given if flag.startswith("load_in_"))):
+        if not adapts:
             raise ValueError(f"--{flag} goes with an adapter; add --use_peft")
+    if shaping and task_args.adapter_name_or_path:
+        raise ValueError(
+            f"--{shaping[0]} shapes a new adapter, and --adapter_name_or_path goes on with one; leave one of them out"
+        )
+    if "model_revision" in given:
+        raise ValueError("--model_revision is not read; download that revision, and name its folder as the model")
     if task_args.merge and not adapts:
         raise ValueError("--merge needs an adapter to merge; add --use_peft")
     quantizes = model_args.load_in_4bit or model_args.load_in_8bit
@@ -443,6 +490,8 @@ def _check_model(task_args: TaskArguments, model_args: Any) -> None:
 def _check_new_model(task_args: TaskArguments, model_args: Any) -> None:
     if model_args.model_name_or_path:
         raise ValueError(f"--preset starts a new model; leave out {model_args.model_name_or_path} or the preset")
+    if model_args.dtype not in (None, "float32") or model_args.attn_implementation:
+        raise ValueError("--dtype and --attn_implementation are for a trained model, and --preset starts a new one")
     if not task_args.tokenizer_name:
         raise ValueError("a new model needs a tokenizer: train one with hf-decoder tokenizer, and --tokenizer_name it")
     if model_args.use_peft or task_args.adapter_name_or_path:

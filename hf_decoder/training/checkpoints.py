@@ -33,7 +33,7 @@ MARK = "complete.json"
 # Fields of a config that do not change what the model computes.
 _UNCOUNTED_FIELDS = ("transformers_version", "dtype", "_name_or_path", "architectures", "auto_map", "use_cache")
 # Parts of a run's description that older checkpoints lack.
-_LATER_PARTS = ("training", "recipe")
+_LATER_PARTS = ("training", "recipe", "task")
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:

@@ -70,47 +70,58 @@ class StopOnSignal(TrainerCallback):
 class StopOnNan(TrainerCallback):
     """Ends the training before a loss or gradient that is not finite changes the weights.
 
+    A loss that the trainer forms itself, and not the model, shows in its gradient.
+
+    Args:
+        tokenizer: tells how the text of the batch begins.
+        watch_loss: put a hook on the model, which sees its loss and the text. Without it, gradients are watched alone,
+            and `generate` keeps its fast way between the steps.
+
     Raises:
-        ValueError: from the training loop, naming the step, the batch in it, and how its text begins.
+        ValueError: from the training loop, naming the step, and where they are known, the batch in it and its text.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase | None = None):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None = None, *, watch_loss: bool = True):
         self._tokenizer = tokenizer
-        self._batches: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+        self._watches_loss = watch_loss
+        self._batches: list[tuple[torch.Tensor | None, torch.Tensor | None]] = []
         self._hook: Any = None
         self._smallest: torch.nn.Parameter | None = None
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self._hook = model.register_forward_hook(self._look, with_kwargs=True)
+        if self._watches_loss:
+            self._hook = model.register_forward_hook(self._look, with_kwargs=True)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._smallest = min(trained, key=torch.Tensor.numel)
 
     def on_train_end(self, args, state, control, **kwargs):
-        self._hook.remove()
+        if self._hook is not None:
+            self._hook.remove()
 
     def _look(self, model: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         if model.training and torch.is_grad_enabled():
-            self._batches.append((output["loss"].detach(), kwargs.get("input_ids")))
+            loss = getattr(output, "loss", None)
+            self._batches.append((None if loss is None else loss.detach(), kwargs.get("input_ids")))
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         batches, self._batches = self._batches, []
+        step = state.global_step + 1
         for number, (loss, ids) in enumerate(batches, 1):
-            if not torch.isfinite(loss):
-                self._stop(f"the loss is {float(loss)}", state, number, len(batches), ids)
+            if loss is not None and not torch.isfinite(loss):
+                self._stop(f"the loss is {float(loss)} at step {step}, batch {number} of {len(batches)}", ids)
         # Clipping spreads a NaN to all gradients, so the smallest one shows it; with fp16 the loss scale handles it.
         gradient = self._smallest.grad if self._smallest is not None else None
         if gradient is not None and not args.fp16 and not torch.isfinite(gradient).all():
-            self._stop("the gradient is not finite", state, 1, len(batches), batches[0][1] if batches else None)
+            self._stop(f"the gradient is not finite at step {step}", batches[0][1] if len(batches) == 1 else None)
 
-    def _stop(self, what: str, state: Any, number: int, count: int, ids: torch.Tensor | None) -> None:
-        self._hook.remove()
-        text = ""
+    def _stop(self, what: str, ids: torch.Tensor | None) -> None:
+        if self._hook is not None:
+            self._hook.remove()
         if ids is not None and self._tokenizer is not None:
-            text = f", which begins {self._tokenizer.decode(ids[0, :12])!r}"
+            what += f", which begins {self._tokenizer.decode(ids[0, :12])!r}"
         raise ValueError(
-            f"{what} at step {state.global_step + 1}, batch {number} of {count}{text}; it did not change the weights, "
-            "so the last checkpoint is good: lower --learning_rate or look at the text, and start a new run from its "
-            "weights with --model_name_or_path"
+            f"{what}; it did not change the weights, so the last checkpoint is good: lower --learning_rate or "
+            "look at the text, and start a new run from its weights with --model_name_or_path"
         )
 
 

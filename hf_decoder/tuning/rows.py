@@ -227,16 +227,14 @@ def _hold_out(rows: list[Row], fraction: float, seed: int) -> tuple[list[Row], l
     return [row for i, row in enumerate(rows) if i not in chosen], [rows[i] for i in sorted(chosen)]
 
 
-def skip_unrendered(data: TaskData, tokenizer: Any, prompt_template: str | None = None) -> list[str]:
+def skip_unrendered(data: TaskData, tokenizer: Any) -> list[str]:
     """Leaves out the conversations that the chat template does not render whole, and says how many and why.
 
     Returns a line for each file that lost rows, and one about what of turns the template does not read.
 
     Raises:
-        ValueError: if there is no chat template, or one for prompts of text; or no training row is left.
+        ValueError: if there is no chat template, or no training row is left.
     """
-    if prompt_template is not None:
-        raise ValueError("--prompt_template is for prompts of text, and the rows hold messages; leave it out")
     if tokenizer.chat_template is None:
         raise ValueError(
             "the rows hold messages, or a system text, a history or tools, which make messages of them; the tokenizer "
@@ -269,8 +267,6 @@ def trainer_rows(
     data: TaskData, tokenizer: Any, args: Any, prompt_template: str | None
 ) -> tuple[Dataset, Dataset | None]:
     """The rows to train on and those held out, as TRL's trainer of `args` takes them; settles where the loss is."""
-    if getattr(args, "assistant_only_loss", False) is None:
-        args.assistant_only_loss = data.roles == ("messages",)
     if data.weighs:
         rows_of = functools.partial(weighted_rows, tokenizer=tokenizer, assistant_only=args.assistant_only_loss)
         args.assistant_only_loss = False  # the labels say it

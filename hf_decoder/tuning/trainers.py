@@ -41,6 +41,19 @@ class Job:
     load_classifier: Callable[..., Any]
     load_tokenizer: Callable[..., Any]
 
+    def __post_init__(self) -> None:
+        """Settles what the flags leave to the rows: how they are packed, and whether all turns are learned."""
+        args, roles = self.args, self.data.roles
+        if self.task.config != "SFTConfig":
+            return
+        is_text = roles == ("text",)
+        if args.packing_was is None:
+            args.packing = is_text
+        if args.packing_strategy is None:
+            args.packing_strategy = "bfd_split" if is_text else "bfd"
+        if args.assistant_only_loss is None:
+            args.assistant_only_loss = roles == ("messages",)
+
     @property
     def task(self) -> Task:
         return TASKS[self.task_args.task]
@@ -49,6 +62,22 @@ class Job:
     def template(self) -> str | None:
         """What --prompt_template says, with its new lines."""
         return prompt_template(self.task_args)
+
+    @functools.cached_property
+    def label2id(self) -> dict[str, int]:
+        """Class name -> id: those of --class_names, of the adapter to go on with, or of the rows.
+
+        Rows that were held out of the training file may have classes that no other row has.
+        """
+        adapter = self.task_args.adapter_name_or_path
+        known = read_label_names(adapter) if adapter else None
+        names = self.task_args.class_names or (list(known.values()) if known else None)
+        labels, held_out = ([row["label"] for row in part] for part in (self.data.train, self.data.validation))
+        if self.task_args.validation_file is None:
+            return label_map(labels + held_out, names)
+        label2id = label_map(labels, names)
+        label_map(held_out, list(label2id))
+        return label2id
 
     def trainer(self) -> Any:
         """The trainer of the task."""
@@ -91,11 +120,6 @@ def _trl_trainer(job: Job) -> Any:
         return trl.RewardTrainer(**kwargs, callbacks=callbacks, optimizer_cls_and_kwargs=_optimizer(args))
     if job.task.trainer != "SFTTrainer":
         return getattr(trl, job.task.trainer)(**kwargs)
-    is_text = data.roles == ("text",)
-    if args.packing_was is None:
-        args.packing = is_text
-    if args.packing_strategy is None:
-        args.packing_strategy = "bfd_split" if is_text else "bfd"
     kind: Callable[..., Any] = finetuning.sft_trainer()
     if job.task_args.task == "distillation":
         kind = functools.partial(distillation_trainer(kind), teacher=_teacher(job), alpha=job.task_args.alpha)
@@ -116,13 +140,7 @@ def _optimizer(args: Any) -> Any:
 
 
 def _classification_trainer(job: Job) -> Trainer:
-    args, data = job.args, job.data
-    adapter = job.task_args.adapter_name_or_path
-    known = read_label_names(adapter) if adapter else None
-    names = job.task_args.class_names or (list(known.values()) if known else None)
-    label2id = label_map([row["label"] for row in data.train], names)
-    if data.validation:
-        label_map([row["label"] for row in data.validation], list(label2id))
+    args, data, label2id = job.args, job.data, job.label2id
     id2label = {index: name for name, index in label2id.items()}
     model = _classifier(job, id2label)
     peft_config = _peft_config(job)

@@ -696,7 +696,7 @@ def test_what_a_user_can_get_wrong_about_a_new_model(fails, run, tmp_path, flags
         (PAIRS, ["--prompt_template", "x"], "--prompt_template"),
         (PAIRS, ["--resume_from_checkpoint"], "no checkpoint"),
         (PAIRS, ["--validation_file", "nowhere"], "nowhere"),
-        (LABELS, ["--task", "classification", "--class_names", "pos", "other"], "6 of 11 labels are outside"),
+        (LABELS, ["--task", "classification", "--class_names", "pos", "other"], "6 of 12 labels are outside"),
         (LABELS[::2], ["--task", "classification"], "two classes"),
         (PAIRS, ["--completion_column", "answr"], "answr"),
         (PAIRS, ["--preset", "nano"], "leave out"),
