@@ -148,19 +148,24 @@ def describe(stages: Sequence[Stage], output_dir: Path, data: Any) -> None:
     Raises:
         ValueError: for a file that is not there.
     """
-    folders = {str(output_dir / DATA): data_key(data)}
+    made = {} if data is None else {str(output_dir / DATA): (DATA, data_key(data))}
     for stage in stages:
+        settings: dict[str, Any] = {}
         stage.inputs = {}
         for name, value in stage.flags.items():
+            others = []
             for one in value if isinstance(value, list) else [value]:
-                made = next((key for folder, key in folders.items() if f"{one}/".startswith(f"{folder}/")), None)
-                if made is not None:
-                    stage.inputs[name] = made
-                elif isinstance(one, str) and (name.endswith("_file") or os.path.exists(one)):
+                folder = next((folder for folder in made if f"{one}/".startswith(f"{folder}/")), None)
+                if folder is not None:  # wherever the output folder lies
+                    maker, key = made[folder]
+                    stage.inputs[f"{name} {maker}{str(one)[len(folder) :]}"] = key
+                    continue
+                others.append(one)
+                if isinstance(one, str) and (name.endswith("_file") or os.path.exists(one)):
                     stage.inputs[f"{name} {one}"] = _content(stage, name, one)
-        settings = {name: value for name, value in stage.flags.items() if str(output_dir) not in str(value)}
+            settings[name] = others if isinstance(value, list) else next(iter(others), None)
         stage.key = _digest([stage.verb, settings, stage.inputs])
-        folders[str(stage.folder)] = stage.key
+        made[str(stage.folder)] = stage.name, stage.key
 
 
 def data_key(data: Any) -> str:

@@ -11,13 +11,14 @@ from typing import Any
 import yaml
 
 from hf_decoder.assistant import rows, stages
-from hf_decoder.cli import check_at_least, did_you_mean
+from hf_decoder.cli import check_at_least, check_package, did_you_mean
 from hf_decoder.cli.arguments import check_verb, takes_argv
 from hf_decoder.cli.flags.assistant import RECIPES, AssistantArguments
 from hf_decoder.evaluation.harness import find_tasks
 from hf_decoder.reporting.report import write_report
 from hf_decoder.reporting.runs import read_run
 from hf_decoder.safety.interrupts import going_on
+from hf_decoder.tuning.sampling import Rewards
 
 STAGES = ("data", "tokenizer", *stages.TRAINING, "eval")
 
@@ -92,11 +93,22 @@ def _check(planned: list[stages.Stage], recipe: dict[str, Any]) -> None:
     for stage in planned:
         try:
             check_verb(stage.verb[0], stage.argv()[1:])
-            if tasks := stage.flags.get("tasks"):
+            if {"bleu", "chrf"} & set(_words(stage.flags, "metrics")):
+                check_package("sacrebleu", "eval")
+            if stage.flags.get("load_in_4bit") or stage.flags.get("load_in_8bit"):
+                check_package("bitsandbytes", "qlora")
+            if rewards := _words(stage.flags, "reward_funcs"):
+                Rewards(rewards, seconds=1)
+            if tasks := _words(stage.flags, "tasks"):
                 find_tasks(
-                    tasks if isinstance(tasks, list) else [tasks],
+                    tasks,
                     stage.flags.get("include_path"),
                     trusted=bool(stage.flags.get("trust_remote_code")),
                 )
         except ValueError as error:
             raise ValueError(f"{stage.name}: {error}") from None
+
+
+def _words(flags: dict[str, Any], name: str) -> list[str]:
+    value = flags.get(name) or []
+    return [str(one) for one in (value if isinstance(value, list) else [value])]

@@ -19,7 +19,7 @@ from made_up import SHAPE, made_text
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_decoder.assistant.stages import lay_out
+from hf_decoder.assistant.stages import describe, lay_out
 from hf_decoder.assistant.standard_library import make_rows
 from hf_decoder.cli.arguments import check_verb, parse_verb
 from hf_decoder.cli.assistant import read_recipe
@@ -147,6 +147,10 @@ def test_a_stage_whose_rows_changed_or_whose_folder_is_gone(recipe, started, fai
         ({"eval": {"metrics": ["chrf"]}}, "eval holds tests by name"),
         ({"eval": {"answers": {"metric": ["chrf"]}}}, "did you mean '--metrics'"),
         ({"eval": {"answers": {"tasks": ["blimpp"]}}}, "did you mean 'blimp'"),
+        (
+            {"grpo": {"train_file": "chats.jsonl", "reward_funcs": ["python_parse"]}},
+            "reward 'python_parse' is unknown",
+        ),
         ({"data": {"chats": {"dataset": "x"}}}, "data, chats: a dataset_name"),
         ({"sft": [1]}, "sft"),
     ],
@@ -155,6 +159,34 @@ def test_what_is_wrong_is_said_before_anything_runs(recipe, started, fails, monk
     monkeypatch.chdir(tmp_path)
     assert said in fails(*recipe(**change))
     assert not started and not recipe.folder.exists()
+
+
+def test_a_package_that_only_a_test_needs_is_asked_for_before_anything_runs(recipe, started, fails, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sacrebleu", None)
+    line = fails(*recipe(eval={"answers": {**recipe.stages["eval"]["answers"], "metrics": ["chrf"]}}))
+    assert "answers of pretrain: this needs sacrebleu" in line and "hf-decoder[eval]" in line and not started
+
+
+def test_the_key_of_a_stage_covers_every_flag_and_not_where_the_output_lies(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    own = tmp_path / "data" / "rows.jsonl"
+    own.write_text("{}\n")
+
+    def key(folder, data=None, **flags):
+        flags = {"model_name_or_path": "m", "train_file": "data/rows.jsonl", **flags}
+        stages = lay_out({"sft": flags}, Path(folder))
+        describe(stages, Path(folder), data)
+        return stages[0].key
+
+    assert key(".", learning_rate=0.1) != key(".", learning_rate=0.001)
+    assert key("a", dtype="bfloat16") != key("a", dtype="float32")
+    made = {"train_file": "{data}/chats.jsonl"}
+    assert key("a", {}, **made) == key(".", {}, **made) != key("a", {"x": 1}, **made)
+    assert key("a", {}, **made) != key("a", {}, train_file="{data}/pairs.jsonl")
+    before = key(".")
+    own.write_text("{ }\n")
+    assert key(".") != before
 
 
 def test_a_stage_that_fails_ends_the_run_and_is_gone_on_with(recipe, started, fails, tmp_path):
