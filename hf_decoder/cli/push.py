@@ -22,7 +22,7 @@ def main(args: PushArguments) -> int:
         raise ValueError("name the place on the Hub: user/name, or --space user/name")
     if args.space is not None:
         check_package("gradio", "demo")
-        check_space(folder, args.space)
+        check_space(folder, args.space, private=args.private)
     try:
         with going_on(lambda: "; the same command goes on: what has arrived is not sent twice"):
             pushed = push(

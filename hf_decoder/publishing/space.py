@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import RepositoryNotFoundError
 
 from hf_decoder.doctor.code import Origin, code_of
 from hf_decoder.interop.adapters import is_adapter
@@ -25,14 +27,19 @@ PACKAGES = ("gradio", "transformers", "torch")
 CHECK_TIMEOUT = 3600  # seconds
 
 
-def check_space(folder: Path, space: str) -> None:
-    """Raises ValueError where no Space can be made of what is in `folder`, or of that name."""
+def check_space(folder: Path, space: str, *, private: bool = False) -> None:
+    """Raises ValueError where `folder` or the name will not do for a Space; with `private`, also for a public one."""
     check_name(space)
     if is_adapter(folder):
         raise ValueError(f"--space takes a whole model, and {folder} holds an adapter; merge it with its base first")
     architectures = read_config_values(folder).get("architectures") or []
     if not all(str(name).endswith("ForCausalLM") for name in architectures):
         raise ValueError(f"--space takes a model that writes text, and {folder} holds {', '.join(architectures)}")
+    with explained(space), contextlib.suppress(RepositoryNotFoundError):
+        if private and not HfApi().space_info(space).private:
+            raise ValueError(
+                f"the Space {space} exists and is public; make it private on the Hub first, or leave out --private"
+            )
 
 
 def push_space(folder: Path, model: Pushed, space: str, *, private: bool = False) -> str:

@@ -7,6 +7,7 @@ from importlib.metadata import version
 
 import pytest
 import yaml
+from loopback import Repo
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
 from hf_decoder.cli.main import main
@@ -89,6 +90,14 @@ def test_what_cannot_be_a_space_is_refused_before_anything_is_sent(client, tmp_p
         assert main(["push", *map(str, argv)]) == 2
         assert words in capsys.readouterr().err
     assert len(client.requests) == before
+
+
+def test_a_public_space_is_not_taken_for_a_private_one(client, unexamined, folder, capsys):
+    client.repos["owner/open@space"] = Repo(private=False)
+    client.repos["owner/open@space"].commit("main", {"app.py": b"old"}, "public")
+    assert main(["push", str(folder), "--space", "owner/open", "--private"]) == 2
+    assert "Space owner/open exists and is public" in capsys.readouterr().err
+    assert "owner/open" not in client.repos and set(client.files("owner/open@space")) == {"app.py"}
 
 
 def test_a_page_that_does_not_answer_is_not_sent(client, unexamined, folder, capsys, monkeypatch, tmp_path):
