@@ -6,6 +6,7 @@ those of that command: `hf-decoder serve --help`.
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -54,13 +55,33 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
+def _check_address(host: str, port: int) -> None:
+    """Raises ValueError where the server could not listen, before a model is loaded, which takes longer."""
+
+    async def listen() -> None:  # by the call that the server makes itself
+        loop = asyncio.get_running_loop()
+        (await loop.create_server(asyncio.Protocol, host, port, start_serving=False)).close()
+
+    try:
+        asyncio.run(listen())
+    except (OSError, OverflowError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise ValueError(f"--host {host} --port {port} cannot be used ({why}); name another port") from None
+
+
 def _manager() -> type[Any]:
     """transformers' manager of models, which loads folders like every command here, adapters included."""
+    import click
     from transformers.cli.serving.model_manager import ModelManager
 
     from hf_decoder.interop.adapters import merge
 
     class Manager(ModelManager):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            if (command := click.get_current_context(silent=True)) is not None:
+                _check_address(command.params["host"], command.params["port"])
+            super().__init__(*args, **kwargs)
+
         def _load_processor(self, model_id_and_revision: str, gguf_file: str | None = None) -> Any:
             if gguf_file is not None or not Path(model_id_and_revision).is_dir():
                 return super()._load_processor(model_id_and_revision, gguf_file=gguf_file)

@@ -425,14 +425,24 @@ def test_an_adapter_that_cannot_be_served_is_one_line(damage, folder, tmp_path, 
     [
         (["--port", "many"], "many"),
         (["--no-such-flag"], "no-such-flag"),
-        (["absent/folder/here"], "absent/folder/here"),
+        (["absent/folder/here", "--port", "0"], "absent/folder/here"),
         (["folder", "--continuous-batching"], "--continuous-batching"),
     ],
 )
 def test_what_a_user_can_get_wrong(flags, reason, capsys):
     assert main(["serve", *flags]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert line.startswith("hf-decoder serve: error: ") and reason in line
+    assert line.startswith("hf-decoder serve: error: ") and reason in line and "TRACEBACK" not in line
+
+
+def test_a_port_in_use_is_one_line_before_the_model_is_loaded(capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        assert main(["serve", "absent/folder/here", "--host", "127.0.0.1", "--port", port]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("hf-decoder serve: error: ") and f"--port {port} cannot be used" in line
 
 
 def test_missing_packages_are_named(monkeypatch, capsys):
