@@ -1,4 +1,4 @@
-"""Limits the time and memory of strangers' chat templates, and of regular expressions for module names."""
+"""Limits the time and memory of strangers' chat templates, and of regular expressions."""
 
 from __future__ import annotations
 
@@ -16,8 +16,34 @@ MEMORY_BYTES = 256 << 20
 MOST_FACTOR, MOST_CHARACTERS = 8, 1 << 20
 
 
-class _TooLongError(BaseException):
+class TooLongError(BaseException):
     """Not an Exception, because jinja catches every Exception while it evaluates constants."""
+
+
+def _has_timer() -> bool:
+    return threading.current_thread() is threading.main_thread() and hasattr(signal, "setitimer")
+
+
+@contextmanager
+def ended_after(seconds: float) -> Iterator[None]:
+    """Raises TooLongError within a block that takes longer. Works in the main thread only, and not on Windows.
+
+    It ends Python, templates and matches of `re`, which look for signals; other code in C goes on to its end.
+    """
+    if not _has_timer():
+        yield
+        return
+
+    def stop(number: int, frame: Any) -> None:
+        raise TooLongError
+
+    handler = signal.signal(signal.SIGALRM, stop)
+    others_seconds, others_interval = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, others_seconds, others_interval)
+        signal.signal(signal.SIGALRM, handler)
 
 
 @contextmanager
@@ -29,31 +55,26 @@ def bounded(what: str) -> Iterator[None]:
     Raises:
         ValueError: naming `what`.
     """
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+    if not _has_timer():
         yield
         return
     import resource
 
-    def stop(number: int, frame: Any) -> None:
-        raise _TooLongError
-
     before = resource.getrlimit(resource.RLIMIT_AS)
-    handler = signal.signal(signal.SIGALRM, stop)
-    others_seconds, others_interval = signal.setitimer(signal.ITIMER_REAL, SECONDS)
     try:
-        if (status := Path("/proc/self/statm")).exists():
-            taken = int(status.read_text().split()[0]) * resource.getpagesize()
-            limits = [limit for limit in (taken + MEMORY_BYTES, before[0]) if limit != resource.RLIM_INFINITY]
-            resource.setrlimit(resource.RLIMIT_AS, (min(limits), before[1]))
-        yield
-    except _TooLongError:
+        with ended_after(SECONDS):
+            try:
+                if (status := Path("/proc/self/statm")).exists():
+                    taken = int(status.read_text().split()[0]) * resource.getpagesize()
+                    limits = [limit for limit in (taken + MEMORY_BYTES, before[0]) if limit != resource.RLIM_INFINITY]
+                    resource.setrlimit(resource.RLIMIT_AS, (min(limits), before[1]))
+                yield
+            finally:
+                resource.setrlimit(resource.RLIMIT_AS, before)
+    except TooLongError:
         raise ValueError(f"{what} takes more than {SECONDS:.0f} seconds, and was stopped") from None
     except MemoryError:
         raise ValueError(f"{what} asks for more than {MEMORY_BYTES >> 20} MiB of memory, and was stopped") from None
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, before)
-        signal.setitimer(signal.ITIMER_REAL, others_seconds, others_interval)
-        signal.signal(signal.SIGALRM, handler)
 
 
 def bound_templates() -> None:

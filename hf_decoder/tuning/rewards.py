@@ -20,6 +20,8 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from hf_decoder.safety.limits import TooLongError, ended_after
+
 Reward = Callable[..., Sequence[float | None]]
 
 REFERENCE = "reference"  # the column that `exact_match` reads
@@ -129,8 +131,10 @@ def columns_read(reward: Reward) -> set[str]:
 def guarded(name: str, reward: Reward, seconds: float) -> Reward:
     """`reward`, whose failures are ValueErrors that name it: an exception, what is no number, too few, too long.
 
-    It runs in a thread, which is the one way to leave a call behind that never ends.
+    It runs in a thread, which is the one way to leave a call behind that never ends. An expression would hold the
+    interpreter there, and runs in the main thread, where a timer ends it.
     """
+    by_timer = isinstance(reward, functools.partial) and reward.func is regex
 
     def call(prompts: Sequence[Any], **columns: Any) -> list[float | None]:
         result: list[Any] = []
@@ -142,11 +146,18 @@ def guarded(name: str, reward: Reward, seconds: float) -> Reward:
             except BaseException as error:  # SystemExit, too: the reward is not to end the run by itself
                 failure.append(error)
 
-        thread = threading.Thread(target=work, name=f"reward {name}", daemon=True)
-        thread.start()
-        thread.join(seconds)
-        if thread.is_alive():
-            raise ValueError(f"reward {name!r} did not end within {seconds:g} s (--reward_timeout)")
+        try:
+            if by_timer:
+                with ended_after(seconds):
+                    result.extend(reward(prompts=prompts, **columns))
+            else:
+                thread = threading.Thread(target=work, name=f"reward {name}", daemon=True)
+                thread.start()
+                thread.join(seconds)
+                if thread.is_alive():
+                    raise TooLongError
+        except TooLongError:
+            raise ValueError(f"reward {name!r} did not end within {seconds:g} s (--reward_timeout)") from None
         if failure:
             raise ValueError(f"reward {name!r} failed: {_words(failure[0])}")
         if len(result) != len(prompts):

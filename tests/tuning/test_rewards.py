@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from hf_decoder.tuning.rewards import columns_read, find_reward
+from hf_decoder.tuning.rewards import columns_read, find_reward, guarded
 from hf_decoder.tuning.rows import load_task, text_rows
 
 DEFINITION = "def f(x):\n"
@@ -47,6 +47,13 @@ def test_the_other_rewards():
     assert reward("length:4", ["abcd", "ab", "abcdef", "", "abcdefghi"]) == [1, 0.5, 0.5, 0, 0]
     assert columns_read(find_reward("exact_match")) == {"reference"}
     assert not columns_read(find_reward("length:4")) | columns_read(find_reward("python_parses"))
+
+
+def test_an_expression_that_goes_on_for_ever_is_ended():
+    slow = guarded("slow", find_reward("regex:(a+)+$"), 0.3)
+    with pytest.raises(ValueError, match=r"reward .slow. did not end within 0\.3 s"):
+        slow(prompts=[""], completions=["a" * 40 + "!"])
+    assert slow(prompts=["", ""], completions=["aa", "b"]) == [1, 0]
 
 
 def test_columns_of_prompts_reach_the_rewards(tmp_path):
