@@ -26,7 +26,8 @@ PathLike = str | os.PathLike[str]
 # A compressed file may unpack to `MOST_GROWTH` times its size, or to `FREE_BYTES`. Text shrinks to a third or a tenth,
 # one line repeated to a hundredth.
 MOST_GROWTH, FREE_BYTES = 200, 16 << 20
-MOST_ROWS_A_BYTE = 64  # in a parquet file, which may store any number of equal rows once
+# A parquet file may store any number of equal rows, or of equal items of a list in one row, once.
+MOST_ROWS_A_BYTE, FREE_ROWS = 64, 1 << 20
 
 # Suffix -> builder of `datasets`.
 TABLE_SUFFIXES = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -282,7 +283,7 @@ def load_table(
         if file.stat().st_size == 0:
             raise ValueError(f"{path} is empty; it needs at least one row")
         if builder == "parquet":
-            _check_rows(file, path)
+            check_rows(file, path)
     files = [glob.escape(str(file)) for file in plain]
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)  # the error repeats what it logs
@@ -314,23 +315,23 @@ def _column_alone(files: Sequence[Path], column: str | None) -> Any:
     return Dataset.from_dict({column: texts}, Features({column: Value("large_string")}))
 
 
-def _check_rows(file: Path, path: Path) -> None:
+def check_rows(file: Path, path: Path) -> None:
     """Raises ValueError for a parquet file that claims more rows or bytes than a file of its size can hold."""
     from pyarrow import ArrowException
     from pyarrow.parquet import read_metadata
 
     try:
         metadata = read_metadata(file)
-        sizes = [metadata.row_group(index).total_byte_size for index in range(metadata.num_row_groups)]
+        groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
+        columns = [[group.column(index).num_values for index in range(group.num_columns)] for group in groups]
     except (ArrowException, OSError):
         return  # the reader says what is wrong
     packed = file.stat().st_size
-    if metadata.num_rows > max(FREE_BYTES, MOST_ROWS_A_BYTE * packed) or sum(sizes) > max(
-        FREE_BYTES, MOST_GROWTH * packed
-    ):
+    rows = max(metadata.num_rows, sum(max(values, default=0) for values in columns))
+    size = sum(group.total_byte_size for group in groups)
+    if rows > max(FREE_ROWS, MOST_ROWS_A_BYTE * packed) or size > max(FREE_BYTES, MOST_GROWTH * packed):
         raise ValueError(
-            f"{path} has {metadata.num_rows:,} rows of {sum(sizes):,} bytes in a file of {packed:,} "
-            "bytes, as no text has"
+            f"{path} has {rows:,} rows or items of lists, {size:,} bytes, in {packed:,} bytes, as no text has"
         )
 
 

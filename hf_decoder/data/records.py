@@ -32,7 +32,7 @@ from hf_decoder.data.conversations import (
     turns_fault,
     without_last_answer,
 )
-from hf_decoder.data.reading import plain_name, read_text
+from hf_decoder.data.reading import check_rows, plain_name, read_text
 
 Row = dict[str, Any]
 
@@ -152,9 +152,9 @@ def _table_rows(path: Path, delimiter: str) -> list[Row]:
 
 
 def _parquet_rows(path: Path) -> list[Row]:
-    import pyarrow
     import pyarrow.parquet
 
+    check_rows(path, path)
     try:
         return pyarrow.parquet.read_table(path).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:

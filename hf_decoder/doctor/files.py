@@ -143,7 +143,7 @@ def check_card(subject: Subject) -> Finding:
 
 def local_links(text: str) -> list[str]:
     """The files of the card's own folder that it refers to."""
-    links = re.findall(r"\]\(([^)\s]+)\)", text)
+    links = re.findall(r"\]\(([^()\s]+)\)", text)  # without "(", so that each letter is looked at once
     return [link.partition("#")[0] for link in links if not re.match(r"[a-z]+:|#|/", link)]
 
 

@@ -24,6 +24,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from hf_decoder.safety.limits import bounded
 from hf_decoder.safety.quiet import quiet
 from hf_decoder.safety.terminal import first_line
 
@@ -76,6 +77,8 @@ def backend_conditions(model: PreTrainedModel | type[PreTrainedModel]) -> list[C
     model.eval()
     try:
         run = _try(model)
+        with bounded("matching base_model_tp_plan"):  # which config.json may give
+            split = _tp_plan(model)
         return [
             _auto_map(model),
             Condition(
@@ -85,7 +88,7 @@ def backend_conditions(model: PreTrainedModel | type[PreTrainedModel]) -> list[C
             ),
             _arguments(model),
             *run,
-            _tp_plan(model),
+            split,
             _pp_plan(model),
             _head(model),
         ]

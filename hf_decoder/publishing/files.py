@@ -112,7 +112,7 @@ def _shown(folder: Path) -> set[str]:
         text = (folder / CARD).read_text(encoding="utf-8")
     except (OSError, ValueError):
         return set()
-    links = {*local_links(text), *re.findall(r"<img[^>]+src=[\"']([^\"']+)", text)}
+    links = {*local_links(text), *re.findall(r"<img[^<>]+src=[\"']([^\"']+)", text)}
     return {
         link
         for link in (str(PurePosixPath(link)) for link in links)

@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from hf_decoder.cli.main import main
+from hf_decoder.publishing.files import files_to_push
 from hf_decoder.safety import limits
 
 
@@ -181,6 +182,22 @@ def test_the_limits_leave_others_their_own(monkeypatch):
     assert (signal.getitimer(signal.ITIMER_REAL)[0] > 0) == (before[0] > 0)
 
 
+def test_an_expression_of_the_config_has_its_limit(copy, capsys, monkeypatch):
+    monkeypatch.setattr(limits, "SECONDS", 0.5)
+    change(copy / "config.json", base_model_tp_plan={r"([\w.]|[\w.]|[\w.])*-.x": "colwise"})
+    assert main(["doctor", str(copy), "--rows", "backends"]) in (1, 2)
+    assert "takes more than" in capsys.readouterr().out
+
+
+def test_a_card_is_read_once(copy):
+    head = "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\npipeline(\n"
+    (copy / "README.md").write_text(head + "](" * 100_000 + "<img " * 100_000, encoding="utf-8")
+    start = time.monotonic()
+    main(["doctor", str(copy), "--rows", "card"])
+    files_to_push(copy)
+    assert time.monotonic() - start < 10
+
+
 # ---------------------------------------------------------------------------------------------- adapters
 
 
@@ -282,14 +299,23 @@ def test_a_gzip_bomb_is_not_unpacked(copy, capsys, little_memory, tmp_path, monk
     assert "unpacks to more than" in said and name in said
 
 
-def test_a_parquet_file_of_one_row_a_billion_times_is_not_read(copy, capsys, little_memory, tmp_path):
+@pytest.mark.parametrize("kind", ["rows", "items"])
+def test_a_parquet_file_of_one_row_a_billion_times_is_not_read(copy, capsys, little_memory, tmp_path, kind):
     import pyarrow
     import pyarrow.parquet
 
     words = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 10**6, pyarrow.int32()), ["the end"])
-    table = pyarrow.table({"text": words})
+    if kind == "items":  # of a list, in one row
+        words = pyarrow.ListArray.from_arrays(pyarrow.array([0, len(words)], pyarrow.int32()), words.cast("string"))
+    table = pyarrow.table({"text": words, "prompt": words})
     with pyarrow.parquet.ParquetWriter(tmp_path / "bomb.parquet", table.schema, compression="zstd") as writer:
         for _ in range(20):
             writer.write_table(table)
-    said = refused(capsys, "eval", copy, "--text_file", tmp_path / "bomb.parquet", "--output_dir", tmp_path / "eval")
-    assert "20,000,000 rows" in said
+    bomb, out = tmp_path / "bomb.parquet", ("--output_dir", tmp_path / "out")
+    for argv in (
+        ("eval", copy, "--text_file", bomb, *out),
+        ("eval", copy, "--test_file", bomb, "--metrics", "exact_match", *out),
+        ("generate", copy, "--input_file", bomb, "--output_file", tmp_path / "answers.jsonl"),
+        ("finetune", copy, "--train_file", bomb, *out),
+    ):
+        assert "20,000,000 rows" in refused(capsys, *argv)
