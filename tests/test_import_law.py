@@ -88,6 +88,11 @@ def own(path: Path) -> set[str]:
     return {name for name, _ in imports(path) if name.partition(".")[0] == "hf_decoder"}
 
 
+def test_contributors_are_told_of_the_same_rooms():
+    text = (ROOT / ".github/CONTRIBUTING.md").read_text(encoding="utf-8").partition("`__init__.py`")[0]
+    assert re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE) == ROOMS
+
+
 def test_the_rules_look_at_files_that_are_there():
     assert len(MODEL) >= 3 and len(ENGINE) >= 10 and len(CLI) >= 4 and len(LIBRARY) >= 8 and len(SCRIPTS) >= 3
 

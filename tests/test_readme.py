@@ -64,8 +64,11 @@ def test_the_layout_map_is_the_layout():
 def test_the_readme_of_a_room_names_its_files(room: str):
     folder = ROOT / "hf_decoder" / room
     text = (folder / "README.md").read_text(encoding="utf-8")
-    files = [path.name for path in folder.rglob("*") if path.suffix in (".py", ".cpp", ".h", ".yaml")]
-    assert not [name for name in files if name != "__init__.py" and name.removesuffix(".py") not in text]
+    files = [
+        path for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc" and path.stem != "__init__"
+    ]
+    named = [path.relative_to(folder).as_posix() if path.name == "README.md" else path.name for path in files]
+    assert not [name for name in named if name != "README.md" and name.removesuffix(".py") not in text]
     assert len(text.splitlines()) <= 60
     for link in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (folder / link).exists(), link
@@ -85,6 +88,12 @@ def test_ci_runs_the_readme_s_test_command():
     steps = (ROOT / ".ci/run").read_text(encoding="utf-8")
     for step in tests.split(" && "):
         assert step.removeprefix("pip install ") in steps
+
+
+def test_the_tests_that_ci_and_contributors_are_told_of_are_there():
+    for file in [*(ROOT / ".ci").iterdir(), ROOT / ".github/CONTRIBUTING.md"]:
+        for path in re.findall(r"tests/[\w/.]+", file.read_text(encoding="utf-8")):
+            assert (ROOT / path).exists(), f"{file.name}: {path}"
 
 
 def test_every_script_is_a_door():
