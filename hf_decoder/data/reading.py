@@ -331,7 +331,8 @@ def check_rows(file: Path, path: Path) -> None:
     size = sum(group.total_byte_size for group in groups)
     if rows > max(FREE_ROWS, MOST_ROWS_A_BYTE * packed) or size > max(FREE_BYTES, MOST_GROWTH * packed):
         raise ValueError(
-            f"{path} has {rows:,} rows or items of lists, {size:,} bytes, in {packed:,} bytes, as no text has"
+            f"{path} has {rows:,} rows or items of lists, of {size:,} bytes, in a file of {packed:,} bytes, as no "
+            "text has"
         )
 
 
