@@ -128,7 +128,7 @@ def test_a_field_that_no_stock_class_has_is_named(ours):
 
 
 CARDS = {
-    "in": ("llama", {}, "`LlamaForCausalLM`, converted to `HfDecoderForCausalLM`", "not measured"),
+    "in": ("llama", {}, "`LlamaForCausalLM`, converted to `HfDecoderForCausalLM`", "(fp32)"),
     "out": ("ours", {}, "`HfDecoderForCausalLM`, converted to `Qwen3ForCausalLM`", "(fp32)"),
     "unverified": ("ours", {"verify": False}, "converted to `Qwen3ForCausalLM`", "not measured"),
 }
