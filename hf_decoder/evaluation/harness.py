@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,6 +179,9 @@ def run_tasks(
     from lm_eval.models.huggingface import HFLM
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    # Its pool for standard errors forks this process, whose threads may hold locks: a child then hangs, and so do we.
+    # One process draws the same samples.
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")
     harness_model = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     try:
         found: Any = lm_eval.simple_evaluate(
