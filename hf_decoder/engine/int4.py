@@ -7,6 +7,7 @@ import torch
 from torch.nn.functional import linear
 
 from hf_decoder.engine.calibration import bucket, choose, numbers
+from hf_decoder.engine.int8 import is_of_torchao
 
 BLOCKS = (32, 64)  # outputs that torch may pack side by side
 PART_ELEMENTS = 2**20  # of the weights that are unpacked at a time, in fp32
@@ -33,11 +34,8 @@ class Int4Weights(NamedTuple):
 
 def int4_weights(weight: Any, bias: torch.Tensor | None) -> Int4Weights | None:
     """The tensors of a quantized weight, the same objects at every call; None for other weights or off the CPU."""
-    kind = type(weight)
     if (
-        kind.__name__ == "Int4OpaqueTensor"
-        and kind.__module__.partition(".")[0] == "torchao"
-        and weight.device.type == "cpu"
+        is_of_torchao(weight, "Int4OpaqueTensor")
         and weight.act_mapping_type is None  # activations are not quantized
         and weight.act_pre_scale is None
         and len(weight.block_size) == 2

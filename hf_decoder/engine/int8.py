@@ -19,13 +19,17 @@ class Int8Weights(NamedTuple):
     bias: torch.Tensor | None
 
 
+def is_of_torchao(weight: Any, name: str) -> bool:
+    """Whether a weight on a CPU is of torchao's class of that name; torchao need not be installed."""
+    kind = type(weight)
+    is_named = kind.__name__ == name and kind.__module__.partition(".")[0] == "torchao"
+    return is_named and weight.device.type == "cpu"
+
+
 def int8_weights(weight: Any, bias: torch.Tensor | None) -> Int8Weights | None:
     """The tensors of a quantized weight, the same objects at every call; None for other weights or off the CPU."""
-    kind = type(weight)
     if (
-        kind.__name__ == "Int8Tensor"
-        and kind.__module__.partition(".")[0] == "torchao"
-        and weight.device.type == "cpu"
+        is_of_torchao(weight, "Int8Tensor")
         and weight.act_quant_kwargs is None  # activations are not quantized
         and weight.act_pre_scale is None
         and list(weight.block_size) == [1, weight.shape[1]]
@@ -54,4 +58,4 @@ def int8_linear(x: torch.Tensor, weights: Int8Weights) -> torch.Tensor:
     return product if bias is None else product + bias.to(x.dtype)
 
 
-__all__ = ["Int8Weights", "int8_linear", "int8_weights"]
+__all__ = ["Int8Weights", "int8_linear", "int8_weights", "is_of_torchao"]

@@ -73,15 +73,12 @@ struct Inputs {
 // The outputs `from` to `to` of lines, each handed to `take` with its line.
 template <class T, class F>
 static void multiply(const Product &of, Inputs x, int64_t lines, int64_t from, int64_t to, F take) {
-    const auto by = [&](const auto *weight, auto scale) {
-        const T *bias = (const T *)of.bias;
-        const auto give = [&](int64_t line, int64_t output, float y) {
-            take(line, output, y * scale(output) + (bias ? number(bias[output]) : 0.0f));
-        };
-        products(weight, x.x, of.inputs, lines, from, to, give);
-    };
     const auto give = [&, bias = (const T *)of.bias](int64_t line, int64_t output, float y) {
         take(line, output, bias ? y + number(bias[output]) : y);
+    };
+    const auto by = [&](const auto *weight, auto scale) {
+        products(weight, x.x, of.inputs, lines, from, to,
+                 [&](int64_t line, int64_t output, float y) { give(line, output, y * scale(output)); });
     };
     if (of.group) {
         const Int4<T> weights{(const uint8_t *)of.weight, (const T *)of.scales, of.group, of.outputs, of.inputs};
