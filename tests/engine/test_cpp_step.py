@@ -181,7 +181,7 @@ def test_vectors_of_all_widths(width, monkeypatch):
     lanes = 16 if width.startswith("AVX-512") else 8
     checks = f'#include "vectors.h"\nstatic_assert(LANES == {lanes});\n'
     checks += "#ifndef MULTIPLIES_BF16\n#error\n#endif\n" * width.endswith("bf16")
-    ways = ("STREAMS=4", "PREFETCH_LOCALITY=0") if lanes == 16 else ("PREFETCH_LOCALITY=2",)
+    ways = ("STREAMS=4", "PREFETCH_LOCALITY=0") if lanes == 16 else ("PREFETCH_LOCALITY=2", "LINES_AHEAD_BYTES=512")
     take(WIDTHS[width] + checks, monkeypatch, *ways)
     for numbers in ("full", "half", "int8"):
         # rows of eight vectors, one, and a rest
@@ -343,7 +343,8 @@ def test_prompts_that_are_left_to_the_modules(prompts, monkeypatch):
 @pytest.mark.kernels
 @pytest.mark.parametrize("numbers", ["full", "half", "int8"])
 def test_a_machine_that_chooses_finds_that_both_take_prompts_alike(numbers, measuring, monkeypatch, caplog):
-    monkeypatch.setattr(cpp_step, "READS", {"unasked": cpp_step.READS["unasked"]})  # no more is to be compiled
+    for reads in ("READS", "LINES_READS"):
+        monkeypatch.setattr(cpp_step, reads, {"unasked": ()})  # no more is to be compiled
     model = tiny_model(NATIVE, torch.bfloat16 if numbers == "half" else torch.float32, qk_norm=True)
     if numbers == "int8":
         quantize(model)

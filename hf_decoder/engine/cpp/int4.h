@@ -64,7 +64,7 @@ static __attribute__((noinline)) void int4_block(const Int4<T> &weights, int64_t
     for (int64_t group = 0; group < groups; group++, scales += 2 * weights.outputs) {
         Floats sums[LINES][PARTS] = {};
         for (int64_t i = group * weights.group; i < (group + 1) * weights.group; i++, codes += BLOCK / 2) {
-            if (LINES == 1 && i % (128 / BLOCK) == 0) ask_ahead(codes, 0);
+            if (LINES == 1 && i % (128 / BLOCK) == 0) ask_ahead<1>(codes, 0);
             Floats columns[PARTS];
 #pragma GCC unroll 4
             for (int part = 0; part < PARTS / 2; part++) {

@@ -259,26 +259,31 @@ static void gate_and_up(float *gate, const float *up, int64_t from, int64_t to) 
 // The first of the highest numbers, or of those that are none, as argmax has it.
 template <class T> static int64_t likeliest(const T *logits, int64_t count) {
     Floats tops = Floats{} - INFINITY;
-    Integers none = {};
+    Integers none = {}, places = {}, at;  // of each lane's first top
+    for (int lane = 0; lane < LANES; lane++) at[lane] = lane;
     int64_t i = 0;
-    for (; i + LANES <= count; i += LANES) {
+    for (; i + LANES <= count; i += LANES, at += LANES) {
         const Floats x = load(logits + i);
+        places = x > tops ? at : places;
         tops = x > tops ? x : tops;
         none |= x != x;
     }
     float top = -INFINITY;
+    int64_t place = 0;
     bool any = false;
-    for (; i < count; i++) {
-        top = std::max(top, number(logits[i]));
-        any |= std::isnan(number(logits[i]));
-    }
     for (int lane = 0; lane < LANES; lane++) {
+        if (tops[lane] > top || (tops[lane] == top && places[lane] < place)) place = places[lane];
         top = std::max(top, tops[lane]);
         any |= none[lane] != 0;
     }
-    for (i = 0; i < count; i++)
-        if (any ? std::isnan(number(logits[i])) : number(logits[i]) == top) return i;
-    return 0;
+    for (; i < count; i++) {
+        const float x = number(logits[i]);
+        if (x > top) top = x, place = i;
+        any |= std::isnan(x);
+    }
+    for (i = 0; any && i < count; i++)
+        if (std::isnan(number(logits[i]))) return i;
+    return place;
 }
 
 // Room for that many lines as packed weights multiply them, in a vector that keeps it.
@@ -424,12 +429,15 @@ static void run(const Step &step, const Buffers *buffers, State *states, int64_t
                     [&](int64_t row, int64_t output, float y) {
                         put(logits + row * vocab_size + output, cap ? cap * std::tanh(y / cap) : y);
                     });
+#pragma omp barrier
+        for (int64_t row = team.thread; chooses && row < rows; row += team.threads)
+            ids[row] = likeliest(logits + row * vocab_size, vocab_size);
     }
     for (int64_t row = 0; row < rows; row++) {
         State &state = states[row];
         state.past += tokens;
         state.position += tokens;
-        if (chooses) ids[row] = ((int64_t *)state.text)[state.past] = likeliest(logits + row * vocab_size, vocab_size);
+        if (chooses) ((int64_t *)state.text)[state.past] = ids[row];
     }
     for (int64_t index = 0; index < step.depth; index++) *(int64_t *)buffers[index].filled = states->past;
 }

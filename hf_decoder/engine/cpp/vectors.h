@@ -20,13 +20,17 @@
 #endif
 #define TILE_ROWS 8
 
-// How weights are read that are multiplied by one line, which each machine does best in another way: whether those
-// ahead are asked for, to be kept in no cache (0) or in caches (1 to 3), or not at all (-1), and in how many streams.
+// How weights are read, which each machine does best in another way. For one line: whether those ahead are asked for,
+// to be kept in no cache (0) or in caches (1 to 3), or not at all (-1), and in how many streams. For several lines:
+// how far ahead, if at all.
 #ifndef PREFETCH_LOCALITY
 #define PREFETCH_LOCALITY -1
 #endif
 #ifndef STREAMS
 #define STREAMS 1
+#endif
+#ifndef LINES_AHEAD_BYTES
+#define LINES_AHEAD_BYTES 0
 #endif
 
 #ifdef __AVX512F__
@@ -153,13 +157,14 @@ static inline Floats exponential(Floats x) {
 
 static inline float exponential(float x) { return exponential(Floats{} + x)[0]; }
 
-// What lies ahead of weights is asked for, once for 64 bytes of a row. Where vectors are of 256 bits, wide weights
-// arrive as fast without.
-template <class W> static inline void ask_ahead(const W *row, int64_t i) {
-#if PREFETCH_LOCALITY >= 0
-    if ((LANES == 16 || sizeof(W) < 4) && i * sizeof(W) % 64 == 0)
-        __builtin_prefetch((const char *)(row + i) + AHEAD_BYTES, 0, PREFETCH_LOCALITY);
-#endif
+// What lies ahead of weights that so many lines read is asked for, once for 64 bytes of a row. Where vectors are of 256
+// bits, wide weights arrive as fast without.
+template <int LINES, class W> static inline void ask_ahead(const W *row, int64_t i) {
+    constexpr int locality = LINES == 1 ? PREFETCH_LOCALITY : LINES_AHEAD_BYTES ? 3 : -1;
+    if constexpr (locality >= 0 && (LANES == 16 || sizeof(W) < 4))
+        if (i * sizeof(W) % 64 == 0)
+            __builtin_prefetch((const char *)(row + i) + (LINES == 1 ? AHEAD_BYTES : LINES_AHEAD_BYTES), 0,
+                               locality < 0 ? 0 : locality);
 }
 
 // The sum of row[i] * x[i]. Eight sums side by side, since one would wait for itself.
@@ -170,7 +175,7 @@ template <class W> static inline float dot(const W *row, const float *x, int64_t
 #pragma GCC unroll 8
         for (int part = 0; part < 8; part++) {
             const W *from = row + i + part * LANES;
-            ask_ahead(row + i, part * LANES);
+            ask_ahead<1>(row + i, part * LANES);
             sums[part] += load(from) * load(x + i + part * LANES);
         }
     }
@@ -214,7 +219,7 @@ static __attribute__((noinline)) void tile(const W *row, int64_t stride, const X
         decltype(factors(row, x)) weights[OUTPUTS];
 #pragma GCC unroll 8
         for (int output = 0; output < OUTPUTS; output++) {
-            ask_ahead(row + output * stride, i);
+            ask_ahead<ROWS>(row + output * stride, i);
             weights[output] = factors(row + output * stride + i, x);
         }
 #pragma GCC unroll 8

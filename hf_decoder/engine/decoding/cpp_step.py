@@ -38,14 +38,20 @@ DTYPES = (torch.float32, torch.bfloat16)
 WIDE_VECTORS = torch.backends.cpu.get_cpu_capability() == "AVX512"  # of 512 bits
 MAX_PROMPT_LINES = 128  # of all rows: with more, the products of a library are as fast, and their attention faster
 MAX_PACKED_PROMPT_LINES = 512  # of GGUF weights, which no library multiplies, and of int4, at which torch is slow
-READS = {  # ways to read weights, by what vectors.h is compiled with
-    "unasked": ("PREFETCH_LOCALITY=-1",),
+READS = {  # ways to read weights for one line, by what vectors.h is compiled with
+    "unasked": (),
     "asked for, kept in no cache": ("PREFETCH_LOCALITY=0",),
     "asked for": ("PREFETCH_LOCALITY=2",),
     "asked for, in four streams": ("PREFETCH_LOCALITY=2", "STREAMS=4"),
     "in four streams, kept in no cache": ("PREFETCH_LOCALITY=0", "STREAMS=4"),
 }
+LINES_READS = {  # for several lines
+    "unasked": (),
+    "asked for": ("LINES_AHEAD_BYTES=512",),
+    "asked for early": ("LINES_AHEAD_BYTES=2048",),
+}
 PROBE_SHAPE = 2**15, 2**10  # 64 MiB
+PROBE_LINES = 8
 HEAD_OUTPUTS = 16  # where the layers of a prompt are measured
 
 
@@ -186,7 +192,7 @@ def is_for_cpp(step: Any) -> bool:
 
 
 def _function() -> Callable:
-    kernel = load_file("step.cpp", *READS[_read()]).kernel  # called without the interpreter's lock
+    kernel = load_file("step.cpp", *_reads()).kernel  # called without the interpreter's lock
     kernel.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_int64] * 4
     kernel.restype = None
     return kernel
@@ -195,25 +201,32 @@ def _function() -> Callable:
 later = Later(_function, "The decoding step")
 
 
-def _read() -> str:
-    """The fastest of READS here."""
+def _reads() -> tuple[str, ...]:
+    """What the step is compiled with to read weights in the fastest ways here."""
     if settings.ways is None:
         with ThreadPoolExecutor(2) as pool:  # compiled before anything is measured, which others may wait for
-            list(pool.map(lambda defines: load_file("probe.cpp", *defines), READS.values()))
-    candidates = {way: partial(_probe, defines) for way, defines in READS.items()}
-    return choose("reading weights in C++", (), candidates, _probe_inputs)
+            list(pool.map(lambda defines: load_file("probe.cpp", *defines), {*READS.values(), *LINES_READS.values()}))
+    return (
+        *READS[_fastest_read("reading weights in C++", READS, 1)],
+        *LINES_READS[_fastest_read("reading weights for several rows in C++", LINES_READS, PROBE_LINES)],
+    )
+
+
+def _fastest_read(name: str, reads: dict[str, tuple[str, ...]], lines: int) -> str:
+    candidates = {way: partial(_probe, defines) for way, defines in reads.items()}
+    return choose(name, (), candidates, partial(_probe_inputs, lines))
 
 
 def _probe(defines: tuple[str, ...], weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    function, y = load_file("probe.cpp", *defines).probe, x.new_empty(len(weight))
-    function.argtypes, function.restype = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 3, None
-    function(weight.data_ptr(), x.data_ptr(), y.data_ptr(), *weight.shape, torch.get_num_threads())
+    function, y = load_file("probe.cpp", *defines).probe, x.new_empty(len(x), len(weight))
+    function.argtypes, function.restype = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 4, None
+    function(weight.data_ptr(), x.data_ptr(), y.data_ptr(), len(x), *weight.shape, torch.get_num_threads())
     return y
 
 
-def _probe_inputs() -> tuple[torch.Tensor, torch.Tensor]:
+def _probe_inputs(lines: int) -> tuple[torch.Tensor, torch.Tensor]:
     """More than the caches hold, as wide as many models."""
-    return numbers(*PROBE_SHAPE, dtype=torch.bfloat16), numbers(PROBE_SHAPE[1])
+    return numbers(*PROBE_SHAPE, dtype=torch.bfloat16), numbers(lines, PROBE_SHAPE[1])
 
 
 def _table(fields: list) -> torch.Tensor:
