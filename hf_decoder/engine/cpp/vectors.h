@@ -35,10 +35,11 @@
 
 #ifdef __AVX512F__
 #define LANES 16
-#define AHEAD_BYTES 512
 #else
 #define LANES 8
-#define AHEAD_BYTES 1280
+#endif
+#ifndef AHEAD_BYTES
+#define AHEAD_BYTES (LANES == 16 ? 512 : 1280)
 #endif
 #if defined(__AVX512F__) && defined(__AVX512BF16__)
 #define MULTIPLIES_BF16

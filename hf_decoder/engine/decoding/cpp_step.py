@@ -43,7 +43,7 @@ READS = {  # ways to read weights for one line, by what vectors.h is compiled wi
     "asked for, kept in no cache": ("PREFETCH_LOCALITY=0",),
     "asked for": ("PREFETCH_LOCALITY=2",),
     "asked for, in four streams": ("PREFETCH_LOCALITY=2", "STREAMS=4"),
-    "in four streams, kept in no cache": ("PREFETCH_LOCALITY=0", "STREAMS=4"),
+    "asked for early, kept in no cache": ("PREFETCH_LOCALITY=0", "AHEAD_BYTES=2048"),
 }
 LINES_READS = {  # for several lines
     "unasked": (),
