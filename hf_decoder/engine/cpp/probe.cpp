@@ -8,7 +8,7 @@ extern "C" void probe(const bfloat16 *weight, const float *x, float *y, int64_t 
 #pragma omp parallel num_threads(threads)
     {
         const int64_t thread = omp_get_thread_num(), count = omp_get_num_threads();
-        products(weight, x, inputs, lines, outputs * thread / count, outputs * (thread + 1) / count,
+        products<bfloat16>(weight, x, inputs, lines, outputs * thread / count, outputs * (thread + 1) / count,
                  [=](int64_t line, int64_t output, float sum) { y[line * outputs + output] = sum; });
     }
 }

@@ -77,7 +77,7 @@ static void multiply(const Product &of, Inputs x, int64_t lines, int64_t from, i
         take(line, output, bias ? y + number(bias[output]) : y);
     };
     const auto by = [&](const auto *weight, auto scale) {
-        products(weight, x.x, of.inputs, lines, from, to,
+        products<T>(weight, x.x, of.inputs, lines, from, to,
                  [&](int64_t line, int64_t output, float y) { give(line, output, y * scale(output)); });
     };
     if (of.group) {

@@ -187,13 +187,16 @@ template <class W> static inline float dot(const W *row, const float *x, int64_t
     return total;
 }
 
-// What a tile multiplies at once: lines in fp32 by any weights, or, in pairs, lines in bf16 by weights in bf16.
+// What a tile multiplies at once: lines in fp32 by any weights, or, in pairs, lines in bf16 by weights in bf16 or int8.
 template <class X> constexpr int64_t STEP = LANES;
 template <class W> static inline Floats factors(const W *from, const float *) { return load(from); }
 static inline void add(Floats &sums, Floats weights, Floats numbers) { sums += weights * numbers; }
 #ifdef MULTIPLIES_BF16
 template <> constexpr int64_t STEP<bfloat16> = 2 * LANES;
 static inline __m512bh factors(const bfloat16 *from, const bfloat16 *) { return (__m512bh)_mm512_loadu_si512(from); }
+static inline __m512bh factors(const int8_t *from, const bfloat16 *) {  // exactly: eight bits of bf16 are a number's
+    return _mm512_cvtne2ps_pbh((__m512)load(from + LANES), (__m512)load(from));
+}
 static inline void add(Floats &sums, __m512bh weights, __m512bh numbers) {
     sums = (Floats)_mm512_dpbf16_ps((__m512)sums, weights, numbers);
 }
@@ -315,13 +318,13 @@ static void products_of_line(const W *weight, const float *x, int64_t inputs, in
         for (int64_t output = from; output < to; output++) take(0, output, dot(weight + output * inputs, x, inputs));
 }
 
-// The same of any weights and lines.
-template <class W, class F>
+// The same of any weights and lines, which a model of type T rounds to it between its modules.
+template <class T, class W, class F>
 static void products(const W *weight, const float *x, int64_t inputs, int64_t lines, int64_t from, int64_t to,
                      F take) {
     if (lines == 1) return products_of_line(weight, x, inputs, from, to, take);
 #ifdef MULTIPLIES_BF16
-    if constexpr (std::is_same<W, bfloat16>::value)  // by lines rounded to bf16, as they are between modules
+    if constexpr (std::is_same<T, bfloat16>::value && !std::is_same<W, float>::value)
         products_of(weight, rounded(x, lines * inputs), inputs, lines, from, to, take);
     else
 #endif
