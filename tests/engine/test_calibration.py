@@ -111,6 +111,20 @@ def test_a_disturbed_measurement_is_for_this_process_alone(file):
     assert "a product fp32 8" in measured() and not file.exists()
 
 
+@pytest.mark.parametrize("begins", ["before", "meanwhile"])
+def test_what_is_measured_while_something_is_compiled_is_for_this_process_alone(begins, file, monkeypatch):
+    compiling: set[str] = {"step.so"} if begins == "before" else set()
+    monkeypatch.setattr(calibration, "compiling", compiling)
+
+    def torchs(x):
+        compiling.add("step.so")
+        time.sleep(3e-3)
+        return x
+
+    assert choose("a product", ("fp32", 8), {"torch": torchs, "fast": Way(1)}, inputs) == "fast"
+    assert "a product fp32 8" in measured() and not file.exists()
+
+
 def test_two_processes_keep_what_the_other_one_wrote(file, monkeypatch):
     measured()  # this one has read the file before the other one wrote
     machine = next(iter(calibration._tables))

@@ -1,11 +1,13 @@
 """Attention in tiles equals attention with the whole mask, is used where it is faster, and compiles."""
 
 from importlib import import_module
+from itertools import pairwise
 
 import pytest
 import torch
 from tiny_models import WINDOWS, random_ids, tiny_model
 from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_decoder.engine import precision, settings
@@ -63,6 +65,26 @@ def test_tiles_equal_attention_with_the_whole_mask(length: int, rows: int, kind:
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     for mine, theirs in zip(torch.autograd.grad((found * weight).sum(), (query, key, value)), wanted, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("cuts", [[], [700], [130, 301, 1111, 1500, 2301], [3000]])
+def test_half_precision_meets_few_numbers_of_keys(cuts: list[int], monkeypatch):
+    """The CPU's library compiles a product for each of them."""
+    monkeypatch.setattr(tiles, "LONG", 1024)
+    ends = [0, *cuts, 4096]
+    positions = torch.cat([torch.arange(stop - start) for start, stop in pairwise(ends)])[None]
+    plan = plan_tiles(positions, torch.bfloat16, None, 64)
+    short = [tile for tile in plan.tiles if tile.stop - tile.first_key <= 1024]
+    assert len({tile.last_key - tile.first_key for tile in short}) <= 1024 // 64
+    counts = {tile.last_key - tile.first_key for tile in plan.tiles if tile.first_key == 0}
+    assert cuts or len(counts) == 16
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, heads, 4096, 8, generator=generator) for heads in (4, 2, 2))
+    found, _ = tiled_attention_forward(Groups(2), query, key, value, plan, 0.3)
+    for start, stop in pairwise(ends):
+        of_document = (x[:, :, start:stop] for x in (query, key, value))
+        expected = scaled_dot_product_attention(*of_document, is_causal=True, scale=0.3, enable_gqa=True)
+        torch.testing.assert_close(found[:, start:stop], expected.transpose(1, 2), rtol=1e-4, atol=1e-5)
 
 
 class FlashKernel(TorchDispatchMode):
@@ -164,7 +186,7 @@ def test_tiles_in_half_precision_are_multiplied_as_is_fast_here(is_fast: bool, m
     (calls, _), factors = count_layers(monkeypatch), []
     monkeypatch.setitem(precision.FAST_HALF_PRECISION, torch.bfloat16, is_fast)
     bmm = torch.bmm
-    monkeypatch.setattr(torch, "bmm", lambda a, b: factors.append(a.dtype) or bmm(a, b))
+    monkeypatch.setattr(torch, "bmm", lambda a, b, **to: factors.append(a.dtype) or bmm(a, b, **to))
     model = tiny_model(attn_implementation="sdpa", max_position_embeddings=256)
     half = tiny_model(attn_implementation="sdpa", max_position_embeddings=256).bfloat16()
     ids, documents, layers = random_ids(2, 160), torch.arange(160)[None] % 50, model.config.num_hidden_layers
@@ -295,7 +317,7 @@ def test_compiled_training_is_eager_training(variant: str, monkeypatch):
 
     import_module("torch._inductor.select_algorithm")  # names its kernels, on disk too, by the functions that it finds
     monkeypatch.setattr(torch, "mm", recorded_mm)
-    monkeypatch.setattr(torch, "bmm", lambda a, b: taken.append(1) or bmm(a, b))  # of tiles alone
+    monkeypatch.setattr(torch, "bmm", lambda a, b, **to: taken.append(1) or bmm(a, b, **to))  # of tiles alone
     monkeypatch.setitem(precision.FAST_HALF_PRECISION, torch.bfloat16, True)  # whatever CPU this is
 
     def loss_and_gradients(forward) -> tuple[torch.Tensor, list[torch.Tensor]]:

@@ -27,6 +27,8 @@ SECONDS = 300
 # to its end, also where the process that asked for it has ended before
 COMPILE = '"$@" -o "$0.$$" && mv "$0.$$" "$0" || { rm -f "$0.$$"; exit 1; }'
 
+compiling: set[Path] = set()  # what this process compiles right now, which disturbs whatever is measured meanwhile
+
 logger = logging.get_logger(__name__)
 
 
@@ -68,9 +70,13 @@ def load(source: str, *defines: str) -> ctypes.CDLL:
     library, compiler, flags = _place(source, defines)
     if not library.exists():
         command = ["sh", "-c", COMPILE, str(library), compiler, *flags, "-x", "c++", "-", "-I", str(HERE)]
-        run = subprocess.run(
-            command, input=source, capture_output=True, text=True, timeout=SECONDS, start_new_session=True
-        )
+        compiling.add(library)
+        try:
+            run = subprocess.run(
+                command, input=source, capture_output=True, text=True, timeout=SECONDS, start_new_session=True
+            )
+        finally:
+            compiling.discard(library)
         if run.returncode:
             lines = [line for line in run.stderr.splitlines() if "error" in line] or [run.stderr.strip()]
             raise RuntimeError(f"{compiler} failed: {lines[0]}")
@@ -149,4 +155,4 @@ def cpu_facts(*fields: str) -> str:
     return "\n".join(line for line in lines if line.startswith(fields))
 
 
-__all__ = ["Later", "cpu_facts", "find_compiler", "is_built", "is_own", "load", "load_file", "own_folder"]
+__all__ = ["Later", "compiling", "cpu_facts", "find_compiler", "is_built", "is_own", "load", "load_file", "own_folder"]
