@@ -153,7 +153,7 @@ def _in_clean_thread(function: Callable[[], Any]) -> Any:
 
 def _measure(name: str, candidates: Candidates, inputs: Callable[[], Sequence[Any]]) -> tuple[Times, bool]:
     """The times, and whether nothing else has disturbed them much."""
-    given, is_steady = inputs(), not compiling
+    given, is_alone = inputs(), not compiling
     first, expected, repeats = next(iter(candidates)), None, {}
     times: Times = dict.fromkeys(candidates)
     for way, run in candidates.items():
@@ -189,10 +189,8 @@ def _measure(name: str, candidates: Candidates, inputs: Callable[[], Sequence[An
             runs = [way for way in runs if min(spent[way]) <= limit]
     for way, of_way in spent.items():
         times[way] = round(1e3 * statistics.median(of_way), 4) if of_way else 0.0  # the only one
-    is_steady = is_steady and not compiling
-    for of_way in filter(None, spent.values()):
-        is_steady = is_steady and statistics.median(of_way) <= STEADY * min(of_way)
-    return times, is_steady
+    are_steady = all(statistics.median(of_way) <= STEADY * min(of_way) for of_way in spent.values() if of_way)
+    return times, is_alone and not compiling and are_steady
 
 
 def _are_close(result: Any, expected: Any) -> bool:

@@ -117,7 +117,7 @@ def test_what_is_measured_while_something_is_compiled_is_for_this_process_alone(
     monkeypatch.setattr(calibration, "compiling", compiling)
 
     def torchs(x):
-        compiling.add("step.so")
+        compiling.clear() if begins == "before" else compiling.add("step.so")  # it ends, or it goes on
         time.sleep(3e-3)
         return x
 
