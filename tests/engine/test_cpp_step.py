@@ -355,6 +355,21 @@ def test_a_machine_that_chooses_finds_that_both_take_prompts_alike(numbers, meas
     assert not CppStep(DecodingStep(model)).takes_prompts(2, 3)  # a step is for its number of rows
 
 
+@pytest.mark.parametrize("rows", [2, 5, 8, 9, 17])
+def test_int8_in_half_precision_is_as_near_to_the_truth_as_the_modules(rows):
+    model = tiny_model(NATIVE, torch.bfloat16, hidden_size=160, intermediate_size=320)
+    quantize(model)
+    truth = tiny_model(NATIVE, hidden_size=160, intermediate_size=320)
+    numbers = {name: getattr(of, "dequantize", lambda of=of: of)() for name, of in model.state_dict().items()}
+    truth.load_state_dict({name: of.float() for name, of in numbers.items()})
+    ids = random_ids(rows, 6)
+    with torch.no_grad():
+        cache = StaticCache(config=model.config, max_cache_len=16)
+        found = CppStep(DecodingStep(model), rows).prompt(ids, cache, None, None)[:, -1].float()
+        exact, by_modules = truth(ids).logits[:, -1], model(ids).logits[:, -1].float()
+    assert (found - exact).norm() <= 1.2 * (by_modules - exact).norm() <= 0.1 * exact.norm()
+
+
 def test_a_prompt_of_ids_that_are_none(prompts):
     model = tiny_model(NATIVE)
     with pytest.raises(ValueError, match="the vocabulary ends at"):
