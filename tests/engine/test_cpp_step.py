@@ -356,7 +356,8 @@ def test_a_machine_that_chooses_finds_that_both_take_prompts_alike(numbers, meas
 
 
 @pytest.mark.parametrize("rows", [2, 5, 8, 9, 17])
-def test_int8_in_half_precision_is_as_near_to_the_truth_as_the_modules(rows):
+def test_int8_in_half_precision_is_as_near_to_the_truth_as_the_modules(rows, monkeypatch):
+    monkeypatch.setattr(CppStep, "max_rows", 17)
     model = tiny_model(NATIVE, torch.bfloat16, hidden_size=160, intermediate_size=320)
     quantize(model)
     truth = tiny_model(NATIVE, hidden_size=160, intermediate_size=320)
