@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
     if missing:
         raise ValueError(f"serve needs {', '.join(missing)}: pip install 'hf-decoder[serve]'")
     if "--continuous-batching" in argv:
-        raise ValueError("leave --continuous-batching out: waiting requests are batched without it")
+        raise ValueError("leave --continuous-batching out: requests are batched without it")
     import click
     from transformers.cli.transformers import app
     from uvicorn.config import LOGGING_CONFIG

@@ -1,31 +1,32 @@
 """Writes the texts of waiting requests together, one row each, if they ask for the same settings.
 
 A step of several rows reads each weight once. A row ends by itself, and its client does not wait for the other rows.
-Requests that come meanwhile wait for the next batch. Importing this module needs the packages of the extra `serve`.
+A request that comes meanwhile joins the batch: `generate` ends, and goes on with the caches of all rows in one.
+Importing this module needs the packages of the extra `serve`.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, StopStringCriteria
+from transformers import DynamicCache, GenerationConfig, StoppingCriteria, StoppingCriteriaList, StopStringCriteria
 from transformers.cli.serving.utils import GenerateManager, _GenerationCancelled
 from transformers.utils import logging
 
 from hf_decoder.engine.decoding.cpp_step import CppStep
-from hf_decoder.engine.decoding.row_batches import PAD, left_padded, may_be_rows
-from hf_decoder.model.modeling_hf_decoder import HfDecoderForCausalLM
+from hf_decoder.engine.decoding.row_batches import PAD, cache_of_rows, left_padded, may_be_rows
+from hf_decoder.model.modeling_hf_decoder import CACHE_NAME, HfDecoderForCausalLM
 
 logger = logging.get_logger(__name__)
 
 MAX_ROWS = {"cpu": CppStep.max_rows, "cuda": 32}
-MAX_CONTEXTS = 4  # the most tokens of a batch, prompts and answers, in contexts of the model
+CACHE_BYTES = {"cpu": 2**31, "cuda": 2**33}  # the most that keys and values of a batch may take
 FREE_PADDING = 1024  # tokens in a batch; more than that is at most half of the prompts themselves
 
 
@@ -49,6 +50,7 @@ class Job:
     seed: int | None = None
     needs_logits: bool = False
     streamer: Any = None
+    tokens: list[int] = field(default_factory=list)  # what is written, without the prompt
 
     @property
     def length(self) -> int:
@@ -75,31 +77,55 @@ class Job:
 
 
 class Rows(StoppingCriteria):
-    """The rows of one `generate`, as its streamer and its criterion: hands on each token, and ends rows."""
+    """The rows of one `generate`, as its streamer and its criterion: hands on each token, and ends rows.
 
-    def __init__(self, jobs: list[Job]):
-        self.jobs = jobs
+    Between two calls of `generate` rows may come and go: `with_rows`.
+    """
+
+    def __init__(self, jobs: list[Job], cache: DynamicCache | None = None):
+        """cache: of the texts so far, each but its last token."""
+        self.jobs, self.cache = jobs, cache
         self.criteria: list[StoppingCriteria] = []  # what else ends a row
         self.running = dict.fromkeys(range(len(jobs)))
-        self._prompt = 0  # tokens
-        self._tokens: list[list[int]] = [[] for _ in jobs]
+        self.pauses: Callable[[], bool] = bool  # whether `generate` shall end after this token
+        self._paused = False
+        self._start = 0  # the tokens of each row at the start of `generate`, padding included
+        self._before = [len(job.tokens) for job in jobs]  # written by earlier calls
         self._lengths: dict[int, int] = {}  # of rows that end: a token may be handed on a step later
 
+    def with_rows(self, others: Rows) -> Rows:
+        """The running rows of both."""
+        jobs: list[Job] = []
+        caches: list[tuple[DynamicCache, list[int]]] = []
+        for of in (self, others):
+            jobs += [of.jobs[row] for row in of.running]
+            if of.running and of.cache is not None and of.cache.get_seq_length() == of._length() - 1:
+                caches.append((of.cache, list(of.running)))
+        if not jobs or sum(len(rows) for _, rows in caches) < len(jobs):
+            return Rows(jobs)
+        length = max(map(_text_length, jobs)) - 1
+        return Rows(jobs, cache_of_rows(caches, length, jobs[0].model.config))
+
+    def _length(self) -> int:
+        """The tokens of each running row, padding included."""
+        row = next(iter(self.running))
+        return self._start + len(self.jobs[row].tokens) - self._before[row]
+
     def put(self, value: torch.Tensor) -> None:
-        """value: the prompts (B, S), then the tokens (B,) of each step.
+        """value: the texts so far (B, S), then the tokens (B,) of each step.
 
         Raises:
             _GenerationCancelled: if all clients have left before the first step.
         """
-        is_prompt = value.ndim == 2
-        if is_prompt:
-            self._prompt = value.shape[1]
+        is_start = value.ndim == 2
+        if is_start:
+            self._start = value.shape[1]
         for row in list(self.running):
-            job, tokens = self.jobs[row], self._tokens[row]
-            if not is_prompt:
-                tokens.append(int(value[row]))
+            job = self.jobs[row]
+            if not is_start:
+                job.tokens.append(int(value[row]))
             try:
-                if job.streamer is not None:
+                if job.streamer is not None and not (is_start and job.tokens):
                     job.streamer.put(value[row : row + 1])
             except _GenerationCancelled:
                 self.end_row(row)
@@ -107,29 +133,32 @@ class Rows(StoppingCriteria):
                 self.end_with(row, error)
             else:
                 most = self._lengths.get(row, job.config.max_new_tokens)
-                if not is_prompt and (tokens[-1] in job.ends or len(tokens) == most):
-                    self.end_row(row, tokens[-1] in job.ends or row in self._lengths)
-        if is_prompt and not self.running:
+                if not is_start and (job.tokens[-1] in job.ends or len(job.tokens) == most):
+                    self.end_row(row, job.tokens[-1] in job.ends or row in self._lengths)
+        if is_start and not self.running:
             raise _GenerationCancelled
 
     def end(self) -> None:
         """Ends the rows that something else has stopped; `generate` calls it at last."""
-        for row in list(self.running):
-            self.end_row(row)
+        if not self._paused:
+            for row in list(self.running):
+                self.end_row(row)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:  # type: ignore[override]
-        written = input_ids.shape[1] - self._prompt
+        written = input_ids.shape[1] - self._start
         for criterion in self.criteria:
             for row, ends in enumerate(criterion(input_ids, scores).tolist()):
                 if ends and row in self.running:
-                    self._lengths.setdefault(row, written)
-                    if len(self._tokens[row]) == written:
+                    length = self._before[row] + written
+                    self._lengths.setdefault(row, length)
+                    if len(self.jobs[row].tokens) == length:
                         self.end_row(row, True)
-        over = [row not in self.running or row in self._lengths for row in range(len(self.jobs))]
+        self._paused = self._paused or self.pauses()
+        over = [self._paused or row not in self.running or row in self._lengths for row in range(len(self.jobs))]
         return torch.tensor(over, device=input_ids.device)
 
     def end_row(self, row: int, ended: bool = False) -> None:
-        self.end_with(row, Written(torch.tensor(self._tokens[row]), ended, None))
+        self.end_with(row, Written(torch.tensor(self.jobs[row].tokens), ended, None))
 
     def end_with(self, row: int, what: Written | Exception) -> None:
         del self.running[row]
@@ -155,41 +184,78 @@ class BatchingManager(GenerateManager):
         self.submit(self._run)  # one call for each job; there is nothing left for some of them
 
     def _run(self) -> None:
-        rows = Rows(self._next())
-        try:
-            if len(rows.jobs) == 1:
-                _write_alone(rows)
-            elif rows.jobs:
-                _write_together(rows)
-        except _GenerationCancelled:
-            pass
-        except Exception as error:  # which the clients read
-            for row in list(rows.running):
-                rows.end_with(row, error)
+        rows = Rows(self._take([]))
+        if len(rows.jobs) == 1 and rows.jobs[0].key is None:
+            _guarded(_write_alone, rows)
+            return
+        while rows.running:
+            _guarded(_write_together, rows, partial(self._changes, rows))
+            running = [rows.jobs[row] for row in rows.running]
+            others = Rows(self._take(running) if running else [])
+            if others.jobs:
+                _guarded(_write_together, others, lambda: True)  # their prompts and first tokens
+            rows = rows.with_rows(others)
 
-    def _next(self) -> list[Job]:
-        """The job that has waited longest, with those that fit beside it."""
+    def _changes(self, rows: Rows) -> bool:
+        """Whether a job can join these rows, or so many have ended that the others are faster without them."""
+        running = [rows.jobs[row] for row in rows.running]
+        return bool(2 * len(running) <= len(rows.jobs) or (self._waiting and self._fitting(running)))
+
+    def _take(self, running: list[Job]) -> list[Job]:
         with self._lock:
-            batch = self._waiting[:1]
-            for job in self._waiting[1:]:
-                if job.key is not None and job.key == batch[0].key and _fit([*batch, job]):
-                    batch.append(job)
-            self._waiting = [job for job in self._waiting if job not in batch]
-            return batch
+            fitting = self._fitting(running)
+            self._waiting = [job for job in self._waiting if job not in fitting]
+            return fitting
+
+    def _fitting(self, running: list[Job]) -> list[Job]:
+        """The job that has waited longest, with those that fit beside it.
+
+        If others are `running`, those that fit beside them. Nobody overtakes a job that does not.
+        """
+        fitting = [] if running else self._waiting[:1]
+        for job in self._waiting[len(fitting) :]:
+            (first, *_) = *running, *fitting
+            if job.key is not None and job.key == first.key and _fit(running, [*fitting, job]):
+                fitting.append(job)
+            elif running:
+                break
+        return fitting
 
 
-def _fit(jobs: list[Job]) -> bool:
-    """Whether these jobs may be the rows of one batch."""
+def _text_length(job: Job) -> int:
+    return job.length + len(job.tokens)
+
+
+def _fit(running: list[Job], jobs: list[Job]) -> bool:
+    """Whether these jobs may begin together as rows of the batch that is `running`."""
     lengths = [job.length for job in jobs]
     padding = len(jobs) * max(lengths) - sum(lengths)
-    longest = max(lengths) + max(job.config.max_new_tokens for job in jobs)
-    context = jobs[0].model.config.max_position_embeddings
+    rows = [*running, *jobs]
+    longest = max(map(_text_length, rows)) + max(job.config.max_new_tokens - len(job.tokens) for job in rows)
+    model, device = rows[0].model, rows[0].model.device.type
     return (
-        len(jobs) <= MAX_ROWS.get(jobs[0].model.device.type, 8)
+        len(rows) <= MAX_ROWS.get(device, 8)
         and padding <= max(FREE_PADDING, sum(lengths) // 2)
-        and longest <= context
-        and len(jobs) * longest <= MAX_CONTEXTS * context
+        and longest <= model.config.max_position_embeddings
+        and len(rows) * longest * _bytes_per_token(model) <= CACHE_BYTES.get(device, 2**31)
     )
+
+
+def _bytes_per_token(model: Any) -> int:
+    """Of keys and values in all layers."""
+    config = model.config
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * model.dtype.itemsize
+
+
+def _guarded(write: Callable[..., None], rows: Rows, *others: Any) -> None:
+    """Writes rows; an error ends them, and their clients read it."""
+    try:
+        write(rows, *others)
+    except _GenerationCancelled:
+        pass
+    except Exception as error:
+        for row in list(rows.running):
+            rows.end_with(row, error)
 
 
 def _write_alone(rows: Rows) -> None:
@@ -210,20 +276,24 @@ def _write_alone(rows: Rows) -> None:
         rows.end_with(0, Written(ids, ended, torch.cat(output.logits).float() if job.needs_logits else None))
 
 
-def _write_together(rows: Rows) -> None:
-    """One `generate` of all rows, their prompts padded on the left."""
+def _write_together(rows: Rows, pauses: Callable[[], bool]) -> None:
+    """One `generate` of all rows, their texts so far padded on the left, until it `pauses`."""
     jobs, first = rows.jobs, rows.jobs[0]
-    ids, mask = left_padded([job.inputs["input_ids"][0].tolist() for job in jobs])
+    ids, mask = left_padded([job.inputs["input_ids"][0].tolist() + job.tokens for job in jobs])
     config = copy.deepcopy(first.config)
-    config.pad_token_id = PAD
-    config.max_new_tokens = max(job.config.max_new_tokens for job in jobs)
+    config.pad_token_id, config.use_cache = PAD, True
+    config.max_new_tokens = max(job.config.max_new_tokens - len(job.tokens) for job in jobs)
     if config.stop_strings:
         rows.criteria.append(StopStringCriteria(first.processor, config.stop_strings))
         config.stop_strings = None
+    if rows.cache is None:
+        rows.cache = DynamicCache(config=first.model.config)
+    rows.pauses = pauses
     first.model.generate(
         input_ids=ids.to(first.model.device),
         attention_mask=mask.to(first.model.device),
         generation_config=config,
         streamer=rows,
         stopping_criteria=StoppingCriteriaList([rows]),
+        **{CACHE_NAME: rows.cache},
     )

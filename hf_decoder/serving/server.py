@@ -264,16 +264,19 @@ class Honest:
         if asked is None:
             for name in sorted(self._unused_fields & {key for key, value in body.items() if value is not None}):
                 raise refusal(f"{name}: not supported by this server", param=name, code="unsupported_parameter")
-        answers: list[tuple[Any, Generation]] = []
+        handlers: list[Any] = []
         for choice in range((asked.n if asked is not None else None) or 1):
             handler: Any = copy.copy(self)  # holds the state of one request
             handler.generation_state = Managers(self.generation_state, asked, body)
             handler.choice = choice
-            given = {"stream": False, **{key: value for key, value in body.items() if value is not None}}
-            answer = await super(Honest, handler).handle_request(given, request_id)  # type: ignore[misc]
-            if not isinstance(answer, JSONResponse) or asked is None:
-                return answer
-            answers.append((json.loads(bytes(answer.body)), handler.generation_state.generation))
+            handlers.append(handler)
+        given = {"stream": False, **{key: value for key, value in body.items() if value is not None}}
+        answered: Any = super(Honest, type(self)).handle_request  # type: ignore[misc]
+        found = await asyncio.gather(*(answered(handler, {**given}, request_id) for handler in handlers))
+        if not isinstance(found[0], JSONResponse) or asked is None:
+            return found[0]
+        read = (json.loads(bytes(answer.body)) for answer in found)
+        answers = [(answer, of.generation_state.generation) for answer, of in zip(read, handlers, strict=True)]
         return JSONResponse(_merge(answers))
 
     def _resolve_model(self, body: dict[str, Any]) -> Any:

@@ -2,6 +2,8 @@
 
 import copy
 import threading
+from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -87,7 +89,7 @@ def test_those_who_wait_are_answered_together_as_they_would_be_alone(calls):
     lengths = [8, 3, 12, 1, 5]
     clients = [Client(p, max_new_tokens=n, streams=n != 5) for p, n in zip(PROMPTS, lengths, strict=True)]
     answered(model, clients)
-    assert calls == [5]
+    assert calls[0] == 5
     for client, length in zip(clients, lengths, strict=True):
         assert client.result.ids.tolist() == client.alone(model) and len(client.result.ids) == length
         assert client.tokens == (client.result.ids.tolist() if client.streams else [])
@@ -124,7 +126,7 @@ def test_a_client_who_leaves_stops_its_own_row_alone(calls):
     model = tiny_model()
     clients = [Client(PROMPTS[0], leaves_after=2, max_new_tokens=8), Client(PROMPTS[1])]
     answered(model, clients)
-    assert calls == [2] and len(clients[0].tokens) == 2
+    assert calls == [2, 1] and len(clients[0].tokens) == 2
     assert clients[1].result.ids.tolist() == clients[1].alone(model)
     gone = [Client(prompt, leaves_after=0) for prompt in PROMPTS]
     computed = []
@@ -172,12 +174,101 @@ def test_a_batch_has_an_end(calls, monkeypatch):
     calls.clear()
     monkeypatch.setattr(batching, "FREE_PADDING", 0)
     answered(model, [Client([3] * 30), *[Client([3]) for _ in range(2)]])
-    assert calls == [1, 2]  # a short prompt would be padding for the most part
+    assert calls == [1, 2, 3]  # the short ones join later: together their prompts would be padding for the most part
     calls.clear()
-    monkeypatch.setattr(batching, "MAX_CONTEXTS", 1)
     room = model.config.max_position_embeddings // 2 - 1
+    monkeypatch.setitem(batching.CACHE_BYTES, "cpu", 2 * (room + 1) * bytes_per_token(model))
     answered(model, [Client([token], max_new_tokens=room) for token in (3, 4, 5)])
     assert calls == [2, 1]
+
+
+def bytes_per_token(model):
+    cache = model(torch.tensor([[3]])).past_key_values
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
+def joining(model, clients, processor=None):
+    """The clients; each comes while the one before it gets its second token."""
+    manager = BatchingManager()
+    for client, following in pairwise(clients):
+        follow(client, partial(manager.write, following.job(model, processor)))
+    manager.write(clients[0].job(model, processor))
+    assert all(client.came.wait(60) for client in clients)
+    return clients
+
+
+def follow(client, write):
+    put = client.put
+
+    def putting(value):
+        put(value)
+        if len(client.tokens) == 2:
+            write()
+
+    client.put = putting
+
+
+KINDS = {"full": {}, "windowed": {"sliding_window": 6}}
+KINDS["half of the layers windowed"] = {"sliding_window": 6, "layer_types": ["full_attention", "sliding_attention"]}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("engine", [True, False])
+def test_who_comes_later_joins_and_is_answered_as_alone(kind, engine, calls):
+    model = tiny_model(**KINDS[kind])
+    lengths = [20, 4, 16, 3, 9, 12]
+    prompts = [*PROMPTS, [7] * 25]  # the last one is longer than all that has been written before it
+    clients = [Client(p, max_new_tokens=n) for p, n in zip(prompts, lengths, strict=True)]
+    with engine_settings.override(all=engine):
+        joining(model, clients)
+        assert max(calls) >= 3
+        for client in clients:
+            assert client.tokens == client.result.ids.tolist() == client.alone(model)
+
+
+@pytest.mark.parametrize("joins", [True, False])
+def test_a_text_is_read_once_if_its_cache_can_be_joined(joins, calls, monkeypatch):
+    model = tiny_model()
+    if not joins:
+        monkeypatch.setattr(batching, "cache_of_rows", lambda *_: None)
+    read = []
+    handle = model.model.embed_tokens.register_forward_hook(lambda module, inputs, _: read.append(inputs[0].shape))
+    clients = joining(model, [Client(p, max_new_tokens=9) for p in PROMPTS[:3]])
+    handle.remove()
+    long = [tuple(shape) for shape in read if shape[1] > 1]
+    assert (long == [(1, 3), (1, 2)]) == joins  # the third prompt is one token
+    assert 3 in calls and all(client.tokens == client.alone(model) for client in clients)
+
+
+def test_nobody_overtakes_who_waits_for_another_batch(calls):
+    model = tiny_model()
+    order = []
+    first, other, third = clients = [
+        Client(PROMPTS[0], max_new_tokens=12),
+        Client(PROMPTS[1], do_sample=True),
+        Client(PROMPTS[2]),
+    ]
+    for client in clients:
+        client.done = lambda result, client=client, done=client.done: (order.append(client), done(result))
+    manager = BatchingManager()
+    follow(first, lambda: [manager.write(client.job(model)) for client in (other, third)])
+    manager.write(first.job(model))
+    assert all(client.came.wait(60) for client in clients)
+    assert order == [first, other, third] and calls == [1, 1, 1]
+
+
+def test_who_joins_and_cannot_be_answered_is_no_trouble_for_those_who_run():
+    model = tiny_model()
+    sound, broken = joining(model, [Client(PROMPTS[0], max_new_tokens=9), Client([10**6])])
+    assert isinstance(broken.result, Exception) and not broken.tokens
+    assert sound.result.ids.tolist() == sound.alone(model)
+
+
+def test_a_model_without_a_cache_is_batched_with_one(calls):
+    model = tiny_model()
+    clients = [Client(p, use_cache=False) for p in PROMPTS]
+    assert all(client.result.ids.tolist() == client.alone(model) for client in joining(model, clients))
+    assert max(calls) > 1
 
 
 def test_an_error_reaches_all_of_a_batch_and_the_next_one_is_answered(calls):
@@ -205,6 +296,20 @@ def test_a_row_ends_with_a_stop_string_of_its_own_and_has_all_of_it(streams, tok
     for client, text in zip(clients, expected, strict=True):
         assert client.result.ids.equal(text) and client.result.ended == (len(text) < 12)
         assert client.tokens == (text.tolist() if streams else [])
+
+
+def test_who_joins_ends_with_a_stop_string(tokenizer):
+    model = tiny_model(vocab_size=len(tokenizer), initializer_range=0.3)
+    prompts = [tokenizer(text)["input_ids"] for text in ("import os", "def main(", "class A:")]
+    alone = [Client(prompt, max_new_tokens=12).alone(model) for prompt in prompts]
+    words = [tokenizer.decode(token) for token in alone[1]]
+    stop = next(word for word in words[3:] if word.isascii() and word.strip() and word not in "".join(words[:3]))
+    clients = [Client(prompt, max_new_tokens=12, stop_strings=[stop]) for prompt in prompts]
+    joining(model, clients, tokenizer)
+    for client in clients:
+        expected = model.generate(torch.tensor([client.prompt]), generation_config=client.config, tokenizer=tokenizer)
+        assert client.tokens == client.result.ids.tolist() == expected[0, len(client.prompt) :].tolist()
+    assert clients[1].result.ended and len(clients[1].tokens) < 12
 
 
 @pytest.mark.parametrize("pad", [-1, 10**6, None])

@@ -98,7 +98,7 @@ class GrowingCache:
 
         Once the token is there, `extend` says so to the cache.
         """
-        layers: list[Any] = cache.layers if _holds(cache, self._windows) else []
+        layers: list[Any] = cache.layers if holds_all_seen(cache, self._windows) else []
         if not layers:
             return None
         kept, length = self._buffers, layers[0].get_seq_length()
@@ -125,7 +125,7 @@ class GrowingCache:
 
     def is_before_prompt(self, cache: Any) -> bool:
         """Whether nothing is in any layer of a cache yet, which `buffers` takes."""
-        return _holds(cache, self._windows) and not any(layer.is_initialized for layer in cache.layers)
+        return holds_all_seen(cache, self._windows) and not any(layer.is_initialized for layer in cache.layers)
 
     def for_prompt(
         self, cache: Any, rows: int, groups: int, tokens: int, width: int, dtype: torch.dtype
@@ -160,7 +160,7 @@ class GrowingCache:
         self._buffers = None
 
 
-def _holds(cache: Any, windows: Sequence[int | None]) -> bool:
+def holds_all_seen(cache: Any, windows: Sequence[int | None]) -> bool:
     """Whether this is a growing cache whose layers keep all that a model of these windows sees."""
     return (
         type(cache) is DynamicCache
@@ -197,4 +197,4 @@ def _with_room(filled: torch.Tensor, least: int = 1) -> torch.Tensor:
     return buffer
 
 
-__all__ = ["Buffers", "GrowingCache"]
+__all__ = ["Buffers", "GrowingCache", "holds_all_seen"]

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
-from transformers import GenerationConfig
+from transformers import DynamicCache, GenerationConfig
 
 from hf_decoder.engine.decoding.cpp_step import CppStep
+from hf_decoder.engine.decoding.growing_cache import holds_all_seen
 from hf_decoder.engine.stock import fields_of
 
 # settings that mean the same for a row among others; those that count tokens of the prompt would count padding
@@ -33,6 +34,46 @@ def left_padded(prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.T
     rows = [torch.tensor(prompt, device="cpu") for prompt in prompts]
     pad = partial(pad_sequence, batch_first=True, padding_side="left")
     return pad(rows, padding_value=PAD), pad([torch.ones_like(row) for row in rows])
+
+
+def cache_of_rows(
+    parts: Sequence[tuple[DynamicCache, Sequence[int]]], length: int, config: Any
+) -> DynamicCache | None:
+    """These rows of these caches in one, each moved to the right, so that all texts end together.
+
+    Args:
+        parts: growing caches, and which of their rows.
+        length: the tokens of each row, padding included.
+        config: of the model.
+
+    Returns:
+        None for caches of another kind; the texts must be read again.
+    """
+    joined = DynamicCache(config=config)
+    layers: list[Any] = joined.layers
+    windows = [getattr(layer, "sliding_window", None) for layer in layers]
+    if not all(holds_all_seen(cache, windows) for cache, _ in parts):
+        return None
+    for index, layer in enumerate(layers):
+        of_layer: list[tuple[Any, Sequence[int]]] = [(cache.layers[index], rows) for cache, rows in parts]
+        keys = _rows_of([(one.keys, rows) for one, rows in of_layer], length)
+        values = _rows_of([(one.values, rows) for one, rows in of_layer], length)
+        layer.lazy_initialization(keys, values)
+        layer.keys, layer.values = keys, values
+        if windows[index] is not None:
+            layer.cumulative_length = length
+    return joined
+
+
+def _rows_of(parts: list[tuple[torch.Tensor, Sequence[int]]], length: int) -> torch.Tensor:
+    """The last `length` tokens of rows of tensors (B, G, K, E) in one; a shorter row starts with zeros."""
+    stored = min(length, max(of.shape[2] for of, _ in parts))
+    chosen = [of[row, :, -stored:] for of, rows in parts for row in rows]
+    joined = chosen[0].new_empty(len(chosen), chosen[0].shape[0], stored, chosen[0].shape[2])
+    for row, of in zip(joined, chosen, strict=True):
+        row[:, : stored - of.shape[1]] = 0
+        row[:, stored - of.shape[1] :] = of
+    return joined
 
 
 def generate_batch(
@@ -92,4 +133,4 @@ def _is_of_model(name: str, config: GenerationConfig, own: GenerationConfig) -> 
     return getattr(config, name, None) is None and getattr(own, name, None) is not None
 
 
-__all__ = ["OF_ROWS", "PAD", "generate_batch", "left_padded", "may_be_rows"]
+__all__ = ["OF_ROWS", "PAD", "cache_of_rows", "generate_batch", "left_padded", "may_be_rows"]
