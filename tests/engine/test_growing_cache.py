@@ -123,13 +123,37 @@ def test_the_step_in_cpp_writes_the_texts_of_joined_caches(kind: str, rows: int,
 
 @IN_CPP
 @pytest.mark.parametrize("rows", [1, 3])
-def test_plain_greedy_text_is_written_in_cpp(rows, in_cpp):
-    model = tiny_model(attn_implementation="sdpa")
+@pytest.mark.parametrize("kind", KINDS)
+def test_plain_greedy_text_is_written_in_cpp(kind, rows, in_cpp, monkeypatch):
+    monkeypatch.setattr(growing_cache, "LEAST_ROOM", 7)  # the text is written in several parts
+    model = tiny_model(attn_implementation="sdpa", **KINDS[kind])
     ids, mask = padded(rows, 9)
-    fixed = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    text = model.generate(ids, attention_mask=mask, **fixed)
+    settings = {"attention_mask": mask, "max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 2}
+    with engine_settings.override(all=False):
+        whole = model.generate(ids, eos_token_id=None, **settings)
+    assert model.generate(ids, eos_token_id=None, **settings).equal(whole)
     assert len(in_cpp) == NEW_TOKENS - 1
-    assert text.equal(model.generate(ids, attention_mask=mask, cache_implementation="static", **fixed))
+    for place in (9, 12, 20, 38):
+        ends = whole[:, place].tolist()
+        for end in (ends, ends[0]):
+            cache = DynamicCache(config=model.config)
+            text = model.generate(ids, eos_token_id=end, **settings, **{CACHE_NAME: cache})
+            with engine_settings.override(all=False):
+                assert text.equal(model.generate(ids, eos_token_id=end, **settings))
+            assert cache.get_seq_length() == text.shape[1] - 1
+
+
+@IN_CPP
+@pytest.mark.parametrize("cache", [None, "static"])
+@pytest.mark.parametrize("pad", [-5, 10**9])
+def test_no_token_for_padding_that_the_model_lacks_is_read(pad, cache, in_cpp):
+    model = tiny_model(attn_implementation="sdpa")
+    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": pad, "cache_implementation": cache}
+    text = model.generate(random_ids(2, 5), eos_token_id=None, **settings)
+    assert len(in_cpp) == 7  # no row ends
+    with pytest.raises(ValueError, match="vocabulary"):
+        model.generate(text[:, :5], eos_token_id=int(text[0, 6]), **settings)
+    assert model.generate(text[:1, :5], eos_token_id=int(text[0, 6]), **settings).equal(text[:1, :7])
 
 
 @IN_CPP

@@ -148,10 +148,10 @@ def runs(kind, monkeypatch) -> list[bool]:
     taken: list[bool] = []
     logits, greedy = kind.step.logits, kind.step.greedy
 
-    def recorded_greedy(self, ids, *rest):
-        text = greedy(self, ids, *rest)
-        taken.extend([True] * (0 if text is None else text.shape[1] - ids.shape[1]))
-        return text
+    def recorded_greedy(self, text, made, *rest):
+        written = greedy(self, text, made, *rest)
+        taken.extend([True] * (0 if written is None else written - made))
+        return written
 
     monkeypatch.setattr(kind.step, "logits", lambda self, ids: taken.append(False) or logits(self, ids))
     monkeypatch.setattr(kind.step, "greedy", recorded_greedy)

@@ -8,7 +8,7 @@ where it is faster than the modules.
 import copy
 import ctypes
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import SimpleNamespace
@@ -22,8 +22,8 @@ from hf_decoder.engine.cpp.build import Later, load_file
 from hf_decoder.engine.decoding.growing_cache import Buffers
 from hf_decoder.engine.decoding.products import AnyWeights, Weights
 from hf_decoder.engine.decoding.static_step import (
+    Ends,
     StaticStep,
-    end_rows,
     is_for_kernels,
     outputs_of,
     weights_of_products,
@@ -136,17 +136,16 @@ class CppStep(StaticStep):
         self._extend(tokens)
         return self._logits.clone().unsqueeze(1)
 
-    def _write(self, text: torch.Tensor, made: int, ends: Collection[int], pad: int) -> int | None:
-        ended = {row for row, token in enumerate(self._ids.tolist()) if token in ends}
+    def _write(self, text: torch.Tensor, made: int, ends: Ends) -> int:
         for place in range(made, text.shape[1]):
             self._run(chooses=True)
-            if not ends:
+            if not ends.tokens:
                 continue
-            if end_rows(self._ids.tolist(), text, place, ends, ended, pad):
+            if ends.take(text, place, self._ids.tolist()):
                 return place + 1
-            if ended:
+            if ends.rows:
                 self._ids.copy_(text[:, place])
-        return None
+        return text.shape[1]
 
 
 def _prompt_inputs(step: Any, tokens: int) -> tuple[Any, CppStep, torch.Tensor]:

@@ -15,7 +15,7 @@ import torch
 
 from hf_decoder.engine.assumptions import DTYPES
 from hf_decoder.engine.decoding.products import Weights
-from hf_decoder.engine.decoding.static_step import StaticStep, is_for_kernels
+from hf_decoder.engine.decoding.static_step import Ends, StaticStep, is_for_kernels
 from hf_decoder.engine.training.loss import softcap
 
 STEPS_AHEAD = 8  # steps launched before the host looks whether the text has ended
@@ -46,18 +46,20 @@ class CudaGraphStep(StaticStep):
         if device.type == "cuda":
             self._capture()
 
-    def _write(self, text: torch.Tensor, made: int, ends: Collection[int], pad: int) -> int | None:
+    def _write(self, text: torch.Tensor, made: int, ends: Ends) -> int:
         (row,) = text
-        stop: int | None = None
         looking: _Copy | None = None
-        while made < len(row) and stop is None:
+        while made < len(row):
             before, made = made, min(made + STEPS_AHEAD, len(row))
             for _ in range(before, made):
                 self._run(chooses=True)
-            if ends:  # the host looks for them while the device computes the next tokens
+            if ends.tokens:  # the host looks for them while the device computes the next tokens
                 found, looking = looking, _Copy(row, before, made)
-                stop = None if found is None else found.first_of(ends)
-        return looking.first_of(ends) if looking is not None and stop is None else stop
+                stop = None if found is None else found.first_of(ends.tokens)
+                if stop is not None:
+                    return stop
+        stop = None if looking is None else looking.first_of(ends.tokens)
+        return len(row) if stop is None else stop
 
     def _run(self, chooses: bool) -> None:
         if self._graphs:

@@ -6,7 +6,7 @@ Everything else runs the modules. Greedy text skips transformers' loop on a CPU,
 small model's token, and with such kernels on any device.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from functools import partial
 from typing import Any
@@ -19,7 +19,7 @@ from hf_decoder.engine.assumptions import is_as_written, is_hooked
 from hf_decoder.engine.calibration import taken
 from hf_decoder.engine.decoding.cpp_step import CppStep
 from hf_decoder.engine.decoding.growing_cache import GrowingCache
-from hf_decoder.engine.decoding.static_step import StaticStep, end_rows, first_seen, is_for_static_step
+from hf_decoder.engine.decoding.static_step import Ends, StaticStep, first_seen, is_for_static_step
 from hf_decoder.engine.decoding.step import DecodingStep
 from hf_decoder.engine.operators import runs_as_written
 from hf_decoder.engine.precision import autocast_dtype, fast_dtype
@@ -152,7 +152,9 @@ class Decoding:
         cache: Any = model_kwargs.get(CACHE_NAME)
         mask = model_kwargs.get("attention_mask")
         config = generation_config
-        ends, length = _ends(stopping_criteria), stopping_criteria.max_length
+        # one row needs no pad token; transformers has already refused several rows without one
+        pad = 0 if config._pad_token_tensor is None else int(config._pad_token_tensor)
+        ends, length = _ends(stopping_criteria, pad), stopping_criteria.max_length
         if (
             (config.do_sample or config.return_dict_in_generate or synced_gpus or streamer or logits_processor)
             or (config.is_assistant or config.compile_config or not _is_plain_loop(self.model, model_kwargs))
@@ -161,6 +163,7 @@ class Decoding:
             or (int(cache.get_seq_length()) > 0 if mask is None else mask.shape != input_ids.shape)
             or (mask is not None and first_seen(mask) is None)
             or self._changes_angles(input_ids.shape[1], length)
+            or not (len(input_ids) == 1 or 0 <= pad < self.model.config.vocab_size)  # the modules raise the error
         ):
             return go_on(input_ids, stopping_criteria=stopping_criteria)
         by_kernels = self._may_be_static(config, cache, length)
@@ -169,63 +172,92 @@ class Decoding:
         # transformers' loop runs the prefill and the first token
         first = StoppingCriteriaList([MaxLengthCriteria(input_ids.shape[1] + 1), *stopping_criteria])
         ids = go_on(input_ids, stopping_criteria=first)
-        if ids.shape[1] >= length or (ends and ends.issuperset(ids[:, -1].tolist())):
+        made = ids.shape[1]
+        if made >= length or ends.take(ids, made - 1, ids[:, -1].tolist()):
             return ids
         if mask is not None:
             mask = torch.cat((mask, mask.new_ones(len(mask), 1)), 1)
         positions = model_kwargs.get("position_ids")
         if positions is not None:
             positions = positions[:, -1:] + 1
-        # one row needs no pad token; transformers has already refused several rows without one
-        pad = 0 if config._pad_token_tensor is None else int(config._pad_token_tensor)
-        text = self._greedy(by_kernels, ids, cache, mask, positions, length, ends, pad)
-        if text is not None:
-            return text
+        text = ids.new_empty(len(ids), length)
+        text[:, :made] = ids
+        written = self._greedy(by_kernels, text, made, cache, mask, positions, ends)
+        if written is not None:
+            return text[:, :written].contiguous()
         # from the length of the mask transformers knows that the ids are the whole text, not only new ones
         go_on.keywords.update(attention_mask=torch.ones_like(ids) if mask is None else mask, position_ids=positions)
         return go_on(ids, stopping_criteria=stopping_criteria)
 
-    def _greedy(self, by_kernels: bool, ids: torch.Tensor, cache: Any, *rest: Any) -> torch.Tensor | None:
-        """What `StaticStep.greedy` returns of these ids, cache and `rest`; None if transformers' loop must go on."""
+    def _greedy(self, by_kernels: bool, text: torch.Tensor, made: int, cache: Any, *rest: Any) -> int | None:
+        """Does what `StaticStep.greedy` does, of any cache; None if transformers' loop must go on."""
         static = self._static
-        if by_kernels and static is not None and self._is_static(ids[:, -1:], cache):
+        if by_kernels and static is not None and self._is_static(text[:, made - 1 : made], cache):
             with static.lock:
-                text = static.greedy(ids, cache, *rest)
-            if text is not None:
+                written = static.greedy(text, made, cache, *rest)
+            if written is not None:
                 taken["decoding"] = "kernels"
-                return text
-        return self._greedy_by_steps(ids, cache, *rest) if self.step is not None and ids.is_cpu else None
+                return written
+        return self._greedy_by_steps(text, made, cache, *rest) if self.step is not None and text.is_cpu else None
 
     def _greedy_by_steps(
         self,
-        ids: torch.Tensor,
+        text: torch.Tensor,
+        made: int,
         cache: Any,
         mask: torch.Tensor | None,
         positions: torch.Tensor | None,
-        length: int,
-        ends: Collection[int],
-        pad: int,
+        ends: Ends,
+    ) -> int:
+        """The same by any step, or by the modules for a token that no step takes."""
+        rows, length = text.shape
+        if mask is not None:
+            mask = None if mask.all() else torch.cat((mask, mask.new_ones(rows, length - made)), 1)
+        while made < length and len(ends.rows) < rows:
+            seen = None if mask is None else mask[:, :made]
+            written = self._greedy_on_buffers(text, made, cache, seen, positions, ends)
+            if written is None:
+                text[:, made] = self._likeliest(text[:, :made], cache, seen, positions)
+                ends.take(text, made, text[:, made].tolist())
+                written = made + 1
+            positions = None if positions is None else positions + (written - made)
+            made = written
+        return made
+
+    def _likeliest(
+        self, ids: torch.Tensor, cache: Any, mask: torch.Tensor | None, positions: torch.Tensor | None
     ) -> torch.Tensor:
-        """Does what `StaticStep.greedy` does, with any step, or with the modules for a token that no step takes."""
-        made = ids.shape[1]
-        text = ids.new_empty(len(ids), length)
-        text[:, :made] = ids
-        mask = torch.ones_like(text) if mask is None else torch.cat((mask, mask.new_ones(len(ids), length - made)), 1)
-        hides = not mask.all()
-        ended = {row for row, token in enumerate(ids[:, -1].tolist()) if token in ends}
-        for place in range(made, length):
-            seen = mask[:, :place]
-            logits = self.logits(text[:, place - 1 : place], seen if hides else None, positions, cache)
-            if logits is None:
-                inputs = {CACHE_NAME: cache, "attention_mask": seen, "position_ids": positions, "use_cache": True}
-                inputs = self.model.prepare_inputs_for_generation(text[:, :place], next_sequence_length=1, **inputs)
-                logits = self.model(**inputs).logits
-            text[:, place] = logits[:, -1].float().argmax(-1)
-            if positions is not None:
-                positions = positions + 1
-            if ends and end_rows(text[:, place].tolist(), text, place, ends, ended, pad):
-                return text[:, : place + 1].contiguous()
-        return text
+        """The token (B,) that follows ids (B, n), all but the last of which are cached."""
+        logits = self.logits(ids[:, -1:], mask, positions, cache)
+        if logits is None:
+            mask = torch.ones_like(ids) if mask is None else mask
+            inputs = {CACHE_NAME: cache, "attention_mask": mask, "position_ids": positions, "use_cache": True}
+            inputs = self.model.prepare_inputs_for_generation(ids, next_sequence_length=1, **inputs)
+            logits = self.model(**inputs).logits
+        return logits[:, -1].float().argmax(-1)
+
+    def _greedy_on_buffers(
+        self,
+        text: torch.Tensor,
+        made: int,
+        cache: Any,
+        mask: torch.Tensor | None,
+        positions: torch.Tensor | None,
+        ends: Ends,
+    ) -> int | None:
+        """What `StaticStep.greedy` does, on a growing cache by the C++ step, as far as its buffers have room."""
+        kernels, step = self._step_on_buffers(text), self.step
+        if kernels is None or step is None:
+            return None
+        with kernels.lock:
+            buffers = self._room.buffers(cache, step.embedding.dtype)
+            if buffers is None:
+                return None
+            written = kernels.greedy(text[:, : made + buffers.room()], made, buffers, mask, positions, ends)
+        if written is not None:
+            taken["decoding"] = "C++"
+            self._room.extend(cache, buffers, written - made)
+        return written
 
     def _changes_angles(self, cached: int, length: int) -> bool:
         """Whether LongRoPE rotates a text of that length by other angles than the cached tokens."""
@@ -446,8 +478,8 @@ def _are_in(input_ids: torch.Tensor, vocab_size: int) -> bool:
     return all(0 <= token < vocab_size for row in input_ids.tolist() for token in row)
 
 
-def _ends(criteria: Sequence[Any]) -> frozenset[int] | None:
-    """The tokens that end a text; None if anything but these and a length may end it."""
+def _ends(criteria: Sequence[Any], pad: int) -> Ends | None:
+    """What ends a text; None if anything but tokens and a length may end it."""
     for criterion in criteria:
         if type(criterion) not in (MaxLengthCriteria, EosTokenCriteria):
             return None
@@ -456,7 +488,7 @@ def _ends(criteria: Sequence[Any]) -> frozenset[int] | None:
         if limit is not None and criterion.max_length > limit + 1:
             return None
     of_tokens = [criterion.eos_token_id for criterion in criteria if type(criterion) is EosTokenCriteria]
-    return frozenset(int(token) for tokens in of_tokens for token in tokens.flatten().tolist())
+    return Ends(frozenset(int(token) for tokens in of_tokens for token in tokens.flatten().tolist()), pad)
 
 
 __all__ = ["Decoding"]

@@ -55,8 +55,9 @@ class Buffers:
     def get_seq_length(self) -> int:
         return self.length
 
-    def has_room(self) -> bool:
-        return self.length < self._space
+    def room(self) -> int:
+        """For how many tokens more there is space."""
+        return self._space - self.length
 
 
 class GrowingCache:
@@ -103,7 +104,7 @@ class GrowingCache:
             return None
         kept, length = self._buffers, layers[0].get_seq_length()
         if (
-            (kept is not None and kept.has_room() and kept.length == length)  # torch's step may have written a token
+            (kept is not None and kept.room() > 0 and kept.length == length)  # torch's step may have written a token
             and all(map(self._is_left, count(), layers, kept.pairs))
         ):
             return kept

@@ -24,6 +24,26 @@ from hf_decoder.engine.quantized.products import BlockWeights
 FIXED_ANGLES = ("default", "linear", "llama3", "yarn", "proportional")  # other types change with the length
 
 
+class Ends:
+    """The tokens that end a row, what pads it from then on, and the rows that have ended."""
+
+    def __init__(self, tokens: Collection[int], pad: int):
+        self.tokens, self.pad = tokens, pad
+        self.rows: set[int] = set()
+
+    def take(self, text: torch.Tensor, place: int, tokens: list[int]) -> bool:
+        """Whether all rows of text (B, length) have ended, given the tokens chosen for this place.
+
+        Rows that ended before are padded.
+        """
+        for row, token in enumerate(tokens):
+            if row in self.rows:
+                text[row, place] = self.pad
+            elif token in self.tokens:
+                self.rows.add(row)
+        return len(self.rows) == len(tokens)
+
+
 class StaticStep(ABC):
     """Runs one token per row through the decoder: takes ids, extends the static cache, returns logits."""
 
@@ -62,10 +82,9 @@ class StaticStep(ABC):
         """
 
     @abstractmethod
-    def _write(self, text: torch.Tensor, made: int, ends: Collection[int], pad: int) -> int | None:
-        """Chooses the tokens of text (B, length) from `made` on; returns the length at which all rows ended, if any.
-
-        A row ends with the first of `ends`; `pad` follows.
+    def _write(self, text: torch.Tensor, made: int, ends: Ends) -> int:
+        """Chooses the tokens of text (B, length) from `made` on; returns how many there are at the end, or once all
+        rows have ended.
         """
 
     def takes_prompts(self, rows: int, tokens: int) -> bool:
@@ -140,34 +159,30 @@ class StaticStep(ABC):
 
     def greedy(
         self,
-        ids: torch.Tensor,
-        cache: StaticCache,
+        text: torch.Tensor,
+        made: int,
+        cache: StaticCache | Buffers,
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
-        length: int,
-        ends: Collection[int],
-        pad: int,
-    ) -> torch.Tensor | None:
-        """Continues ids (B, n) to `length` tokens, or until all rows have ended; None if it cannot begin.
+        ends: Ends,
+    ) -> int | None:
+        """Continues text (B, length), of which `made` tokens are there; None, without effect, if it cannot begin.
 
-        A row ends with the first of `ends`; `pad` follows. The cache has all but the last of the ids, and in the end
-        all but the last of the text. Mask and positions are for the ids, as in `begin`.
+        The cache has all but the last of them. Mask and positions are for them, as in `begin`.
+
+        Returns:
+            How many tokens are there at the end, or once all rows have ended. The cache has all but the last.
         """
-        made = ids.shape[1]
-        text = ids.new_empty(len(ids), length)
-        text[:, :made] = ids
         if not self.begin(cache, attention_mask, position_ids, text) or self._next_past != made - 1:
             return None
-        self._ids.copy_(ids[:, -1])
-        stop = self._write(text, made, ends, pad)
-        self._extend((length if stop is None else stop) - made)
+        self._ids.copy_(text[:, made - 1])
+        written = self._write(text, made, ends)
+        self._extend(written - made)
         self.end()
-        if stop is None:
-            return text
         layers: list[Any] = cache.layers
         for layer in layers:
-            layer.cumulative_length.fill_(stop - 1)
-        return text[:, :stop].contiguous()
+            layer.cumulative_length.fill_(written - 1)
+        return written
 
 
 def _dropped(layer: Any) -> int:
@@ -180,21 +195,6 @@ def _places(layer: Any) -> list[int]:
     before = _dropped(layer) * layer.keys.shape[3] * layer.keys.element_size()
     counter = layer.cumulative_length.data_ptr()
     return [layer.keys.data_ptr() - before, layer.values.data_ptr() - before, counter, layer.keys.shape[2]]
-
-
-def end_rows(
-    tokens: list[int], text: torch.Tensor, place: int, ends: Collection[int], ended: set[int], pad: int
-) -> bool:
-    """Whether all rows of text (B, length) have ended, given the tokens chosen for this place.
-
-    Rows that `ended` before are padded; rows that end here are added to `ended`.
-    """
-    for row, token in enumerate(tokens):
-        if row in ended:
-            text[row, place] = pad
-        elif token in ends:
-            ended.add(row)
-    return len(ended) == len(tokens)
 
 
 def first_seen(attention_mask: torch.Tensor) -> list[int] | None:
@@ -280,8 +280,8 @@ def _addresses(step: Any) -> list[int]:
 
 
 __all__ = [
+    "Ends",
     "StaticStep",
-    "end_rows",
     "first_seen",
     "is_for_kernels",
     "is_for_static_step",
