@@ -27,6 +27,7 @@ from transformers.utils import logging
 from hf_decoder.engine.cpp.build import compiling, cpu_facts, is_own, own_folder
 from hf_decoder.engine.operators import runs_as_written
 from hf_decoder.engine.switches import settings
+from hf_decoder.engine.threads import release_threads
 
 logger = logging.get_logger(__name__)
 
@@ -146,6 +147,7 @@ def _in_clean_thread(function: Callable[[], Any]) -> Any:
             logger.info("A measurement failed", exc_info=error)
 
     thread = threading.Thread(target=run, daemon=True)
+    release_threads()  # beside those of this thread, all that runs in several threads would seem slow
     thread.start()
     thread.join()
     return found[0] if found else None

@@ -33,6 +33,7 @@ from hf_decoder.engine.operators import runs_as_written
 from hf_decoder.engine.route import Route
 from hf_decoder.engine.stock import FAMILIES, check_stock, fields_of, is_stock
 from hf_decoder.engine.switches import settings
+from hf_decoder.engine.threads import release_threads
 from hf_decoder.engine.training.fast_products import fast_products
 from hf_decoder.engine.training.loss import linear_causal_lm_loss
 from hf_decoder.model import modeling_hf_decoder as plain
@@ -78,13 +79,17 @@ class _PreTrained:
     def from_pretrained(cls, pretrained_model_name_or_path, *args, gguf_file=None, **kwargs):
         """As in transformers; the weights of a GGUF file stay packed on a CPU."""
         load = super().from_pretrained
-        if gguf_file is None:
-            return load(pretrained_model_name_or_path, *args, **kwargs)
-        from hf_decoder.engine.quantized.loading import HELD, load_gguf  # with transformers' quantizers
+        try:
+            if gguf_file is None:
+                return load(pretrained_model_name_or_path, *args, **kwargs)
+            from hf_decoder.engine.quantized.loading import HELD, load_gguf  # with transformers' quantizers
 
-        if cls.__name__ != HELD or args:
-            raise ValueError(f"{cls.__name__} reads no GGUF file; {HELD}.from_pretrained(folder, gguf_file=...) does")
-        return load_gguf(load, read_gguf, pretrained_model_name_or_path, gguf_file, **kwargs)
+            if cls.__name__ != HELD or args:
+                said = f"{cls.__name__} reads no GGUF file; {HELD}.from_pretrained(folder, gguf_file=...) does"
+                raise ValueError(said)
+            return load_gguf(load, read_gguf, pretrained_model_name_or_path, gguf_file, **kwargs)
+        finally:
+            release_threads()  # another thread may generate
 
     @classmethod
     def is_remote_code(cls) -> bool:

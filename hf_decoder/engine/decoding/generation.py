@@ -23,6 +23,7 @@ from hf_decoder.engine.decoding.static_step import Ends, StaticStep, first_seen,
 from hf_decoder.engine.decoding.step import DecodingStep
 from hf_decoder.engine.operators import runs_as_written
 from hf_decoder.engine.precision import autocast_dtype, fast_dtype
+from hf_decoder.engine.threads import release_threads
 from hf_decoder.model.modeling_hf_decoder import CACHE_NAME
 
 PACKED_BYTES = 2**30  # larger weights are copied only on request
@@ -427,6 +428,8 @@ class Decoding:
         for kernels in (self._static, self._on_buffers):
             if kernels is not None:
                 kernels.end()
+        if _active.get() is None:
+            release_threads()  # another thread may generate next
 
 
 def _is_fast_packed(input_ids: torch.Tensor, dtype: torch.dtype) -> bool:
