@@ -18,7 +18,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, thread_time
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ SECONDS, LEAST_ROUNDS, MOST_ROUNDS = 0.06, 5, 15  # of one choice, after the fir
 SAMPLE_SECONDS = 5e-4  # a shorter candidate is run several times for one figure
 HOPELESS = 1.5  # times the fastest: not run again
 STEADY = 2  # times the shortest run: a median above it is good for this process alone, and not kept
+COMPUTES = 0.8  # of the time in which this thread must have had a core, for the same
 TOLERANCES = {torch.float32: 1e-3, torch.float64: 1e-6}  # of a result's norm; half precision: HALF_TOLERANCE
 HALF_TOLERANCE = 3e-2
 LONGEST_WAIT_SECONDS = 30  # for a measurement of another thread
@@ -178,7 +179,8 @@ def _measure(name: str, candidates: Candidates, inputs: Callable[[], Sequence[An
             logger.warning(f"{way!r} for {name!r} gives other numbers than {first!r} on this machine and is not used")
             del repeats[way]
     spent: dict[str, list[float]] = {way: [] for way in repeats}
-    runs, rounds, end = list(spent), 0, perf_counter() + SECONDS
+    computed, begin = thread_time(), perf_counter()
+    runs, rounds, end = list(spent), 0, begin + SECONDS
     while len(runs) > 1 and (rounds < LEAST_ROUNDS or (rounds < MOST_ROUNDS and perf_counter() < end)):
         rounds += 1
         for way in runs:
@@ -189,10 +191,11 @@ def _measure(name: str, candidates: Candidates, inputs: Callable[[], Sequence[An
         if rounds > 1:
             limit = HOPELESS * min(min(of_way) for of_way in spent.values())
             runs = [way for way in runs if min(spent[way]) <= limit]
+    computes = not rounds or thread_time() - computed >= COMPUTES * (perf_counter() - begin)
     for way, of_way in spent.items():
-        times[way] = round(1e3 * statistics.median(of_way), 4) if of_way else 0.0  # the only one
+        times[way] = round(1e3 * min(of_way), 4) if of_way else 0.0  # the only one; what disturbs a run adds to it
     are_steady = all(statistics.median(of_way) <= STEADY * min(of_way) for of_way in spent.values() if of_way)
-    return times, is_alone and not compiling and are_steady
+    return times, is_alone and not compiling and computes and are_steady
 
 
 def _are_close(result: Any, expected: Any) -> bool:

@@ -50,6 +50,12 @@ def file(measuring):
     return measuring / "hf_decoder/engine/calibration.json"
 
 
+@pytest.fixture(autouse=True)
+def idle(monkeypatch) -> None:
+    """Ways that sleep are kept, too."""
+    monkeypatch.setattr(calibration, "COMPUTES", 0.0)
+
+
 def test_the_fastest_is_taken_and_measured_once():
     ways = {"torch": Way(4), "slow": Way(6), "fast": Way(1), "slower": Way(2)}
     assert chosen(**ways) == "fast"
@@ -108,6 +114,12 @@ def test_a_disturbed_measurement_is_for_this_process_alone(file):
         return x
 
     assert choose("a product", ("fp32", 8), {"torch": Way(30), "disturbed": disturbed}, inputs) == "disturbed"
+    assert "a product fp32 8" in measured() and not file.exists()
+
+
+def test_a_measurement_that_waits_for_a_core_is_for_this_process_alone(file, monkeypatch):
+    monkeypatch.setattr(calibration, "COMPUTES", 0.8)
+    assert chosen(torch=Way(9), fast=Way(4)) == "fast"  # they sleep
     assert "a product fp32 8" in measured() and not file.exists()
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from hf_decoder.engine.training.norm import fused_rms_norm
 from hf_decoder.model.modeling_hf_decoder import HfDecoderRMSNorm
@@ -23,3 +24,9 @@ def test_statistics_are_fp32(dtype: torch.dtype, way: str):
     assert output.dtype == dtype
     # one rounding of the result and no more: half a unit in the last place
     torch.testing.assert_close(output.double(), truth, rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+def test_derivatives_forwards_are_refused_without_gradients_too():
+    x, weight = torch.ones(4, 64), torch.ones(64)
+    with torch.no_grad(), forward_ad.dual_level(), pytest.raises(NotImplementedError):
+        fused_rms_norm(forward_ad.make_dual(x, x), weight, 1e-6)

@@ -4,14 +4,14 @@ Shapes: B batch, S tokens, D hidden_size, H query heads, G key/value heads, E he
 """
 
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import lru_cache, partial
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from hf_decoder.engine.attention.tiles import CausalInFp32, CausalTiles, plan_tiles
+from hf_decoder.engine.attention.tiles import CausalInFp32, CausalTiles, TilePlan, plan_tiles
 from hf_decoder.engine.calibration import bucket, choose, numbers
 from hf_decoder.engine.precision import product_dtype
 from hf_decoder.engine.switches import settings
@@ -22,6 +22,7 @@ TILE_ROWS = {"tiles of 64": 64, "tiles of 128": 128}
 MOST_TOKENS = {False: 2048, True: 1024}
 GRAPH_TOKENS = 512  # of the row that stands for all lengths in a compiled graph, where lengths may be symbols
 DOCUMENTS = 4  # of a packed row that is measured
+MOST_KEPT_TOKENS = 2048  # of a row whose tiles are laid out once: up to 5 MB with a window
 
 
 def chosen_masks(
@@ -53,11 +54,20 @@ def chosen_masks(
         if way == "torch in fp32":
             masks[kind] = CausalInFp32()
         elif way in TILE_ROWS:
-            positions = document_positions
-            if positions is None:
-                positions = torch.arange(length, device=inputs_embeds.device)[None]
-            masks[kind] = plan_tiles(positions, dtype, window, TILE_ROWS[way])
+            plan = length, dtype, window, TILE_ROWS[way]
+            if document_positions is None or not has_documents:
+                masks[kind] = (_kept_plan if length <= MOST_KEPT_TOKENS else _plan)(*plan)
+            else:
+                masks[kind] = plan_tiles(document_positions, *plan[1:])
     return masks
+
+
+def _plan(length: int, dtype: torch.dtype, window: int | None, rows: int) -> TilePlan:
+    """Of rows of one document."""
+    return plan_tiles(torch.arange(length, device="cpu")[None], dtype, window, rows)
+
+
+_kept_plan = lru_cache(maxsize=8)(_plan)  # 0.3 ms, of 8 that a small model takes for 128 tokens
 
 
 def masks_in_graph(config: Any, inputs_embeds: torch.Tensor, windows: dict[str, int | None]) -> dict[str, LayerMask]:

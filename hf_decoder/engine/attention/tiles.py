@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from hf_decoder.engine.calibration import bucket
 from hf_decoder.engine.operators import operator
 from hf_decoder.engine.precision import autocast_dtype, fast_dtype
+from hf_decoder.engine.training.kernels import applied
 from hf_decoder.model.modeling_hf_decoder import LayerMask
 
 LONG, STEPS = 2048, 16  # rows of more tokens have that many numbers of keys; shorter ones, one for each tile
@@ -145,8 +146,8 @@ def tiled_attention_forward(
             tiles = attention_mask.window, attention_mask.rows
             return _CompiledTiledAttention.apply(query, key, value, *tiles, scaling), None
         if isinstance(attention_mask, CausalInFp32):
-            return _StockCausalAttention.apply(query, key, value, scaling), None
-        return _TiledAttention.apply(query, key, value, attention_mask, scaling), None
+            return applied(_StockCausalAttention, query, key, value, scaling), None
+        return applied(_TiledAttention, query, key, value, attention_mask, scaling), None
 
 
 def _weights(query, key, tile: Tile, scaling: float, rooms: Sequence[torch.Tensor] | None = None) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import silu
 
 from hf_decoder.engine.assumptions import PLAIN
-from hf_decoder.engine.training.kernels import gradients_of_formula, has_kernels, kernels_of
+from hf_decoder.engine.training.kernels import applied, gradients_of_formula, has_kernels, kernels_of
 
 
 def fused_gate(reader: Callable[[torch.Tensor], torch.Tensor], gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -22,7 +22,7 @@ def fused_gate(reader: Callable[[torch.Tensor], torch.Tensor], gate: torch.Tenso
     """
     if gate.dtype != up.dtype or gate.shape != up.shape:  # from an adapter
         return reader(silu(gate) * up)
-    product = _GatedSiLU.apply(gate, up)
+    product = applied(_GatedSiLU, gate, up)
     is_kept = not has_kernels(product) or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
     if is_kept or not product.requires_grad:
         return reader(product)

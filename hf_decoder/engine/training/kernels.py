@@ -9,6 +9,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 from transformers.utils import logging
 
 from hf_decoder.engine.assumptions import DTYPES, PLAIN
@@ -57,6 +58,23 @@ def kernels_run_on(device: torch.device) -> bool:
     return True
 
 
+class _NoContext:
+    """What a `forward` may do with its context, where no gradient will be asked for."""
+
+    def save_for_backward(self, *tensors: torch.Tensor) -> None:
+        pass
+
+    def set_materialize_grads(self, value: bool) -> None:
+        pass
+
+
+def applied(function: type[torch.autograd.Function], *inputs: Any) -> Any:
+    """What `function.apply` gives. Without gradients its bookkeeping takes as long as the work on a small tensor."""
+    if torch.is_grad_enabled() or forward_ad._current_level >= 0:  # derivatives go forwards without gradients, too
+        return function.apply(*inputs)
+    return function.forward(_NoContext(), *inputs)
+
+
 def as_rows(x: torch.Tensor) -> torch.Tensor:
     """(..., D) -> (N, D)."""
     return x.reshape(-1, x.shape[-1])
@@ -71,4 +89,12 @@ def gradients_of_formula(
     return [next(found) if is_needed else None for is_needed in needs]
 
 
-__all__ = ["as_rows", "gradients_of_formula", "has_kernels", "is_nvidia_with_bf16", "kernels_of", "kernels_run_on"]
+__all__ = [
+    "applied",
+    "as_rows",
+    "gradients_of_formula",
+    "has_kernels",
+    "is_nvidia_with_bf16",
+    "kernels_of",
+    "kernels_run_on",
+]

@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from hf_decoder.engine.training.kernels import gradients_of_formula, kernels_of
+from hf_decoder.engine.training.kernels import applied, gradients_of_formula, kernels_of
 
 
 def fused_rms_norm(
     hidden_states: torch.Tensor, weight: torch.Tensor, eps: float, dtype: torch.dtype | None = None, readers: int = 1
 ) -> Any:
     """Norms (..., D) and casts to `dtype` in one pass; returns one output for each of the readers."""
-    return _RMSNorm.apply(hidden_states, weight, eps, dtype, readers)
+    return applied(_RMSNorm, hidden_states, weight, eps, dtype, readers)
 
 
 def rms_norm(hidden_states: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -5,7 +5,7 @@ Shapes: B batch, S tokens, H query heads, G key/value heads, E head_dim, R its r
 
 import torch
 
-from hf_decoder.engine.training.kernels import kernels_of
+from hf_decoder.engine.training.kernels import applied, kernels_of
 from hf_decoder.model.modeling_hf_decoder import rotate_half
 
 
@@ -16,7 +16,7 @@ def fused_rotation(
 
     The results have this dtype; None: that of the product with the cosines.
     """
-    return _Rotation.apply(cos, sin, dtype, query, key)
+    return applied(_Rotation, cos, sin, dtype, query, key)
 
 
 class _Rotation(torch.autograd.Function):
