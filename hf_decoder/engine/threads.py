@@ -6,15 +6,24 @@ model took 2.5 ms in place of 1.7 in a thread beside one that had loaded the mod
 """
 
 import ctypes
+import os
 from functools import cache
+from multiprocessing import parent_process
+
+import torch
 
 HARD = 2  # omp_pause_hard
+PROCESS = os.getpid()  # the one that has imported this
 
 
 def release_threads() -> None:
-    """Ends the idle OpenMP threads of the calling thread; its next parallel region starts new ones, in 0.1 ms."""
+    """Ends the idle OpenMP threads of the calling thread; its next parallel region starts new ones, in 0.1 ms.
+
+    A forked process lacks the threads of its parent, and OpenMP would wait for them for ever: nothing is done there.
+    """
+    is_forked = os.getpid() != PROCESS or parent_process() is not None
     library = _gnu_openmp()
-    if library is not None:
+    if library is not None and not is_forked and torch.get_num_threads() > 1:
         library.omp_pause_resource(HARD, library.omp_get_initial_device())
 
 

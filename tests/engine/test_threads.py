@@ -1,5 +1,7 @@
 """Idle OpenMP threads of one Python thread do not slow down another one."""
 
+import os
+import signal
 import time
 from pathlib import Path
 
@@ -27,13 +29,13 @@ def count(at_most: int = 0) -> int:
 def alone():
     """The number of threads without those of OpenMP, of which there are two more from now on."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    release_threads()
-    threads = count()
     torch.set_num_threads(3)
-    yield threads
-    torch.set_num_threads(before)
+    compute()
+    with_theirs = count()
     release_threads()
+    yield count(with_theirs - 2)
+    release_threads()
+    torch.set_num_threads(before)
 
 
 def compute() -> None:
@@ -66,3 +68,18 @@ def test_from_pretrained_leaves_none(tmp_path, alone):
     compute()
     HfDecoderForCausalLM.from_pretrained(tmp_path)
     assert count(alone) <= alone
+
+
+def test_a_forked_process_does_not_wait_for_threads_that_it_lacks(alone):
+    compute()
+    child = os.fork()
+    if child == 0:
+        release_threads()
+        os._exit(7)
+    end = time.monotonic() + 20
+    while (ended := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < end:
+        time.sleep(0.01)
+    if ended[0] == 0:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(ended[1]) == 7
