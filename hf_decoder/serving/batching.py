@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from threading import Lock
 from typing import Any, NamedTuple
 
@@ -87,24 +87,28 @@ class Rows(StoppingCriteria):
         self.jobs, self.cache = jobs, cache
         self.criteria: list[StoppingCriteria] = []  # what else ends a row
         self.running = dict.fromkeys(range(len(jobs)))
-        self.pauses: Callable[[], bool] = bool  # whether `generate` shall end after this token
+        self.pauses: Callable[[Rows], bool] | None = None  # whether `generate` shall end after this token
         self._paused = False
         self._start = 0  # the tokens of each row at the start of `generate`, padding included
         self._before = [len(job.tokens) for job in jobs]  # written by earlier calls
         self._lengths: dict[int, int] = {}  # of rows that end: a token may be handed on a step later
 
     def with_rows(self, others: Rows) -> Rows:
-        """The running rows of both."""
+        """The running rows of both, which give up their caches."""
         jobs: list[Job] = []
         caches: list[tuple[DynamicCache, list[int]]] = []
         for of in (self, others):
             jobs += [of.jobs[row] for row in of.running]
             if of.running and of.cache is not None and of.cache.get_seq_length() == of._length() - 1:
                 caches.append((of.cache, list(of.running)))
+            of.cache = None
         if not jobs or sum(len(rows) for _, rows in caches) < len(jobs):
             return Rows(jobs)
-        length = max(map(_text_length, jobs)) - 1
-        return Rows(jobs, cache_of_rows(caches, length, jobs[0].model.config))
+        try:
+            return Rows(jobs, cache_of_rows(caches, max(map(_text_length, jobs)) - 1, jobs[0].model.config))
+        except RuntimeError as error:  # no memory for both: the texts are read again
+            logger.warning(f"the caches of {len(jobs)} requests could not be joined: {error}")
+            return Rows(jobs)
 
     def _length(self) -> int:
         """The tokens of each running row, padding included."""
@@ -153,7 +157,7 @@ class Rows(StoppingCriteria):
                     self._lengths.setdefault(row, length)
                     if len(self.jobs[row].tokens) == length:
                         self.end_row(row, True)
-        self._paused = self._paused or self.pauses()
+        self._paused = self._paused or (self.pauses is not None and self.pauses(self))
         over = [self._paused or row not in self.running or row in self._lengths for row in range(len(self.jobs))]
         return torch.tensor(over, device=input_ids.device)
 
@@ -188,13 +192,18 @@ class BatchingManager(GenerateManager):
         if len(rows.jobs) == 1 and rows.jobs[0].key is None:
             _guarded(_write_alone, rows)
             return
-        while rows.running:
-            _guarded(_write_together, rows, partial(self._changes, rows))
-            running = [rows.jobs[row] for row in rows.running]
-            others = Rows(self._take(running) if running else [])
-            if others.jobs:
-                _guarded(_write_together, others, lambda: True)  # their prompts and first tokens
-            rows = rows.with_rows(others)
+        others = Rows([])
+        try:
+            while rows.running:
+                _guarded(_write_together, rows, self._changes)
+                running = [rows.jobs[row] for row in rows.running]
+                others = Rows(self._take(running) if running else [])
+                if others.jobs:
+                    _guarded(_write_together, others, lambda _: True)  # their prompts and first tokens
+                rows = rows.with_rows(others)
+        except Exception as error:
+            _end_all(rows, error)
+            _end_all(others, error)
 
     def _changes(self, rows: Rows) -> bool:
         """Whether a job can join these rows, or so many have ended that the others are faster without them."""
@@ -254,8 +263,12 @@ def _guarded(write: Callable[..., None], rows: Rows, *others: Any) -> None:
     except _GenerationCancelled:
         pass
     except Exception as error:
-        for row in list(rows.running):
-            rows.end_with(row, error)
+        _end_all(rows, error)
+
+
+def _end_all(rows: Rows, error: Exception) -> None:
+    for row in list(rows.running):
+        rows.end_with(row, error)
 
 
 def _write_alone(rows: Rows) -> None:
@@ -276,7 +289,7 @@ def _write_alone(rows: Rows) -> None:
         rows.end_with(0, Written(ids, ended, torch.cat(output.logits).float() if job.needs_logits else None))
 
 
-def _write_together(rows: Rows, pauses: Callable[[], bool]) -> None:
+def _write_together(rows: Rows, pauses: Callable[[Rows], bool]) -> None:
     """One `generate` of all rows, their texts so far padded on the left, until it `pauses`."""
     jobs, first = rows.jobs, rows.jobs[0]
     ids, mask = left_padded([job.inputs["input_ids"][0].tolist() + job.tokens for job in jobs])

@@ -1,7 +1,10 @@
 """Requests that wait for a model are written together, each as it would be alone."""
 
 import copy
+import gc
 import threading
+import time
+import weakref
 from functools import partial
 from itertools import pairwise
 
@@ -15,6 +18,7 @@ pytest.importorskip("fastapi")
 from transformers.cli.serving.utils import _GenerationCancelled
 
 from hf_decoder.engine import settings as engine_settings
+from hf_decoder.model.modeling_hf_decoder import CACHE_NAME
 from hf_decoder.serving import batching
 from hf_decoder.serving.batching import BatchingManager, Job
 
@@ -156,7 +160,8 @@ def test_other_settings_wait_for_their_turn(calls):
     sampled = {"do_sample": True, "temperature": 0.5, "sequence_bias": {(3,): -5.0}}
     clients = [Client(PROMPTS[0]), Client(PROMPTS[1], **sampled), Client(PROMPTS[2]), Client(PROMPTS[3], **sampled)]
     answered(model, clients)
-    assert calls == [2, 2] and clients[2].result.ids.tolist() == clients[2].alone(model)
+    assert calls[:2] == [2, 2]  # one that ends by chance leaves the other one alone
+    assert clients[2].result.ids.tolist() == clients[2].alone(model)
     calls.clear()
     dynamic = tiny_model(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
     answered(dynamic, [Client(p) for p in PROMPTS])
@@ -238,6 +243,41 @@ def test_a_text_is_read_once_if_its_cache_can_be_joined(joins, calls, monkeypatc
     long = [tuple(shape) for shape in read if shape[1] > 1]
     assert (long == [(1, 3), (1, 2)]) == joins  # the third prompt is one token
     assert 3 in calls and all(client.tokens == client.alone(model) for client in clients)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyError("layer")])
+def test_nobody_waits_for_ever_if_caches_cannot_be_joined(error, monkeypatch):
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr(batching, "cache_of_rows", fails)
+    model = tiny_model()
+    for client in joining(model, [Client(p, max_new_tokens=9) for p in PROMPTS[:2]]):
+        if isinstance(error, RuntimeError):
+            assert client.result.ids.tolist() == client.alone(model)  # the texts are read again
+        else:
+            assert client.result is error
+
+
+def test_no_cache_outlives_its_batch(monkeypatch):
+    model, caches = tiny_model(), []
+    generate = batching.HfDecoderForCausalLM.generate
+
+    def noted(self, *args, **kwargs):
+        caches.append(weakref.ref(kwargs[CACHE_NAME]))
+        assert sum(cache() is not None for cache in caches) <= 2
+        return generate(self, *args, **kwargs)
+
+    monkeypatch.setattr(batching.HfDecoderForCausalLM, "generate", noted)
+    gc.disable()
+    try:
+        clients = joining(model, [Client(p, max_new_tokens=9) for p in PROMPTS])
+        end = time.monotonic() + 20
+        while any(cache() is not None for cache in caches) and time.monotonic() < end:
+            time.sleep(0.01)
+        assert len(caches) > len(clients) and not any(cache() for cache in caches)
+    finally:
+        gc.enable()
 
 
 def test_nobody_overtakes_who_waits_for_another_batch(calls):
