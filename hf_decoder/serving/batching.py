@@ -19,6 +19,7 @@ from transformers import DynamicCache, GenerationConfig, StoppingCriteria, Stopp
 from transformers.cli.serving.utils import GenerateManager, _GenerationCancelled
 from transformers.utils import logging
 
+from hf_decoder.costs.accounting import kv_bytes_per_token
 from hf_decoder.engine.decoding.cpp_step import CppStep
 from hf_decoder.engine.decoding.row_batches import PAD, cache_of_rows, left_padded, may_be_rows
 from hf_decoder.model.modeling_hf_decoder import CACHE_NAME, HfDecoderForCausalLM
@@ -57,6 +58,15 @@ class Job:
         return self.inputs["input_ids"].shape[-1]
 
     @property
+    def text_length(self) -> int:
+        return self.length + len(self.tokens)
+
+    @property
+    def left(self) -> int:
+        """How many tokens may follow."""
+        return self.config.max_new_tokens - len(self.tokens)
+
+    @property
     def ends(self) -> set[int]:
         ends = self.config.eos_token_id
         ends = self.model.generation_config.eos_token_id if ends is None else ends  # as `generate` has it
@@ -90,7 +100,7 @@ class Rows(StoppingCriteria):
         self.pauses: Callable[[Rows], bool] | None = None  # whether `generate` shall end after this token
         self._paused = False
         self._start = 0  # the tokens of each row at the start of `generate`, padding included
-        self._before = [len(job.tokens) for job in jobs]  # written by earlier calls
+        self._steps = 0  # the tokens of each row that this call has handed on
         self._lengths: dict[int, int] = {}  # of rows that end: a token may be handed on a step later
 
     def with_rows(self, others: Rows) -> Rows:
@@ -99,21 +109,16 @@ class Rows(StoppingCriteria):
         caches: list[tuple[DynamicCache, list[int]]] = []
         for of in (self, others):
             jobs += [of.jobs[row] for row in of.running]
-            if of.running and of.cache is not None and of.cache.get_seq_length() == of._length() - 1:
+            if of.running and of.cache is not None and of.cache.get_seq_length() == of._start + of._steps - 1:
                 caches.append((of.cache, list(of.running)))
             of.cache = None
         if not jobs or sum(len(rows) for _, rows in caches) < len(jobs):
             return Rows(jobs)
         try:
-            return Rows(jobs, cache_of_rows(caches, max(map(_text_length, jobs)) - 1, jobs[0].model.config))
+            return Rows(jobs, cache_of_rows(caches, max(job.text_length for job in jobs) - 1, jobs[0].model.config))
         except RuntimeError as error:  # no memory for both: the texts are read again
             logger.warning(f"the caches of {len(jobs)} requests could not be joined: {error}")
             return Rows(jobs)
-
-    def _length(self) -> int:
-        """The tokens of each running row, padding included."""
-        row = next(iter(self.running))
-        return self._start + len(self.jobs[row].tokens) - self._before[row]
 
     def put(self, value: torch.Tensor) -> None:
         """value: the texts so far (B, S), then the tokens (B,) of each step.
@@ -124,6 +129,8 @@ class Rows(StoppingCriteria):
         is_start = value.ndim == 2
         if is_start:
             self._start = value.shape[1]
+        else:
+            self._steps += 1
         for row in list(self.running):
             job = self.jobs[row]
             if not is_start:
@@ -149,13 +156,12 @@ class Rows(StoppingCriteria):
                 self.end_row(row)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:  # type: ignore[override]
-        written = input_ids.shape[1] - self._start
+        coming = input_ids.shape[1] - self._start - self._steps  # tokens that are not handed on yet
         for criterion in self.criteria:
             for row, ends in enumerate(criterion(input_ids, scores).tolist()):
                 if ends and row in self.running:
-                    length = self._before[row] + written
-                    self._lengths.setdefault(row, length)
-                    if len(self.jobs[row].tokens) == length:
+                    self._lengths.setdefault(row, len(self.jobs[row].tokens) + coming)
+                    if not coming:
                         self.end_row(row, True)
         self._paused = self._paused or (self.pauses is not None and self.pauses(self))
         over = [self._paused or row not in self.running or row in self._lengths for row in range(len(self.jobs))]
@@ -231,29 +237,20 @@ class BatchingManager(GenerateManager):
         return fitting
 
 
-def _text_length(job: Job) -> int:
-    return job.length + len(job.tokens)
-
-
 def _fit(running: list[Job], jobs: list[Job]) -> bool:
     """Whether these jobs may begin together as rows of the batch that is `running`."""
     lengths = [job.length for job in jobs]
     padding = len(jobs) * max(lengths) - sum(lengths)
     rows = [*running, *jobs]
-    longest = max(map(_text_length, rows)) + max(job.config.max_new_tokens - len(job.tokens) for job in rows)
+    longest = max(job.text_length for job in rows) + max(job.left for job in rows)
     model, device = rows[0].model, rows[0].model.device.type
+    most = CACHE_BYTES.get(device, CACHE_BYTES["cpu"])
     return (
         len(rows) <= MAX_ROWS.get(device, 8)
         and padding <= max(FREE_PADDING, sum(lengths) // 2)
         and longest <= model.config.max_position_embeddings
-        and len(rows) * longest * _bytes_per_token(model) <= CACHE_BYTES.get(device, 2**31)
+        and len(rows) * longest * kv_bytes_per_token(model.config, model.dtype) <= most
     )
-
-
-def _bytes_per_token(model: Any) -> int:
-    """Of keys and values in all layers."""
-    config = model.config
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * model.dtype.itemsize
 
 
 def _guarded(write: Callable[..., None], rows: Rows, *others: Any) -> None:
@@ -295,7 +292,7 @@ def _write_together(rows: Rows, pauses: Callable[[Rows], bool]) -> None:
     ids, mask = left_padded([job.inputs["input_ids"][0].tolist() + job.tokens for job in jobs])
     config = copy.deepcopy(first.config)
     config.pad_token_id, config.use_cache = PAD, True
-    config.max_new_tokens = max(job.config.max_new_tokens - len(job.tokens) for job in jobs)
+    config.max_new_tokens = max(job.left for job in jobs)
     if config.stop_strings:
         rows.criteria.append(StopStringCriteria(first.processor, config.stop_strings))
         config.stop_strings = None

@@ -139,9 +139,7 @@ class CppStep(StaticStep):
     def _write(self, text: torch.Tensor, made: int, ends: Ends) -> int:
         for place in range(made, text.shape[1]):
             self._run(chooses=True)
-            if not ends.tokens:
-                continue
-            if ends.take(text, place, self._ids.tolist()):
+            if ends.take(text, place):
                 return place + 1
             if ends.rows:
                 self._ids.copy_(text[:, place])

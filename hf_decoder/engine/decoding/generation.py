@@ -174,7 +174,7 @@ class Decoding:
         first = StoppingCriteriaList([MaxLengthCriteria(input_ids.shape[1] + 1), *stopping_criteria])
         ids = go_on(input_ids, stopping_criteria=first)
         made = ids.shape[1]
-        if made >= length or ends.take(ids, made - 1, ids[:, -1].tolist()):
+        if made >= length or ends.take(ids, made - 1):
             return ids
         if mask is not None:
             mask = torch.cat((mask, mask.new_ones(len(mask), 1)), 1)
@@ -219,7 +219,7 @@ class Decoding:
             written = self._greedy_on_buffers(text, made, cache, seen, positions, ends)
             if written is None:
                 text[:, made] = self._likeliest(text[:, :made], cache, seen, positions)
-                ends.take(text, made, text[:, made].tolist())
+                ends.take(text, made)
                 written = made + 1
             positions = None if positions is None else positions + (written - made)
             made = written
@@ -237,15 +237,7 @@ class Decoding:
             logits = self.model(**inputs).logits
         return logits[:, -1].float().argmax(-1)
 
-    def _greedy_on_buffers(
-        self,
-        text: torch.Tensor,
-        made: int,
-        cache: Any,
-        mask: torch.Tensor | None,
-        positions: torch.Tensor | None,
-        ends: Ends,
-    ) -> int | None:
+    def _greedy_on_buffers(self, text: torch.Tensor, made: int, cache: Any, *rest: Any) -> int | None:
         """What `StaticStep.greedy` does, on a growing cache by the C++ step, as far as its buffers have room."""
         kernels, step = self._step_on_buffers(text), self.step
         if kernels is None or step is None:
@@ -254,7 +246,7 @@ class Decoding:
             buffers = self._room.buffers(cache, step.embedding.dtype)
             if buffers is None:
                 return None
-            written = kernels.greedy(text[:, : made + buffers.room()], made, buffers, mask, positions, ends)
+            written = kernels.greedy(text[:, : made + buffers.room()], made, buffers, *rest)
         if written is not None:
             taken["decoding"] = "C++"
             self._room.extend(cache, buffers, written - made)

@@ -36,9 +36,7 @@ def left_padded(prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.T
     return pad(rows, padding_value=PAD), pad([torch.ones_like(row) for row in rows])
 
 
-def cache_of_rows(
-    parts: Sequence[tuple[DynamicCache, Sequence[int]]], length: int, config: Any
-) -> DynamicCache | None:
+def cache_of_rows(parts: Sequence[tuple[Any, Sequence[int]]], length: int, config: Any) -> DynamicCache | None:
     """These rows of these caches in one, each moved to the right, so that all texts end together.
 
     Args:
@@ -55,9 +53,8 @@ def cache_of_rows(
     if not all(holds_all_seen(cache, windows) for cache, _ in parts):
         return None
     for index, layer in enumerate(layers):
-        of_layer: list[tuple[Any, Sequence[int]]] = [(cache.layers[index], rows) for cache, rows in parts]
-        keys = _rows_of([(one.keys, rows) for one, rows in of_layer], length)
-        values = _rows_of([(one.values, rows) for one, rows in of_layer], length)
+        keys = _rows_of([(cache.layers[index].keys, rows) for cache, rows in parts], length)
+        values = _rows_of([(cache.layers[index].values, rows) for cache, rows in parts], length)
         layer.lazy_initialization(keys, values)
         layer.keys, layer.values = keys, values
         if windows[index] is not None:

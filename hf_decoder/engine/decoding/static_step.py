@@ -31,17 +31,16 @@ class Ends:
         self.tokens, self.pad = tokens, pad
         self.rows: set[int] = set()
 
-    def take(self, text: torch.Tensor, place: int, tokens: list[int]) -> bool:
-        """Whether all rows of text (B, length) have ended, given the tokens chosen for this place.
-
-        Rows that ended before are padded.
-        """
-        for row, token in enumerate(tokens):
+    def take(self, text: torch.Tensor, place: int) -> bool:
+        """Looks at a place of text (B, length), and pads the rows that ended before it; whether all have ended now."""
+        if not self.tokens:
+            return False
+        for row, token in enumerate(text[:, place].tolist()):
             if row in self.rows:
                 text[row, place] = self.pad
             elif token in self.tokens:
                 self.rows.add(row)
-        return len(self.rows) == len(tokens)
+        return len(self.rows) == len(text)
 
 
 class StaticStep(ABC):
