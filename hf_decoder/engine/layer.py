@@ -28,16 +28,17 @@ class LayerParts(NamedTuple):
     activation: nn.Module
 
     @classmethod
-    def of(cls, layer: Any) -> "LayerParts":
-        """The modules of a layer."""
+    def of(cls, layer: Any, as_map: Callable[[nn.Module], Map] = lambda module: module) -> "LayerParts":
+        """The modules of a layer; of its linear maps what `as_map` makes of them."""
         attention, mlp = layer.self_attn, layer.mlp
-        maps = attention.q_proj, attention.k_proj, attention.v_proj
+        maps = list(map(as_map, (attention.q_proj, attention.k_proj, attention.v_proj)))
 
         def heads(inputs: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
-            return [module(x) for module, x in zip(maps, inputs, strict=True)]
+            return [form(x) for form, x in zip(maps, inputs, strict=True)]
 
-        gated = mlp.gate_proj, mlp.up_proj, mlp.down_proj, mlp.act_fn
-        return cls(attention, layer.input_layernorm, heads, attention.o_proj, layer.post_attention_layernorm, *gated)
+        gated = *map(as_map, (mlp.gate_proj, mlp.up_proj, mlp.down_proj)), mlp.act_fn
+        output = as_map(attention.o_proj)
+        return cls(attention, layer.input_layernorm, heads, output, layer.post_attention_layernorm, *gated)
 
 
 class Operators:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from hf_decoder.engine.calibration import choose, numbers
+from hf_decoder.engine.single_precision import multiply_rows
 from hf_decoder.engine.training.kernels import as_rows
 
 # whether oneDNN has half-precision products for this CPU; else torch multiplies number by number
@@ -19,7 +20,6 @@ FAST_HALF_PRECISION = {
     torch.float16: torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_fp16_supported(),
 }
 MIN_HALF_ROWS = 16  # with fewer rows that loop is as fast, because it reads the weights as they are
-MAX_TRANSPOSED_ROWS = 128  # up to here MKL multiplies weight by rows faster than rows by weight
 PART_ELEMENTS = 2**20  # of a weight: 4 MiB of fp32
 PART_ROWS = 512
 
@@ -47,7 +47,7 @@ def _is_fast(dtype: torch.dtype) -> bool:
 
 def _product_in(dtype: torch.dtype, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """The product of half precision by its own type, or as `linear_in_parts` forms it."""
-    return torch.mm(rows.to(dtype), weight.to(dtype).t()).to(rows.dtype)
+    return multiply_rows(rows.to(dtype), weight.to(dtype)).to(rows.dtype)
 
 
 def _product_inputs(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -79,11 +79,11 @@ def linear_in_parts(
     rows = as_rows(x)
     count, inputs = rows.shape
     outputs, dtype = weight.shape[0], fast_dtype(x.device, x.dtype)
-    is_transposed = count <= MAX_TRANSPOSED_ROWS and dtype == torch.float32
+    if weight.dtype == x.dtype == dtype:  # nothing is cast
+        return multiply_rows(rows, weight, bias).view(*x.shape[:-1], outputs)
     result = rows.new_empty(count, outputs)
     part_rows, part_outputs = min(count, PART_ROWS), min(outputs, max(1, PART_ELEMENTS // inputs))
     row_buffer, weight_buffer = (torch.empty(size, inputs, dtype=dtype) for size in (part_rows, part_outputs))
-    product_buffer = torch.empty(part_rows * part_outputs, dtype=dtype)
     for first in range(0, outputs, part_outputs):
         part = slice(first, first + part_outputs)
         of_weight = weight[part] if weight.dtype == torch.int8 else weight[part].to(x.dtype)
@@ -91,13 +91,7 @@ def linear_in_parts(
         for block in row_parts(rows):
             if first == 0 or part_rows < count:
                 of_rows = row_buffer[: len(rows[block])].copy_(rows[block])
-            shape = (len(of_weight), len(of_rows))
-            if is_transposed:
-                product = product_buffer[: shape[0] * shape[1]].view(shape)
-                product = torch.mm(of_weight, of_rows.t(), out=product).t()
-            else:
-                product = product_buffer[: shape[0] * shape[1]].view(shape[::-1])
-                torch.mm(of_rows, of_weight.t(), out=product)
+            product = multiply_rows(of_rows, of_weight)
             if scales is not None:
                 product *= scales[part].view(-1)
             if bias is not None:

@@ -5,7 +5,7 @@ of modules and config. This module looks at the call: device, dtype, autocast, s
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,7 @@ from hf_decoder.engine.stock import fields_of
 from hf_decoder.engine.switches import settings
 from hf_decoder.engine.training import kernels
 from hf_decoder.engine.training.compiled import takes
-from hf_decoder.engine.training.fast_products import FastProducts, needs_fast_products
+from hf_decoder.engine.training.fast_products import FastProducts, fast_map, needs_fast_products
 from hf_decoder.engine.training.gate import fused_gate
 from hf_decoder.engine.training.kernels import has_kernels
 from hf_decoder.engine.training.norm import fused_rms_norm
@@ -36,7 +36,7 @@ class Route(Operators):
     def __init__(self, x: torch.Tensor, structure: Structure | None, masks: Any = None):
         """x: the embeddings (B, S, D); structure: of the layers, None if they are called as modules."""
         self.masks = masks
-        self.products: Callable[[], AbstractContextManager] = nullcontext
+        self.has_slow_products = False  # as torch forms them
         self.structure = structure
         self._ways: dict[tuple, bool] = {}  # whether tensors of this kind and shape go another way than torch's
         self.has_kernels = structure is not None and has_kernels(x)
@@ -85,9 +85,8 @@ class Route(Operators):
             structure = structure or structure_of(decoder)
             if structure is None:
                 return None
-        route = Route(x, structure if gains else None, masks)
-        if is_slow:
-            route.products = FastProducts
+        route = Route(x, structure if gains or is_slow else None, masks)
+        route.has_slow_products = is_slow
         return route
 
     def __getitem__(self, kind: str) -> Any:
@@ -103,12 +102,13 @@ class Route(Operators):
         **kwargs: Any,
     ) -> torch.Tensor:
         """Computes the layer's `forward`."""
-        with self.products():
-            if self.structure is None:
-                inputs = {"attention_mask": attention_mask, "position_embeddings": position_embeddings}
+        if self.structure is None:
+            inputs = {"attention_mask": attention_mask, "position_embeddings": position_embeddings}
+            with FastProducts() if self.has_slow_products else nullcontext():
                 return by_modules(hidden_states, **inputs, **kwargs)
-            attend = partial(self.attend, layer.self_attn, attention_mask, position_embeddings, kwargs)
-            return run_layer(LayerParts.of(layer), hidden_states, self, attend)
+        attend = partial(self.attend, layer.self_attn, attention_mask, position_embeddings, kwargs)
+        parts = LayerParts.of(layer, fast_map) if self.has_slow_products else LayerParts.of(layer)
+        return run_layer(parts, hidden_states, self, attend)
 
     def attend(
         self,
@@ -176,8 +176,6 @@ def _gains(config: Any, x: torch.Tensor) -> bool:
     """Whether operators of this room may gain with these hidden states on a CPU; else layers run as modules."""
     if torch.is_grad_enabled() or autocast_dtype(x.device) is not None:
         return True
-    if x.dtype == torch.float32 and settings.ways is None:  # nearly all of the time is products'
-        return False
     return any_in_cpp(config, x)
 
 

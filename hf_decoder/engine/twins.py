@@ -27,6 +27,7 @@ from hf_decoder.engine.assumptions import register
 from hf_decoder.engine.attention.choice import measure_for_graphs
 from hf_decoder.engine.bitsandbytes import settle_layers, settle_tied_head, unpack_layers
 from hf_decoder.engine.decoding.generation import OPTIONS, Decoding
+from hf_decoder.engine.decoding.products import logits_of_row
 from hf_decoder.engine.decoding.row_batches import generate_batch
 from hf_decoder.engine.loading import check_loaded_sizes
 from hf_decoder.engine.operators import runs_as_written
@@ -37,6 +38,7 @@ from hf_decoder.engine.threads import release_threads
 from hf_decoder.engine.training.fast_products import fast_products
 from hf_decoder.engine.training.loss import linear_causal_lm_loss
 from hf_decoder.model import modeling_hf_decoder as plain
+from hf_decoder.model.loss_hf_decoder import softcap
 from hf_decoder.model.modeling_hf_decoder import CACHE_NAME
 
 # Reads a GGUF file; registration gives it, since this room knows none above itself.
@@ -237,6 +239,9 @@ class _ForCausalLM(_Generating, _PreTrained):
         return linear_causal_lm_loss(hidden_states, self.lm_head, labels, **kwargs)
 
     def compute_logits(self, hidden_states):
+        row = logits_of_row(self.lm_head, hidden_states)
+        if row is not None:
+            return softcap(row, self.config.final_logit_softcapping)
         with fast_products(hidden_states, self.lm_head):
             return super().compute_logits(hidden_states)
 

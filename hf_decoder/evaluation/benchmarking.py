@@ -30,6 +30,7 @@ from hf_decoder.data.packing import IGNORE_INDEX
 from hf_decoder.data.tokenization import train_tokenizer
 from hf_decoder.engine.calibration import taken
 from hf_decoder.engine.precision import fast_dtype
+from hf_decoder.engine.single_precision import multiply_rows
 from hf_decoder.engine.training.loss import linear_causal_lm_loss
 from hf_decoder.evaluation.llama_cpp import LlamaCppPeer, Seconds
 from hf_decoder.interop.conversion import convert
@@ -127,8 +128,8 @@ def matmul_rate(setting: Setting, size: int = 2048) -> float:
     """FLOP/s of a square matrix product in the setting's dtype, the limit of training."""
     dtype = fast_dtype(torch.device(setting.device), setting.dtype)
     a, b = (torch.randn(size, size, device=setting.device, dtype=dtype) for _ in range(2))
-    torch.mm(a, b)
-    times = [seconds(lambda: torch.mm(a, b), setting.device) for _ in range(max(setting.repeats, 5))]
+    multiply_rows(a, b)
+    times = [seconds(lambda: multiply_rows(a, b), setting.device) for _ in range(max(setting.repeats, 5))]
     return 2 * size**3 / min(times)
 
 

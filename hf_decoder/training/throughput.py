@@ -16,6 +16,7 @@ from transformers.trainer_utils import SchedulerType
 
 from hf_decoder.costs.accounting import flops_per_token, mfu
 from hf_decoder.engine.precision import fast_dtype
+from hf_decoder.engine.single_precision import multiply_rows
 from hf_decoder.training.optimizers import DECAY_SHARE
 
 STEPS_TO_TRUST = 5  # that a time per step is taken from: the first one compiles, and others may be disturbed
@@ -200,7 +201,7 @@ def matmul_peak(device: torch.device, dtype: torch.dtype, size: int | None = Non
     best = 0.0
     for _ in range(4):
         start = time.perf_counter()
-        a @ a
+        multiply_rows(a, a)
         if device.type != "cpu":
             torch.accelerator.synchronize(device)
         best = max(best, 2 * size**3 / (time.perf_counter() - start))

@@ -18,7 +18,7 @@ from hf_decoder.engine.int8 import Int8Weights
 from hf_decoder.engine.switches import settings as engine
 from hf_decoder.model.modeling_hf_decoder import HfDecoderRMSNorm
 
-FP32_WAYS = {"one row": "in parts", "few rows": "turned"}
+FP32_WAYS = {"one row": "in parts", "rows in fp32": "turned"}
 
 
 @pytest.fixture

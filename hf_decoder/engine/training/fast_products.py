@@ -1,19 +1,21 @@
-"""Matrix products within a layer, for dtypes that torch multiplies slowly on this CPU.
+"""Matrix products within a layer, where torch forms them slowly on this CPU.
 
-Most desktop CPUs lack instructions for half precision (AVX-512, AMX). There torch multiplies in a loop that takes 5 to
-70 times as long as fp32. Here the factors become fp32 part by part and the result is rounded once, as those
-instructions do. torchao's int8 weights, which torchao dequantizes as a whole for each product, are taken in parts
-too, and so are its int4 weights where torch's kernel for them is slow. This covers every call of `linear` and `matmul`
-within a layer, adapters included.
+In fp32 oneDNN may be faster than MKL, which torch asks. Most desktop CPUs lack instructions for half precision
+(AVX-512, AMX), and there torch multiplies in a loop that takes 5 to 70 times as long as fp32. Here the factors become
+fp32 part by part and the result is rounded once, as those instructions do. torchao's int8 weights, which torchao
+dequantizes as a whole for each product, are taken in parts too, and so are its int4 weights where torch's kernel for
+them is slow. This covers every call of `linear` and `matmul` within a layer, adapters included.
 Shapes: R rows, N inputs, M outputs.
 """
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 
@@ -29,8 +31,17 @@ from hf_decoder.engine.precision import (
     product_dtype,
     row_parts,
 )
+from hf_decoder.engine.single_precision import (
+    MIN_ROWS,
+    ONEDNN,
+    by_onednn,
+    multiply_rows,
+    multiply_transposed,
+    way_of_rows,
+)
 from hf_decoder.engine.switches import settings
-from hf_decoder.engine.training.kernels import as_rows, gradients_of_formula
+from hf_decoder.engine.training.kernels import applied, as_rows, gradients_of_formula
+from hf_decoder.model.loss_hf_decoder import is_plain_linear
 
 
 def needs_fast_products(x: torch.Tensor, reader: nn.Module | None) -> bool:
@@ -43,11 +54,13 @@ def needs_fast_products(x: torch.Tensor, reader: nn.Module | None) -> bool:
     if not settings.training or not x.is_cpu:
         return False
     dtype, weight = product_dtype(x), getattr(reader, "weight", None)
-    if dtype == torch.float32 and type(weight) in PLAIN:  # every layer asks, if the call has no route
-        return False
+    rows = x.shape[:-1].numel()
+    if (
+        weight is not None and dtype == torch.float32 and type(weight) in PLAIN
+    ):  # every layer asks, if the call has no route
+        return _is_by_onednn(rows, *weight.shape)
     if not (runs_as_written() or may_call_operators()):
         return False
-    rows = x.shape[:-1].numel()
     if _is_slow(dtype) and rows >= MIN_HALF_ROWS:
         return True
     if not runs_as_written():  # products of quantized weights are torchao's own in a graph
@@ -58,6 +71,21 @@ def needs_fast_products(x: torch.Tensor, reader: nn.Module | None) -> bool:
 def fast_products(x: torch.Tensor, reader: nn.Module | None) -> AbstractContextManager:
     """A context in which such products are fast, where they need it."""
     return FastProducts() if needs_fast_products(x, reader) else nullcontext()
+
+
+def fast_map(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The linear map, whose products are fast. A mode around the call of one of torch's own would cost 0.1 ms."""
+    return partial(_plain_map, module) if is_plain_linear(module) else partial(_within_mode, module)
+
+
+def _plain_map(module: Any, x: torch.Tensor) -> torch.Tensor:
+    product = _linear(x, module.weight, module.bias)
+    return linear(x, module.weight, module.bias) if product is None else product
+
+
+def _within_mode(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    with FastProducts():
+        return module(x)
 
 
 class FastProducts(TorchFunctionMode):
@@ -72,7 +100,7 @@ class FastProducts(TorchFunctionMode):
 
 def _linear(input: Any, weight: Any, bias: Any = None) -> torch.Tensor | None:
     """The product, or None if torch is to compute it, or to refuse it."""
-    quantized = int8_weights(weight, bias) or int4_weights(weight, bias)
+    quantized = None if type(weight) in PLAIN else int8_weights(weight, bias) or int4_weights(weight, bias)
     if quantized is not None:
         if _common_dtype(input) is None or torch.compiler.is_compiling() or _needs_gradients(input, bias):
             return None
@@ -80,7 +108,12 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> torch.Tensor | None:
             return int8_linear(input, quantized)
         return int4_linear(input, quantized)
     dtype = _common_dtype(input, weight) if bias is None else _common_dtype(input, weight, bias)
-    if dtype is None or not _is_slow(dtype) or input.shape[-1:] != weight.shape[1:]:
+    if dtype is None or input.shape[-1:] != weight.shape[1:]:
+        return None
+    if dtype == torch.float32:
+        is_fast = weight.is_contiguous() and _is_by_onednn(input.shape[:-1].numel(), *weight.shape)
+        return applied(_LinearInFp32, input, weight, bias) if is_fast else None
+    if not _is_slow(dtype):
         return None
     with torch.autocast("cpu", enabled=False):
         return _LinearInFp32.apply(input.to(dtype), weight, bias)
@@ -100,6 +133,16 @@ _FORMS: dict[Callable, Callable[..., torch.Tensor | None]] = {
     torch.Tensor.matmul: _matmul,
     torch.Tensor.__matmul__: _matmul,
 }
+
+
+def _is_by_onednn(rows: int, outputs: int, inputs: int) -> bool:
+    """Whether torch multiplies so many rows in fp32 more slowly than oneDNN, where that can be used."""
+    return rows >= MIN_ROWS and _takes_fp32() and way_of_rows(rows, outputs, inputs) == ONEDNN
+
+
+def _takes_fp32() -> bool:
+    """Whether nothing but autograd's backward pass looks into a product."""
+    return runs_as_written() and forward_ad._current_level < 0
 
 
 def _is_slow(dtype: torch.dtype) -> bool:
@@ -126,11 +169,13 @@ def _linear_written_out(dtype: torch.dtype, *tensors: torch.Tensor) -> torch.Ten
 
 
 class _LinearInFp32(torch.autograd.Function):
-    """x (..., N) in half precision times weight (M, N), plus bias (M,), which are rounded; their gradients are not."""
+    """x (..., N) times weight (M, N), plus bias (M,), which are rounded to x's dtype; their gradients are not."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(x, weight, bias)
+        if x.dtype == torch.float32:
+            return by_onednn(x.contiguous(), weight, bias)
         if torch.compiler.is_compiling():  # in one piece, because tracing would unroll parts
             return _linear_written_out(x.dtype, *((x, weight) if bias is None else (x, weight, bias)))
         return linear_in_parts(x, weight, bias)
@@ -154,23 +199,27 @@ class _LinearInFp32(torch.autograd.Function):
 
 
 def _grad_of_rows(grads: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """(R, M) in half precision, (M, N) in fp32 -> (R, N) in half precision."""
+    """(R, M), (M, N) in fp32 -> (R, N) in the dtype of `grads`."""
     if torch.compiler.is_compiling():
         return torch.mm(grads.float(), weight).to(grads.dtype)
+    if grads.dtype == torch.float32:
+        return multiply_rows(grads, weight.t())
     found = grads.new_empty(len(grads), weight.shape[1])
     for block in row_parts(grads):
-        found[block] = torch.mm(grads[block].float(), weight)
+        found[block] = multiply_rows(grads[block].float(), weight.t())
     return found
 
 
 def _grad_of_weight(grads: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """(R, M) and (R, N) in half precision -> (M, N) in fp32."""
+    """(R, M) and (R, N) -> (M, N) in fp32."""
     if torch.compiler.is_compiling():
         return torch.mm(grads.t().float(), rows.float())
+    if grads.dtype == torch.float32:
+        return multiply_transposed(grads, rows)
     found = torch.zeros(grads.shape[1], rows.shape[1])
     for block in row_parts(grads):
         torch.addmm(found, grads[block].float().t(), rows[block].float(), out=found)
     return found
 
 
-__all__ = ["FastProducts", "fast_products", "needs_fast_products"]
+__all__ = ["FastProducts", "fast_map", "fast_products", "needs_fast_products"]

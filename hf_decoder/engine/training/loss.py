@@ -16,6 +16,7 @@ from torch import nn
 from hf_decoder.engine.calibration import bucket, choose, numbers
 from hf_decoder.engine.operators import may_call_operators, operator, runs_as_written
 from hf_decoder.engine.precision import fast_dtype, product_dtype
+from hf_decoder.engine.single_precision import multiply_rows, multiply_transposed
 from hf_decoder.engine.switches import settings as engine_settings
 from hf_decoder.engine.training import compiled
 from hf_decoder.engine.training.fast_products import fast_products
@@ -182,10 +183,7 @@ def _loss_and_gradients(
         chunk = rows[start : start + chunk_rows]
         target = targets[start : start + chunk_rows]
         logits = all_logits[: chunk.shape[0]]
-        if bias is None:
-            torch.mm(chunk, weight.t(), out=logits)
-        else:
-            torch.addmm(bias, chunk, weight.t(), out=logits)
+        multiply_rows(chunk, weight, bias, out=logits)
         if has_kernel:
             from hf_decoder.engine.triton.training import cross_entropy
 
@@ -197,7 +195,7 @@ def _loss_and_gradients(
                 block = slice(first, first + block_rows)
                 total += _loss_of_block(logits[block], target[block], buffers, settings, any(needs))
         if grad_rows is not None:
-            torch.mm(logits, weight, out=grad_rows[start : start + chunk_rows])
+            multiply_rows(logits, weight.t(), out=grad_rows[start : start + chunk_rows])
         if grad_weight is not None:
             grad_weight.add(logits, chunk, is_first=not start)
         if grad_bias is not None:
@@ -227,7 +225,7 @@ class _WeightGradient:
         for first in range(0, len(self.total), self.part_rows):
             part = self.total[first : first + self.part_rows]
             product = self.products[: len(part)]
-            torch.mm(grad_logits[:, first : first + self.part_rows].t(), chunk, out=product)
+            multiply_transposed(grad_logits[:, first : first + self.part_rows], chunk, out=product)
             if is_first:
                 part.copy_(product)
             else:
