@@ -72,7 +72,8 @@ MANY_ROWS = {name: way for name, way in FEW_ROWS.items() if name != "turned"}
 
 def way_of_rows(rows: int, outputs: int, inputs: int) -> str:
     """The fastest way for a product of these sizes in fp32."""
-    if not (rows and torch._C._get_mkldnn_enabled()):
+    # a mode that looks at operators, such as torch's counter of FLOPs, does not know oneDNN's
+    if not (rows and torch._C._get_mkldnn_enabled()) or torch._C._len_torch_dispatch_stack():
         return "torch"
     return choose("rows in fp32", *_case(rows, outputs, inputs))
 

@@ -140,7 +140,6 @@ def is_plain_linear(module: nn.Module) -> bool:
         and not (module._forward_pre_hooks or module._forward_hooks)
         and not (module._backward_pre_hooks or module._backward_hooks)
         and "forward" not in module.__dict__  # where accelerate puts its offloading
-        and not nn.modules.module._has_any_global_hook()
     )
 
 

@@ -1,5 +1,7 @@
 """Products in fp32 by oneDNN, against fp64; and whole models that take them, against their plain modules."""
 
+from collections import Counter
+
 import pytest
 import torch
 from hypothesis import given
@@ -8,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from tiny_models import random_ids, tiny_model
 from torch.autograd import forward_ad
 from torch.nn.functional import linear
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from hf_decoder.engine import single_precision
 from hf_decoder.engine.calibration import measured
@@ -25,18 +27,19 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-class Counted(TorchDispatchMode):
+class Counted:
     """Counts the products of oneDNN and those of torch."""
 
     def __enter__(self):
-        self.onednn = self.torch = 0
-        return super().__enter__()
+        self._profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+        self._profile.__enter__()
+        return self
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        self.onednn += name == "_linear_pointwise"
-        self.torch += name in ("mm", "addmm", "bmm", "linear")
-        return function(*args, **(kwargs or {}))
+    def __exit__(self, *raised):
+        self._profile.__exit__(*raised)
+        counts = Counter(event.name for event in self._profile.events())
+        self.onednn = counts["mkldnn::_linear_pointwise"]
+        self.torch = sum(counts[f"aten::{name}"] for name in ("mm", "addmm", "bmm"))
 
 
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -188,6 +191,13 @@ def test_where_torch_multiplies(case: str):
         with Counted() as mapped:
             fast_map(module)(x) if case != "training is off" else None
     assert not counted.onednn and not mapped.onednn
+
+
+def test_torch_counts_the_work_of_all_products():
+    x, module = drawn(30, 8), torch.nn.Linear(8, 9)
+    with settings.override(ways=WAY), FlopCounterMode(display=False) as counter, fast_products(x, module):
+        linear(x, module.weight)
+    assert counter.get_total_flops() == 2 * 30 * 8 * 9
 
 
 def test_it_is_measured_and_never_slower(measuring):

@@ -148,7 +148,7 @@ def logits_of_row(head: Any, x: torch.Tensor) -> torch.Tensor | None:
         return None
     weight = head.weight
     fits = weight.is_cpu and x.shape[-1] == weight.shape[1] and product_dtype(x) == x.dtype == weight.dtype
-    if not fits or forward_ad._current_level >= 0:
+    if not fits or forward_ad._current_level >= 0 or nn.modules.module._has_any_global_hook():
         return None
     with reading_weights_once(x[..., 0], x.dtype):
         return multiply_row(x.reshape(-1), Weights(weight, head.bias)).view(*x.shape[:-1], -1)
