@@ -40,7 +40,28 @@ def read_weights(
 
 def by_onednn(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """rows (..., N) times weight (M, N), plus bias (M,) -> (..., M), all of them dense."""
+    *shape, inputs = rows.shape
+    count = rows.shape[:-1].numel()
+    if padded_rows(count) == count:
+        return _product(rows, weight, bias)
+    return _product(_padded(rows.reshape(-1, inputs)), weight, bias)[:count].view(*shape, -1)
+
+
+def _product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+
+
+def padded_rows(count: int) -> int:
+    """So many rows or up to a quarter more: oneDNN compiles a product for each number of rows, in 2 to 3 ms."""
+    step = max(16, bucket(count, 1, 2**62) // 8)
+    return -(-count // step) * step
+
+
+def _padded(rows: torch.Tensor) -> torch.Tensor:
+    """(R, N) with rows of zeros at the end."""
+    padded = rows.new_zeros(padded_rows(len(rows)), rows.shape[1])
+    padded[: len(rows)] = rows
+    return padded
 
 
 def _turned(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -70,18 +91,47 @@ FEW_ROWS = in_turn(WAYS)
 MANY_ROWS = {name: way for name, way in FEW_ROWS.items() if name != "turned"}
 
 
+def _transposed_by_torch(grads: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    return torch.mm(grads.t(), rows)
+
+
+def _transposed_by_onednn(grads: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    grads, rows = (_padded(x) if padded_rows(len(x)) > len(x) else x.contiguous() for x in (grads, rows))
+    is_wide = grads.shape[1] > rows.shape[1]  # oneDNN is faster with the longer side as outputs
+    return _product(rows.t(), grads.t()).t() if is_wide else _product(grads.t(), rows.t())
+
+
+def _transposed_inputs(rows: int, outputs: int, inputs: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return numbers(rows, outputs), numbers(rows, inputs)
+
+
+TRANSPOSED: dict[str, Callable[..., torch.Tensor]] = {"torch": _transposed_by_torch}
+if torch.backends.mkldnn.is_available():
+    TRANSPOSED[ONEDNN] = _transposed_by_onednn
+
+
+def _may_use_onednn() -> bool:
+    # a mode that looks at operators, such as torch's counter of FLOPs, does not know oneDNN's
+    return torch._C._get_mkldnn_enabled() and not torch._C._len_torch_dispatch_stack()
+
+
 def way_of_rows(rows: int, outputs: int, inputs: int) -> str:
     """The fastest way for a product of these sizes in fp32."""
-    # a mode that looks at operators, such as torch's counter of FLOPs, does not know oneDNN's
-    if not (rows and torch._C._get_mkldnn_enabled()) or torch._C._len_torch_dispatch_stack():
+    if not (rows and _may_use_onednn()):
         return "torch"
     return choose("rows in fp32", *_case(rows, outputs, inputs))
+
+
+def _measured_rows(count: int) -> int:
+    """A power of two; of rows that are padded the number within it with the most padding."""
+    rows = bucket(count, 2, MEASURED_SIZE)
+    return rows if padded_rows(count) == count else rows // 2 + 1
 
 
 @lru_cache(maxsize=1024)
 def _case(rows: int, outputs: int, inputs: int) -> tuple[tuple[int, ...], Mapping[str, Callable], Callable]:
     """What is measured for such a product: its key, candidates and inputs."""
-    rows = bucket(rows, 2, MEASURED_SIZE)
+    rows = _measured_rows(rows)
     sizes = bucket(outputs, 64, MEASURED_SIZE), bucket(inputs, 64, MEASURED_SIZE)
     candidates = FEW_ROWS if rows <= MAX_TURNED_ROWS else MANY_ROWS
     return (rows, *sizes), candidates, partial(read_weights, *sizes, rows=rows)
@@ -115,19 +165,21 @@ def multiply_rows(
     if way != ONEDNN:
         return torch.mm(rows, weight.t(), out=out) if bias is None else torch.addmm(bias, rows, weight.t(), out=out)
     # part by part, because fresh pages for a large result take as long as the product
+    padded = _padded(rows) if padded_rows(len(rows)) > len(rows) else rows
     for part in _parts(weight):
-        out[:, part] = by_onednn(rows, weight[part], None if bias is None else bias[part])
+        out[:, part] = _product(padded, weight[part], None if bias is None else bias[part])[: len(rows)]
     return out
 
 
 def multiply_transposed(grads: torch.Tensor, rows: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """grads (R, M) and rows (R, N) -> (M, N), the gradient of a weight; as `multiply_rows`."""
-    sizes = grads.shape[1], rows.shape[1]
-    if not (rows.is_cpu and rows.dtype == torch.float32) or way_of_rows(*sizes, len(rows)) != ONEDNN:
+    way = "torch"
+    if rows.is_cpu and rows.dtype == grads.dtype == torch.float32 and len(rows) and _may_use_onednn():
+        key = _measured_rows(len(rows)), *(bucket(x.shape[1], 64, MEASURED_SIZE) for x in (grads, rows))
+        way = choose("weight gradients in fp32", key, TRANSPOSED, partial(_transposed_inputs, *key))
+    if way == "torch":
         return torch.mm(grads.t(), rows, out=out)
-    grads, rows = grads.contiguous(), rows.contiguous()
-    is_wide = sizes[0] > sizes[1]  # oneDNN is faster with the longer side as outputs
-    product = by_onednn(rows.t(), grads.t()).t() if is_wide else by_onednn(grads.t(), rows.t())
+    product = TRANSPOSED[way](grads, rows)
     return product if out is None else out.copy_(product)
 
 
@@ -151,6 +203,7 @@ __all__ = [
     "multiply_row_of_weight",
     "multiply_rows",
     "multiply_transposed",
+    "padded_rows",
     "read_weights",
     "way_of_rows",
 ]

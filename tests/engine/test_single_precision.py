@@ -14,12 +14,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hf_decoder.engine import single_precision
 from hf_decoder.engine.calibration import measured
-from hf_decoder.engine.single_precision import MIN_ROWS, multiply_rows, multiply_transposed
+from hf_decoder.engine.single_precision import MIN_ROWS, multiply_rows, multiply_transposed, padded_rows
 from hf_decoder.engine.switches import settings
 from hf_decoder.engine.training.fast_products import fast_map, fast_products
 from hf_decoder.engine.training.loss import linear_cross_entropy
 
-WAY = {"rows in fp32": "oneDNN"}
+WAY = {"rows in fp32": "oneDNN", "weight gradients in fp32": "oneDNN"}
 SIZES = st.integers(1, 40)
 
 pytestmark = pytest.mark.skipif(
@@ -69,7 +69,12 @@ def test_products_of_any_shape_and_layout(rows, outputs, inputs, with_bias, has_
     )
     bias = drawn(outputs, seed=3) if with_bias else None
     room = torch.full((rows, outputs), torch.nan) if has_room else None
-    with settings.override(ways={"rows in fp32": way, "one row": "in parts"}):
+    ways = {
+        "rows in fp32": way,
+        "weight gradients in fp32": way if way == "oneDNN" else "torch",
+        "one row": "in parts",
+    }
+    with settings.override(ways=ways):
         product = multiply_rows(x, weight, bias, out=room)
         gradient = multiply_transposed(product, x, torch.empty(outputs, inputs) if has_room else None)
     exact = linear(x.double(), weight.double(), None if bias is None else bias.double())
@@ -203,10 +208,21 @@ def test_torch_counts_the_work_of_all_products():
 def test_it_is_measured_and_never_slower(measuring):
     """The way that is taken is the fastest of those measured, and torch's is among them."""
     for rows in (2, 16, 300):
+        before = measured()
         way = single_precision.way_of_rows(rows, 100, 200)
-        times = measured()[f"rows in fp32 {1 << (rows - 1).bit_length()} 128 256"]
+        (times,) = (of for name, of in measured().items() if name not in before)
         assert next(iter(times)) == "torch"
         assert times[way] == min(times.values()) or way == "torch"
+    multiply_transposed(drawn(320, 100), drawn(320, 200))
+    assert list(measured()["weight gradients in fp32 512 128 256"]) == ["torch", "oneDNN"]
+
+
+def test_few_numbers_of_rows_are_compiled():
+    """A product is compiled for each number of rows, so most of them are rounded up, many by less than a quarter."""
+    rounded = {count: padded_rows(count) for count in range(1, 2049)}
+    assert all(0 <= room - count < max(16, count / 4) for count, room in rounded.items())
+    assert len(set(rounded.values())) <= 8 + 4 * 4
+    assert all(rounded[count] == count for count in (16, 48, 64, 128, 320, 512, 1024, 2048))
 
 
 def test_one_row_of_logits():
