@@ -4,13 +4,13 @@ from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
-from torch.nn.functional import linear
 
 from hf_decoder.engine.calibration import bucket, choose, numbers
 from hf_decoder.engine.int8 import is_of_torchao
+from hf_decoder.engine.precision import PART_ELEMENTS
+from hf_decoder.engine.single_precision import multiply_rows
 
 BLOCKS = (32, 64)  # outputs that torch may pack side by side
-PART_ELEMENTS = 2**20  # of the weights that are unpacked at a time, in fp32
 MEASURED_SIZE, MEASURED_ROWS = 512, 256  # of a measurement; more rows count as 256
 
 
@@ -86,7 +86,7 @@ def _unpacked(rows: torch.Tensor, weights: Int4Weights) -> torch.Tensor:
     size = max(1, PART_ELEMENTS // inputs // weights.block) * weights.block
     for first in range(0, outputs, size):
         part = slice(first, first + size)
-        product[:, part] = linear(x, _unpack(weights, part))
+        product[:, part] = multiply_rows(x, _unpack(weights, part))
     return product
 
 

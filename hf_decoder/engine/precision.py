@@ -108,6 +108,7 @@ def row_parts(rows: torch.Tensor) -> list[slice]:
 __all__ = [
     "FAST_HALF_PRECISION",
     "MIN_HALF_ROWS",
+    "PART_ELEMENTS",
     "autocast_dtype",
     "cpu_has",
     "fast_dtype",
