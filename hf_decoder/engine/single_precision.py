@@ -39,12 +39,10 @@ def read_weights(
 
 
 def by_onednn(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """rows (..., N) times weight (M, N), plus bias (M,) -> (..., M), all of them dense."""
-    *shape, inputs = rows.shape
+    """rows (..., N) times a dense weight (M, N), plus bias (M,) -> (..., M)."""
     count = rows.shape[:-1].numel()
-    if padded_rows(count) == count:
-        return _product(rows, weight, bias)
-    return _product(_padded(rows.reshape(-1, inputs)), weight, bias)[:count].view(*shape, -1)
+    product = _product(_padded(rows.reshape(count, -1)), weight, bias)
+    return product[:count].view(*rows.shape[:-1], -1)
 
 
 def _product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -58,8 +56,11 @@ def padded_rows(count: int) -> int:
 
 
 def _padded(rows: torch.Tensor) -> torch.Tensor:
-    """(R, N) with rows of zeros at the end."""
-    padded = rows.new_zeros(padded_rows(len(rows)), rows.shape[1])
+    """(R, N) with rows of zeros at the end, contiguous."""
+    count = padded_rows(len(rows))
+    if count == len(rows):
+        return rows.contiguous()
+    padded = rows.new_zeros(count, rows.shape[1])
     padded[: len(rows)] = rows
     return padded
 
@@ -96,7 +97,7 @@ def _transposed_by_torch(grads: torch.Tensor, rows: torch.Tensor) -> torch.Tenso
 
 
 def _transposed_by_onednn(grads: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    grads, rows = (_padded(x) if padded_rows(len(x)) > len(x) else x.contiguous() for x in (grads, rows))
+    grads, rows = _padded(grads), _padded(rows)
     is_wide = grads.shape[1] > rows.shape[1]  # oneDNN is faster with the longer side as outputs
     return _product(rows.t(), grads.t()).t() if is_wide else _product(grads.t(), rows.t())
 
@@ -156,7 +157,7 @@ def multiply_rows(
     Products of fp32 on a CPU are formed in the fastest way, others by torch.
     """
     way = "torch"
-    if rows.is_cpu and rows.dtype == weight.dtype == torch.float32 and _is_dense(rows) and _is_dense(weight):
+    if rows.is_cpu and rows.dtype == weight.dtype == torch.float32 and _is_dense(weight):
         if len(rows) == 1 and out is None:
             return multiply_row_of_weight(rows[0], weight, bias)[None]
         way = way_of_rows(len(rows), *weight.shape)
@@ -165,7 +166,7 @@ def multiply_rows(
     if way != ONEDNN:
         return torch.mm(rows, weight.t(), out=out) if bias is None else torch.addmm(bias, rows, weight.t(), out=out)
     # part by part, because fresh pages for a large result take as long as the product
-    padded = _padded(rows) if padded_rows(len(rows)) > len(rows) else rows
+    padded = _padded(rows)
     for part in _parts(weight):
         out[:, part] = _product(padded, weight[part], None if bias is None else bias[part])[: len(rows)]
     return out

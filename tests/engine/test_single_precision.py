@@ -134,6 +134,17 @@ def test_gradients_of_every_order():
         torch.testing.assert_close(tangent, linear(torch.ones_like(leaves[0]), leaves[1]))
 
 
+@pytest.mark.parametrize("rows", [32, 30])
+def test_a_hook_may_write_into_a_product(rows):
+    """As PyTorch allows with a linear layer's own output, whose values autograd does not keep."""
+    x, module = drawn(2, rows, 8).requires_grad_(), torch.nn.Linear(8, 9)
+    module.register_forward_hook(lambda module, inputs, output: output.mul_(3))
+    with settings.override(ways=WAY), fast_products(x, module), Counted() as counted:
+        module(x).sum().backward()
+    assert counted.onednn
+    torch.testing.assert_close(x.grad, 3 * module.weight.sum(0).expand_as(x))
+
+
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_the_loss(with_bias):
     vocabulary, rows = 50, 40

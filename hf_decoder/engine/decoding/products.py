@@ -143,8 +143,9 @@ def multiply_row(x: torch.Tensor, weights: AnyWeights) -> torch.Tensor:
 
 def logits_of_row(head: Any, x: torch.Tensor) -> torch.Tensor | None:
     """The head's product with a single row x (..., N) on a CPU, without gradients; None where it is not so plain."""
-    is_row = settings.decoding and x.is_cpu and x.numel() == x.shape[-1] and not torch.is_grad_enabled()
-    if not (is_row and type(x) in PLAIN and is_plain_linear(head) and runs_as_written()):
+    if not (settings.decoding and runs_as_written() and x.is_cpu and not torch.is_grad_enabled()):
+        return None
+    if not (x.numel() == x.shape[-1] and type(x) in PLAIN and is_plain_linear(head)):
         return None
     weight = head.weight
     fits = weight.is_cpu and x.shape[-1] == weight.shape[1] and product_dtype(x) == x.dtype == weight.dtype

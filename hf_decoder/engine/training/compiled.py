@@ -159,11 +159,12 @@ def _rotated(
     rows, *_, rotary_dim = cos.shape
     fits = cos.shape == sin.shape == (rows, length, rotary_dim) and rows in (1, batch) and cos.dtype == sin.dtype
     _check(fits and rotary_dim <= width and rotary_dim % 2 == 0, x, cos, sin)
-    output = x.new_empty(batch, length, heads, width, dtype=dtype)
+    strides = length * heads * width, width, heads * width, 1
+    output = x.new_empty_strided((batch, heads, length, width), strides, dtype=dtype)  # no view: one may write into it
     angle_stride = length * rotary_dim if rows > 1 else 0
     call = batch, heads, length, width, rotary_dim, *x.stride()[:3], angle_stride, backwards, torch.get_num_threads()
     _library().rotate((N * len(call))(*call), *_places(x, cos, sin, output), *_are_half(x, cos, output, sin)[:3])
-    return output.transpose(1, 2)
+    return output
 
 
 def cross_entropy(

@@ -54,13 +54,12 @@ def needs_fast_products(x: torch.Tensor, reader: nn.Module | None) -> bool:
     if not settings.training or not x.is_cpu:
         return False
     dtype, weight = product_dtype(x), getattr(reader, "weight", None)
-    rows = x.shape[:-1].numel()
-    if (
-        weight is not None and dtype == torch.float32 and type(weight) in PLAIN
-    ):  # every layer asks, if the call has no route
-        return _is_by_onednn(rows, *weight.shape)
+    # every layer asks, if the call has no route
+    if weight is not None and dtype == torch.float32 and type(weight) in PLAIN:
+        return _is_by_onednn(x, weight)
     if not (runs_as_written() or may_call_operators()):
         return False
+    rows = x.shape[:-1].numel()
     if _is_slow(dtype) and rows >= MIN_HALF_ROWS:
         return True
     if not runs_as_written():  # products of quantized weights are torchao's own in a graph
@@ -111,8 +110,7 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> torch.Tensor | None:
     if dtype is None or input.shape[-1:] != weight.shape[1:]:
         return None
     if dtype == torch.float32:
-        is_fast = weight.is_contiguous() and _is_by_onednn(input.shape[:-1].numel(), *weight.shape)
-        return applied(_LinearInFp32, input, weight, bias) if is_fast else None
+        return applied(_LinearInFp32, input, weight, bias) if _is_by_onednn(input, weight) else None
     if not _is_slow(dtype):
         return None
     with torch.autocast("cpu", enabled=False):
@@ -135,14 +133,12 @@ _FORMS: dict[Callable, Callable[..., torch.Tensor | None]] = {
 }
 
 
-def _is_by_onednn(rows: int, outputs: int, inputs: int) -> bool:
-    """Whether torch multiplies so many rows in fp32 more slowly than oneDNN, where that can be used."""
-    return rows >= MIN_ROWS and _takes_fp32() and way_of_rows(rows, outputs, inputs) == ONEDNN
-
-
-def _takes_fp32() -> bool:
-    """Whether nothing but autograd's backward pass looks into a product."""
-    return runs_as_written() and forward_ad._current_level < 0
+def _is_by_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether torch forms this product in fp32 more slowly than oneDNN, where that can be used."""
+    if not runs_as_written() or forward_ad._current_level >= 0 or not weight.is_contiguous():
+        return False
+    rows = x.shape[:-1].numel()  # looked at last: an exporter would fix it
+    return rows >= MIN_ROWS and way_of_rows(rows, *weight.shape) == ONEDNN
 
 
 def _is_slow(dtype: torch.dtype) -> bool:
@@ -174,11 +170,10 @@ class _LinearInFp32(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(x, weight, bias)
-        if x.dtype == torch.float32:
-            return by_onednn(x.contiguous(), weight, bias)
         if torch.compiler.is_compiling():  # in one piece, because tracing would unroll parts
             return _linear_written_out(x.dtype, *((x, weight) if bias is None else (x, weight, bias)))
-        return linear_in_parts(x, weight, bias)
+        product = by_onednn(x, weight, bias) if x.dtype == torch.float32 else linear_in_parts(x, weight, bias)
+        return product.new_empty(0).set_(product)  # no view: a hook may write into it
 
     @staticmethod
     def backward(ctx, grad_output):
