@@ -79,8 +79,6 @@ def linear_in_parts(
     rows = as_rows(x)
     count, inputs = rows.shape
     outputs, dtype = weight.shape[0], fast_dtype(x.device, x.dtype)
-    if weight.dtype == x.dtype == dtype:  # nothing is cast
-        return multiply_rows(rows, weight, bias).view(*x.shape[:-1], outputs)
     result = rows.new_empty(count, outputs)
     part_rows, part_outputs = min(count, PART_ROWS), min(outputs, max(1, PART_ELEMENTS // inputs))
     row_buffer, weight_buffer = (torch.empty(size, inputs, dtype=dtype) for size in (part_rows, part_outputs))

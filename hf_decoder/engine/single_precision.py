@@ -46,6 +46,7 @@ def by_onednn(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
 
 
 def _product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    bias = bias if bias is None else bias.contiguous()  # it is read as if it were
     return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
 
 
@@ -97,9 +98,7 @@ def _transposed_by_torch(grads: torch.Tensor, rows: torch.Tensor) -> torch.Tenso
 
 
 def _transposed_by_onednn(grads: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    grads, rows = _padded(grads), _padded(rows)
-    is_wide = grads.shape[1] > rows.shape[1]  # oneDNN is faster with the longer side as outputs
-    return _product(rows.t(), grads.t()).t() if is_wide else _product(grads.t(), rows.t())
+    return _product(_padded(grads).t(), _padded(rows).t())
 
 
 def _transposed_inputs(rows: int, outputs: int, inputs: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -118,7 +117,7 @@ def _may_use_onednn() -> bool:
 
 def way_of_rows(rows: int, outputs: int, inputs: int) -> str:
     """The fastest way for a product of these sizes in fp32."""
-    if not (rows and _may_use_onednn()):
+    if not (rows and outputs and inputs and _may_use_onednn()):
         return "torch"
     return choose("rows in fp32", *_case(rows, outputs, inputs))
 
@@ -141,7 +140,7 @@ def _case(rows: int, outputs: int, inputs: int) -> tuple[tuple[int, ...], Mappin
 def multiply_row_of_weight(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x (N,) times weight (M, N), plus bias (M,) -> (M,), on a CPU; in fp32 in the fastest way."""
     way = "torch"
-    if weight.dtype == torch.float32 and weight.shape[0] % SPLIT == 0 and weight.is_contiguous():
+    if weight.dtype == torch.float32 and weight.numel() and weight.shape[0] % SPLIT == 0 and weight.is_contiguous():
         inputs = bucket(weight.shape[1], 2**6, 2**14)
         sizes = bucket(weight.shape[0], 2**6, MEASURED_ELEMENTS // inputs), inputs
         way = choose("one row", sizes, ONE_ROW, partial(read_weights, *sizes))
@@ -175,13 +174,16 @@ def multiply_rows(
 def multiply_transposed(grads: torch.Tensor, rows: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """grads (R, M) and rows (R, N) -> (M, N), the gradient of a weight; as `multiply_rows`."""
     way = "torch"
-    if rows.is_cpu and rows.dtype == grads.dtype == torch.float32 and len(rows) and _may_use_onednn():
+    if rows.is_cpu and rows.dtype == grads.dtype == torch.float32 and rows.numel() and _may_use_onednn():
         key = _measured_rows(len(rows)), *(bucket(x.shape[1], 64, MEASURED_SIZE) for x in (grads, rows))
         way = choose("weight gradients in fp32", key, TRANSPOSED, partial(_transposed_inputs, *key))
     if way == "torch":
         return torch.mm(grads.t(), rows, out=out)
-    product = TRANSPOSED[way](grads, rows)
-    return product if out is None else out.copy_(product)
+    if out is None:
+        return TRANSPOSED[way](grads, rows)
+    if len(out) > out.shape[1]:  # faster with the longer side as outputs, and it is copied anyway
+        return out.copy_(_product(_padded(rows).t(), _padded(grads).t()).t())
+    return out.copy_(TRANSPOSED[way](grads, rows))
 
 
 def _is_dense(matrix: torch.Tensor) -> bool:

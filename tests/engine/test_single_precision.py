@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from tiny_models import random_ids, tiny_model
 from torch.autograd import forward_ad
 from torch.nn.functional import linear
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_decoder.engine import single_precision
@@ -143,6 +144,61 @@ def test_a_hook_may_write_into_a_product(rows):
         module(x).sum().backward()
     assert counted.onednn
     torch.testing.assert_close(x.grad, 3 * module.weight.sum(0).expand_as(x))
+
+
+@pytest.mark.parametrize("bias", ["apart", "of one number", "expanded", "none of its inputs"])
+def test_any_bias_and_no_inputs(bias: str):
+    x, weight = drawn(30, 8), drawn(6, 8)
+    given = {"apart": drawn(12)[::2], "of one number": drawn(1), "expanded": drawn(1).expand(6)}.get(bias, drawn(6))
+    if bias == "none of its inputs":
+        x, weight = x[:, :0], weight[:, :0]
+    with settings.override(ways=WAY), fast_products(x, torch.nn.Linear(8, 6)):
+        torch.testing.assert_close(linear(x, weight, given), x @ weight.t() + given)
+        if len(given) == 6:
+            torch.testing.assert_close(multiply_rows(x, weight, given), x @ weight.t() + given)
+            torch.testing.assert_close(multiply_rows(x[:1], weight, given), x[:1] @ weight.t() + given)
+
+
+def test_gradients_are_contiguous_and_inputs_of_frozen_weights_are_not_kept():
+    x, weight = drawn(32, 8).requires_grad_(), drawn(9, 8).requires_grad_()
+    with settings.override(ways=WAY), fast_products(x, torch.nn.Linear(8, 9)):
+        of_weight, of_x = torch.autograd.grad(linear(x, weight).square().sum(), (weight, x))
+        assert of_weight.is_contiguous() and of_x.is_contiguous()
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape) or tensor, lambda x: x):
+            output = linear(x, weight.detach())
+        assert kept == [weight.shape]
+        torch.testing.assert_close(torch.autograd.grad(output.square().sum(), x, create_graph=True)[0], of_x)
+
+
+class Seen(TorchFunctionMode):
+    count = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.count += function is linear
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_mode_sees_every_product():
+    model, ids = tiny_model().eval(), random_ids(2, 30)
+    with settings.override(ways=WAY), torch.no_grad(), Seen() as seen:
+        model(ids)
+        model(ids[:1], logits_to_keep=1)
+    assert seen.count == 2 * (7 * len(model.model.layers) + 1)
+
+
+def test_a_weight_that_is_sharded_when_a_call_begins():
+    """As ZeRO-3 leaves them between calls: nothing, until a hook gathers it."""
+    model, ids = tiny_model().eval(), random_ids(2, 30)
+    plain = model(ids).logits
+    for layer in model.model.layers:
+        whole = layer.mlp.down_proj.weight
+        layer.mlp.down_proj.weight = torch.nn.Parameter(torch.empty(0))
+        layer.mlp.down_proj.register_forward_pre_hook(
+            lambda module, inputs, whole=whole: setattr(module, "weight", whole) and None
+        )
+    with settings.override(ways=WAY):
+        torch.testing.assert_close(model(ids).logits, plain, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("with_bias", [False, True])

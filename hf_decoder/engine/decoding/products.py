@@ -129,8 +129,8 @@ def multiply(x: torch.Tensor, weights: AnyWeights) -> torch.Tensor:
     if is_plain and x.shape[:-1].numel() >= MIN_HALF_ROWS and fast_dtype(x.device, dtype) != dtype:
         with torch.autocast(x.device.type, enabled=False):
             return linear_in_parts(x.to(dtype), *weights)
-    if is_plain and dtype == torch.float32:
-        return multiply_rows(as_rows(x), *weights).view(*x.shape[:-1], -1)
+    if is_plain and dtype == torch.float32 and x.is_cpu and runs_as_written():
+        return multiply_rows(as_rows(x), *weights).view(*x.shape[:-1], len(weights.weight))
     return linear(x, *weights)
 
 
@@ -150,6 +150,8 @@ def logits_of_row(head: Any, x: torch.Tensor) -> torch.Tensor | None:
     weight = head.weight
     fits = weight.is_cpu and x.shape[-1] == weight.shape[1] and product_dtype(x) == x.dtype == weight.dtype
     if not fits or forward_ad._current_level >= 0 or nn.modules.module._has_any_global_hook():
+        return None
+    if torch._C._len_torch_function_stack():  # a mode may change what `linear` does
         return None
     with reading_weights_once(x[..., 0], x.dtype):
         return multiply_row(x.reshape(-1), Weights(weight, head.bias)).view(*x.shape[:-1], -1)

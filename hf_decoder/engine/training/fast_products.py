@@ -4,7 +4,8 @@ In fp32 oneDNN may be faster than MKL, which torch asks. Most desktop CPUs lack 
 (AVX-512, AMX), and there torch multiplies in a loop that takes 5 to 70 times as long as fp32. Here the factors become
 fp32 part by part and the result is rounded once, as those instructions do. torchao's int8 weights, which torchao
 dequantizes as a whole for each product, are taken in parts too, and so are its int4 weights where torch's kernel for
-them is slow. This covers every call of `linear` and `matmul` within a layer, adapters included.
+them is slow. This covers every call of `linear` within the linear maps of a layer, adapters included, and where layers
+run as modules every call of `linear`, and of `matmul` in half precision, within a layer.
 Shapes: R rows, N inputs, M outputs.
 """
 
@@ -83,7 +84,7 @@ def _plain_map(module: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def _within_mode(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    with FastProducts():
+    with fast_products(x, module):
         return module(x)
 
 
@@ -110,7 +111,8 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> torch.Tensor | None:
     if dtype is None or input.shape[-1:] != weight.shape[1:]:
         return None
     if dtype == torch.float32:
-        return applied(_LinearInFp32, input, weight, bias) if _is_by_onednn(input, weight) else None
+        is_plain = bias is None or bias.shape == weight.shape[:1]  # torch broadcasts others, or refuses them
+        return applied(_LinearInFp32, input, weight, bias) if is_plain and _is_by_onednn(input, weight) else None
     if not _is_slow(dtype):
         return None
     with torch.autocast("cpu", enabled=False):
@@ -135,7 +137,10 @@ _FORMS: dict[Callable, Callable[..., torch.Tensor | None]] = {
 
 def _is_by_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether torch forms this product in fp32 more slowly than oneDNN, where that can be used."""
-    if not runs_as_written() or forward_ad._current_level >= 0 or not weight.is_contiguous():
+    # a mode may change what `linear` does; a sharded weight may be flat, or nothing
+    if not runs_as_written() or forward_ad._current_level >= 0 or torch._C._len_torch_function_stack():
+        return False
+    if weight.ndim != 2 or not weight.is_contiguous():
         return False
     rows = x.shape[:-1].numel()  # looked at last: an exporter would fix it
     return rows >= MIN_ROWS and way_of_rows(rows, *weight.shape) == ONEDNN
@@ -165,11 +170,11 @@ def _linear_written_out(dtype: torch.dtype, *tensors: torch.Tensor) -> torch.Ten
 
 
 class _LinearInFp32(torch.autograd.Function):
-    """x (..., N) times weight (M, N), plus bias (M,), which are rounded to x's dtype; their gradients are not."""
+    """x (..., N) times weight (M, N), plus bias (M,), in x's dtype; gradients of weight and bias are not rounded."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x, weight, bias)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, bias)
         if torch.compiler.is_compiling():  # in one piece, because tracing would unroll parts
             return _linear_written_out(x.dtype, *((x, weight) if bias is None else (x, weight, bias)))
         product = by_onednn(x, weight, bias) if x.dtype == torch.float32 else linear_in_parts(x, weight, bias)
@@ -178,17 +183,19 @@ class _LinearInFp32(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         x, weight, bias = ctx.saved_tensors
-        needs = ctx.needs_input_grad
+        needs, shape = ctx.needs_input_grad, (*grad_output.shape[:-1], weight.shape[1])
         with torch.autocast("cpu", enabled=False):  # a compiler traces this under the autocast of the forward pass
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                if x is None:  # of a frozen weight: whatever it is, its own gradient is the same
+                    x = grad_output.new_zeros(shape).requires_grad_()
                 inputs = (x, weight) if bias is None else (x, weight, bias)
                 found = gradients_of_formula(
                     lambda *inputs: _linear_written_out(x.dtype, *inputs), inputs, needs[: len(inputs)], grad_output
                 )
                 return (*found, None)[:3]
-            rows, grads = as_rows(x), as_rows(grad_output)
-            grad_x = _grad_of_rows(grads, weight.to(x.dtype).float()).view(x.shape) if needs[0] else None
-            grad_weight = _grad_of_weight(grads, rows).to(weight.dtype) if needs[1] else None
+            grads = as_rows(grad_output)
+            grad_x = _grad_of_rows(grads, weight.to(grads.dtype).float()).view(shape) if needs[0] else None
+            grad_weight = _grad_of_weight(grads, as_rows(x)).to(weight.dtype) if needs[1] else None
             grad_bias = grads.sum(0, dtype=torch.float32).to(bias.dtype) if needs[2] else None
         return grad_x, grad_weight, grad_bias
 

@@ -61,6 +61,8 @@ def kernels_run_on(device: torch.device) -> bool:
 class _NoContext:
     """What a `forward` may do with its context, where no gradient will be asked for."""
 
+    needs_input_grad = (False,) * 8
+
     def save_for_backward(self, *tensors: torch.Tensor) -> None:
         pass
 
