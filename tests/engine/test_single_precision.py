@@ -2,9 +2,9 @@
 
 from collections import Counter
 
+import hypothesis
 import pytest
 import torch
-from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from tiny_models import random_ids, tiny_model
@@ -54,7 +54,8 @@ def laid_out(matrix: torch.Tensor, layout: str) -> torch.Tensor:
     return matrix if layout == "rows" else matrix.t().contiguous().t()
 
 
-@given(
+@hypothesis.settings(max_examples=300, deadline=None)
+@hypothesis.given(
     SIZES,
     SIZES,
     SIZES,
