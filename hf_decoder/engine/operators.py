@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 
 def operator(schema: str, compute: Callable, shapes: Callable) -> Any:
@@ -38,6 +39,11 @@ def runs_as_written() -> bool:
     return not (torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._are_functorch_transforms_active())
 
 
+def runs_unseen() -> bool:
+    """Whether, besides, no derivatives go forwards and no mode sees a call of `linear`, which it may change."""
+    return runs_as_written() and forward_ad._current_level < 0 and not torch._C._len_torch_function_stack()
+
+
 _libraries: list[torch.library.Library] = []
 
-__all__ = ["may_call_operators", "operator", "runs_as_written"]
+__all__ = ["may_call_operators", "operator", "runs_as_written", "runs_unseen"]

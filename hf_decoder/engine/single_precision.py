@@ -41,11 +41,12 @@ def read_weights(
 def by_onednn(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """rows (..., N) times a dense weight (M, N), plus bias (M,) -> (..., M)."""
     count = rows.shape[:-1].numel()
-    product = _product(_padded(rows.reshape(count, -1)), weight, bias)
+    product = onednn_product(_padded(rows.reshape(count, -1)), weight, bias)
     return product[:count].view(*rows.shape[:-1], -1)
 
 
-def _product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def onednn_product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """rows (..., N) times weight (M, N), which is dense or packed by oneDNN, plus bias (M,) -> (..., M)."""
     bias = bias if bias is None else bias.contiguous()  # it is read as if it were
     return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
 
@@ -98,7 +99,7 @@ def _transposed_by_torch(grads: torch.Tensor, rows: torch.Tensor) -> torch.Tenso
 
 
 def _transposed_by_onednn(grads: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    return _product(_padded(grads).t(), _padded(rows).t())
+    return onednn_product(_padded(grads).t(), _padded(rows).t())
 
 
 def _transposed_inputs(rows: int, outputs: int, inputs: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -167,7 +168,7 @@ def multiply_rows(
     # part by part, because fresh pages for a large result take as long as the product
     padded = _padded(rows)
     for part in _parts(weight):
-        out[:, part] = _product(padded, weight[part], None if bias is None else bias[part])[: len(rows)]
+        out[:, part] = onednn_product(padded, weight[part], None if bias is None else bias[part])[: len(rows)]
     return out
 
 
@@ -182,7 +183,7 @@ def multiply_transposed(grads: torch.Tensor, rows: torch.Tensor, out: torch.Tens
     if out is None:
         return TRANSPOSED[way](grads, rows)
     if len(out) > out.shape[1]:  # faster with the longer side as outputs, and it is copied anyway
-        return out.copy_(_product(_padded(rows).t(), _padded(grads).t()).t())
+        return out.copy_(onednn_product(_padded(rows).t(), _padded(grads).t()).t())
     return out.copy_(TRANSPOSED[way](grads, rows))
 
 
@@ -206,6 +207,7 @@ __all__ = [
     "multiply_row_of_weight",
     "multiply_rows",
     "multiply_transposed",
+    "onednn_product",
     "padded_rows",
     "read_weights",
     "way_of_rows",

@@ -240,6 +240,12 @@ def test_packed_weights_of_several_rows(cache: str | None, steps, without_kernel
     assert packed == ([1, 1] if cache is None else [1, 1, 1])
 
 
+def test_packed_weights_with_a_bias_that_is_not_contiguous():
+    x, weight, bias = torch.randn(2, 3, 16), torch.randn(8, 16), torch.randn(16)[::2]
+    product = multiply(x, products.packed_weights(Weights(weight, bias)))
+    torch.testing.assert_close(product, torch.nn.functional.linear(x, weight, bias))
+
+
 def test_quantized_weights_are_not_packed():
     """For example torchao's int4, which cannot be joined or packed."""
 

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_decoder.engine import single_precision
-from hf_decoder.engine.calibration import measured
+from hf_decoder.engine.calibration import measured, taken
 from hf_decoder.engine.single_precision import MIN_ROWS, multiply_rows, multiply_transposed, padded_rows
 from hf_decoder.engine.switches import settings
 from hf_decoder.engine.training.fast_products import fast_map, fast_products
@@ -295,13 +295,16 @@ def test_few_numbers_of_rows_are_compiled():
 
 def test_one_row_of_logits():
     """A prompt's last row takes a product of its own; its hooks and gradients are kept."""
-    model, ids = tiny_model().eval(), random_ids(1, 9)
+    model, ids = tiny_model(vocab_size=100).eval(), random_ids(1, 9)  # a multiple of the parts
     with torch.no_grad(), settings.override(all=False):
         plain = model(ids, logits_to_keep=1).logits
     with settings.override(ways={"one row": "in parts"}):
+        taken.pop("one row", None)
         with torch.no_grad():
             torch.testing.assert_close(model(ids, logits_to_keep=1).logits, plain, rtol=1e-4, atol=1e-4)
+        assert taken.pop("one row") == "in parts"
         assert model(ids, logits_to_keep=1).logits.requires_grad
+        assert "one row" not in taken
         model.lm_head.register_forward_hook(lambda module, inputs, output: output + 1)
         with torch.no_grad():
             torch.testing.assert_close(model(ids, logits_to_keep=1).logits, plain + 1, rtol=1e-4, atol=1e-4)

@@ -10,18 +10,24 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.autograd import forward_ad
 from torch.nn.functional import linear
 
 from hf_decoder.engine.assumptions import PLAIN
 from hf_decoder.engine.calibration import choose
 from hf_decoder.engine.int4 import Int4Weights, int4_linear, int4_weights
 from hf_decoder.engine.int8 import Int8Weights, int8_linear, int8_weights
-from hf_decoder.engine.operators import runs_as_written
+from hf_decoder.engine.operators import runs_as_written, runs_unseen
 from hf_decoder.engine.precision import MIN_HALF_ROWS, fast_dtype, linear_in_parts, product_dtype
 from hf_decoder.engine.quantized.layers import PackedLinear
 from hf_decoder.engine.quantized.products import BlockWeights, multiply_blocks
-from hf_decoder.engine.single_precision import ROW, in_turn, multiply_row_of_weight, multiply_rows, read_weights
+from hf_decoder.engine.single_precision import (
+    ROW,
+    in_turn,
+    multiply_row_of_weight,
+    multiply_rows,
+    onednn_product,
+    read_weights,
+)
 from hf_decoder.engine.switches import settings
 from hf_decoder.engine.training.kernels import as_rows
 from hf_decoder.model.loss_hf_decoder import is_plain_linear
@@ -116,7 +122,7 @@ def packed_weights(weights: AnyWeights) -> AnyWeights:
 def multiply(x: torch.Tensor, weights: AnyWeights) -> torch.Tensor:
     """x (..., N) -> (..., M), in the fastest way."""
     if isinstance(weights, PackedWeights):
-        return torch.ops.mkldnn._linear_pointwise(x, weights.packed, weights.bias, "none", [], "")
+        return onednn_product(x, *weights)
     if isinstance(weights, BlockWeights):
         return multiply_blocks(x, weights)
     if isinstance(weights, Int8Weights):
@@ -143,15 +149,13 @@ def multiply_row(x: torch.Tensor, weights: AnyWeights) -> torch.Tensor:
 
 def logits_of_row(head: Any, x: torch.Tensor) -> torch.Tensor | None:
     """The head's product with a single row x (..., N) on a CPU, without gradients; None where it is not so plain."""
-    if not (settings.decoding and runs_as_written() and x.is_cpu and not torch.is_grad_enabled()):
+    if not (settings.decoding and runs_unseen() and x.is_cpu and not torch.is_grad_enabled()):
         return None
     if not (x.numel() == x.shape[-1] and type(x) in PLAIN and is_plain_linear(head)):
         return None
     weight = head.weight
     fits = weight.is_cpu and x.shape[-1] == weight.shape[1] and product_dtype(x) == x.dtype == weight.dtype
-    if not fits or forward_ad._current_level >= 0 or nn.modules.module._has_any_global_hook():
-        return None
-    if torch._C._len_torch_function_stack():  # a mode may change what `linear` does
+    if not fits or nn.modules.module._has_any_global_hook():
         return None
     with reading_weights_once(x[..., 0], x.dtype):
         return multiply_row(x.reshape(-1), Weights(weight, head.bias)).view(*x.shape[:-1], -1)

@@ -16,14 +16,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd import forward_ad
 from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 
 from hf_decoder.engine.assumptions import DTYPES, PLAIN
 from hf_decoder.engine.int4 import int4_linear, int4_weights
 from hf_decoder.engine.int8 import Int8Weights, int8_linear, int8_weights
-from hf_decoder.engine.operators import may_call_operators, runs_as_written
+from hf_decoder.engine.operators import may_call_operators, runs_as_written, runs_unseen
 from hf_decoder.engine.precision import (
     MIN_HALF_ROWS,
     autocast_dtype,
@@ -137,10 +136,7 @@ _FORMS: dict[Callable, Callable[..., torch.Tensor | None]] = {
 
 def _is_by_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether torch forms this product in fp32 more slowly than oneDNN, where that can be used."""
-    # a mode may change what `linear` does; a sharded weight may be flat, or nothing
-    if not runs_as_written() or forward_ad._current_level >= 0 or torch._C._len_torch_function_stack():
-        return False
-    if weight.ndim != 2 or not weight.is_contiguous():
+    if not runs_unseen() or weight.ndim != 2 or not weight.is_contiguous():  # a sharded one may be flat, or nothing
         return False
     rows = x.shape[:-1].numel()  # looked at last: an exporter would fix it
     return rows >= MIN_ROWS and way_of_rows(rows, *weight.shape) == ONEDNN
